@@ -1,0 +1,3 @@
+from megatron_dit.cli import main
+
+main()

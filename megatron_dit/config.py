@@ -1,0 +1,356 @@
+"""One YAML is the truth: frozen dataclasses, dotted overrides, and the configs made from them.
+
+DeepSpeed's JSON is made by :func:`deepspeed_config` and Megatron's ``TransformerConfig`` by
+``parallel.layers``; neither is ever written by hand.
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from pathlib import Path
+from typing import Any, get_type_hints
+
+import yaml
+from omegaconf import OmegaConf, flag_override
+from omegaconf.errors import ConfigKeyError, MissingMandatoryValue, OmegaConfBaseException
+
+from megatron_dit.errors import UserError
+
+
+def _check(ok: bool, message: str) -> None:
+    if not ok:
+        raise UserError(message)
+
+
+def _choice(key: str, value: str, allowed: tuple[str, ...]) -> None:
+    _check(value in allowed, f"{key}={value!r}: expected one of {', '.join(allowed)}")
+
+
+def _at_least(key: str, value: float, least: float) -> None:
+    _check(value >= least, f"{key}={value}: expected at least {least}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """Shape of one diffusion Transformer. Width is ``heads * head_dim``."""
+
+    arch: str  # mmdit | pixart
+    depth: int  # Transformer blocks
+    heads: int  # attention heads; width grows by heads at a fixed head_dim
+    head_dim: int
+    patch_size: int  # side of a patch in latent pixels
+    in_channels: int  # latent channels
+    sample_size: int  # latent side at which positions are 0, 1, 2, ...
+    text_dim: int  # features of one text token
+    text_tokens: int  # tokens a caption is padded or cut to
+    mlp_ratio: int = 4
+    position_size: int = 0  # mmdit: side of the position table in patches (SD3 crops its centre); 0: as sample_size
+    interpolation_scale: float = 1.0  # pixart: positions are divided by it
+
+    def __post_init__(self) -> None:
+        _choice("model.arch", self.arch, ("mmdit", "pixart"))
+        names = ("depth", "heads", "head_dim", "patch_size", "in_channels", "sample_size", "text_dim", "text_tokens")
+        for name in names:
+            _at_least(f"model.{name}", getattr(self, name), 1)
+        _check(
+            self.width % 4 == 0,
+            f"model.heads * model.head_dim = {self.width}: 2-D sin-cos positions need a multiple of 4",
+        )
+        _check(
+            self.sample_size % self.patch_size == 0,
+            f"model.sample_size={self.sample_size}: expected a multiple of model.patch_size={self.patch_size}",
+        )
+
+    @property
+    def width(self) -> int:
+        return self.heads * self.head_dim
+
+    @property
+    def out_channels(self) -> int:
+        """PixArt-α predicts ε and the variance's interpolation (learned range), MMDiT the velocity."""
+        return self.in_channels * (2 if self.arch == "pixart" else 1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class MupConfig:
+    """Parametrization: ``mup`` (Table 8 of arXiv 2203.03466) or ``standard``."""
+
+    parametrization: str = "mup"
+    base_heads: int  # width multiplier n = heads / base_heads
+    output_multiplier: float = 1.0  # the readout computes W (output_multiplier * x / n) + b
+
+    def __post_init__(self) -> None:
+        _choice("mup.parametrization", self.parametrization, ("mup", "standard"))
+        _at_least("mup.base_heads", self.base_heads, 1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ObjectiveConfig:
+    """``rectified_flow`` (logit-normal t, shift) or ``ddpm`` (1000 linear-beta steps, ε, learned range)."""
+
+    kind: str
+    logit_mean: float = 0.0  # rectified_flow: location of logit(t) (SD3, arXiv 2403.03206, eq. 19)
+    logit_std: float = 1.0
+    shift: float = 1.0  # rectified_flow: resolution shift of t (SD3, eq. 23)
+
+    def __post_init__(self) -> None:
+        _choice("objective.kind", self.kind, ("rectified_flow", "ddpm"))
+        _check(self.logit_std > 0, f"objective.logit_std={self.logit_std}: expected a positive number")
+        _check(self.shift > 0, f"objective.shift={self.shift}: expected a positive number")
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimizerConfig:
+    """AdamW; ``lr`` and ``weight_decay`` are the base values that μP scales group by group."""
+
+    lr: float
+    beta1: float = 0.9
+    beta2: float = 0.999
+    eps: float = 1e-8
+    weight_decay: float = 0.0
+    grad_clip: float = 0.0  # greatest global gradient norm; 0: no clipping
+    warmup_steps: int = 0
+    schedule: str = "constant"  # after warm-up: constant | cosine
+    final_lr_ratio: float = 0.0  # cosine: lr at the last step / peak lr
+
+    def __post_init__(self) -> None:
+        _check(
+            self.lr > 0 and math.isfinite(self.lr), f"optimizer.lr={self.lr}: expected a positive finite number"
+        )
+        _choice("optimizer.schedule", self.schedule, ("constant", "cosine"))
+        for name in ("weight_decay", "grad_clip", "warmup_steps", "final_lr_ratio"):
+            _at_least(f"optimizer.{name}", getattr(self, name), 0)
+        for name in ("beta1", "beta2"):
+            value = getattr(self, name)
+            _check(0 <= value < 1, f"optimizer.{name}={value}: expected a number in [0, 1)")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    path: str  # folder written by python -m data_prep
+    caption_dropout: float = 0.1  # share of captions replaced by the null text (classifier-free guidance)
+    workers: int = 0  # loader processes per rank
+    shuffle_shards: int = 16  # samples are shuffled within this many shards at a time
+
+    def __post_init__(self) -> None:
+        _check(
+            0 <= self.caption_dropout <= 1,
+            f"data.caption_dropout={self.caption_dropout}: expected a number in [0, 1]",
+        )
+        _at_least("data.workers", self.workers, 0)
+        _at_least("data.shuffle_shards", self.shuffle_shards, 1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ParallelConfig:
+    tensor: int = 1  # ranks that share each layer
+    sequence: bool = False  # shard tokens between the tensor-parallel regions too
+    zero_stage: int = 0  # DeepSpeed ZeRO: 0 none, 1 optimizer, 2 + gradients, 3 + weights
+
+    def __post_init__(self) -> None:
+        _at_least("parallel.tensor", self.tensor, 1)
+        _check(
+            self.zero_stage in (0, 1, 2, 3), f"parallel.zero_stage={self.zero_stage}: expected one of 0, 1, 2, 3"
+        )
+        _check(
+            not self.sequence or self.tensor > 1,
+            "parallel.sequence=true needs parallel.tensor of at least 2: it shards over the tensor-parallel ranks",
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    steps: int  # optimizer steps in all
+    global_batch: int  # samples per optimizer step, over all ranks
+    micro_batch: int  # samples per rank and forward pass; the rest is gradient accumulation
+    dtype: str = "fp32"  # of weights and activations: fp32 | bf16 (masters, moments and EMA are always fp32)
+    ema_decay: float = 0.9999
+    max_skipped_steps: int = 10  # non-finite steps in a row after which the run stops
+    log_every: int = 10
+    threads: int = 0  # CPU threads per rank; 0: the cores shared out among this host's ranks
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "global_batch", "micro_batch", "max_skipped_steps", "log_every"):
+            _at_least(f"train.{name}", getattr(self, name), 1)
+        _choice("train.dtype", self.dtype, ("fp32", "bf16"))
+        _at_least("train.threads", self.threads, 0)
+        _check(0 <= self.ema_decay < 1, f"train.ema_decay={self.ema_decay}: expected a number in [0, 1)")
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointConfig:
+    every: int = 1000  # steps between checkpoints; the last step is always saved
+    keep: int = 2  # newest checkpoints kept
+
+    def __post_init__(self) -> None:
+        _at_least("checkpoint.every", self.every, 1)
+        _at_least("checkpoint.keep", self.keep, 1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplingConfig:
+    """What ``megatron-dit sample`` and ``evaluate`` do unless told otherwise."""
+
+    solver: str = "auto"  # euler (rectified_flow); dpm++ | ddim (ddpm); auto: the objective's first
+    steps: int = 30
+    guidance: float = 3.0  # classifier-free guidance scale; 1: none
+
+    def __post_init__(self) -> None:
+        _choice("sampling.solver", self.solver, ("auto", "euler", "dpm++", "ddim"))
+        _at_least("sampling.steps", self.steps, 1)
+        _at_least("sampling.guidance", self.guidance, 1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """A run, whole. Rank-independent checks live here; those that need the world size in ``check_world``."""
+
+    run_dir: str
+    seed: int = 0
+    model: ModelConfig
+    mup: MupConfig
+    objective: ObjectiveConfig
+    optimizer: OptimizerConfig
+    data: DataConfig
+    train: TrainConfig
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    sampling: SamplingConfig = field(default_factory=SamplingConfig)
+
+    def __post_init__(self) -> None:
+        _at_least("seed", self.seed, 0)
+        model, tensor = self.model, self.parallel.tensor
+        _check(
+            model.heads % tensor == 0,
+            f"model.heads={model.heads} is not divisible by parallel.tensor={tensor}: "
+            f"choose parallel.tensor among the divisors of {model.heads}",
+        )
+        tokens = (model.sample_size // model.patch_size) ** 2
+        _check(
+            not self.parallel.sequence or tokens % tensor == 0,
+            f"{tokens} image tokens are not divisible by parallel.tensor={tensor}: set parallel.sequence=false",
+        )
+        _check(
+            not self.parallel.sequence or model.arch != "mmdit" or model.text_tokens % tensor == 0,
+            f"model.text_tokens={model.text_tokens} is not divisible by parallel.tensor={tensor}, which "
+            "parallel.sequence=true needs: change model.text_tokens or set parallel.sequence=false",
+        )
+        expected = OBJECTIVE_OF[model.arch]
+        _check(
+            self.objective.kind == expected,
+            f"objective.kind={self.objective.kind!r}: model.arch={model.arch} is trained with {expected}",
+        )
+        allowed = ("auto", *SOLVERS_OF[self.objective.kind])
+        _check(
+            self.sampling.solver in allowed,
+            f"sampling.solver={self.sampling.solver!r}: {self.objective.kind} has {', '.join(allowed)}",
+        )
+
+    def data_parallel(self, world_size: int) -> int:
+        """Number of data-parallel ranks among ``world_size``.
+
+        Raises UserError where the ranks do not divide into tensor-parallel groups, or the global batch
+        not into data-parallel ranks times micro-batches.
+        """
+        tensor, batch, micro = self.parallel.tensor, self.train.global_batch, self.train.micro_batch
+        _check(
+            world_size % tensor == 0,
+            f"{world_size} ranks are not divisible by parallel.tensor={tensor}: start a multiple of {tensor} ranks",
+        )
+        ranks = world_size // tensor
+        _check(
+            batch % (ranks * micro) == 0,
+            f"train.global_batch={batch} is not divisible by {ranks} data-parallel ranks * "
+            f"train.micro_batch={micro} = {ranks * micro}: change one of them",
+        )
+        return ranks
+
+
+OBJECTIVE_OF = {"mmdit": "rectified_flow", "pixart": "ddpm"}
+SOLVERS_OF = {"rectified_flow": ("euler",), "ddpm": ("dpm++", "ddim")}
+
+# What a run may change when it is started again in its folder: how it is run, not what it computes.
+RESUMABLE = ("run_dir", "data.path", "data.workers", "parallel", "train.micro_batch", "train.steps")
+RESUMABLE += ("train.log_every", "train.threads", "train.max_skipped_steps", "checkpoint", "sampling")
+
+
+def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Config:
+    """Read a YAML file, apply ``a.b=value`` overrides and validate the whole.
+
+    Raises UserError for a missing file, an unknown key (naming the nearest known one), an ill-typed or
+    missing value, and anything the dataclasses refuse.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"config {path} does not exist: give the path of a YAML file, such as configs/quickstart.yaml")
+    for item in overrides:
+        _check("=" in item, f"override {item!r}: expected key=value, such as train.steps=100")
+    schema = OmegaConf.structured(Config)
+    try:
+        with flag_override(schema, "readonly", False):
+            merged = OmegaConf.merge(schema, OmegaConf.load(path), OmegaConf.from_dotlist(list(overrides)))
+        return OmegaConf.to_object(merged)
+    except ConfigKeyError as error:
+        known = _dotted_keys(Config)
+        near = difflib.get_close_matches(error.full_key, known, n=1, cutoff=0.0)
+        raise UserError(f"unknown key {error.full_key!r} in {path}: did you mean {near[0]!r}?") from None
+    except MissingMandatoryValue as error:
+        raise UserError(f"{path} does not set {error.full_key}: add it, it has no default") from None
+    except OmegaConfBaseException as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"{path}: {error.full_key}: {reason}") from None
+    except yaml.YAMLError as error:
+        raise UserError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
+
+
+def save_config(config: Config, path: Path) -> None:
+    """Write the resolved config as YAML."""
+    path.write_text(yaml.safe_dump(asdict(config), sort_keys=False))
+
+
+def flatten(config: Any, prefix: str = "") -> dict[str, Any]:
+    """``{"model.depth": 4, ...}`` of a dataclass."""
+    flat: dict[str, Any] = {}
+    for item in fields(config):
+        value = getattr(config, item.name)
+        key = prefix + item.name
+        flat.update(flatten(value, key + ".") if is_dataclass(value) else {key: value})
+    return flat
+
+
+def first_difference(old: Config, new: Config) -> str | None:
+    """The first key in which ``new`` may not continue ``old``'s run, with both values; None if it may."""
+    before, after = flatten(old), flatten(new)
+    for key, value in before.items():
+        free = any(key == name or key.startswith(name + ".") for name in RESUMABLE)
+        if not free and after[key] != value:
+            return f"{key} is {value!r} there and {after[key]!r} here"
+    return None
+
+
+def deepspeed_config(config: Config, data_parallel: int) -> dict[str, Any]:
+    """DeepSpeed's JSON. Stage 0 clips in ``engine`` (DeepSpeed's own norm there is blind to sharding)."""
+    stage, bf16 = config.parallel.zero_stage, config.train.dtype == "bf16"
+    micro = config.train.micro_batch
+    result: dict[str, Any] = {
+        "train_micro_batch_size_per_gpu": micro,
+        "gradient_accumulation_steps": config.train.global_batch // (micro * data_parallel),
+        "gradient_clipping": config.optimizer.grad_clip if stage else 0.0,
+        "zero_allow_untested_optimizer": True,
+        "zero_optimization": {"stage": stage},
+        "steps_per_print": 2**31 - 1,
+    }
+    if bf16:
+        result["bf16"] = {"enabled": True, "check_grad_overflow": True}
+        if stage:
+            result["data_types"] = {"grad_accum_dtype": "fp32"}
+    return result
+
+
+def _dotted_keys(cls: type, prefix: str = "") -> list[str]:
+    keys = []
+    for name, kind in get_type_hints(cls).items():
+        keys += _dotted_keys(kind, f"{prefix}{name}.") if is_dataclass(kind) else [prefix + name]
+    return keys

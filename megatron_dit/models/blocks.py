@@ -1,0 +1,64 @@
+"""What the architectures share to the letter: modulation, MLP, timestep and caption embedders."""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from megatron_dit.models.embed import timestep_features
+from megatron_dit.parallel.layers import Backend
+
+Taps = dict[str, Tensor]  # named intermediates, filled when the caller passes a dict
+
+
+def layer_norm(x: Tensor) -> Tensor:
+    """LayerNorm without affine parameters over the last dimension."""
+    return F.layer_norm(x, x.shape[-1:], eps=1e-6)
+
+
+def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    """adaLN: (S, B, D) normalised, scaled and shifted by (B, D) vectors."""
+    return layer_norm(x) * (1 + scale) + shift
+
+
+class Mlp(nn.Module):
+    """(S, B, D) -> (S, B, D) with tanh-GELU."""
+
+    def __init__(self, backend: Backend, width: int, hidden: int) -> None:
+        super().__init__()
+        self.fc1 = backend.column(width, hidden)
+        self.fc2 = backend.row(hidden, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
+
+
+class TimestepEmbedder(nn.Module):
+    """(B,) timesteps in [0, 1000] -> (B, D)."""
+
+    def __init__(self, backend: Backend, width: int) -> None:
+        super().__init__()
+        self.fc1 = backend.linear(256, width)
+        self.fc2 = backend.linear(width, width)
+
+    def forward(self, t: Tensor) -> Tensor:
+        features = timestep_features(t).to(self.fc1.weight.dtype)
+        return self.fc2(F.silu(self.fc1(features)))
+
+
+class CaptionEmbedder(nn.Module):
+    """(T, B, text_dim) -> (T, B, D), two layers (PixArt-α)."""
+
+    def __init__(self, backend: Backend, text_dim: int, width: int) -> None:
+        super().__init__()
+        self.fc1 = backend.linear(text_dim, width)
+        self.fc2 = backend.linear(width, width)
+
+    def forward(self, text: Tensor) -> Tensor:
+        return self.fc2(F.gelu(self.fc1(text), approximate="tanh"))
+
+
+def split_heads(x: Tensor, pieces: int, head_dim: int) -> tuple[Tensor, ...]:
+    """(S, B, pieces * H * d) -> ``pieces`` tensors (S, B, H, d)."""
+    s, b, _ = x.shape
+    return x.view(s, b, pieces, -1, head_dim).unbind(2)

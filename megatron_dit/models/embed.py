@@ -1,0 +1,57 @@
+"""Patches, positions and timesteps: functions without parameters that all architectures share."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+
+def patchify(x: Tensor, patch: int) -> Tensor:
+    """(B, C, H, W) -> (S, B, C * p * p) with S = H/p * W/p, row by row; features as a convolution's."""
+    b, c, h, w = x.shape
+    x = x.view(b, c, h // patch, patch, w // patch, patch)
+    return x.permute(2, 4, 0, 1, 3, 5).reshape(h // patch * (w // patch), b, c * patch * patch)
+
+
+def unpatchify(x: Tensor, patch: int, height: int, width: int) -> Tensor:
+    """(S, B, p * p * C) -> (B, C, H, W); channels last within a patch, as DiT's final layer."""
+    _, b, features = x.shape
+    c = features // patch**2
+    x = x.view(height // patch, width // patch, b, patch, patch, c)
+    return x.permute(2, 5, 0, 3, 1, 4).reshape(b, c, height, width)
+
+
+def sincos(positions: Tensor, dim: int) -> Tensor:
+    """Sinusoids of (N,) fp64 positions: (N, dim), sines first (arXiv 1706.03762, 3.5)."""
+    omega = 10000.0 ** (-torch.arange(dim // 2, dtype=torch.float64, device=positions.device) / (dim / 2))
+    angles = positions[:, None] * omega
+    return torch.cat([angles.sin(), angles.cos()], dim=1)
+
+
+def position_grid(rows: Tensor, columns: Tensor, dim: int) -> Tensor:
+    """2-D positions (h * w, dim) fp32: the column's sinusoids, then the row's (MAE's order, kept by DiT)."""
+    h, w = len(rows), len(columns)
+    by_column = sincos(columns, dim // 2).repeat(h, 1)
+    by_row = sincos(rows, dim // 2).repeat_interleave(w, dim=0)
+    return torch.cat([by_column, by_row], dim=1).float()
+
+
+def interpolated_positions(count: int, base: int, scale: float, device: torch.device) -> Tensor:
+    """``count`` positions spread over a base grid of ``base`` (PixArt-α): equal images at any resolution."""
+    return torch.arange(count, dtype=torch.float64, device=device) * base / count / scale
+
+
+def centred_positions(count: int, base: int, table: int, device: torch.device) -> Tensor:
+    """The middle ``count`` of ``table`` positions spread over ``base`` (SD3, arXiv 2403.03206, 5.3.2)."""
+    first = (table - count) // 2
+    return (torch.arange(count, dtype=torch.float64, device=device) + first) * base / table
+
+
+def timestep_features(t: Tensor, dim: int = 256) -> Tensor:
+    """(B,) timesteps in [0, 1000] -> (B, dim) fp32, cosines first (DiT)."""
+    half = dim // 2
+    frequencies = torch.exp(-math.log(10000.0) * torch.arange(half, device=t.device) / half)
+    angles = t.float()[:, None] * frequencies
+    return torch.cat([angles.cos(), angles.sin()], dim=1)

@@ -1,0 +1,130 @@
+"""MMDiT (Stable Diffusion 3, arXiv 2403.03206): two streams, joint attention, QK-RMSNorm, T5 alone.
+
+It does not mask text and takes no pooled vector, so it exports to diffusers' SD3Transformer2DModel.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from megatron_dit.config import ModelConfig
+from megatron_dit.models.blocks import Mlp, Taps, TimestepEmbedder, modulate, split_heads
+from megatron_dit.models.embed import centred_positions, patchify, position_grid, unpatchify
+from megatron_dit.parallel.layers import Backend
+
+
+class Stream(nn.Module):
+    """One stream of a block: its modulation, projections, QK-norm and MLP.
+
+    The last block's text stream only serves the attention: ``last`` leaves out what would follow.
+    """
+
+    def __init__(self, backend: Backend, config: ModelConfig, last: bool) -> None:
+        super().__init__()
+        width, self.head_dim = config.width, config.head_dim
+        self.parts = 2 if last else 6
+        self.modulation = backend.gathered(width, self.parts * width, init="adaln")
+        self.qkv = backend.column(width, 3 * width, pieces=3)
+        self.q_norm, self.k_norm = backend.head_norm(self.head_dim), backend.head_norm(self.head_dim)
+        if not last:
+            self.out = backend.row(width, width)
+            self.mlp = Mlp(backend, width, config.mlp_ratio * width)
+
+    def project(self, x: Tensor, c: Tensor) -> tuple[Tensor, Tensor, Tensor, tuple[Tensor, ...]]:
+        """x (S, B, D), c (B, D) after SiLU -> q, k, v (S', B, H, d) with all tokens, and what modulates later."""
+        shift, scale, *later = self.modulation(c).chunk(self.parts, dim=-1)
+        q, k, v = split_heads(self.qkv(modulate(x, shift, scale)), 3, self.head_dim)
+        return self.q_norm(q), self.k_norm(k), v, tuple(later)
+
+    def finish(self, x: Tensor, attended: Tensor, later: tuple[Tensor, ...]) -> Tensor:
+        """Residual updates from the attention's output (S', B, H * d) and the MLP."""
+        gate, mlp_shift, mlp_scale, mlp_gate = later
+        x = x + gate * self.out(attended)
+        return x + mlp_gate * self.mlp(modulate(x, mlp_shift, mlp_scale))
+
+
+class MMDiTBlock(nn.Module):
+    def __init__(self, backend: Backend, config: ModelConfig, last: bool) -> None:
+        super().__init__()
+        self.backend, self.last = backend, last
+        self.scale = 1 / math.sqrt(config.head_dim)
+        self.image = Stream(backend, config, last=False)
+        self.text = Stream(backend, config, last=last)
+
+    def forward(self, image: Tensor, text: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
+        image_q, image_k, image_v, image_later = self.image.project(image, c)
+        text_q, text_k, text_v, text_later = self.text.project(text, c)
+        q, k, v = (torch.cat(pair) for pair in ((image_q, text_q), (image_k, text_k), (image_v, text_v)))
+        attended = self.backend.attention(q, k, v, self.scale)
+        image_attended, text_attended = attended.split([len(image_q), len(text_q)])
+        image = self.image.finish(image, image_attended, image_later)
+        if not self.last:
+            text = self.text.finish(text, text_attended, text_later)
+        return image, text
+
+
+class Head(nn.Module):
+    """adaLN and the readout: (S, B, D) -> (S, B, p * p * C)."""
+
+    def __init__(self, backend: Backend, config: ModelConfig) -> None:
+        super().__init__()
+        self.backend = backend
+        self.modulation = backend.gathered(config.width, 2 * config.width, init="adaln")
+        self.linear = backend.linear(config.width, config.patch_size**2 * config.out_channels)
+
+    def forward(self, x: Tensor, c: Tensor) -> Tensor:
+        shift, scale = self.modulation(c).chunk(2, dim=-1)
+        return self.linear(self.backend.gather_tokens(modulate(x, shift, scale)))
+
+
+class MMDiT(nn.Module):
+    def __init__(self, config: ModelConfig, backend: Backend) -> None:
+        super().__init__()
+        self.config, self.backend = config, backend
+        self.patch_embed = backend.linear(config.in_channels * config.patch_size**2, config.width)
+        self.time_embed = TimestepEmbedder(backend, config.width)
+        self.text_embed = backend.linear(config.text_dim, config.width)
+        self.blocks = nn.ModuleList(
+            MMDiTBlock(backend, config, last=i == config.depth - 1) for i in range(config.depth)
+        )
+        self.head = Head(backend, config)
+
+    def forward(
+        self, x: Tensor, t: Tensor, text: Tensor, mask: Tensor, dropped: Tensor, taps: Taps | None = None
+    ) -> Tensor:
+        """Velocity of the flow.
+
+        x (B, C, H, W) latents, H and W multiples of the patch; t (B,) in [0, 1000]; text (B, T, text_dim);
+        mask (B, T) bool, False tokens are zeroed but still attended to; dropped (B,) bool, True = null text
+        (all zeros). Returns (B, C, H, W). ``taps`` receives the intermediates by name.
+        """
+        height, width = x.shape[-2:]
+        text = text * (mask & ~dropped[:, None]).to(text.dtype)[..., None]
+        image = self.patch_embed(patchify(x, self.config.patch_size)) + self._positions(x)[:, None]
+        c = self.time_embed(t)
+        image = self.backend.shard_tokens(image)
+        context = self.backend.shard_tokens(self.text_embed(text.transpose(0, 1)))
+        if taps is not None:
+            taps.update(image=image, text=context, conditioning=c)
+        c = F.silu(c)
+        for i, block in enumerate(self.blocks):
+            image, context = block(image, context, c)
+            if taps is not None:
+                taps.update({f"blocks.{i}.image": image, f"blocks.{i}.text": context})
+        out = unpatchify(self.head(image, c), self.config.patch_size, height, width)
+        if taps is not None:
+            taps["output"] = out
+        return out
+
+    def _positions(self, x: Tensor) -> Tensor:
+        config = self.config
+        base = config.sample_size // config.patch_size
+        table = config.position_size or base
+        rows, columns = (
+            centred_positions(side // config.patch_size, base, table, x.device) for side in x.shape[-2:]
+        )
+        return position_grid(rows, columns, config.width).to(x.dtype)

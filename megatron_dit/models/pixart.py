@@ -1,0 +1,131 @@
+"""PixArt-α (arXiv 2310.00426): adaLN-single, masked cross-attention to T5, learned null caption and sigma."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from megatron_dit.config import ModelConfig
+from megatron_dit.models.blocks import CaptionEmbedder, Mlp, Taps, TimestepEmbedder, layer_norm, modulate, split_heads
+from megatron_dit.models.embed import interpolated_positions, patchify, position_grid, unpatchify
+from megatron_dit.parallel.layers import Backend, set_init
+
+
+class ModulationTable(nn.Module):
+    """A learned (parts, D) table added to the timestep's modulation (adaLN-single, section 2.3)."""
+
+    def __init__(self, backend: Backend, parts: int, width: int) -> None:
+        super().__init__()
+        self.backend = backend
+        self.table = nn.Parameter(torch.empty(parts, width))
+        set_init(self.table, "table")
+
+    def forward(self, t: Tensor) -> tuple[Tensor, ...]:
+        """t (B, parts, D) or (B, 1, D) -> ``parts`` vectors (B, D)."""
+        return (self.backend.seen_by_tokens(self.table) + t).unbind(1)
+
+
+class PixArtBlock(nn.Module):
+    def __init__(self, backend: Backend, config: ModelConfig) -> None:
+        super().__init__()
+        width, self.head_dim = config.width, config.head_dim
+        self.backend, self.scale = backend, 1 / math.sqrt(config.head_dim)
+        self.modulation = ModulationTable(backend, 6, width)
+        self.qkv = backend.column(width, 3 * width, pieces=3)
+        self.out = backend.row(width, width)
+        self.cross_q = backend.column(width, width)
+        self.cross_kv = backend.column(width, 2 * width, pieces=2, sharded_input=False)
+        self.cross_out = backend.row(width, width, init="zero")
+        self.mlp = Mlp(backend, width, config.mlp_ratio * width)
+
+    def forward(self, x: Tensor, text: Tensor, t: Tensor, mask: Tensor) -> Tensor:
+        """x (S, B, D), text (T, B, D), t (B, 6, D), mask (B, 1, 1, T) bool -> (S, B, D)."""
+        shift, scale, gate, mlp_shift, mlp_scale, mlp_gate = self.modulation(t)
+        q, k, v = split_heads(self.qkv(modulate(x, shift, scale)), 3, self.head_dim)
+        x = x + gate * self.out(self.backend.attention(q, k, v, self.scale))
+        (q,) = split_heads(self.cross_q(x), 1, self.head_dim)
+        k, v = split_heads(self.cross_kv(text), 2, self.head_dim)
+        x = x + self.cross_out(self.backend.attention(q, k, v, self.scale, mask))
+        return x + mlp_gate * self.mlp(modulate(x, mlp_shift, mlp_scale))
+
+
+class Head(nn.Module):
+    """Final modulation and the readout: (S, B, D) -> (S, B, p * p * 2C)."""
+
+    def __init__(self, backend: Backend, config: ModelConfig) -> None:
+        super().__init__()
+        self.backend = backend
+        self.modulation = ModulationTable(backend, 2, config.width)
+        self.linear = backend.linear(config.width, config.patch_size**2 * config.out_channels)
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        shift, scale = self.modulation(t[:, None])
+        x = layer_norm(x) * (1 + scale) + shift
+        return self.linear(self.backend.gather_tokens(x))
+
+
+class NullCaption(nn.Module):
+    """The learned (T, text_dim) caption that stands for "no caption"."""
+
+    def __init__(self, tokens: int, text_dim: int) -> None:
+        super().__init__()
+        self.table = nn.Parameter(torch.empty(tokens, text_dim))
+        set_init(self.table, "fan_in")
+
+    def forward(self, text: Tensor, dropped: Tensor) -> Tensor:
+        return torch.where(dropped[:, None, None], self.table.to(text.dtype), text)
+
+
+class PixArt(nn.Module):
+    def __init__(self, config: ModelConfig, backend: Backend) -> None:
+        super().__init__()
+        self.config, self.backend = config, backend
+        width = config.width
+        self.patch_embed = backend.linear(config.in_channels * config.patch_size**2, width)
+        self.time_embed = TimestepEmbedder(backend, width)
+        self.time_modulation = backend.gathered(width, 6 * width)
+        self.null_caption = NullCaption(config.text_tokens, config.text_dim)
+        self.text_embed = CaptionEmbedder(backend, config.text_dim, width)
+        self.blocks = nn.ModuleList(PixArtBlock(backend, config) for _ in range(config.depth))
+        self.head = Head(backend, config)
+
+    def forward(
+        self, x: Tensor, t: Tensor, text: Tensor, mask: Tensor, dropped: Tensor, taps: Taps | None = None
+    ) -> Tensor:
+        """ε and the variance's interpolation.
+
+        x (B, C, H, W) latents, H and W multiples of the patch; t (B,) in [0, 1000); text (B, T, text_dim);
+        mask (B, T) bool, True = attend; dropped (B,) bool, True = the learned null caption, unmasked.
+        Returns (B, 2C, H, W). ``taps`` receives the intermediates by name.
+        """
+        height, width = x.shape[-2:]
+        text = self.null_caption(text, dropped)
+        mask = (mask | dropped[:, None])[:, None, None]  # (B, 1, 1, T)
+        image = self.patch_embed(patchify(x, self.config.patch_size)) + self._positions(x)[:, None]
+        c = self.time_embed(t)
+        t6 = self.time_modulation(F.silu(c)).view(len(x), 6, -1)
+        context = self.text_embed(text.transpose(0, 1))
+        image = self.backend.shard_tokens(image)
+        if taps is not None:
+            taps.update(image=image, text=context, conditioning=c, modulation=t6)
+        for i, block in enumerate(self.blocks):
+            image = block(image, context, t6, mask)
+            if taps is not None:
+                taps[f"blocks.{i}"] = image
+        features = self.head(image, self.backend.seen_by_tokens(c))
+        out = unpatchify(features, self.config.patch_size, height, width)
+        if taps is not None:
+            taps["output"] = out
+        return out
+
+    def _positions(self, x: Tensor) -> Tensor:
+        config = self.config
+        base = config.sample_size // config.patch_size
+        rows, columns = (
+            interpolated_positions(side // config.patch_size, base, config.interpolation_scale, x.device)
+            for side in x.shape[-2:]
+        )
+        return position_grid(rows, columns, config.width).to(x.dtype)

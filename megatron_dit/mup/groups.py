@@ -1,0 +1,33 @@
+"""Optimizer groups: parameters that share a learning rate and a weight decay."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from torch import nn
+
+from megatron_dit.config import OptimizerConfig
+from megatron_dit.mup.rules import Param
+
+
+def optimizer_groups(
+    named: Iterable[tuple[str, nn.Parameter]], params: Mapping[str, Param], config: OptimizerConfig
+) -> list[dict[str, Any]]:
+    """Groups for torch's optimizers, made before DeepSpeed flattens or empties the parameters.
+
+    Each carries ``names`` and its peak rate as ``initial_lr``, which the schedule multiplies: one lr set
+    for all groups would erase μP.
+    """
+    groups: dict[tuple[float, float], dict[str, Any]] = {}
+    count = 0
+    for name, p in named:
+        lr = config.lr * params[name].lr_multiplier
+        decay = config.weight_decay * params[name].weight_decay_multiplier
+        empty = {"params": [], "names": [], "lr": lr, "initial_lr": lr, "weight_decay": decay}
+        group = groups.setdefault((lr, decay), empty)
+        group["params"].append(p)
+        group["names"].append(name)
+        count += 1
+    assert count == len(params), f"{count} parameters grouped, {len(params)} in the model"
+    return list(groups.values())

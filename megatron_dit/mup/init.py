@@ -1,0 +1,51 @@
+"""Initial values by (seed, global name): the same in every layout, since each is drawn in full, then cut."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from megatron_dit.mup.rules import Param
+
+
+def initial_value(param: Param, seed: int) -> Tensor:
+    """The full fp32 tensor of ``param.shape`` on the CPU."""
+    if param.init_std == 0.0:
+        return torch.full(param.shape, param.init_constant)
+    digest = hashlib.sha256(f"{seed}/{param.name}".encode()).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+    return torch.randn(param.shape, generator=generator).mul_(param.init_std)
+
+
+def shard_of(full: Tensor, p: nn.Parameter, tensor_rank: int, tensor_size: int) -> Tensor:
+    """The tensor-parallel shard of a full tensor that ``p`` holds (its Megatron attributes say which)."""
+    if not getattr(p, "tensor_model_parallel", False) or tensor_size == 1:
+        return full
+    dim, pieces = p.partition_dim, p.partition_stride  # pyright: ignore[reportAttributeAccessIssue]
+    chunks = full.chunk(pieces * tensor_size, dim=dim)
+    return torch.cat(chunks[tensor_rank::tensor_size], dim=dim)
+
+
+def unshard(shards: list[Tensor], dim: int, pieces: int) -> Tensor:
+    """Inverse of :func:`shard_of`: the full tensor from all tensor-parallel shards, in rank order."""
+    parts = [shard.chunk(pieces, dim=dim) for shard in shards]
+    return torch.cat([part[i] for i in range(pieces) for part in parts], dim=dim)
+
+
+def set_multipliers(model: nn.Module, params: Mapping[str, Param]) -> None:
+    """Hand each layer with a readout weight its forward multiplier."""
+    for name, param in params.items():
+        if param.role == "output" and name.endswith(".weight"):
+            layer = model.get_submodule(name.removesuffix(".weight"))
+            assert hasattr(layer, "multiplier"), f"{name} is a readout, but its layer takes no multiplier"
+            layer.multiplier = param.multiplier  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def fill(model: nn.Module, params: Mapping[str, Param], seed: int) -> None:
+    """Initialise an unsharded model in place."""
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            p.copy_(initial_value(params[name], seed))

@@ -1,0 +1,19 @@
+"""Stand-in for the CUDA calls that Megatron-core makes whatever the device."""
+
+from __future__ import annotations
+
+import torch
+
+
+def device() -> torch.device:
+    """The device of this rank: its CUDA device, or the CPU."""
+    return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+
+
+def let_megatron_run_on_cpu() -> None:
+    """Make ``torch.cuda.current_device()`` name the CPU where there is no CUDA device.
+
+    Megatron-core's sequence-parallel collectives allocate on ``torch.cuda.current_device()``.
+    """
+    if not torch.cuda.is_available():
+        torch.cuda.current_device = lambda: torch.device("cpu")  # pyright: ignore[reportAttributeAccessIssue]

@@ -1,0 +1,205 @@
+"""The layer backend: every parallel layer a model may use, so that no model asks for a rank.
+
+Activations between layers are (S, B, D). Under sequence parallelism S is this rank's share of the
+tokens outside attention and MLP. Weights carry Megatron's ``tensor_model_parallel``,
+``partition_dim`` and ``partition_stride``, which say how the shard is cut from the full tensor.
+"""
+
+from __future__ import annotations
+
+from typing import cast
+
+import torch
+import torch.nn.functional as F
+from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
+from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
+from megatron.core.tensor_parallel.mappings import (
+    all_gather_last_dim_from_tensor_parallel_region,
+    copy_to_tensor_model_parallel_region,
+    gather_from_sequence_parallel_region,
+    gather_from_tensor_model_parallel_region,
+    scatter_to_sequence_parallel_region,
+)
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor, nn
+
+from megatron_dit.config import ModelConfig, ParallelConfig
+from megatron_dit.parallel.topology import SOLO, Topology
+
+
+class Linear(nn.Linear):
+    """A replicated linear layer. ``multiplier`` is μP's forward multiplier (readouts: 1/n)."""
+
+    def __init__(self, inputs: int, outputs: int, *, init: str = "fan_in") -> None:
+        super().__init__(inputs, outputs)
+        self.multiplier = 1.0
+        set_init(self.weight, init)
+        set_init(self.bias, "zero")
+
+    def reset_parameters(self) -> None:
+        """Nothing: ``mup.init`` fills every parameter by its global name."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x if self.multiplier == 1.0 else x * self.multiplier)
+
+
+class ColumnLinear(ColumnParallelLinear):
+    """Outputs are cut over the tensor-parallel ranks, ``pieces`` equal parts of them each (qkv: 3)."""
+
+    def __init__(self, backend: Backend, inputs: int, outputs: int, *, pieces: int, sharded_input: bool) -> None:
+        super().__init__(
+            inputs,
+            outputs,
+            config=backend.sharded_config if sharded_input else backend.config,
+            init_method=_never,
+            stride=pieces,
+            tp_group=backend.topology.tensor_group,
+        )
+        set_tensor_model_parallel_attributes(self.weight, True, 0, pieces)
+        set_init(cast(nn.Parameter, self.weight), "fan_in")
+        set_init(self.bias, "zero")
+
+    def forward(self, x: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+        return super().forward(x)[0]
+
+
+class GatheredLinear(ColumnLinear):
+    """Column-parallel with the output gathered, for adaLN modulation: (B, D) -> (B, outputs) on every rank.
+
+    It is a third of an MMDiT's weights, so it is sharded. Under sequence parallelism each rank applies
+    the result to its own tokens, so the backward sums the ranks' gradients (reduce-scatter).
+    """
+
+    def __init__(self, backend: Backend, inputs: int, outputs: int, *, init: str) -> None:
+        super().__init__(backend, inputs, outputs, pieces=1, sharded_input=False)
+        self.gather = (
+            all_gather_last_dim_from_tensor_parallel_region
+            if backend.sharded_config.sequence_parallel
+            else gather_from_tensor_model_parallel_region
+        )
+        set_init(cast(nn.Parameter, self.weight), init)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.gather(super().forward(x), group=self.tp_group)
+
+
+class RowLinear(RowParallelLinear):
+    """Inputs are cut over the tensor-parallel ranks; outputs are summed over them."""
+
+    def __init__(self, backend: Backend, inputs: int, outputs: int, *, init: str) -> None:
+        super().__init__(
+            inputs,
+            outputs,
+            config=backend.sharded_config,
+            init_method=_never,
+            bias=True,
+            input_is_parallel=True,
+            skip_bias_add=True,
+            tp_group=backend.topology.tensor_group,
+        )
+        self.backend = backend
+        set_tensor_model_parallel_attributes(self.weight, True, 1, 1)
+        set_init(self.weight, init)
+        set_init(cast(nn.Parameter, self.bias), "zero")
+
+    def forward(self, x: Tensor) -> Tensor:
+        out, bias = super().forward(x)
+        return out + self.backend.seen_by_tokens(cast(Tensor, bias))
+
+
+class HeadNorm(nn.Module):
+    """RMSNorm over head_dim with one gain for all heads (QK-norm): (..., d) -> (..., d)."""
+
+    def __init__(self, backend: Backend, head_dim: int, eps: float = 1e-6) -> None:
+        super().__init__()
+        self.backend, self.eps = backend, eps
+        self.gain = nn.Parameter(torch.empty(head_dim))
+        set_init(self.gain, "one")
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x, x.shape[-1:], self.backend.seen_by_heads(self.gain), self.eps)
+
+
+class Backend:
+    """Megatron-core's local layers for one model and one topology."""
+
+    def __init__(self, model: ModelConfig, parallel: ParallelConfig, topology: Topology) -> None:
+        assert topology.tensor_size == parallel.tensor
+        self.topology = topology
+        self.config = TransformerConfig(
+            num_layers=model.depth,
+            hidden_size=model.width,
+            num_attention_heads=model.heads,
+            ffn_hidden_size=model.width * model.mlp_ratio,
+            tensor_model_parallel_size=parallel.tensor,
+            use_cpu_initialization=True,  # allocate on torch's default device; values come from mup.init
+            perform_initialization=False,
+        )
+        self.sharded_config = TransformerConfig(**{**self.config.__dict__, "sequence_parallel": parallel.sequence})
+        self.local_heads = model.heads // parallel.tensor
+
+    @classmethod
+    def unsharded(cls, model: ModelConfig) -> Backend:
+        return cls(model, ParallelConfig(), SOLO)
+
+    def linear(self, inputs: int, outputs: int, *, init: str = "fan_in") -> Linear:
+        return Linear(inputs, outputs, init=init)
+
+    def column(self, inputs: int, outputs: int, *, pieces: int = 1, sharded_input: bool = True) -> ColumnLinear:
+        """``sharded_input``: the input's tokens are cut under sequence parallelism (text of PixArt: not)."""
+        return ColumnLinear(self, inputs, outputs, pieces=pieces, sharded_input=sharded_input)
+
+    def gathered(self, inputs: int, outputs: int, *, init: str = "fan_in") -> GatheredLinear:
+        return GatheredLinear(self, inputs, outputs, init=init)
+
+    def row(self, inputs: int, outputs: int, *, init: str = "fan_in") -> RowLinear:
+        return RowLinear(self, inputs, outputs, init=init)
+
+    def head_norm(self, head_dim: int) -> HeadNorm:
+        return HeadNorm(self, head_dim)
+
+    def attention(self, q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor | None = None) -> Tensor:
+        """Scaled dot-product attention of the local heads.
+
+        q (S, B, H, d), k and v (T, B, H, d); mask (B, 1, 1, T) bool, True = attend. Returns (S, B, H * d).
+        """
+        q, k, v = (x.permute(1, 2, 0, 3) for x in (q, k, v))  # (B, H, S, d)
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
+        return out.permute(2, 0, 1, 3).flatten(2)  # (S, B, H * d)
+
+    def shard_tokens(self, x: Tensor) -> Tensor:
+        """(S, B, D) whole -> this rank's tokens under sequence parallelism."""
+        if not self.sharded_config.sequence_parallel:
+            return x
+        return scatter_to_sequence_parallel_region(x, group=self.topology.tensor_group)
+
+    def gather_tokens(self, x: Tensor) -> Tensor:
+        """Inverse of :meth:`shard_tokens`, for what every rank then computes alike (the head)."""
+        if not self.sharded_config.sequence_parallel:
+            return x
+        group = self.topology.tensor_group
+        return gather_from_sequence_parallel_region(x, tensor_parallel_output_grad=False, group=group)
+
+    def seen_by_tokens(self, x: Tensor) -> Tensor:
+        """A replicated tensor that meets only this rank's tokens under sequence parallelism."""
+        return self._sum_gradient(x) if self.sharded_config.sequence_parallel else x
+
+    def seen_by_heads(self, x: Tensor) -> Tensor:
+        """A replicated parameter that meets only this rank's heads under tensor parallelism."""
+        return self._sum_gradient(x) if self.topology.tensor_size > 1 else x
+
+    def _sum_gradient(self, x: Tensor) -> Tensor:
+        out = copy_to_tensor_model_parallel_region(x, group=self.topology.tensor_group)
+        if out.requires_grad:
+            # Megatron all-reduces ``grad.contiguous()`` and returns ``grad``: a strided one would go unsummed.
+            out.register_hook(torch.Tensor.contiguous)
+        return out
+
+
+def set_init(parameter: nn.Parameter, kind: str) -> None:
+    """Mark how ``mup.rules`` initialises a parameter: fan_in | zero | one | table | adaln."""
+    parameter.init_kind = kind  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def _never(_: Tensor) -> None:
+    raise AssertionError("parameters are initialised by mup.init")

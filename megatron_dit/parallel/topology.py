@@ -1,0 +1,144 @@
+"""Process groups: who shares a layer, who shares the data, and DeepSpeed's view of both."""
+
+from __future__ import annotations
+
+import datetime
+import os
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from megatron_dit.config import Config
+from megatron_dit.errors import UserError
+from megatron_dit.parallel.cpu import let_megatron_run_on_cpu
+
+
+class SoloGroup:
+    """A group of one, for models built outside ``torch.distributed`` (shapes, sampling)."""
+
+    def size(self) -> int:
+        return 1
+
+    def rank(self) -> int:
+        return 0
+
+
+@dataclass(frozen=True)
+class Topology:
+    """This rank's place. Tensor-parallel ranks are neighbours (the fastest links), then data-parallel ones."""
+
+    rank: int = 0
+    world: int = 1
+    tensor_group: Any = SoloGroup()
+    data_group: Any = SoloGroup()
+
+    @property
+    def tensor_rank(self) -> int:
+        return self.tensor_group.rank()
+
+    @property
+    def tensor_size(self) -> int:
+        return self.tensor_group.size()
+
+    @property
+    def data_rank(self) -> int:
+        return self.data_group.rank()
+
+    @property
+    def data_size(self) -> int:
+        return self.data_group.size()
+
+
+SOLO = Topology()
+
+
+class DeepSpeedMpu:
+    """What DeepSpeed asks a model-parallel unit; answered from Megatron's ``parallel_state``.
+
+    Its model-parallel group must be tensor x pipeline, else the gradient norm misses other stages.
+    """
+
+    def __init__(self) -> None:
+        from megatron.core import parallel_state as state
+
+        self.get_model_parallel_group = state.get_model_parallel_group
+        self.get_model_parallel_world_size = lambda: dist.get_world_size(state.get_model_parallel_group())
+        self.get_model_parallel_rank = lambda: dist.get_rank(state.get_model_parallel_group())
+        self.get_data_parallel_group = state.get_data_parallel_group
+        self.get_data_parallel_world_size = state.get_data_parallel_world_size
+        self.get_data_parallel_rank = state.get_data_parallel_rank
+        self.get_tensor_model_parallel_group = state.get_tensor_model_parallel_group
+        self.get_tensor_model_parallel_world_size = state.get_tensor_model_parallel_world_size
+        self.get_tensor_model_parallel_rank = state.get_tensor_model_parallel_rank
+        self.get_tensor_model_parallel_src_rank = state.get_tensor_model_parallel_src_rank
+        self.get_pipeline_model_parallel_world_size = state.get_pipeline_model_parallel_world_size
+        self.get_pipeline_model_parallel_rank = state.get_pipeline_model_parallel_rank
+        self.get_pipeline_model_parallel_group = state.get_pipeline_model_parallel_group
+
+
+def environment_rank() -> tuple[int, int]:
+    """(rank, world size) as torchrun, ``deepspeed``, ``--procs`` or srun tell them."""
+    env = os.environ
+    if "RANK" not in env and "SLURM_PROCID" in env and "SLURM_STEP_NUM_TASKS" in env:
+        return int(env["SLURM_PROCID"]), int(env["SLURM_STEP_NUM_TASKS"])
+    return int(env.get("RANK", 0)), int(env.get("WORLD_SIZE", 1))
+
+
+def connect() -> None:
+    """Join the default process group (nccl on GPUs, gloo on CPUs); a lone process gets a group of one."""
+    if dist.is_initialized():
+        return
+    rank, world = environment_rank()
+    env = os.environ
+    env.setdefault("LOCAL_RANK", env.get("SLURM_LOCALID", "0"))
+    env.update(RANK=str(rank), WORLD_SIZE=str(world))
+    cuda = torch.cuda.is_available()
+    if cuda:
+        torch.cuda.set_device(int(env["LOCAL_RANK"]) % torch.cuda.device_count())
+    timeout = datetime.timedelta(minutes=30)
+    if world == 1:
+        store = dist.HashStore()
+        dist.init_process_group("nccl" if cuda else "gloo", store=store, rank=0, world_size=1, timeout=timeout)
+        return
+    if "MASTER_ADDR" not in env:
+        raise UserError(
+            f"{world} ranks but MASTER_ADDR is not set: start with --procs, torchrun, deepspeed, or "
+            "export MASTER_ADDR and MASTER_PORT in the sbatch script"
+        )
+    env.setdefault("MASTER_PORT", "29500")
+    dist.init_process_group("nccl" if cuda else "gloo", timeout=timeout)
+
+
+def build_topology(config: Config) -> Topology:
+    """Megatron's process groups for ``config``; the default process group must exist."""
+    from megatron.core import parallel_state
+
+    let_megatron_run_on_cpu()
+    config.data_parallel(dist.get_world_size())
+    if parallel_state.is_initialized():
+        parallel_state.destroy_model_parallel()
+    parallel_state.initialize_model_parallel(tensor_model_parallel_size=config.parallel.tensor)
+    return Topology(
+        rank=dist.get_rank(),
+        world=dist.get_world_size(),
+        tensor_group=parallel_state.get_tensor_model_parallel_group(),
+        data_group=parallel_state.get_data_parallel_group(),
+    )
+
+
+def agree(error: Exception | None) -> None:
+    """Raise on every rank the first UserError that any rank met, so that none waits for the others.
+
+    Collective. ``error`` None means that this rank is fine.
+    """
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        if error is not None:
+            raise error
+        return
+    messages: list[str | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(messages, None if error is None else str(error))
+    first = next((message for message in messages if message is not None), None)
+    if first is not None:
+        raise UserError(first)

@@ -1,0 +1,41 @@
+"""Small configs that tests start from."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+
+import yaml
+
+from megatron_dit.config import Config, load_config
+
+
+def small_dict(arch: str = "mmdit", heads: int = 4, base_heads: int = 2, **overrides) -> dict:
+    """A tiny model on 16 x 16 pixels; ``overrides`` are dotted keys."""
+    values = {
+        "run_dir": "unused",
+        "seed": 1,
+        "model": {
+            "arch": arch, "depth": 2, "heads": heads, "head_dim": 8, "patch_size": 4, "in_channels": 3,
+            "sample_size": 16, "text_dim": 64, "text_tokens": 24,
+        },
+        "mup": {"base_heads": base_heads},
+        "objective": {"kind": "rectified_flow" if arch == "mmdit" else "ddpm"},
+        "optimizer": {"lr": 2**-8, "weight_decay": 0.01, "grad_clip": 0.5, "warmup_steps": 3},
+        "data": {"path": "unused"},
+        "train": {"steps": 10, "global_batch": 8, "micro_batch": 4, "log_every": 1, "ema_decay": 0.9},
+    }  # fmt: skip
+    for key, value in overrides.items():
+        *sections, name = key.split(".")
+        node = values
+        for section in sections:
+            node = node.setdefault(section, {})
+        node[name] = value
+    return values
+
+
+def small(arch: str = "mmdit", heads: int = 4, base_heads: int = 2, **overrides) -> Config:
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "config.yaml"
+        path.write_text(yaml.safe_dump(small_dict(arch, heads, base_heads, **overrides)))
+        return load_config(path)

@@ -1,0 +1,133 @@
+"""Forward and every parameter gradient against diffusers, with mapped random weights, fp32, <= 1e-5 relative."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from diffusers import PixArtTransformer2DModel, SD3Transformer2DModel
+
+from megatron_dit.config import ModelConfig
+from megatron_dit.models import build_unsharded
+from megatron_dit.parallel.topology import connect
+from tests.models import diffusers_weights
+
+TOLERANCE = 1e-5
+
+
+def relative(a, b):
+    return float((a - b).detach().norm() / b.detach().norm())
+
+
+def randomise(model, seed):
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            gain = 1.0 if name.endswith("gain") else 0.0
+            p.copy_(gain + torch.randn(p.shape, generator=generator) * (0.1 if p.ndim == 1 else p.shape[-1] ** -0.5))
+
+
+def compare(ours, theirs, weights, our_out, their_out):
+    """Outputs, then the gradients of a random linear functional of the outputs, under diffusers' names."""
+    assert relative(our_out, their_out) <= TOLERANCE
+    direction = torch.randn(our_out.shape, generator=torch.Generator().manual_seed(7))
+    (our_out * direction).sum().backward()
+    (their_out * direction).sum().backward()
+    # The map is linear and only splits, swaps and reshapes, so it carries gradients as it does weights.
+    gradients = weights({name: p.grad for name, p in ours.named_parameters()}, ours.config)
+    their_params = dict(theirs.named_parameters())
+    assert set(gradients) <= set(their_params)
+    for name, gradient in gradients.items():
+        expected = their_params[name].grad
+        # softmax ignores a constant added to all keys, so without QK-norm the key bias has no gradient but
+        # rounding: it is measured against the value bias's.
+        key_bias = name.endswith("to_k.bias")
+        scale = their_params[name.replace("to_k", "to_v")].grad if key_bias else expected
+        assert (gradient - expected).norm() <= TOLERANCE * scale.norm(), name
+    return set(their_params) - set(gradients)
+
+
+def inputs(config, batch, height, width):
+    generator = torch.Generator().manual_seed(3)
+    x = torch.randn(batch, config.in_channels, height, width, generator=generator)
+    t = torch.rand(batch, generator=generator) * 1000
+    text = torch.randn(batch, config.text_tokens, config.text_dim, generator=generator)
+    return x, t, text
+
+
+@pytest.mark.parametrize(("height", "width"), [(8, 8), (4, 8), (12, 6)])
+def test_mmdit_equals_sd3(height, width):
+    connect()
+    config = ModelConfig(
+        arch="mmdit", depth=3, heads=4, head_dim=8, patch_size=2, in_channels=4, sample_size=8, position_size=6,
+        text_dim=12, text_tokens=5,
+    )  # fmt: skip
+    ours = build_unsharded(config)
+    randomise(ours, seed=1)
+    theirs = SD3Transformer2DModel(
+        sample_size=8, patch_size=2, in_channels=4, num_layers=3, attention_head_dim=8, num_attention_heads=4,
+        joint_attention_dim=12, caption_projection_dim=32, pooled_projection_dim=16, out_channels=4,
+        pos_embed_max_size=6, qk_norm="rms_norm",
+    )  # fmt: skip
+    with torch.no_grad():
+        for p in theirs.time_text_embed.text_embedder.parameters():
+            p.zero_()
+    state = {name: value.detach() for name, value in ours.named_parameters()}
+    theirs.load_state_dict(diffusers_weights.sd3(state, config), strict=False)
+    x, t, text = inputs(config, 2, height, width)
+    everything = torch.ones(2, 5, dtype=torch.bool)
+    our_out = ours(x, t, text, everything, torch.zeros(2, dtype=torch.bool))
+    pooled = torch.zeros(2, 16)
+    their_out = theirs(x, encoder_hidden_states=text, pooled_projections=pooled, timestep=t).sample
+    unmapped = compare(ours, theirs, diffusers_weights.sd3, our_out, their_out)
+    assert all("text_embedder" in name for name in unmapped)
+
+
+def test_mmdit_zeroes_masked_and_dropped_text():
+    connect()
+    config = ModelConfig(
+        arch="mmdit", depth=2, heads=2, head_dim=8, patch_size=2, in_channels=4, sample_size=8, text_dim=12,
+        text_tokens=5,
+    )  # fmt: skip
+    model = build_unsharded(config)
+    randomise(model, seed=2)
+    x, t, text = inputs(config, 2, 8, 8)
+    mask = torch.tensor([[True, True, False, False, False], [True] * 5])
+    dropped = torch.tensor([False, True])
+    zeroed = text.clone()
+    zeroed[0, 2:] = 0
+    zeroed[1] = 0
+    keep = torch.zeros(2, dtype=torch.bool)
+    assert torch.equal(model(x, t, text, mask, dropped), model(x, t, zeroed, torch.ones_like(mask), keep))
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize(("height", "width"), [(8, 8), (4, 8), (16, 12)])
+def test_pixart_equals_diffusers(height, width, masked):
+    connect()
+    config = ModelConfig(
+        arch="pixart", depth=3, heads=4, head_dim=8, patch_size=2, in_channels=4, sample_size=8, text_dim=12,
+        text_tokens=5, interpolation_scale=2.0,
+    )  # fmt: skip
+    ours = build_unsharded(config)
+    randomise(ours, seed=1)
+    theirs = PixArtTransformer2DModel(
+        num_attention_heads=4, attention_head_dim=8, in_channels=4, out_channels=8, num_layers=3,
+        cross_attention_dim=32, sample_size=8, patch_size=2, interpolation_scale=2, caption_channels=12,
+        use_additional_conditions=False,
+    )  # fmt: skip
+    state = {name: value.detach() for name, value in ours.named_parameters()}
+    missing, unexpected = theirs.load_state_dict(diffusers_weights.pixart(state, config), strict=False)
+    assert not missing
+    assert not unexpected
+    x, t, text = inputs(config, 3, height, width)
+    mask = torch.ones(3, 5, dtype=torch.bool)
+    if masked:
+        mask[0, 2:] = False
+    # The third picture's caption is dropped: diffusers is handed the null caption instead, unmasked.
+    dropped = torch.tensor([False, False, True])
+    their_text = torch.where(dropped[:, None, None], state["null_caption.table"], text)
+    their_mask = mask | dropped[:, None]
+    our_out = ours(x, t, text, mask, dropped)
+    their_out = theirs(x, encoder_hidden_states=their_text, timestep=t, encoder_attention_mask=their_mask).sample
+    assert not compare(ours, theirs, diffusers_weights.pixart, our_out, their_out)
+    assert ours.null_caption.table.grad.abs().sum() > 0
