@@ -339,7 +339,8 @@ def deepspeed_config(config: Config, data_parallel: int) -> dict[str, Any]:
         "gradient_accumulation_steps": config.train.global_batch // (micro * data_parallel),
         "gradient_clipping": config.optimizer.grad_clip if stage else 0.0,
         "zero_allow_untested_optimizer": True,
-        "zero_optimization": {"stage": stage},
+        # memory_efficient_linear would replace torch.nn.functional.linear for the whole process.
+        "zero_optimization": {"stage": stage, "memory_efficient_linear": False},
         "steps_per_print": 2**31 - 1,
     }
     if bf16:

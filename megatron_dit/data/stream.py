@@ -1,0 +1,173 @@
+"""Batches for one data-parallel rank, with all their randomness drawn from (seed, step, position)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, fields
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from megatron_dit.config import Config
+from megatron_dit.data.order import SampleOrder
+from megatron_dit.data.shards import Index, ShardReader
+from megatron_dit.errors import UserError
+
+Place = tuple[int, int, int, int]  # (step, position in the global batch, shard, sample)
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One rank's share of an optimizer step."""
+
+    latents: Tensor  # (B, C, H, W) fp32
+    text: Tensor  # (B, T, text_dim) fp32, zero-padded
+    mask: Tensor  # (B, T) bool, True = a token
+    dropped: Tensor  # (B,) bool, True = train on the null caption
+    u: Tensor  # (B,) fp64 in (0, 1)
+    noise: Tensor  # (B, C, H, W) fp32
+    bad: tuple[str, ...]  # samples that could not be read, with the reason; their latents are zeros
+
+    def split(self, size: int) -> list[Batch]:
+        """Micro-batches of ``size`` samples."""
+        pieces = zip(*(getattr(self, name).split(size) for name in _TENSORS), strict=True)
+        return [Batch(*piece, bad=()) for piece in pieces]
+
+    def pin_memory(self) -> Batch:
+        """Called by torch's loader, so that :meth:`to` overlaps with compute."""
+        return Batch(*(getattr(self, name).pin_memory() for name in _TENSORS), bad=self.bad)
+
+    def to(self, device: torch.device) -> Batch:
+        moved = (getattr(self, name).to(device, non_blocking=True) for name in _TENSORS)
+        return Batch(*moved, bad=self.bad)
+
+
+_TENSORS = [item.name for item in fields(Batch) if item.name != "bad"]
+
+
+@dataclass(frozen=True)
+class Sample:
+    latent: np.ndarray
+    text: np.ndarray
+    u: float
+    drop: float
+    noise: np.ndarray
+    bad: str | None
+
+
+class Samples(Dataset[Sample]):
+    """Random access by :data:`Place`. Readers are opened on first use, in the worker that uses them."""
+
+    def __init__(self, index: Index, config: Config) -> None:
+        self._index, self._config = index, config
+        self._readers: dict[int, ShardReader] = {}
+
+    def __getitem__(self, place: Place) -> Sample:
+        step, position, shard, sample = (int(x) for x in place)
+        height, width = self._index.shards[shard].bucket
+        shape = (self._index.channels, height, width)
+        rng = np.random.Generator(np.random.Philox(key=[self._config.seed, step], counter=[0, 0, 0, position + 1]))
+        u, drop = rng.random(2)
+        noise = rng.standard_normal(shape, dtype=np.float32)
+        try:
+            latent, text = self._read(shard, sample, shape)
+            bad = None
+        except (UserError, OSError) as error:
+            latent, text, bad = np.zeros(shape), np.zeros((0, self._config.model.text_dim)), str(error)
+        # u is a quantile of t: 0 and 1 themselves stand for infinities.
+        return Sample(latent, text, min(max(u, 1e-9), 1 - 1e-9), drop, noise, bad)
+
+    def _read(self, shard: int, sample: int, shape: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
+        if shard not in self._readers:
+            self._readers[shard] = ShardReader(self._index.folder / self._index.shards[shard].file)
+        reader = self._readers[shard]
+        key = reader.keys[sample]
+        latent, text = reader.array(key, "latent.npy"), reader.array(key, "text.npy")
+        where = f"sample {key} of shard {reader.path}"
+        if latent.shape != shape:
+            raise UserError(f"{where} has latents {latent.shape}, its index says {shape}: prepare the data again")
+        if text.ndim != 2 or text.shape[1] != self._config.model.text_dim:
+            raise UserError(f"{where} has text {text.shape}, expected (tokens, {self._config.model.text_dim})")
+        if not (np.isfinite(latent).all() and np.isfinite(text).all()):
+            raise UserError(f"{where} has values that are not finite: prepare the data again")
+        return latent, text
+
+    def collate(self, samples: list[Sample]) -> Batch:
+        tokens, dim = self._config.model.text_tokens, self._config.model.text_dim
+        text = np.zeros((len(samples), tokens, dim), dtype=np.float32)
+        mask = np.zeros((len(samples), tokens), dtype=bool)
+        for row, sample in enumerate(samples):
+            count = min(len(sample.text), tokens)
+            text[row, :count] = sample.text[:count]
+            mask[row, :count] = True
+        dropped = np.array([sample.drop < self._config.data.caption_dropout for sample in samples])
+        dropped |= ~mask.any(1)  # a caption of no tokens is the null caption
+        return Batch(
+            latents=torch.from_numpy(np.stack([sample.latent for sample in samples]).astype(np.float32)),
+            text=torch.from_numpy(text),
+            mask=torch.from_numpy(mask),
+            dropped=torch.from_numpy(dropped),
+            u=torch.tensor([sample.u for sample in samples], dtype=torch.float64),
+            noise=torch.from_numpy(np.stack([sample.noise for sample in samples])),
+            bad=tuple(sample.bad for sample in samples if sample.bad is not None),
+        )
+
+
+class _Steps:
+    """The loader's batch sampler: this rank's places of each step from ``start`` to ``stop``."""
+
+    def __init__(self, order: SampleOrder, start: int, stop: int, share: slice) -> None:
+        self._order, self._start, self._stop, self._share = order, start, stop, share
+
+    def __iter__(self) -> Iterator[list[Place]]:
+        for step in range(self._start, self._stop):
+            places = enumerate(self._order.batch(step).tolist())
+            yield [(step, position, shard, sample) for position, (shard, sample) in places][self._share]
+
+    def __len__(self) -> int:
+        return self._stop - self._start
+
+
+def batches(index: Index, config: Config, start: int, data_rank: int, data_size: int) -> Iterator[Batch]:
+    """Batches of steps ``start`` to ``config.train.steps`` for one data-parallel rank.
+
+    Raises UserError where the data do not fit the model.
+    """
+    check_fit(index, config)
+    order = SampleOrder(index, config.seed, config.train.global_batch, config.data.shuffle_shards)
+    size = config.train.global_batch // data_size
+    steps = _Steps(order, start, config.train.steps, slice(data_rank * size, (data_rank + 1) * size))
+    dataset = Samples(index, config)
+    # The loader wants a seed of its own, though nothing here draws from it: a fixed one keeps torch's global
+    # generator untouched.
+    loader = DataLoader(
+        dataset,
+        batch_sampler=steps,  # pyright: ignore[reportArgumentType]
+        num_workers=config.data.workers,
+        collate_fn=dataset.collate,
+        pin_memory=torch.cuda.is_available(),
+        generator=torch.Generator().manual_seed(0),
+    )
+    return iter(loader)
+
+
+def check_fit(index: Index, config: Config) -> None:
+    """Raise UserError where the shards' channels, text features or buckets do not fit the model."""
+    model = config.model
+    if index.channels != model.in_channels:
+        raise UserError(f"model.in_channels={model.in_channels}, but {index.folder} has {index.channels} channels")
+    if index.text["dim"] != model.text_dim:
+        raise UserError(f"model.text_dim={model.text_dim}, but {index.folder} has text of {index.text['dim']}")
+    for shard in index.shards:
+        if any(side % model.patch_size for side in shard.bucket):
+            raise UserError(
+                f"bucket {shard.bucket} of {index.folder} is not divisible by model.patch_size={model.patch_size}"
+            )
+        tokens = shard.bucket[0] * shard.bucket[1] // model.patch_size**2
+        if config.parallel.sequence and tokens % config.parallel.tensor:
+            raise UserError(
+                f"bucket {shard.bucket} of {index.folder} has {tokens} tokens, not divisible by "
+                f"parallel.tensor={config.parallel.tensor}: set parallel.sequence=false"
+            )

@@ -1,0 +1,107 @@
+"""Where this rank keeps each parameter's fp32 master and optimizer state, in every ZeRO stage.
+
+The only place that knows DeepSpeed's partitions. A :class:`MasterShard` is a flat range of one
+tensor-parallel shard; initialisation, checkpoints and EMA all go through it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class MasterShard:
+    """Elements [start, start + numel) of a parameter's flattened tensor-parallel shard."""
+
+    start: int
+    numel: int
+    flat: Tensor  # the fp32 tensor the optimizer steps on; key of its state
+    offset: int  # where the range begins in ``flat``
+
+    def master(self) -> Tensor:
+        return self._view(self.flat.detach())
+
+    def state(self, optimizer: torch.optim.Optimizer, key: str) -> Tensor:
+        return self._view(optimizer.state[self.flat][key])
+
+    def _view(self, tensor: Tensor) -> Tensor:
+        return tensor.reshape(-1).narrow(0, self.offset, self.numel)
+
+
+class Masters:
+    """Shards by global name, for a DeepSpeed engine of any ZeRO stage. A name may have none on this rank."""
+
+    def __init__(self, engine: Any, stage: int) -> None:
+        self._zero, self._stage = engine.optimizer, stage
+        self.shards: dict[str, MasterShard] = {}
+        named = dict(engine.module.named_parameters())
+        find = {0: self._whole, 1: self._fragment, 2: self._fragment, 3: self._partition}[stage]
+        if stage == 0:
+            self._map_whole()
+        for name, p in named.items():
+            shard = find(p)
+            if shard is not None and shard.numel > 0:
+                self.shards[name] = shard
+
+    @property
+    def flats(self) -> list[Tensor]:
+        """Every tensor the optimizer steps on, once each."""
+        return list({id(shard.flat): shard.flat for shard in self.shards.values()}.values())
+
+    @torch.no_grad()
+    def publish(self) -> None:
+        """Copy the masters into the weights that compute, after they were written from outside. Collective."""
+        zero = self._zero
+        if self._stage == 0:
+            for p, master in self._masters.items():
+                p.data.copy_(master.data)
+        elif self._stage == 3:
+            zero._partition_all_parameters()
+            for group, flat in enumerate(zero.fp32_partitioned_groups_flat):
+                zero.fp16_partitioned_groups_flat[group].data.copy_(flat.data)
+                zero._unflatten_partitioned_parameters(group)
+            if zero.persistent_parameters:
+                zero.persistent_parameters[0].all_gather(zero.persistent_parameters)
+        else:
+            zero.update_lp_params()
+
+    def _map_whole(self) -> None:
+        """Stage 0: the parameter itself, or the fp32 copy DeepSpeed's bf16 wrapper steps on."""
+        zero = self._zero
+        self._masters: dict[nn.Parameter, Tensor] = {}
+        if hasattr(zero, "fp32_groups"):
+            for low, high in zip(zero.fp16_groups, zero.fp32_groups, strict=True):
+                self._masters.update(zip(low, high, strict=True))
+        else:
+            self._masters.update({p: p for group in zero.param_groups for p in group["params"]})
+
+    def _whole(self, p: nn.Parameter) -> MasterShard:
+        return MasterShard(start=0, numel=p.numel(), flat=self._masters[p], offset=0)
+
+    def _fragment(self, p: nn.Parameter) -> MasterShard | None:
+        """Stages 1 and 2: a group's parameters end to end, cut evenly over the data-parallel ranks."""
+        mapping = p._hp_mapping  # pyright: ignore[reportAttributeAccessIssue]
+        if mapping is None:
+            return None
+        ours, address = mapping.lp_fragment_address, mapping.hp_fragment_address
+        flat = self._flat_of(mapping.hp_fragment)
+        return MasterShard(start=ours.start, numel=ours.numel, flat=flat, offset=address.start)
+
+    def _flat_of(self, fragment: Tensor) -> Tensor:
+        zero = self._zero
+        flats = getattr(zero, "single_partition_of_fp32_groups", None) or zero.fp32_groups_flat_partition
+        storage = fragment.untyped_storage().data_ptr()
+        return next(flat for flat in flats if flat.untyped_storage().data_ptr() == storage)
+
+    def _partition(self, p: nn.Parameter) -> MasterShard:
+        """Stage 3: every parameter cut evenly over the data-parallel ranks, the last share padded."""
+        zero: Any = self._zero
+        group, offset, size = zero.grad_position[zero.get_param_id(p)]
+        full: int = p.ds_numel  # pyright: ignore[reportAttributeAccessIssue]
+        start = size * zero._get_param_partition_rank(p)
+        numel = max(0, min(size, full - start))
+        return MasterShard(start=start, numel=numel, flat=zero.fp32_partitioned_groups_flat[group], offset=offset)

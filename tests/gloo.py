@@ -1,0 +1,106 @@
+"""Run a function on N gloo ranks. One pool of processes serves the whole session: imports take seconds."""
+
+from __future__ import annotations
+
+import os
+import queue
+import socket
+import traceback
+from dataclasses import dataclass
+from typing import Any
+
+import torch.multiprocessing as mp
+
+SIZE = 4
+
+
+@dataclass
+class Failure:
+    text: str
+    user_error: str | None = None
+
+
+def _serve(rank, tasks, results):
+    os.environ.update(OMP_NUM_THREADS="1", DS_ACCELERATOR="cpu", LOCAL_RANK=str(rank), MASTER_ADDR="127.0.0.1")
+    import torch
+
+    torch.set_num_threads(1)
+    import megatron_dit.engine
+    from megatron_dit.errors import UserError
+    from megatron_dit.parallel.topology import connect
+
+    assert megatron_dit.engine
+    while True:
+        task = tasks.get()
+        if task is None:
+            return
+        function, args, world, port = task
+        os.environ.update(RANK=str(rank), WORLD_SIZE=str(world), MASTER_PORT=str(port))
+        try:
+            connect()
+            results.put((rank, function(*args)))
+        except UserError as error:
+            results.put((rank, Failure(traceback.format_exc(), str(error))))
+        except BaseException:
+            results.put((rank, Failure(traceback.format_exc())))
+        finally:
+            _disconnect()
+
+
+def _disconnect():
+    import deepspeed.comm.comm as ds_comm
+    import torch.distributed as dist
+    from deepspeed.utils import groups
+    from megatron.core import parallel_state
+
+    if dist.is_initialized():
+        if parallel_state.is_initialized():
+            parallel_state.destroy_model_parallel()
+        dist.destroy_process_group()
+    ds_comm.cdb = None
+    for name in ("_WORLD_GROUP", "_ZERO_PARAM_INTRA_PARALLEL_GROUP", "mpu", "mesh_device"):
+        setattr(groups, name, None)
+    for name in ("_TENSOR_MODEL_PARALLEL_GROUP", "_MODEL_PARALLEL_GROUP", "_DATA_PARALLEL_GROUP"):
+        setattr(groups, name, None)
+
+
+class Pool:
+    """``run(n, function, *args)`` returns the ranks' results in order; ``function`` is a module's own."""
+
+    def __init__(self) -> None:
+        context = mp.get_context("spawn")
+        self._tasks = [context.Queue() for _ in range(SIZE)]
+        self._results = context.Queue()
+        self._processes = [
+            context.Process(target=_serve, args=(rank, self._tasks[rank], self._results), daemon=True)
+            for rank in range(SIZE)
+        ]
+        for process in self._processes:
+            process.start()
+
+    def run(self, world: int, function: Any, *args: Any, timeout: float = 300) -> list[Any]:
+        outcomes = self.outcomes(world, function, *args, timeout=timeout)
+        failures = [f"rank {rank}:\n{out.text}" for rank, out in enumerate(outcomes) if isinstance(out, Failure)]
+        assert not failures, "\n".join(failures)
+        return outcomes
+
+    def outcomes(self, world: int, function: Any, *args: Any, timeout: float = 300) -> list[Any]:
+        """As ``run``, with a :class:`Failure` in the place of a rank that raised."""
+        with socket.socket() as sock:
+            sock.bind(("127.0.0.1", 0))
+            port = sock.getsockname()[1]
+        for rank in range(world):
+            self._tasks[rank].put((function, args, world, port))
+        outcomes: dict[int, Any] = {}
+        while len(outcomes) < world:
+            try:
+                rank, outcome = self._results.get(timeout=timeout)
+            except queue.Empty:
+                self.close()
+                raise AssertionError(f"ranks {sorted(set(range(world)) - set(outcomes))} hang") from None
+            outcomes[rank] = outcome
+        return [outcomes[rank] for rank in range(world)]
+
+    def close(self) -> None:
+        for process in self._processes:
+            process.kill()
