@@ -63,7 +63,9 @@ class Engine:
         self._dtype, mpu = DTYPES[config.train.dtype], DeepSpeedMpu()
         sharded: Any = contextlib.nullcontext()
         if config.parallel.zero_stage == 3:
-            sharded = deepspeed.zero.Init(config_dict_or_path=ds_config, mpu=mpu)
+            # Left to itself Init partitions over all ranks, which mixes different tensor-parallel shards.
+            group = topology.data_group
+            sharded = deepspeed.zero.Init(data_parallel_group=group, config_dict_or_path=ds_config, mpu=mpu)
         with sharded, torch.device(device()):
             model = build(config.model, backend)
         set_multipliers(model, self.params)

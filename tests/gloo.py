@@ -50,6 +50,8 @@ def _serve(rank, tasks, results):
 def _disconnect():
     import deepspeed.comm.comm as ds_comm
     import torch.distributed as dist
+    from deepspeed.runtime.zero.parameter_offload import DeepSpeedZeRoOffload
+    from deepspeed.runtime.zero.partition_parameters import Init
     from deepspeed.utils import groups
     from megatron.core import parallel_state
 
@@ -58,6 +60,10 @@ def _disconnect():
             parallel_state.destroy_model_parallel()
         dist.destroy_process_group()
     ds_comm.cdb = None
+    # ZeRO-3 numbers parameters and modules over the life of a process and checks that ranks agree; ranks
+    # of a pool have not all run the same tasks.
+    Init.param_id = 0
+    DeepSpeedZeRoOffload._register_deepspeed_module.__defaults__[0][0] = 0
     for name in ("_WORLD_GROUP", "_ZERO_PARAM_INTRA_PARALLEL_GROUP", "mpu", "mesh_device"):
         setattr(groups, name, None)
     for name in ("_TENSOR_MODEL_PARALLEL_GROUP", "_MODEL_PARALLEL_GROUP", "_DATA_PARALLEL_GROUP"):
@@ -93,11 +99,13 @@ class Pool:
             self._tasks[rank].put((function, args, world, port))
         outcomes: dict[int, Any] = {}
         while len(outcomes) < world:
+            failed = [out.text for out in outcomes.values() if isinstance(out, Failure)]
             try:
-                rank, outcome = self._results.get(timeout=timeout)
+                rank, outcome = self._results.get(timeout=20 if failed else timeout)
             except queue.Empty:
                 self.close()
-                raise AssertionError(f"ranks {sorted(set(range(world)) - set(outcomes))} hang") from None
+                waiting = sorted(set(range(world)) - set(outcomes))
+                raise AssertionError("\n".join([f"ranks {waiting} hang", *failed])) from None
             outcomes[rank] = outcome
         return [outcomes[rank] for rank in range(world)]
 
