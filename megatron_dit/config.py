@@ -305,6 +305,13 @@ def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -
         raise UserError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
 
 
+def config_from_dict(values: dict[str, Any]) -> Config:
+    """The config that ``dataclasses.asdict`` gave, validated anew."""
+    schema = OmegaConf.structured(Config)
+    with flag_override(schema, "readonly", False):
+        return OmegaConf.to_object(OmegaConf.merge(schema, OmegaConf.create(values)))  # pyright: ignore
+
+
 def save_config(config: Config, path: Path) -> None:
     """Write the resolved config as YAML."""
     path.write_text(yaml.safe_dump(asdict(config), sort_keys=False))

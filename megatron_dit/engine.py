@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import io
 import logging
-import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -27,10 +26,6 @@ from megatron_dit.parallel.cpu import device
 from megatron_dit.parallel.layers import Backend
 from megatron_dit.parallel.masters import Masters, MasterShard
 from megatron_dit.parallel.topology import DeepSpeedMpu, Topology
-
-if not torch.cuda.is_available():
-    os.environ.setdefault("DS_ACCELERATOR", "cpu")
-os.environ.setdefault("DS_LOG_LEVEL", "error")
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 

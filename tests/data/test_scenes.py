@@ -127,13 +127,15 @@ def test_held_out_combinations_are_disjoint_from_training() -> None:
     assert len(singles) == 16
     assert not singles & {parse_caption(scene.caption) for scene in training}
     paired = {(each,) for scene in training if " and " in scene.caption for each in scene.objects}
-    assert paired <= placed and not singles & paired
+    assert paired <= placed
+    assert not singles & paired
 
 
 def test_share_held_out_of_each_kind() -> None:
     for kept, held in zip(combinations(False), combinations(True), strict=True):
         assert 0.15 <= len(held) / (len(held) + len(kept)) <= 0.20
-        assert all(is_held_out(each) for each in held) and not any(is_held_out(each) for each in kept)
+        assert all(is_held_out(each) for each in held)
+        assert not any(is_held_out(each) for each in kept)
 
 
 def test_words_and_kinds_are_all_seen_in_training() -> None:

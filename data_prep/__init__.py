@@ -1,0 +1,1 @@
+"""``python -m data_prep``: pictures and captions to shards of latents and text features."""

@@ -1,0 +1,64 @@
+"""``python -m data_prep demo FOLDER`` and ``python -m data_prep encode SOURCE FOLDER``."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from dataclasses import asdict
+from pathlib import Path
+
+from data_prep.build import demo, encode
+from megatron_dit.cli import Parser
+from megatron_dit.errors import UserError
+
+
+def main(arguments: list[str]) -> int:
+    parser = Parser(prog="python -m data_prep", description="Pictures and captions to shards of latents and text.")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=Parser)
+
+    def add(name: str, text: str, example: str) -> Parser:
+        command = commands.add_parser(
+            name,
+            help=text,
+            description=text,
+            epilog=f"example: python -m data_prep {example}",
+            formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        )
+        command.add_argument("--json", metavar="FILE", help="write the figures here")
+        return command
+
+    embedded = add("demo", "Draw the embedded dataset of captioned scenes.", "demo data/scenes")
+    embedded.add_argument("folder", type=Path, help="folder to make")
+    embedded.add_argument("--pictures", type=int, default=20000, help="number of pictures")
+    embedded.add_argument("--seed", type=int, default=0, help="seed of the scenes and the tiny T5")
+
+    real = add("encode", "Encode webdataset shards of pictures and captions.", "encode 'photos/*.tar' data/photos")
+    real.add_argument("source", help="glob of tars with KEY.jpg|png and KEY.txt")
+    real.add_argument("folder", type=Path, help="folder to make")
+    real.add_argument("--size", type=int, default=256, help="side of the square pictures, in pixels")
+    real.add_argument("--text-encoder", default="tiny", help="T5 folder or hub name; tiny: a random one is built")
+    real.add_argument("--tokens", type=int, default=120, help="text tokens kept of a caption")
+    real.add_argument("--vae", default="pixels", help="AutoencoderKL folder or hub name; pixels: none")
+    try:
+        parsed = parser.parse_args(arguments)
+        if parsed.command == "demo":
+            if parsed.pictures < 1:
+                raise UserError(f"--pictures {parsed.pictures}: expected at least 1")
+            index = demo(parsed.folder, parsed.pictures, parsed.seed)
+        else:
+            index = encode(
+                parsed.source, parsed.folder, parsed.size, parsed.text_encoder, parsed.vae, parsed.tokens
+            )
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print(f"wrote {index.samples} samples in {len(index.shards)} shards to {parsed.folder}")
+    if parsed.json:
+        figures = {"samples": index.samples, "shards": [asdict(shard) for shard in index.shards]}
+        Path(parsed.json).write_text(json.dumps(figures, indent=1) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,166 @@
+"""Pictures and captions through the codec and the text encoder into shards."""
+
+from __future__ import annotations
+
+import io
+import itertools
+import json
+import shutil
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import webdataset as wds
+from PIL import Image
+
+from data_prep.tiny_t5 import build_tiny_t5
+from megatron_dit.data import scenes
+from megatron_dit.data.codec import open_codec
+from megatron_dit.data.shards import INDEX, Index, write_index, write_shard
+from megatron_dit.data.text import TextEncoder
+from megatron_dit.errors import UserError
+from megatron_dit.parallel.cpu import device
+from megatron_dit.progress import ProgressBar
+
+BATCH = 256
+
+
+@dataclass(frozen=True)
+class Example:
+    key: str
+    picture: np.ndarray  # (H, W, 3) uint8
+    caption: str
+    meta: dict[str, Any] = field(default_factory=dict)
+
+
+def demo(folder: Path, pictures: int, seed: int) -> Index:
+    """The embedded dataset: ``pictures`` drawn scenes on 16 x 16 pixels, none of a held-out combination."""
+    builder = _start(folder)
+    build_tiny_t5(builder / "text_encoder", [" ".join(scenes.vocabulary())], seed=seed)
+
+    def draw() -> Iterator[Example]:
+        for i in range(pictures):
+            rng = np.random.Generator(np.random.Philox(key=[seed, i]))
+            scene = scenes.draw_scene(rng)
+            yield Example(f"{i:09d}", scenes.render(scene, rng), scene.caption)
+
+    return _build(builder, folder, draw(), pictures, text="text_encoder", tokens=24, codec={"kind": "pixels"}, side=scenes.SIDE)
+
+
+def encode(source: str, folder: Path, size: int, text_encoder: str, vae: str, tokens: int) -> Index:
+    """Webdataset shards of pictures and ``.txt`` captions (img2dataset's layout), resized and centre-cropped.
+
+    ``text_encoder`` "tiny" builds a random one from the captions' words; ``vae`` "pixels" keeps the pixels.
+    Transparent pictures are laid on white.
+    """
+    paths = sorted(Path().glob(source) if not source.startswith("/") else Path("/").glob(source[1:]))
+    if not paths:
+        raise UserError(f"source {source!r} names no files: give a glob of tars, such as 'photos/*.tar'")
+    builder = _start(folder)
+    captions = [caption for _, _, caption, _ in _read(paths)]
+    if not captions:
+        raise UserError(f"source {source!r} holds no picture with a caption: expected KEY.jpg or .png beside KEY.txt")
+    text = text_encoder
+    if text_encoder == "tiny":
+        text = "text_encoder"
+        build_tiny_t5(builder / text, captions, seed=0, max_tokens=tokens)
+    codec = {"kind": "pixels"} if vae == "pixels" else {"kind": "vae", "path": vae}
+    examples = (
+        Example(f"{i:09d}", _fit(picture, size), caption, {**meta, "source_key": key})
+        for i, (key, picture, caption, meta) in enumerate(_read(paths))
+    )
+    return _build(builder, folder, examples, len(captions), text=text, tokens=tokens, codec=codec, side=size)
+
+
+def _start(folder: Path) -> Path:
+    """A fresh folder aside, which becomes ``folder`` when all is written."""
+    if folder.exists():
+        raise UserError(f"{folder} exists: give a new folder or delete it")
+    aside = folder.with_name(folder.name + ".part")
+    shutil.rmtree(aside, ignore_errors=True)
+    aside.mkdir(parents=True)
+    return aside
+
+
+def _build(
+    aside: Path,
+    folder: Path,
+    examples: Iterable[Example],
+    total: int,
+    *,
+    text: str,
+    tokens: int,
+    codec: dict[str, Any],
+    side: int,
+    per_shard: int = 2500,
+) -> Index:
+    local = aside / text
+    encoder = TextEncoder(str(local) if local.is_dir() else text, tokens, device())
+    pictures = open_codec(codec, device())
+    if side % pictures.scale:
+        raise UserError(f"pictures of {side} pixels: the codec needs a multiple of {pictures.scale}")
+    bucket = (side // pictures.scale, side // pictures.scale)
+    shards = []
+
+    def encoded(bar: ProgressBar, share: Iterator[Example]) -> Iterator[dict[str, Any]]:
+        while group := list(itertools.islice(share, BATCH)):
+            batch = torch.from_numpy(np.stack([example.picture for example in group])).permute(0, 3, 1, 2)
+            latents = pictures.encode(batch).half().numpy()
+            features = encoder.encode([example.caption for example in group])
+            for example, latent, feature in zip(group, latents, features, strict=True):
+                yield {
+                    "__key__": example.key,
+                    "latent.npy": _npy(latent),
+                    "text.npy": _npy(feature.half().numpy()),
+                    "txt": example.caption,
+                    "json": json.dumps(example.meta).encode(),
+                }
+                bar.advance()
+
+    with ProgressBar("encode", total) as bar:
+        stream = iter(examples)
+        for number in range(-(-total // per_shard)):
+            share = itertools.islice(stream, per_shard)
+            shards.append(write_shard(aside / f"{number:05d}.tar", encoded(bar, share), bucket))
+    described = {"encoder": text, "dim": encoder.dim, "tokens": tokens}
+    index = Index(
+        folder=aside,
+        shards=tuple(shards),
+        channels=pictures.channels,
+        text=described,
+        codec=codec,
+    )
+    write_index(index)
+    aside.replace(folder)
+    assert (folder / INDEX).is_file()
+    return index
+
+
+def _read(paths: list[Path]) -> Iterator[tuple[str, bytes, str, dict[str, Any]]]:
+    """(key, picture bytes, caption, json) of each captioned picture; nothing is decoded."""
+    for path in paths:
+        for sample in wds.WebDataset(str(path), shardshuffle=False, empty_check=False):
+            picture = next((sample[kind] for kind in ("png", "jpg", "jpeg", "webp") if kind in sample), None)
+            caption = sample.get("txt", b"").decode("utf-8", errors="replace").strip()
+            if picture is not None and caption:
+                yield sample["__key__"], picture, caption, json.loads(sample.get("json", b"{}"))
+
+
+def _fit(data: bytes, size: int) -> np.ndarray:
+    """Decode, lay on white, resize the shorter side to ``size`` and crop the centre: (size, size, 3) uint8."""
+    picture = Image.open(io.BytesIO(data)).convert("RGBA")
+    picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture).convert("RGB")
+    scale = size / min(picture.size)
+    width, height = (max(size, round(side * scale)) for side in picture.size)
+    picture = picture.resize((width, height), Image.Resampling.LANCZOS)
+    left, top = (width - size) // 2, (height - size) // 2
+    return np.asarray(picture.crop((left, top, left + size, top + size)))
+
+
+def _npy(array: np.ndarray) -> bytes:
+    buffer = io.BytesIO()
+    np.save(buffer, array, allow_pickle=False)
+    return buffer.getvalue()

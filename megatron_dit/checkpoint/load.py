@@ -1,0 +1,51 @@
+"""Finding a checkpoint and restoring an engine from it."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from megatron_dit.checkpoint.format import MANIFEST, STATE, CheckpointReader, Torn
+from megatron_dit.checkpoint.save import PREFIX
+from megatron_dit.errors import UserError
+from megatron_dit.optimizer import STATE_KEYS
+
+if TYPE_CHECKING:
+    from megatron_dit.engine import Engine
+
+
+def newest(folder: Path) -> tuple[CheckpointReader | None, list[str]]:
+    """The newest whole checkpoint under ``folder`` (None if there is none), and what was wrong with newer ones."""
+    torn = []
+    for path in sorted(folder.glob(PREFIX + "*"), reverse=True):
+        if path.suffix != ".part":
+            try:
+                return CheckpointReader(path), torn
+            except Torn as error:
+                torn.append(f"checkpoint {path.name} is torn and passed over ({error})")
+    return None, torn
+
+
+def open_checkpoint(path: str | Path) -> CheckpointReader:
+    """A checkpoint by its own folder, or the newest of a run's folder. Raises UserError if there is none."""
+    path = Path(path)
+    if not path.is_dir():
+        raise UserError(f"checkpoint {path} does not exist: give a run's folder or one of its checkpoints/step_*")
+    if (path / MANIFEST).is_file():
+        try:
+            return CheckpointReader(path)
+        except Torn as error:
+            raise UserError(f"checkpoint {path} is torn ({error}): use an older one beside it") from None
+    reader, torn = newest(path / "checkpoints")
+    if reader is None:
+        detail = f" ({'; '.join(torn)})" if torn else ""
+        raise UserError(f"{path} holds no whole checkpoint{detail}: give a run's folder or a checkpoints/step_*")
+    return reader
+
+
+def restore(engine: Engine, reader: CheckpointReader) -> None:
+    """Masters, moments, EMA and step, into whatever layout the engine has. Collective."""
+    reader.check({name: param.shape for name, param in engine.params.items()})
+    engine.load({key: partial(reader.full, key) for key in (STATE, *STATE_KEYS)})
+    engine.resume_at(reader.step, reader.manifest["adam_steps"])

@@ -1,0 +1,241 @@
+"""The command line: ``megatron-dit COMMAND``, equal to ``python -m megatron_dit COMMAND``.
+
+Exit status 0: good; 1: a check failed; 2: the user's mistake, told in one line.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, NoReturn
+
+from megatron_dit.errors import UserError
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        """One line, as every other mistake of the user's."""
+        raise UserError(f"{message} (see {self.prog} --help)")
+
+
+def main() -> NoReturn:
+    sys.exit(run(sys.argv[1:]))
+
+
+def run(arguments: list[str]) -> int:
+    """Run one command; returns the exit status."""
+    try:
+        parsed = _parser().parse_args(_without_launcher_flags(arguments))
+        return parsed.run(parsed)
+    except UserError as error:
+        if os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0":
+            print(f"error: {error}", file=sys.stderr)
+        return _leave(2)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+
+
+def _leave(status: int) -> int:
+    """Leave at once in a multi-rank job: teardown would wait for collectives that will never come."""
+    if os.environ.get("WORLD_SIZE", "1") != "1":
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+    return status
+
+
+def _without_launcher_flags(arguments: list[str]) -> list[str]:
+    """Drop the ``--local_rank=N`` that the deepspeed launcher adds (it sets LOCAL_RANK too)."""
+    return [item for item in arguments if not item.startswith(("--local_rank", "--local-rank"))]
+
+
+def _parser() -> Parser:
+    parser = Parser(prog="megatron-dit", description="Pretrain diffusion Transformers at scale, tuned by μTransfer.")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND", parser_class=Parser)
+
+    def add(name: str, text: str, example: str, function: Any) -> Parser:
+        command = commands.add_parser(
+            name,
+            help=text,
+            description=text,
+            epilog=f"example: megatron-dit {example}",
+            formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        )
+        command.set_defaults(run=function)
+        if name != "verify-layout":
+            command.add_argument("--json", metavar="FILE", help="write the figures here")
+        return command
+
+    train = add("train", "Train, or go on where the run's folder stopped.", "train configs/quickstart.yaml", _train)
+    _config_arguments(train)
+    train.add_argument("--procs", type=int, default=1, metavar="N", help="ranks to start on this machine")
+    train.add_argument("--dry-run", action="store_true", help="print the resolved config and what is made from it")
+
+    verify = add(
+        "verify", "Compare the first steps in each layout with one process.", "verify configs/quickstart.yaml", _verify
+    )
+    _config_arguments(verify)
+    verify.add_argument("--layouts", metavar="A,B", help="comma-separated layouts (all)")
+    verify.add_argument("--steps", type=int, default=10, help="steps to run")
+    layout = add("verify-layout", "One layout of verify; it starts this itself.", "verify-layout FOLDER", _verify_layout)
+    layout.add_argument("folder", type=Path)
+
+    sample = add(
+        "sample",
+        "Draw pictures with a checkpoint.",
+        'sample runs/quickstart --prompt "a red circle at the top left" --out grid.png',
+        _sample,
+    )
+    _checkpoint_arguments(sample)
+    sample.add_argument("--prompt", action="append", required=True, help="a caption; repeat for more pictures")
+    sample.add_argument("--out", type=Path, default=Path("grid.png"), help="the grid's PNG")
+    sample.add_argument("--size", metavar="HxW", help="height and width in pixels (the training size)")
+
+    evaluate = add(
+        "evaluate", "Score held-out prompts of the embedded data.", "evaluate runs/quickstart --prompts 64", _evaluate
+    )
+    _checkpoint_arguments(evaluate)
+    evaluate.add_argument("--prompts", type=int, default=64, help="number of held-out prompts")
+    evaluate.add_argument("--out", type=Path, help="the grid's PNG (samples.png beside the checkpoint's run)")
+    evaluate.add_argument("--at-least", type=float, default=0.0, help="share below which the exit status is 1")
+    return parser
+
+
+def _config_arguments(command: Parser) -> None:
+    command.add_argument("config", help="YAML file")
+    command.add_argument("overrides", nargs="*", metavar="a.b=v", help="dotted overrides of the config")
+
+
+def _checkpoint_arguments(command: Parser) -> None:
+    command.add_argument("checkpoint", help="a run's folder (its newest checkpoint) or one checkpoint")
+    command.add_argument("--seed", type=int, default=0, help="seed of the noise, with the prompt")
+    command.add_argument("--solver", help="euler | dpm++ | ddim (the config's)")
+    command.add_argument("--steps", type=int, help="solver steps (the config's)")
+    command.add_argument("--guidance", type=float, help="classifier-free guidance scale (the config's)")
+    command.add_argument("--raw", action="store_true", help="use the raw weights instead of their EMA")
+    command.add_argument("--data", help="folder of shards that names codec and text encoder (the config's)")
+
+
+def _train(arguments: argparse.Namespace) -> int:
+    from megatron_dit.config import load_config
+
+    config = load_config(arguments.config, arguments.overrides)
+    if arguments.procs < 1:
+        raise UserError(f"--procs {arguments.procs}: expected at least 1")
+    launched = "RANK" in os.environ or "SLURM_PROCID" in os.environ
+    if arguments.procs > 1 and launched:
+        raise UserError(f"--procs {arguments.procs}: a launcher started this rank already, leave --procs out")
+    if arguments.dry_run:
+        return _dry_run(arguments, config)
+    if arguments.procs > 1:
+        from megatron_dit.launch import run_ranks
+
+        config.data_parallel(arguments.procs)
+        words = ["train", arguments.config, *arguments.overrides]
+        return run_ranks([*words, *(["--json", arguments.json] if arguments.json else [])], arguments.procs)
+    from megatron_dit.trainer import train
+
+    _write_json(arguments, train(config))
+    return 0
+
+
+def _dry_run(arguments: argparse.Namespace, config: Any) -> int:
+    import yaml
+
+    from megatron_dit.config import deepspeed_config
+    from megatron_dit.models import build_unsharded
+    from megatron_dit.mup.shapes import describe
+
+    ranks = config.data_parallel(arguments.procs)
+    params = describe(build_unsharded, config)
+    numel = [math.prod(param.shape) for param in params.values()]
+    figures = {"parameters": sum(numel), "data_parallel": ranks, "deepspeed": deepspeed_config(config, ranks)}
+    print(yaml.safe_dump(asdict(config), sort_keys=False).rstrip())
+    print("---")
+    print(yaml.safe_dump(figures, sort_keys=False).rstrip())
+    _write_json(arguments, figures)
+    return 0
+
+
+def _verify(arguments: argparse.Namespace) -> int:
+    from megatron_dit.verify import LAYOUTS, verify
+
+    names = arguments.layouts.split(",") if arguments.layouts else list(LAYOUTS)
+    results = verify(arguments.config, arguments.overrides, names, arguments.steps)
+    _write_json(arguments, {row.layout: {**asdict(row), "good": row.good} for row in results})
+    return 0 if all(row.good for row in results) else 1
+
+
+def _verify_layout(arguments: argparse.Namespace) -> int:
+    from megatron_dit.verify import verify_layout
+
+    verify_layout(arguments.folder)
+    return 0
+
+
+def _sample(arguments: argparse.Namespace) -> int:
+    from megatron_dit.sampling.grid import save_grid
+
+    size = _size(arguments.size)
+    pictures = _draw(arguments, arguments.prompt, size)
+    save_grid(pictures, arguments.prompt, arguments.out)
+    print(f"wrote {len(pictures)} pictures to {arguments.out}")
+    _write_json(arguments, {"prompts": arguments.prompt, "out": str(arguments.out), "seed": arguments.seed})
+    return 0
+
+
+def _evaluate(arguments: argparse.Namespace) -> int:
+    from megatron_dit.data.scenes import held_out_captions
+    from megatron_dit.evaluation.scenes import score_pictures
+    from megatron_dit.sampling.grid import save_grid
+
+    try:
+        prompts = held_out_captions(arguments.prompts, seed=0)
+    except ValueError as error:
+        raise UserError(f"--prompts {arguments.prompts}: {error}") from None
+    score = score_pictures(_draw(arguments, prompts, None), prompts)
+    out = arguments.out or _run_of(Path(arguments.checkpoint)) / "samples.png"
+    save_grid(score.pictures, prompts, out, ["darkgreen" if right else "firebrick" for right in score.right])
+    right, total = sum(score.right), len(score.right)
+    print(f"score: {right} of {total} held-out prompts drawn right ({100 * score.share:.1f}%), pictures in {out}")
+    _write_json(arguments, {"right": right, "prompts": total, "share": score.share})
+    return 0 if score.share >= arguments.at_least else 1
+
+
+def _draw(arguments: argparse.Namespace, prompts: list[str], size: tuple[int, int] | None) -> Any:
+    from megatron_dit.sampling.generate import Sampler
+
+    sampler = Sampler(arguments.checkpoint, data=arguments.data, ema=not arguments.raw)
+    return sampler.draw(
+        prompts,
+        seed=arguments.seed,
+        size=size,
+        solver=arguments.solver,
+        steps=arguments.steps,
+        guidance=arguments.guidance,
+    )
+
+
+def _run_of(checkpoint: Path) -> Path:
+    return checkpoint.parent.parent if checkpoint.parent.name == "checkpoints" else checkpoint
+
+
+def _size(text: str | None) -> tuple[int, int] | None:
+    if text is None:
+        return None
+    height, _, width = text.partition("x")
+    if not (height.isdecimal() and width.isdecimal()):
+        raise UserError(f"--size {text}: expected HEIGHTxWIDTH in pixels, such as 256x384")
+    return int(height), int(width)
+
+
+
+def _write_json(arguments: argparse.Namespace, figures: Any) -> None:
+    if arguments.json and os.environ.get("RANK", "0") == "0":
+        Path(arguments.json).write_text(json.dumps(figures, indent=1) + "\n")

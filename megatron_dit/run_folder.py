@@ -1,0 +1,78 @@
+"""A run's folder: its resolved config, metrics, TensorBoard events and the loss picture."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from megatron_dit.config import Config, first_difference, load_config, save_config
+from megatron_dit.errors import UserError
+
+CONFIG = "config.yaml"
+
+
+class RunFolder:
+    """Made by every rank (it only reads); rank 0 alone calls the writing methods."""
+
+    def __init__(self, config: Config) -> None:
+        """Raises UserError where the folder holds another run, or something that is no run."""
+        self.path = Path(config.run_dir)
+        self.checkpoints = self.path / "checkpoints"
+        self._config = config
+        saved = self.path / CONFIG
+        if saved.is_file():
+            difference = first_difference(load_config(saved), config)
+            if difference is not None:
+                raise UserError(f"{self.path} holds another run ({difference}): set run_dir to a new folder")
+        elif self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir())):
+            raise UserError(f"run_dir={self.path} exists and is no run of ours: set run_dir to a new folder")
+
+    def open(self, step: int) -> None:
+        """Create the folder, write the config, and drop metrics that a run resumed at ``step`` will write anew."""
+        from torch.utils.tensorboard import SummaryWriter
+
+        self.path.mkdir(parents=True, exist_ok=True)
+        save_config(self._config, self.path / CONFIG)
+        kept = [line for line in self.metrics() if line["step"] <= step]
+        path = self.path / "metrics.jsonl"
+        part = path.with_suffix(".part")
+        part.write_text("".join(json.dumps(line) + "\n" for line in kept))
+        part.replace(path)
+        self._file = path.open("a", buffering=1)
+        self._board = SummaryWriter(str(self.path / "tensorboard"), purge_step=step + 1)
+
+    def log(self, step: int, figures: dict[str, Any]) -> None:
+        """Add a line to metrics.jsonl and TensorBoard; None stands for a figure that is not finite."""
+        self._file.write(json.dumps({"step": step, **figures}) + "\n")
+        for name, value in figures.items():
+            if value is not None:
+                self._board.add_scalar(f"train/{name}", value, step)
+
+    def metrics(self) -> list[dict[str, Any]]:
+        """The logged lines; a last line cut short by a kill is left out."""
+        path = self.path / "metrics.jsonl"
+        lines = path.read_text().splitlines() if path.is_file() else []
+        return [json.loads(line) for line in lines if line.endswith("}")]
+
+    def plot(self) -> None:
+        """Draw loss.png: loss and gradient norm over steps."""
+        from matplotlib.figure import Figure
+
+        lines = [line for line in self.metrics() if line["loss"] is not None and line["grad_norm"] is not None]
+        steps = [line["step"] for line in lines]
+        figure = Figure(figsize=(8, 5), layout="constrained")
+        upper, lower = figure.subplots(2, sharex=True, height_ratios=(2, 1))
+        upper.plot(steps, [line["loss"] for line in lines], linewidth=1)
+        upper.set_ylabel("loss")
+        upper.set_title(str(self.path))
+        lower.plot(steps, [line["grad_norm"] for line in lines], linewidth=1, color="tab:orange")
+        lower.set_yscale("log")
+        lower.set(xlabel="step", ylabel="gradient norm")
+        for axes in (upper, lower):
+            axes.grid(alpha=0.3)
+        figure.savefig(self.path / "loss.png", dpi=120)
+
+    def close(self) -> None:
+        self._file.close()
+        self._board.close()

@@ -1,0 +1,112 @@
+"""Pictures from a checkpoint: one process, whatever layout wrote it."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from megatron_dit.checkpoint.format import CheckpointReader
+from megatron_dit.checkpoint.load import open_checkpoint
+from megatron_dit.config import Config, config_from_dict
+from megatron_dit.data.codec import open_codec
+from megatron_dit.data.shards import read_index
+from megatron_dit.data.text import TextEncoder, pad
+from megatron_dit.errors import UserError
+from megatron_dit.models import build_unsharded
+from megatron_dit.mup.init import set_multipliers
+from megatron_dit.mup.shapes import describe
+from megatron_dit.parallel.cpu import device
+from megatron_dit.parallel.topology import connect
+from megatron_dit.progress import ProgressBar
+from megatron_dit.sampling.solvers import guide, scheduler_for, solve
+
+
+def load_model(reader: CheckpointReader, config: Config, *, ema: bool = True) -> nn.Module:
+    """The unsharded model with a checkpoint's EMA (or raw) weights, multipliers set, in evaluation mode."""
+    connect()
+    params = describe(build_unsharded, config)
+    reader.check({name: param.shape for name, param in params.items()})
+    with torch.device(device()):
+        model = build_unsharded(config.model)
+    set_multipliers(model, params)
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            p.copy_(reader.full("ema" if ema else "master", name))
+    return model.eval()
+
+
+def noise_of(prompt: str, copy: int, seed: int, shape: tuple[int, ...]) -> Tensor:
+    """Initial noise of a prompt's ``copy``-th picture: it does not depend on the batch it is drawn in."""
+    digest = hashlib.sha256(f"{seed}/{copy}/{prompt}".encode()).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+    return torch.randn(shape, generator=generator)
+
+
+class Sampler:
+    """Draws prompts with one checkpoint. ``data`` overrides the folder that names its codec and text encoder."""
+
+    def __init__(self, checkpoint: str | Path, *, data: str | None = None, ema: bool = True) -> None:
+        reader = open_checkpoint(checkpoint)
+        self.config = config_from_dict(reader.manifest["config"])
+        self.step = reader.step
+        index = read_index(data or self.config.data.path)
+        model = self.config.model
+        self._text = TextEncoder(index.text_encoder, model.text_tokens, device())
+        if self._text.dim != model.text_dim:
+            raise UserError(f"text encoder {index.text_encoder} has {self._text.dim} features, not {model.text_dim}")
+        self.codec = open_codec(index.codec, device())
+        self.model = load_model(reader, self.config, ema=ema)
+
+    def draw(
+        self,
+        prompts: Sequence[str],
+        *,
+        seed: int = 0,
+        size: tuple[int, int] | None = None,
+        solver: str | None = None,
+        steps: int | None = None,
+        guidance: float | None = None,
+        batch: int = 64,
+        show: bool = True,
+    ) -> np.ndarray:
+        """Pictures (N, H, W, 3) uint8. ``size`` is (height, width) in pixels; the rest defaults to the config's.
+
+        The k-th occurrence of a prompt gets the k-th noise of (seed, prompt).
+        """
+        model, defaults = self.config.model, self.config.sampling
+        chosen = replace(
+            defaults,
+            solver=defaults.solver if solver is None else solver,
+            steps=defaults.steps if steps is None else steps,
+            guidance=defaults.guidance if guidance is None else guidance,
+        )
+        config = replace(self.config, sampling=chosen)  # validated anew
+        shape = (model.in_channels, *self._latent_size(size))
+        copies = [list(prompts[:i]).count(prompt) for i, prompt in enumerate(prompts)]
+        noise = torch.stack([noise_of(p, c, seed, shape) for p, c in zip(prompts, copies, strict=True)])
+        text, mask = pad(self._text.encode(prompts), model.text_tokens)
+        pictures = []
+        groups = range(0, len(prompts), batch)
+        with ProgressBar("sample", len(groups) * chosen.steps, show=show) as bar:
+            for i in groups:
+                x, words, real = (item[i : i + batch].to(device()) for item in (noise, text, mask))
+                guided = guide(self.model, words, real, chosen.guidance, model.in_channels)
+                scheduler = scheduler_for(config, chosen.solver)
+                latents = solve(guided, x, scheduler, chosen.steps, bar.advance)
+                pictures.append(self.codec.decode(latents.cpu()).permute(0, 2, 3, 1))
+        return torch.cat(pictures).numpy()
+
+    def _latent_size(self, size: tuple[int, int] | None) -> tuple[int, int]:
+        model = self.config.model
+        if size is None:
+            return model.sample_size, model.sample_size
+        multiple = self.codec.scale * model.patch_size
+        if any(side % multiple or side <= 0 for side in size):
+            raise UserError(f"--size {size[0]}x{size[1]}: expected positive multiples of {multiple} pixels")
+        return size[0] // self.codec.scale, size[1] // self.codec.scale

@@ -1,0 +1,37 @@
+"""A grid of pictures, each prompt under its picture."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from matplotlib.figure import Figure
+
+
+def save_grid(
+    pictures: np.ndarray, captions: Sequence[str], path: Path, colours: Sequence[str] | None = None
+) -> None:
+    """Write (N, H, W, 3) uint8 pictures as a PNG; ``colours`` are those of the captions."""
+    columns = min(8, math.ceil(math.sqrt(len(pictures))))
+    rows = math.ceil(len(pictures) / columns)
+    figure = Figure(figsize=(1.7 * columns, 2.0 * rows), layout="constrained")
+    cells = figure.subplots(rows, columns, squeeze=False).ravel()
+    for cell in cells:
+        cell.axis("off")
+    for i, (cell, picture, caption) in enumerate(zip(cells, pictures, captions, strict=False)):
+        cell.imshow(picture, interpolation="nearest")
+        colour = colours[i] if colours else "black"
+        cell.set_title(_wrap(caption), y=-0.02, va="top", fontsize=7, color=colour)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=110)
+
+
+def _wrap(caption: str, width: int = 24) -> str:
+    lines = [""]
+    for word in caption.split():
+        if len(lines[-1]) + len(word) >= width:
+            lines.append("")
+        lines[-1] = f"{lines[-1]} {word}".strip()
+    return "\n".join(lines)

@@ -1,0 +1,59 @@
+"""Samplers: small functions of (velocity or ε, noise) over diffusers' schedulers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from diffusers.schedulers import DDIMScheduler, DPMSolverMultistepScheduler, FlowMatchEulerDiscreteScheduler
+from torch import Tensor
+
+from megatron_dit.config import SOLVERS_OF, Config
+from megatron_dit.objectives.ddpm import SCHEDULE
+
+Model = Callable[[Tensor, Tensor], Tensor]  # (x (B, C, H, W), t (B,) in [0, 1000]) -> (B, C, H, W)
+
+
+def scheduler_for(config: Config, solver: str) -> Any:
+    """The diffusers scheduler of ``solver``; ``auto`` is the objective's first."""
+    if solver == "auto":
+        solver = SOLVERS_OF[config.objective.kind][0]
+    if solver == "euler":
+        return FlowMatchEulerDiscreteScheduler(shift=config.objective.shift)
+    if solver == "ddim":
+        return DDIMScheduler(**SCHEDULE, clip_sample=False)
+    assert solver == "dpm++", solver
+    return DPMSolverMultistepScheduler(**SCHEDULE, algorithm_type="dpmsolver++", solver_order=2)
+
+
+@torch.no_grad()
+def solve(model: Model, noise: Tensor, scheduler: Any, steps: int, each_step: Callable[[], None]) -> Tensor:
+    """Latents from ``noise`` (B, C, H, W) in ``steps`` steps of a diffusers scheduler."""
+    scheduler.set_timesteps(steps)
+    x = noise * scheduler.init_noise_sigma if hasattr(scheduler, "init_noise_sigma") else noise
+    for t in scheduler.timesteps:
+        prediction = model(x, t.expand(len(x)).to(x.device))
+        x = scheduler.step(prediction, t, x, return_dict=False)[0]
+        each_step()
+    return x
+
+
+def guide(model: Callable[..., Tensor], text: Tensor, mask: Tensor, scale: float, channels: int) -> Model:
+    """Classifier-free guidance (arXiv 2207.12598): null + scale * (conditional - null).
+
+    text (B, T, text_dim), mask (B, T). A learned variance (outputs beyond ``channels``) is cut off.
+    """
+    batch = len(text)
+
+    def conditional(x: Tensor, t: Tensor) -> Tensor:
+        keep = torch.zeros(batch, dtype=torch.bool, device=x.device)
+        return model(x, t, text, mask, keep)[:, :channels]
+
+    def guided(x: Tensor, t: Tensor) -> Tensor:
+        dropped = torch.arange(2 * batch, device=x.device) >= batch
+        doubled = (torch.cat([item, item]) for item in (x, t, text, mask))
+        with_text, without = model(*doubled, dropped)[:, :channels].chunk(2)
+        return without + scale * (with_text - without)
+
+    return conditional if scale == 1 else guided

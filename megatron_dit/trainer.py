@@ -1,0 +1,155 @@
+"""The training loop: fetch, step, log, save."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from types import FrameType
+from typing import Any
+
+import torch
+
+from megatron_dit.checkpoint.load import newest, restore
+from megatron_dit.checkpoint.save import prune, save
+from megatron_dit.config import Config
+from megatron_dit.data.shards import Index, check_shards, read_index
+from megatron_dit.data.stream import batches
+from megatron_dit.engine import Engine, StepMetrics
+from megatron_dit.errors import UserError
+from megatron_dit.parallel.topology import agree, build_topology, connect
+from megatron_dit.progress import ProgressBar
+from megatron_dit.run_folder import RunFolder
+
+
+def train(config: Config) -> dict[str, Any]:
+    """Train to ``config.train.steps``, resuming what the run's folder holds. Collective.
+
+    Returns the run's figures: the step reached, the last logged metrics, and whether it was stopped by
+    SIGTERM or Ctrl-C, which save and leave.
+    """
+    stop_signal = StopSignal()
+    connect()
+    topology = build_topology(config)
+    use_threads(config)
+    run, index = _prepare(config, topology.rank, topology.world)
+    engine = Engine(config, topology)
+    reader, torn = newest(run.checkpoints)
+    if reader is None:
+        engine.initialise()
+    else:
+        restore(engine, reader)
+    stream = batches(index, config, engine.step, topology.data_rank, topology.data_size)
+    first = topology.rank == 0
+    logger = Logger(run, config, engine.step) if first else None
+    with ProgressBar("train", config.train.steps, engine.step, show=first) as bar:
+        for line in torn:
+            bar.say(line)
+        if reader is not None:
+            bar.say(f"resumed {run.path} at step {engine.step}")
+        skipped_in_a_row, saved_at = 0, engine.step if reader else -1
+        for batch in stream:
+            metrics = engine.train_step(batch, stop=stop_signal.asked)
+            skipped_in_a_row = skipped_in_a_row + 1 if metrics.skipped else 0
+            if logger:
+                bar.advance(logger.log(engine.step, metrics))
+            _check_health(config, engine.step, metrics, skipped_in_a_row, batch.bad)
+            done = metrics.stop or engine.step == config.train.steps
+            if done or engine.step % config.checkpoint.every == 0:
+                save(engine, run.checkpoints)
+                saved_at = engine.step
+                if first:
+                    prune(run.checkpoints, config.checkpoint.keep)
+                    run.plot()
+            if metrics.stop:
+                bar.say(f"stopped by a signal and saved at step {engine.step}: the same command goes on from here")
+                break
+        if saved_at < 0:
+            save(engine, run.checkpoints)
+    last = run.metrics()[-1] if logger and run.metrics() else {}
+    if logger:
+        run.close()
+    return {"run": str(run.path), "finished": engine.step == config.train.steps, **last, "step": engine.step}
+
+
+def _prepare(config: Config, rank: int, world: int) -> tuple[RunFolder, Index]:
+    """The run's folder and the data's index, checked on every rank; each rank checks its share of the shards."""
+    error, prepared = None, None
+    try:
+        run, index = RunFolder(config), read_index(config.data.path)
+        check_shards(index, index.shards[rank::world])
+        prepared = run, index
+    except UserError as caught:
+        error = caught
+    agree(error)
+    assert prepared is not None
+    return prepared
+
+
+def _check_health(config: Config, step: int, metrics: StepMetrics, skipped: int, bad: tuple[str, ...]) -> None:
+    """Stop on every rank after too many skipped steps, or when a sample could not be read."""
+    if skipped >= config.train.max_skipped_steps:
+        raise UserError(
+            f"loss or gradient was not finite in {skipped} steps in a row up to step {step} (loss {metrics.loss}): "
+            "lower optimizer.lr, raise optimizer.warmup_steps or set optimizer.grad_clip"
+        )
+    if metrics.bad_samples:
+        agree(UserError(bad[0]) if bad else None)
+
+
+class Logger:
+    """Means over ``log_every`` steps into the run's folder; rank 0 only."""
+
+    def __init__(self, run: RunFolder, config: Config, step: int) -> None:
+        self._run, self._config = run, config
+        run.open(step)
+        self._losses: list[float] = []
+        self._skipped = 0
+        self._since = time.monotonic()
+
+    def log(self, step: int, metrics: StepMetrics) -> str:
+        """Take one step's figures; returns the text for the progress bar."""
+        self._skipped += metrics.skipped
+        if not metrics.skipped:
+            self._losses.append(metrics.loss)
+        due = step % self._config.train.log_every == 0 or step == self._config.train.steps
+        if not (due or metrics.skipped or metrics.stop):
+            return self._text(metrics, None)
+        now = time.monotonic()
+        steps = len(self._losses) + metrics.skipped
+        rate = steps * self._config.train.global_batch / max(1e-9, now - self._since)
+        mean = sum(self._losses) / len(self._losses) if self._losses else None
+        figures = {
+            "loss": mean,
+            "grad_norm": None if metrics.skipped else metrics.grad_norm,
+            "lr": metrics.lr,
+            "samples_per_second": rate,
+            "skipped_steps": self._skipped,
+        }
+        self._run.log(step, figures)
+        self._losses, self._since = [], now
+        return self._text(metrics, rate)
+
+    def _text(self, metrics: StepMetrics, rate: float | None) -> str:
+        self._rate = rate if rate is not None else getattr(self, "_rate", 0.0)
+        skipped = f" skipped {self._skipped}" if self._skipped else ""
+        return f"loss {metrics.loss:.4f} {self._rate:.0f} samples/s{skipped}"
+
+
+class StopSignal:
+    """SIGTERM and Ctrl-C set ``asked``; a second one falls through to Python's own handling."""
+
+    def __init__(self) -> None:
+        self.asked = False
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self._ask)
+
+    def _ask(self, number: int, _: FrameType | None) -> None:
+        self.asked = True
+        signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
+
+
+def use_threads(config: Config) -> None:
+    """Share this host's cores out among its ranks."""
+    local = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("SLURM_NTASKS_PER_NODE", "1")))
+    torch.set_num_threads(config.train.threads or max(1, (os.cpu_count() or 1) // local))

@@ -1,0 +1,178 @@
+"""Run the first steps of a config in each layout and compare them with a single process.
+
+Promise 1 of the design, checked by anyone: equal initial weights, and to rounding equal losses and
+clipped gradient norms.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import tempfile
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from megatron_dit.checkpoint.format import STATE, CheckpointReader
+from megatron_dit.checkpoint.save import save
+from megatron_dit.config import Config, load_config, save_config
+from megatron_dit.data.shards import read_index
+from megatron_dit.data.stream import batches
+from megatron_dit.engine import Engine
+from megatron_dit.errors import UserError
+from megatron_dit.launch import run_ranks
+from megatron_dit.parallel.topology import build_topology, connect
+from megatron_dit.progress import ProgressBar
+from megatron_dit.trainer import use_threads
+
+TOLERANCE = 1e-5
+
+
+@dataclass(frozen=True)
+class Layout:
+    ranks: int
+    tensor: int = 1
+    sequence: bool = False
+    zero: int = 0
+    accumulation: int = 1
+
+    def overrides(self, config: Config) -> list[str]:
+        """Overrides that give ``config`` this layout, with its own global batch."""
+        share = config.train.global_batch * self.tensor // (self.ranks * self.accumulation)
+        return [
+            f"parallel.tensor={self.tensor}",
+            f"parallel.sequence={str(self.sequence).lower()}",
+            f"parallel.zero_stage={self.zero}",
+            f"train.micro_batch={share}",
+        ]
+
+
+REFERENCE = Layout(1)
+LAYOUTS = {
+    "accumulate4": Layout(1, accumulation=4),
+    "dp2-zero0": Layout(2),
+    "dp2-zero1": Layout(2, zero=1),
+    "dp2-zero2": Layout(2, zero=2),
+    "dp2-zero3": Layout(2, zero=3),
+    "tp2": Layout(2, tensor=2),
+    "tp2-sp": Layout(2, tensor=2, sequence=True),
+    "dp2-tp2-zero3": Layout(4, tensor=2, zero=3),
+}
+
+
+@dataclass(frozen=True)
+class Trace:
+    """What a layout computed."""
+
+    initial: str  # SHA-256 of all initial weights
+    losses: list[float]
+    norms: list[float]  # clipped global gradient norms
+
+
+@dataclass(frozen=True)
+class Comparison:
+    layout: str
+    initial: str
+    equal_initial: bool
+    loss: float  # greatest relative difference over the steps
+    norm: float
+
+    @property
+    def good(self) -> bool:
+        return self.equal_initial and self.loss <= TOLERANCE and self.norm <= TOLERANCE
+
+
+def compare(layout: str, trace: Trace, reference: Trace) -> Comparison:
+    return Comparison(
+        layout=layout,
+        initial=trace.initial,
+        equal_initial=trace.initial == reference.initial,
+        loss=_greatest_difference(trace.losses, reference.losses),
+        norm=_greatest_difference(trace.norms, reference.norms),
+    )
+
+
+def first_steps(config: Config, folder: Path) -> Trace | None:
+    """Train ``config.train.steps`` steps from the start; the trace on rank 0, None elsewhere. Collective.
+
+    The initial weights are saved under ``folder`` and hashed as a reader of any layout sees them.
+    """
+    connect()
+    topology = build_topology(config)
+    use_threads(config)
+    engine = Engine(config, topology)
+    engine.initialise()
+    initial = hash_weights(CheckpointReader(save(engine, folder))) if topology.rank == 0 else save(engine, folder)
+    losses, norms = [], []
+    clip = config.optimizer.grad_clip or math.inf
+    for batch in batches(read_index(config.data.path), config, 0, topology.data_rank, topology.data_size):
+        metrics = engine.train_step(batch)
+        losses.append(metrics.loss)
+        norms.append(min(metrics.grad_norm, clip))
+    return Trace(str(initial), losses, norms) if topology.rank == 0 else None
+
+
+def hash_weights(reader: CheckpointReader) -> str:
+    """SHA-256 over names and bytes of all full fp32 weights, in the order of their names."""
+    digest = hashlib.sha256()
+    for name in sorted(reader.manifest["params"]):
+        digest.update(name.encode())
+        digest.update(reader.full(STATE, name).contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def verify(path: str, overrides: Sequence[str], names: Sequence[str], steps: int) -> list[Comparison]:
+    """Run the reference and each named layout in processes of their own; prints a table."""
+    unknown = next((name for name in names if name not in LAYOUTS), None)
+    if unknown is not None:
+        raise UserError(f"layout {unknown!r}: expected some of {', '.join(LAYOUTS)}")
+    forced = [*overrides, "train.dtype=fp32"]
+    base = load_config(path, forced)
+    read_index(base.data.path)
+    layouts = {"reference": REFERENCE, **{name: LAYOUTS[name] for name in names}}
+    traces: dict[str, Trace] = {}
+    with tempfile.TemporaryDirectory() as scratch, ProgressBar("verify", len(layouts)) as bar:
+        configs = {}
+        for name, layout in layouts.items():
+            config = load_config(path, [*forced, f"train.steps={steps}", *layout.overrides(base)])
+            config.data_parallel(layout.ranks)
+            configs[name] = config
+        for name, layout in layouts.items():
+            folder = Path(scratch) / name
+            folder.mkdir()
+            save_config(configs[name], folder / "config.yaml")
+            status = run_ranks(["verify-layout", str(folder)], layout.ranks, quiet=True)
+            if status:
+                raise UserError(f"layout {name} ended with status {status}: see its message above")
+            traces[name] = Trace(**json.loads((folder / "trace.json").read_text()))
+            bar.advance(name)
+    results = [compare(name, traces[name], traces["reference"]) for name in names]
+    _print(results, traces["reference"], steps)
+    return results
+
+
+def verify_layout(folder: Path) -> None:
+    """One rank of one layout, started by :func:`verify`."""
+    trace = first_steps(load_config(folder / "config.yaml"), folder / "checkpoints")
+    if trace is not None:
+        (folder / "trace.json").write_text(json.dumps(asdict(trace)))
+
+
+def _greatest_difference(found: list[float], expected: list[float]) -> float:
+    assert len(found) == len(expected)
+    return max(abs(a - b) / abs(b) if math.isfinite(a) else math.inf for a, b in zip(found, expected, strict=True))
+
+
+def _print(results: list[Comparison], reference: Trace, steps: int) -> None:
+    table = Table(title=f"first {steps} steps against one process (initial weights {reference.initial[:16]})")
+    for column in ("layout", "initial weights", "loss, greatest rel. diff.", "clipped norm, greatest rel. diff.", ""):
+        table.add_column(column)
+    for row in results:
+        table.add_row(
+            row.layout, row.initial[:16], f"{row.loss:.1e}", f"{row.norm:.1e}", "ok" if row.good else "DIFFERS"
+        )
+    Console(width=110).print(table)
