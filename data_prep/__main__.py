@@ -47,9 +47,7 @@ def main(arguments: list[str]) -> int:
                 raise UserError(f"--pictures {parsed.pictures}: expected at least 1")
             index = demo(parsed.folder, parsed.pictures, parsed.seed)
         else:
-            index = encode(
-                parsed.source, parsed.folder, parsed.size, parsed.text_encoder, parsed.vae, parsed.tokens
-            )
+            index = encode(parsed.source, parsed.folder, parsed.size, parsed.text_encoder, parsed.vae, parsed.tokens)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

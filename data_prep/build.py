@@ -36,7 +36,7 @@ class Example:
     meta: dict[str, Any] = field(default_factory=dict)
 
 
-def demo(folder: Path, pictures: int, seed: int) -> Index:
+def demo(folder: Path, pictures: int, seed: int, per_shard: int = 2500) -> Index:
     """The embedded dataset: ``pictures`` drawn scenes on 16 x 16 pixels, none of a held-out combination."""
     builder = _start(folder)
     build_tiny_t5(builder / "text_encoder", [" ".join(scenes.vocabulary())], seed=seed)
@@ -47,7 +47,9 @@ def demo(folder: Path, pictures: int, seed: int) -> Index:
             scene = scenes.draw_scene(rng)
             yield Example(f"{i:09d}", scenes.render(scene, rng), scene.caption)
 
-    return _build(builder, folder, draw(), pictures, text="text_encoder", tokens=24, codec={"kind": "pixels"}, side=scenes.SIDE)
+    codec = {"kind": "pixels"}
+    named = {"text": "text_encoder", "tokens": 24, "codec": codec, "side": scenes.SIDE}
+    return _build(builder, folder, draw(), pictures, **named, per_shard=per_shard)
 
 
 def encode(source: str, folder: Path, size: int, text_encoder: str, vae: str, tokens: int) -> Index:

@@ -83,7 +83,9 @@ def _parser() -> Parser:
     _config_arguments(verify)
     verify.add_argument("--layouts", metavar="A,B", help="comma-separated layouts (all)")
     verify.add_argument("--steps", type=int, default=10, help="steps to run")
-    layout = add("verify-layout", "One layout of verify; it starts this itself.", "verify-layout FOLDER", _verify_layout)
+    layout = add(
+        "verify-layout", "One layout of verify; it starts this itself.", "verify-layout FOLDER", _verify_layout
+    )
     layout.add_argument("folder", type=Path)
 
     sample = add(
@@ -233,7 +235,6 @@ def _size(text: str | None) -> tuple[int, int] | None:
     if not (height.isdecimal() and width.isdecimal()):
         raise UserError(f"--size {text}: expected HEIGHTxWIDTH in pixels, such as 256x384")
     return int(height), int(width)
-
 
 
 def _write_json(arguments: argparse.Namespace, figures: Any) -> None:

@@ -116,9 +116,7 @@ class OptimizerConfig:
     final_lr_ratio: float = 0.0  # cosine: lr at the last step / peak lr
 
     def __post_init__(self) -> None:
-        _check(
-            self.lr > 0 and math.isfinite(self.lr), f"optimizer.lr={self.lr}: expected a positive finite number"
-        )
+        _check(self.lr > 0 and math.isfinite(self.lr), f"optimizer.lr={self.lr}: expected a positive finite number")
         _choice("optimizer.schedule", self.schedule, ("constant", "cosine"))
         for name in ("weight_decay", "grad_clip", "warmup_steps", "final_lr_ratio"):
             _at_least(f"optimizer.{name}", getattr(self, name), 0)
@@ -151,9 +149,7 @@ class ParallelConfig:
 
     def __post_init__(self) -> None:
         _at_least("parallel.tensor", self.tensor, 1)
-        _check(
-            self.zero_stage in (0, 1, 2, 3), f"parallel.zero_stage={self.zero_stage}: expected one of 0, 1, 2, 3"
-        )
+        _check(self.zero_stage in (0, 1, 2, 3), f"parallel.zero_stage={self.zero_stage}: expected one of 0, 1, 2, 3")
         _check(
             not self.sequence or self.tensor > 1,
             "parallel.sequence=true needs parallel.tensor of at least 2: it shards over the tensor-parallel ranks",

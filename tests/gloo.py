@@ -34,11 +34,11 @@ def _serve(rank, tasks, results):
         task = tasks.get()
         if task is None:
             return
-        function, args, world, port = task
+        function, args, kwargs, world, port = task
         os.environ.update(RANK=str(rank), WORLD_SIZE=str(world), MASTER_PORT=str(port))
         try:
             connect()
-            results.put((rank, function(*args)))
+            results.put((rank, function(*args, **kwargs)))
         except UserError as error:
             results.put((rank, Failure(traceback.format_exc(), str(error))))
         except BaseException:
@@ -84,19 +84,19 @@ class Pool:
         for process in self._processes:
             process.start()
 
-    def run(self, world: int, function: Any, *args: Any, timeout: float = 300) -> list[Any]:
-        outcomes = self.outcomes(world, function, *args, timeout=timeout)
+    def run(self, world: int, function: Any, *args: Any, timeout: float = 300, **kwargs: Any) -> list[Any]:
+        outcomes = self.outcomes(world, function, *args, timeout=timeout, **kwargs)
         failures = [f"rank {rank}:\n{out.text}" for rank, out in enumerate(outcomes) if isinstance(out, Failure)]
         assert not failures, "\n".join(failures)
         return outcomes
 
-    def outcomes(self, world: int, function: Any, *args: Any, timeout: float = 300) -> list[Any]:
+    def outcomes(self, world: int, function: Any, *args: Any, timeout: float = 300, **kwargs: Any) -> list[Any]:
         """As ``run``, with a :class:`Failure` in the place of a rank that raised."""
         with socket.socket() as sock:
             sock.bind(("127.0.0.1", 0))
             port = sock.getsockname()[1]
         for rank in range(world):
-            self._tasks[rank].put((function, args, world, port))
+            self._tasks[rank].put((function, args, kwargs, world, port))
         outcomes: dict[int, Any] = {}
         while len(outcomes) < world:
             failed = [out.text for out in outcomes.values() if isinstance(out, Failure)]

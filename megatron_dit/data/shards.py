@@ -136,9 +136,7 @@ def write_shard(path: Path, samples: Iterator[dict[str, Any]], bucket: tuple[int
             count += 1
     data = part.read_bytes()
     part.replace(path)
-    return Shard(
-        file=path.name, samples=count, bytes=len(data), sha256=hashlib.sha256(data).hexdigest(), bucket=bucket
-    )
+    return Shard(file=path.name, samples=count, bytes=len(data), sha256=hashlib.sha256(data).hexdigest(), bucket=bucket)
 
 
 def write_index(index: Index) -> None:

@@ -27,9 +27,7 @@ class TextEncoder:
             self._model = T5EncoderModel.from_pretrained(name).to(self._device).eval()
         except (OSError, ValueError) as error:
             reason = str(error).splitlines()[0]
-            raise UserError(
-                f"text encoder {name} cannot be loaded ({reason}): give a T5 folder or hub name"
-            ) from None
+            raise UserError(f"text encoder {name} cannot be loaded ({reason}): give a T5 folder or hub name") from None
 
     @property
     def dim(self) -> int:
@@ -55,5 +53,3 @@ def pad(features: Sequence[Tensor], tokens: int) -> tuple[Tensor, Tensor]:
         text[row, :count] = feature[:count]
         mask[row, :count] = True
     return text, mask
-
-

@@ -124,7 +124,5 @@ class MMDiT(nn.Module):
         config = self.config
         base = config.sample_size // config.patch_size
         table = config.position_size or base
-        rows, columns = (
-            centred_positions(side // config.patch_size, base, table, x.device) for side in x.shape[-2:]
-        )
+        rows, columns = (centred_positions(side // config.patch_size, base, table, x.device) for side in x.shape[-2:])
         return position_grid(rows, columns, config.width).to(x.dtype)

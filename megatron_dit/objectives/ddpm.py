@@ -52,9 +52,7 @@ def loss(model: Denoiser, x: Tensor, noised: Noised, config: ObjectiveConfig) ->
     return mse + variational_term(x, x_t, t, epsilon.detach(), v, table)
 
 
-def variational_term(
-    x: Tensor, x_t: Tensor, t: Tensor, epsilon: Tensor, v: Tensor, table: dict[str, Tensor]
-) -> Tensor:
+def variational_term(x: Tensor, x_t: Tensor, t: Tensor, epsilon: Tensor, v: Tensor, table: dict[str, Tensor]) -> Tensor:
     """KL(q(x_{t-1} | x_t, x) || p(x_{t-1} | x_t)), at t = 0 the decoder's NLL; (B,) in bits per dimension."""
     fraction = (v + 1) / 2
     log_variance = fraction * table["betas"].log() + (1 - fraction) * table["log_variance"]  # eq. 15

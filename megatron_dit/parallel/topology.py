@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import datetime
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -31,8 +31,8 @@ class Topology:
 
     rank: int = 0
     world: int = 1
-    tensor_group: Any = SoloGroup()
-    data_group: Any = SoloGroup()
+    tensor_group: Any = field(default_factory=SoloGroup)
+    data_group: Any = field(default_factory=SoloGroup)
 
     @property
     def tensor_rank(self) -> int:

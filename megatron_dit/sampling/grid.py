@@ -10,9 +10,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 
-def save_grid(
-    pictures: np.ndarray, captions: Sequence[str], path: Path, colours: Sequence[str] | None = None
-) -> None:
+def save_grid(pictures: np.ndarray, captions: Sequence[str], path: Path, colours: Sequence[str] | None = None) -> None:
     """Write (N, H, W, 3) uint8 pictures as a PNG; ``colours`` are those of the captions."""
     columns = min(8, math.ceil(math.sqrt(len(pictures))))
     rows = math.ceil(len(pictures) / columns)

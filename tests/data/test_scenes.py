@@ -63,9 +63,7 @@ def test_shuffled_captions_score_at_chance() -> None:
     chance = sum((count / 20000) ** 2 for count in share.values())
     assert chance < 0.01
     order = np.random.default_rng(5).permutation(len(drawn))
-    hits = np.mean(
-        [score(picture, drawn[at][0].caption) for (_, picture), at in zip(drawn, order, strict=True)]
-    )
+    hits = np.mean([score(picture, drawn[at][0].caption) for (_, picture), at in zip(drawn, order, strict=True)])
     assert hits <= chance + 5 * np.sqrt(chance / len(drawn))
 
 

@@ -22,9 +22,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @torch.no_grad()
 def features(folder: Path, captions: list[str]) -> torch.Tensor:
     """(captions, 24, 64) features with zeros at the padding."""
-    tokens = AutoTokenizer.from_pretrained(folder)(
-        captions, padding="max_length", truncation=True, return_tensors="pt"
-    )
+    tokens = AutoTokenizer.from_pretrained(folder)(captions, padding="max_length", truncation=True, return_tensors="pt")
     encoder = T5EncoderModel.from_pretrained(folder).eval()
     mask = tokens.attention_mask
     return encoder(tokens.input_ids, attention_mask=mask).last_hidden_state * mask[..., None]

@@ -1,0 +1,36 @@
+"""The pool of ranks and the small dataset that the whole session shares."""
+
+from __future__ import annotations
+
+import os
+
+os.environ.setdefault("DS_ACCELERATOR", "cpu")
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import pytest
+import torch
+
+from data_prep.build import demo
+from tests.gloo import Pool
+
+
+@pytest.fixture(scope="session")
+def pool():
+    pool = Pool()
+    yield pool
+    pool.close()
+
+
+@pytest.fixture(scope="session")
+def dataset(tmp_path_factory):
+    """Folder of 600 embedded pictures in four shards."""
+    folder = tmp_path_factory.mktemp("data") / "scenes"
+    demo(folder, 600, seed=0, per_shard=150)
+    return folder
+
+
+def pytest_collection_modifyitems(items):
+    """Tests marked ``gpu`` are skipped where there is no CUDA device; -ra lists them with the reason."""
+    for item in items:
+        if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))

@@ -1,0 +1,193 @@
+"""The engine against mup, plain PyTorch and closed forms."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from tests.configs import small
+from tests.mup.test_against_mup import package_groups
+
+# Adam turns a rounding difference of a near-zero gradient into a step of full size, so weights agree to less
+# than losses do.
+TOLERANCE = 1e-4
+WIDE = {"heads": 8, "base_heads": 2}
+
+
+def batch(config, topology, step, bad_value=None):
+    """The same random global batch on every layout; each rank takes its share."""
+    from megatron_dit.data.stream import Batch
+
+    size, model = config.train.global_batch, config.model
+    g = torch.Generator().manual_seed(step)
+    latents = torch.randn(size, model.in_channels, 16, 16, generator=g)
+    if bad_value is not None:
+        latents[size - 1] = bad_value
+    whole = {
+        "latents": latents,
+        "text": torch.randn(size, model.text_tokens, model.text_dim, generator=g),
+        "mask": torch.rand(size, model.text_tokens, generator=g) < 0.7,
+        "dropped": torch.rand(size, generator=g) < 0.2,
+        "u": torch.rand(size, generator=g).double(),
+        "noise": torch.randn(latents.shape, generator=g),
+    }
+    share = size // topology.data_size
+    rows = slice(topology.data_rank * share, (topology.data_rank + 1) * share)
+    return Batch(**{key: value[rows] for key, value in whole.items()}, bad=())
+
+
+def start(config):
+    from megatron_dit.engine import Engine
+    from megatron_dit.parallel.topology import build_topology
+
+    engine = Engine(config, build_topology(config))
+    engine.initialise()
+    return engine
+
+
+def table(engine):
+    return {name: (g["lr"], g["weight_decay"]) for g in engine.groups for name in g["names"]}
+
+
+# --- μP groups --------------------------------------------------------------------------------------
+
+
+def groups_over_a_run(arch, layout, folder):
+    """(lr, wd) by name after 100 scheduler steps, and after a save and a resume of a fresh engine."""
+    from pathlib import Path
+
+    from megatron_dit.checkpoint.load import newest, restore
+    from megatron_dit.checkpoint.save import save
+    from megatron_dit.optimizer import lr_factor, set_lr
+
+    config = small(arch, **WIDE, **layout, **{"optimizer.schedule": "cosine", "train.steps": 200})
+    engine = start(config)
+    engine.train_step(batch(config, engine.topology, 0))
+    for step in range(100):
+        set_lr(engine.groups, lr_factor(step, config.optimizer, config.train.steps))
+    after_steps = table(engine)
+    save(engine, Path(folder))
+    resumed = start(config)
+    restore(resumed, newest(Path(folder))[0])
+    resumed.train_step(batch(config, resumed.topology, 1))
+    return after_steps, table(resumed)
+
+
+@pytest.mark.parametrize("arch", ["mmdit", "pixart"])
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_groups_equal_mup_through_schedule_zero3_and_resume(pool, tmp_path, arch, ranks):
+    layout = {"parallel.zero_stage": 3} if ranks == 2 else {}
+    config = small(arch, **WIDE)
+    expected, _ = package_groups(config)
+
+    def scaled(factor):
+        return {name: (pytest.approx(lr * factor, rel=1e-12), wd) for name, (lr, wd) in expected.items()}
+
+    after_steps, resumed = pool.run(ranks, groups_over_a_run, arch, layout, str(tmp_path))[0]
+    # Warm-up of 3 steps, then half a cosine over the other 197, at step 99 and, resumed, at step 1.
+    assert after_steps == scaled(0.5 * (1 + math.cos(math.pi * 96 / 197)))
+    assert resumed == scaled(2 / 3)
+
+
+# --- non-finite steps -------------------------------------------------------------------------------
+
+
+def poisoned(layout):
+    config = small("mmdit", **layout, **{"train.micro_batch": 2})
+    engine = start(config)
+    before = {}
+    outcomes = []
+    for step, value in enumerate([None, float("nan"), float("inf"), None]):
+        before = {n: s.master().clone() for n, s in engine.masters.shards.items()}
+        age = engine.adam_steps
+        metrics = engine.train_step(batch(config, engine.topology, step, value))
+        same = all(torch.equal(before[n], s.master()) for n, s in engine.masters.shards.items())
+        finite = all(torch.isfinite(s.master()).all() for s in engine.masters.shards.values())
+        outcomes.append((metrics.skipped, same, finite, engine.adam_steps - age))
+    return outcomes
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_non_finite_steps_are_skipped_on_every_rank(pool, stage, dtype):
+    layout = {"parallel.zero_stage": stage, "train.dtype": dtype}
+    for outcomes in pool.run(2, poisoned, layout):
+        assert outcomes == [(False, False, True, 1), (True, True, True, 0), (True, True, True, 0), (False, False, True, 1)]
+
+
+# --- optimizer and EMA ------------------------------------------------------------------------------
+
+
+def train_and_gather(layout, steps, folder):
+    from pathlib import Path
+
+    from megatron_dit.checkpoint.format import CheckpointReader
+    from megatron_dit.checkpoint.save import save
+
+    config = small("mmdit", heads=4, base_heads=2, **layout)
+    engine = start(config)
+    norms = [engine.train_step(batch(config, engine.topology, step)).grad_norm for step in range(steps)]
+    reader = CheckpointReader(save(engine, Path(folder)))
+    if engine.topology.rank:
+        return None
+    return norms, {(k, n): reader.full(k, n).numpy() for n in engine.params for k in ("master", "ema", "exp_avg")}
+
+
+def plain_pytorch(steps):
+    """The same steps by autograd, mup.MuAdamW, clip_grad_norm_ and a hand-written EMA; no engine, no DeepSpeed."""
+    import mup
+
+    from megatron_dit.models import build_unsharded
+    from megatron_dit.mup.init import fill, set_multipliers
+    from megatron_dit.mup.shapes import describe
+    from megatron_dit.objectives import OBJECTIVES, Noised
+    from megatron_dit.parallel.topology import SOLO, connect
+
+    connect()
+    config = small("mmdit", heads=4, base_heads=2)
+    _, model = package_groups(config)  # base shapes set, as the package wants them
+    params = describe(build_unsharded, config)
+    fill(model, params, config.seed)
+    set_multipliers(model, params)
+    optimizer = mup.MuAdamW(model.parameters(), lr=config.optimizer.lr, weight_decay=config.optimizer.weight_decay)
+    peaks = [group["lr"] for group in optimizer.param_groups]
+    ema = {name: p.detach().clone() for name, p in model.named_parameters()}
+    norms = []
+    for step in range(steps):
+        b = batch(config, SOLO, step)
+
+        def denoise(x, t, b=b):
+            return model(x, t, b.text, b.mask, b.dropped)
+
+        OBJECTIVES["rectified_flow"](denoise, b.latents, Noised(b.u, b.noise), config.objective).mean().backward()
+        norms.append(float(torch.nn.utils.clip_grad_norm_(model.parameters(), config.optimizer.grad_clip)))
+        for group, peak in zip(optimizer.param_groups, peaks, strict=True):
+            group["lr"] = peak * min(1.0, (step + 1) / config.optimizer.warmup_steps)
+        optimizer.step()
+        optimizer.zero_grad()
+        for name, p in model.named_parameters():
+            ema[name] = config.train.ema_decay * ema[name] + (1 - config.train.ema_decay) * p.detach()
+    return norms, {name: p.detach() for name, p in model.named_parameters()}, ema
+
+
+@pytest.mark.parametrize(
+    ("ranks", "layout"),
+    [
+        (1, {}),
+        (2, {"parallel.zero_stage": 1}),
+        (2, {"parallel.zero_stage": 2}),
+        (2, {"parallel.zero_stage": 3}),
+        (4, {"parallel.zero_stage": 3, "parallel.tensor": 2}),
+    ],
+)
+def test_weights_and_ema_equal_plain_pytorch(pool, tmp_path, ranks, layout):
+    steps = 8
+    norms, weights, ema = plain_pytorch(steps)
+    found_norms, states = pool.run(ranks, train_and_gather, layout, steps, str(tmp_path))[0]
+    assert found_norms == pytest.approx(norms, rel=1e-5)
+    for key, expected in (("master", weights), ("ema", ema)):
+        for name, value in expected.items():
+            difference = (torch.from_numpy(states[key, name]) - value).norm() / value.norm().clamp_min(1e-3)
+            assert difference < TOLERANCE, (key, name, float(difference))
