@@ -114,7 +114,12 @@ def poisoned(layout):
 def test_non_finite_steps_are_skipped_on_every_rank(pool, stage, dtype):
     layout = {"parallel.zero_stage": stage, "train.dtype": dtype}
     for outcomes in pool.run(2, poisoned, layout):
-        assert outcomes == [(False, False, True, 1), (True, True, True, 0), (True, True, True, 0), (False, False, True, 1)]
+        assert outcomes == [
+            (False, False, True, 1),
+            (True, True, True, 0),
+            (True, True, True, 0),
+            (False, False, True, 1),
+        ]
 
 
 # --- optimizer and EMA ------------------------------------------------------------------------------

@@ -25,7 +25,8 @@ FLOORS = [
     ["sampling", "launch"],
     ["evaluation"],
     ["verify"],
-    ["cli", "__main__"],
+    ["cli"],
+    ["__main__"],
 ]
 HEIGHT = {room: height for height, rooms in enumerate(FLOORS) for room in rooms}
 

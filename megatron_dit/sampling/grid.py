@@ -17,11 +17,12 @@ def save_grid(pictures: np.ndarray, captions: Sequence[str], path: Path, colours
     figure = Figure(figsize=(1.7 * columns, 2.0 * rows), layout="constrained")
     cells = figure.subplots(rows, columns, squeeze=False).ravel()
     for cell in cells:
-        cell.axis("off")
+        cell.set(xticks=[], yticks=[])
+        cell.spines[:].set_visible(False)
     for i, (cell, picture, caption) in enumerate(zip(cells, pictures, captions, strict=False)):
         cell.imshow(picture, interpolation="nearest")
         colour = colours[i] if colours else "black"
-        cell.set_title(_wrap(caption), y=-0.02, va="top", fontsize=7, color=colour)
+        cell.set_xlabel(_wrap(caption), fontsize=7, color=colour)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110)
 

@@ -1,0 +1,32 @@
+# Each target works on a bare machine with Python >= 3.10 and gcc: it makes .venv and installs what it needs.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+
+.PHONY: train test check clean
+
+train: $(VENV)/.installed
+	test -f data/scenes/index.json || $(BIN)/python -m data_prep demo data/scenes
+	$(BIN)/megatron-dit train configs/quickstart.yaml
+	$(BIN)/megatron-dit evaluate runs/quickstart --prompts 64 --at-least 0.7
+
+test: $(VENV)/.installed-dev
+	$(BIN)/python -m pytest
+
+check: $(VENV)/.installed-dev
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/pyright --pythonpath $(BIN)/python
+	$(BIN)/python -m pytest -q tests/test_imports.py
+
+clean:
+	rm -rf $(VENV) build *.egg-info .pytest_cache .ruff_cache
+
+$(VENV)/.installed: pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --editable .
+	touch $@
+
+$(VENV)/.installed-dev: $(VENV)/.installed
+	$(BIN)/python -m pip install --quiet --editable '.[dev]'
+	touch $@
