@@ -290,8 +290,9 @@ def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -
         return OmegaConf.to_object(merged)
     except ConfigKeyError as error:
         known = _dotted_keys(Config)
-        near = difflib.get_close_matches(error.full_key, known, n=1, cutoff=0.0)
-        raise UserError(f"unknown key {error.full_key!r} in {path}: did you mean {near[0]!r}?") from None
+        key = str(error.full_key)
+        near = difflib.get_close_matches(key, known, n=1, cutoff=0.0)
+        raise UserError(f"unknown key {key!r} in {path}: did you mean {near[0]!r}?") from None
     except MissingMandatoryValue as error:
         raise UserError(f"{path} does not set {error.full_key}: add it, it has no default") from None
     except OmegaConfBaseException as error:
@@ -356,5 +357,6 @@ def deepspeed_config(config: Config, data_parallel: int) -> dict[str, Any]:
 def _dotted_keys(cls: type, prefix: str = "") -> list[str]:
     keys = []
     for name, kind in get_type_hints(cls).items():
-        keys += _dotted_keys(kind, f"{prefix}{name}.") if is_dataclass(kind) else [prefix + name]
+        nested = isinstance(kind, type) and is_dataclass(kind)
+        keys += _dotted_keys(kind, f"{prefix}{name}.") if nested else [prefix + name]
     return keys

@@ -175,24 +175,24 @@ class Engine:
 
     def _unsharded_step(self) -> tuple[float, bool]:
         """Stage 0: the clipping and skipping that DeepSpeed's ZeRO optimizers do by themselves."""
-        parameters = [p for p in self.model.parameters() if p.grad is not None]
+        gradients = [(p, p.grad) for p in self.model.parameters() if p.grad is not None]
         square = torch.zeros((), device=device())
-        for p in parameters:
+        for p, gradient in gradients:
             if getattr(p, "tensor_model_parallel", False) or self.topology.tensor_rank == 0:
-                square += p.grad.float().square().sum()
+                square += gradient.float().square().sum()
         if self.topology.tensor_size > 1:
             dist.all_reduce(square, group=self.topology.tensor_group)
         norm = float(square.sqrt())
         finite = square.isfinite().item()
         clip = self.config.optimizer.grad_clip
         if not finite:
-            for p in parameters:
+            for p, _ in gradients:
                 p.grad = None
             return float("inf"), True
         if clip > 0:
             scale = 1 / max(1.0, (norm + 1e-6) / clip)
-            for p in parameters:
-                p.grad.mul_(scale)
+            for _, gradient in gradients:
+                gradient.mul_(scale)
         self._engine.step()
         return norm, False
 

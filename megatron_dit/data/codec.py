@@ -43,12 +43,13 @@ class VaeCodec:
 
         self._device = device or torch.device("cpu")
         try:
-            self._vae: Any = AutoencoderKL.from_pretrained(path).to(self._device).eval()
+            self._vae: Any = AutoencoderKL.from_pretrained(path)
         except (OSError, ValueError) as error:
             reason = str(error).splitlines()[0]
             raise UserError(
                 f"VAE {path} cannot be loaded ({reason}): give an AutoencoderKL folder or hub name"
             ) from None
+        self._vae.to(self._device).eval()
         config = self._vae.config
         self.channels: int = config.latent_channels
         self.scale: int = 2 ** (len(config.block_out_channels) - 1)

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import webdataset as wds
+from webdataset.writer import TarWriter
 
 from megatron_dit.errors import UserError
 
@@ -130,7 +130,7 @@ def write_shard(path: Path, samples: Iterator[dict[str, Any]], bucket: tuple[int
     """Write samples (webdataset dicts with ``__key__``) to ``path``, atomically and reproducibly."""
     part = path.with_suffix(".part")
     count = 0
-    with wds.TarWriter(str(part), mtime=0, user="", group="") as writer:
+    with TarWriter(str(part), mtime=0, user="", group="") as writer:
         for sample in samples:
             writer.write(sample)
             count += 1

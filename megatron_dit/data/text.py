@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,10 +25,12 @@ class TextEncoder:
         self._device = device or torch.device("cpu")
         try:
             self._tokenizer = AutoTokenizer.from_pretrained(name)
-            self._model = T5EncoderModel.from_pretrained(name).to(self._device).eval()
+            self._model: Any = T5EncoderModel.from_pretrained(name)
         except (OSError, ValueError) as error:
             reason = str(error).splitlines()[0]
             raise UserError(f"text encoder {name} cannot be loaded ({reason}): give a T5 folder or hub name") from None
+
+        self._model.to(self._device).eval()
 
     @property
     def dim(self) -> int:

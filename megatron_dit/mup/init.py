@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -39,9 +40,9 @@ def set_multipliers(model: nn.Module, params: Mapping[str, Param]) -> None:
     """Hand each layer with a readout weight its forward multiplier."""
     for name, param in params.items():
         if param.role == "output" and name.endswith(".weight"):
-            layer = model.get_submodule(name.removesuffix(".weight"))
+            layer: Any = model.get_submodule(name.removesuffix(".weight"))
             assert hasattr(layer, "multiplier"), f"{name} is a readout, but its layer takes no multiplier"
-            layer.multiplier = param.multiplier  # pyright: ignore[reportAttributeAccessIssue]
+            layer.multiplier = param.multiplier
 
 
 def fill(model: nn.Module, params: Mapping[str, Param], seed: int) -> None:

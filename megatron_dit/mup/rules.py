@@ -47,7 +47,8 @@ class Param:
             return "constant"
         if len(infinite) == 1 or self.init_kind == "table":
             return "vector"
-        return {(True, True): "hidden", (True, False): "input", (False, True): "output"}[tuple(infinite)]
+        fan_out, fan_in = infinite
+        return "hidden" if fan_out and fan_in else "input" if fan_out else "output"
 
     @property
     def width_multiplier(self) -> float:

@@ -7,7 +7,7 @@ tokens outside attention and MLP. Weights carry Megatron's ``tensor_model_parall
 
 from __future__ import annotations
 
-from typing import cast
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -56,10 +56,10 @@ class ColumnLinear(ColumnParallelLinear):
             tp_group=backend.topology.tensor_group,
         )
         set_tensor_model_parallel_attributes(self.weight, True, 0, pieces)
-        set_init(cast(nn.Parameter, self.weight), "fan_in")
+        set_init(self.weight, "fan_in")
         set_init(self.bias, "zero")
 
-    def forward(self, x: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+    def forward(self, x: Tensor) -> Tensor:
         return super().forward(x)[0]
 
 
@@ -77,7 +77,7 @@ class GatheredLinear(ColumnLinear):
             if backend.sharded_config.sequence_parallel
             else gather_from_tensor_model_parallel_region
         )
-        set_init(cast(nn.Parameter, self.weight), init)
+        set_init(self.weight, init)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.gather(super().forward(x), group=self.tp_group)
@@ -100,7 +100,7 @@ class RowLinear(RowParallelLinear):
         self.backend = backend
         set_tensor_model_parallel_attributes(self.weight, True, 1, 1)
         set_init(self.weight, init)
-        set_init(cast(nn.Parameter, self.bias), "zero")
+        set_init(self.bias, "zero")
 
     def forward(self, x: Tensor) -> Tensor:
         out, bias = super().forward(x)
@@ -196,9 +196,9 @@ class Backend:
         return out
 
 
-def set_init(parameter: nn.Parameter, kind: str) -> None:
+def set_init(parameter: Any, kind: str) -> None:
     """Mark how ``mup.rules`` initialises a parameter: fan_in | zero | one | table | adaln."""
-    parameter.init_kind = kind  # pyright: ignore[reportAttributeAccessIssue]
+    parameter.init_kind = kind
 
 
 def _never(_: Tensor) -> None:

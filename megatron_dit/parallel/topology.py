@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import os
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -63,9 +64,9 @@ class DeepSpeedMpu:
     def __init__(self) -> None:
         from megatron.core import parallel_state as state
 
-        self.get_model_parallel_group = state.get_model_parallel_group
-        self.get_model_parallel_world_size = lambda: dist.get_world_size(state.get_model_parallel_group())
-        self.get_model_parallel_rank = lambda: dist.get_rank(state.get_model_parallel_group())
+        self.get_model_parallel_group: Callable[[], Any] = state.get_model_parallel_group
+        self.get_model_parallel_world_size = lambda: self.get_model_parallel_group().size()
+        self.get_model_parallel_rank = lambda: self.get_model_parallel_group().rank()
         self.get_data_parallel_group = state.get_data_parallel_group
         self.get_data_parallel_world_size = state.get_data_parallel_world_size
         self.get_data_parallel_rank = state.get_data_parallel_rank
