@@ -13,8 +13,8 @@ from typing import Any
 
 import numpy as np
 import torch
-import webdataset as wds
 from PIL import Image
+from webdataset.compat import WebDataset
 
 from data_prep.tiny_t5 import build_tiny_t5
 from megatron_dit.data import scenes
@@ -144,7 +144,7 @@ def _build(
 def _read(paths: list[Path]) -> Iterator[tuple[str, bytes, str, dict[str, Any]]]:
     """(key, picture bytes, caption, json) of each captioned picture; nothing is decoded."""
     for path in paths:
-        for sample in wds.WebDataset(str(path), shardshuffle=False, empty_check=False):
+        for sample in WebDataset(str(path), shardshuffle=False, empty_check=False):
             picture = next((sample[kind] for kind in ("png", "jpg", "jpeg", "webp") if kind in sample), None)
             caption = sample.get("txt", b"").decode("utf-8", errors="replace").strip()
             if picture is not None and caption:

@@ -79,7 +79,6 @@ def build_tiny_t5(
         dropout_rate=0.0,
         pad_token_id=0,
         eos_token_id=1,
-        decoder_start_token_id=0,
     )
     # Building the model draws from the global generator, which belongs to the caller.
     with torch.random.fork_rng(devices=[]), torch.no_grad():

@@ -10,7 +10,7 @@ import difflib
 import math
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any, cast, get_type_hints
 
 import yaml
 from omegaconf import OmegaConf, flag_override
@@ -287,7 +287,7 @@ def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -
     try:
         with flag_override(schema, "readonly", False):
             merged = OmegaConf.merge(schema, OmegaConf.load(path), OmegaConf.from_dotlist(list(overrides)))
-        return OmegaConf.to_object(merged)
+        return cast(Config, OmegaConf.to_object(merged))
     except ConfigKeyError as error:
         known = _dotted_keys(Config)
         key = str(error.full_key)
@@ -306,7 +306,7 @@ def config_from_dict(values: dict[str, Any]) -> Config:
     """The config that ``dataclasses.asdict`` gave, validated anew."""
     schema = OmegaConf.structured(Config)
     with flag_override(schema, "readonly", False):
-        return OmegaConf.to_object(OmegaConf.merge(schema, OmegaConf.create(values)))  # pyright: ignore
+        return cast(Config, OmegaConf.to_object(OmegaConf.merge(schema, OmegaConf.create(values))))
 
 
 def save_config(config: Config, path: Path) -> None:
@@ -355,8 +355,10 @@ def deepspeed_config(config: Config, data_parallel: int) -> dict[str, Any]:
 
 
 def _dotted_keys(cls: type, prefix: str = "") -> list[str]:
+    """Every section and key, dotted."""
     keys = []
     for name, kind in get_type_hints(cls).items():
-        nested = isinstance(kind, type) and is_dataclass(kind)
-        keys += _dotted_keys(kind, f"{prefix}{name}.") if nested else [prefix + name]
+        keys.append(prefix + name)
+        if isinstance(kind, type) and is_dataclass(kind):
+            keys += _dotted_keys(kind, f"{prefix}{name}.")
     return keys

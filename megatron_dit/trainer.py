@@ -33,21 +33,22 @@ def train(config: Config) -> dict[str, Any]:
     topology = build_topology(config)
     use_threads(config)
     run, index = _prepare(config, topology.rank, topology.world)
-    engine = Engine(config, topology)
     reader, torn = newest(run.checkpoints)
+    start = reader.step if reader else 0
+    stream = batches(index, config, start, topology.data_rank, topology.data_size)
+    engine = Engine(config, topology)
     if reader is None:
         engine.initialise()
     else:
         restore(engine, reader)
-    stream = batches(index, config, engine.step, topology.data_rank, topology.data_size)
     first = topology.rank == 0
-    logger = Logger(run, config, engine.step) if first else None
-    with ProgressBar("train", config.train.steps, engine.step, show=first) as bar:
+    logger = Logger(run, config, start) if first else None
+    with ProgressBar("train", config.train.steps, start, show=first) as bar:
         for line in torn:
             bar.say(line)
         if reader is not None:
-            bar.say(f"resumed {run.path} at step {engine.step}")
-        skipped_in_a_row, saved_at = 0, engine.step if reader else -1
+            bar.say(f"resumed {run.path} at step {start}")
+        skipped_in_a_row, saved_at = 0, start if reader else -1
         for batch in stream:
             metrics = engine.train_step(batch, stop=stop_signal.asked)
             skipped_in_a_row = skipped_in_a_row + 1 if metrics.skipped else 0

@@ -94,7 +94,6 @@ def connect() -> None:
     rank, world = environment_rank()
     env = os.environ
     env.setdefault("LOCAL_RANK", env.get("SLURM_LOCALID", "0"))
-    env.update(RANK=str(rank), WORLD_SIZE=str(world))
     cuda = torch.cuda.is_available()
     if cuda:
         torch.cuda.set_device(int(env["LOCAL_RANK"]) % torch.cuda.device_count())
@@ -109,6 +108,7 @@ def connect() -> None:
             "export MASTER_ADDR and MASTER_PORT in the sbatch script"
         )
     env.setdefault("MASTER_PORT", "29500")
+    env.update(RANK=str(rank), WORLD_SIZE=str(world))
     dist.init_process_group("nccl" if cuda else "gloo", timeout=timeout)
 
 

@@ -1,0 +1,247 @@
+"""Users' mistakes: one line, exit status 2, every rank ends, nothing half-written stays behind."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+
+import pytest
+import yaml
+
+from megatron_dit.cli import run
+from tests.configs import small_dict
+
+
+@pytest.fixture()
+def config(dataset, tmp_path):
+    """Writes a config on the shared data; returns (path, run folder)."""
+
+    def write(arch="mmdit", **overrides):
+        values = small_dict(arch, **{"data.path": str(dataset), "run_dir": str(tmp_path / "run"), **overrides})
+        path = tmp_path / "config.yaml"
+        path.write_text(yaml.safe_dump(values))
+        return path
+
+    return write
+
+
+def one_line(capsys):
+    """The single line of a refusal; nothing else was printed to standard error, no traceback."""
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert len(lines) == 1, lines
+    assert lines[0].startswith("error: ")
+    return lines[0]
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("model.dept=3", ["model.dept", "model.depth"]),
+        ("optimiser.lr=1", ["'optimiser'", "'optimizer'"]),
+        ("model.depth=three", ["model.depth", "three"]),
+        ("model.depth=2.5", ["model.depth", "2.5"]),
+        ("model.depth=0", ["model.depth=0", "at least 1"]),
+        ("optimizer.lr=-1", ["optimizer.lr=-1", "positive"]),
+        ("optimizer.lr=nan", ["optimizer.lr=nan", "finite"]),
+        ("parallel.tensor=3", ["model.heads=4", "parallel.tensor=3"]),
+        ("parallel.zero_stage=4", ["parallel.zero_stage=4", "0, 1, 2, 3"]),
+        ("parallel.sequence=true", ["parallel.sequence=true", "parallel.tensor"]),
+        ("train.micro_batch=3", ["train.global_batch=8", "3"]),
+        ("train.dtype=fp8", ["train.dtype='fp8'", "bf16"]),
+        ("model.arch=vgg", ["model.arch='vgg'", "pixart"]),
+        ("objective.kind=ddpm", ["objective.kind='ddpm'", "rectified_flow"]),
+        ("sampling.solver=ddim", ["sampling.solver='ddim'", "euler"]),
+        ("data.path=/nowhere", ["/nowhere", "data_prep"]),
+        ("data.path", ["data.path", "key=value"]),
+        ("model.text_dim=32", ["model.text_dim=32", "64"]),
+        ("model.in_channels=4", ["model.in_channels=4", "3"]),
+        ("train.global_batch=6000", ["train.global_batch=6000", "600"]),
+    ],
+)
+def test_refused_in_one_line(config, capsys, tmp_path, override, words):
+    path = config()
+    extra = ["train.micro_batch=6000"] if "6000" in override else []
+    assert run(["train", str(path), override, *extra]) == 2
+    line = one_line(capsys)
+    for word in words:
+        assert word in line, line
+    assert not (tmp_path / "run").exists()
+
+
+def test_missing_config_and_invalid_yaml(capsys, tmp_path):
+    assert run(["train", str(tmp_path / "none.yaml")]) == 2
+    assert "none.yaml does not exist" in one_line(capsys)
+    broken = tmp_path / "broken.yaml"
+    broken.write_text("model: {depth: 3\nheads: ]")
+    assert run(["train", str(broken)]) == 2
+    assert "broken.yaml is not valid YAML" in one_line(capsys)
+
+
+def test_missing_key(config, capsys, tmp_path):
+    path = config()
+    values = yaml.safe_load(path.read_text())
+    del values["model"]["depth"]
+    path.write_text(yaml.safe_dump(values))
+    assert run(["train", str(path)]) == 2
+    assert "does not set model.depth" in one_line(capsys)
+
+
+def test_unknown_command_and_flag(capsys):
+    assert run(["tain"]) == 2
+    assert "tain" in one_line(capsys)
+    assert run(["sample", "runs/x", "--promt", "a"]) == 2
+    assert "--prompt" in one_line(capsys)
+
+
+def test_layout_of_ranks(config, capsys):
+    path = str(config())
+    assert run(["train", path, "--procs", "3"]) == 2
+    assert "train.global_batch=8 is not divisible by 3 data-parallel ranks" in one_line(capsys)
+    assert run(["train", path, "parallel.tensor=2", "--procs", "1"]) == 2
+    assert "1 ranks are not divisible by parallel.tensor=2" in one_line(capsys)
+    assert run(["train", path, "--procs", "0"]) == 2
+    assert "--procs 0" in one_line(capsys)
+
+
+# --- on two ranks -----------------------------------------------------------------------------------
+
+
+def two_ranks(*arguments):
+    """Exit status and standard error of a real two-rank run; a hang fails by the timeout."""
+    command = [sys.executable, "-m", "megatron_dit", "train", *arguments, "--procs", "2"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    return done.returncode, done.stderr.strip().splitlines()
+
+
+def refused(path, *words, overrides=()):
+    status, lines = two_ranks(str(path), *overrides)
+    ours = [line for line in lines if line.startswith("error: ")]
+    assert status == 2, lines
+    assert len(ours) == 1, lines
+    assert not any("Traceback" in line for line in lines), lines
+    for word in words:
+        assert word in ours[0], ours[0]
+
+
+@pytest.fixture()
+def own_data(dataset, tmp_path):
+    """A copy of the dataset that a test may break."""
+    folder = tmp_path / "broken"
+    shutil.copytree(dataset, folder)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("harm", "words"),
+    [
+        ("missing", ["00001.tar is missing"]),
+        ("empty", ["00001.tar has 0 bytes"]),
+        ("short", ["00001.tar has", "its index says"]),
+        ("garbage", ["00001.tar"]),
+    ],
+)
+def test_broken_shard_ends_both_ranks(config, own_data, tmp_path, harm, words):
+    # Shard 1 is checked by rank 1 alone, so rank 0 must be told.
+    shard = own_data / "00001.tar"
+    size = shard.stat().st_size
+    if harm == "missing":
+        shard.unlink()
+    elif harm == "empty":
+        shard.write_bytes(b"")
+    elif harm == "short":
+        shard.write_bytes(shard.read_bytes()[: size // 2])
+    else:
+        shard.write_bytes(bytes(range(256)) * (size // 256 + 1))
+        with shard.open("r+b") as file:
+            file.truncate(size)
+    refused(config(**{"data.path": str(own_data)}), *words)
+    assert not (tmp_path / "run").exists()
+
+
+def test_corrupt_sample_met_in_training_ends_both_ranks(config, own_data, tmp_path):
+    """Bytes flipped inside a shard, sizes and headers intact: the rank that reads it tells the other."""
+    for shard in sorted(own_data.glob("*.tar")):
+        data = shard.read_bytes()
+        shard.write_bytes(data.replace(b"\x93NUMPY", b"\x93NUMPX", 40))
+    path = config(**{"data.path": str(own_data), "train.steps": 60, "train.log_every": 1})
+    refused(path, "sample 0", ".tar", "is no array")
+    assert not (tmp_path / "run" / "checkpoints").exists()
+
+
+def test_missing_text_encoder_folder(config, own_data, tmp_path, capsys):
+    path = config(**{"data.path": str(own_data)})
+    assert run(["train", str(path), "train.steps=1"]) == 0
+    capsys.readouterr()
+    shutil.rmtree(own_data / "text_encoder")
+    assert run(["sample", str(tmp_path / "run"), "--prompt", "a", "--out", str(tmp_path / "x.png")]) == 2
+    assert "text encoder" in one_line(capsys)
+    assert not (tmp_path / "x.png").exists()
+
+
+def test_run_folder_of_another_config(config, tmp_path):
+    path = config(**{"train.steps": 2})
+    assert run(["train", str(path)]) == 0
+    before = sorted((tmp_path / "run").rglob("*"))
+    refused(path, "holds another run", "model.depth is 2 there and 3 here", overrides=["model.depth=3"])
+    assert sorted((tmp_path / "run").rglob("*")) == before
+
+
+def test_run_folder_that_is_no_run(config, tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "thesis.txt").write_text("precious")
+    refused(config(), "exists and is no run of ours")
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["thesis.txt"]
+
+
+def test_checkpoint_of_another_architecture(config, tmp_path):
+    path = config("pixart", **{"train.steps": 2, "run_dir": str(tmp_path / "other")})
+    assert run(["train", str(path)]) == 0
+    path = config("mmdit", **{"train.steps": 2})
+    assert run(["train", str(path)]) == 0
+    shutil.rmtree(tmp_path / "run" / "checkpoints")
+    shutil.copytree(tmp_path / "other" / "checkpoints", tmp_path / "run" / "checkpoints")
+    refused(config("mmdit", **{"train.steps": 4}), "checkpoint of another architecture")
+
+
+def test_no_checkpoint(capsys, tmp_path):
+    assert run(["sample", str(tmp_path / "none"), "--prompt", "a"]) == 2
+    assert "does not exist" in one_line(capsys)
+    assert run(["sample", str(tmp_path), "--prompt", "a"]) == 2
+    assert "holds no whole checkpoint" in one_line(capsys)
+
+
+def test_too_many_skipped_steps_stop_the_run(config, own_data, tmp_path, capsys):
+    """Latents so large that the loss overflows: every step is skipped, then the run stops and names the step."""
+    import io
+
+    import numpy as np
+
+    from megatron_dit.data.shards import read_index, write_index, write_shard
+
+    index = read_index(own_data)
+
+    def samples():
+        for i in range(64):
+            latent, text = io.BytesIO(), io.BytesIO()
+            np.save(latent, np.full((3, 16, 16), 3e38, dtype=np.float32))
+            np.save(text, np.zeros((2, 64), dtype=np.float16))
+            yield {"__key__": f"{i:09d}", "latent.npy": latent.getvalue(), "text.npy": text.getvalue(), "txt": "x"}
+
+    shard = write_shard(own_data / "00009.tar", samples(), (16, 16))
+    write_index(type(index)(**{**vars(index), "shards": (shard,)}))
+    path = config(**{"data.path": str(own_data), "train.max_skipped_steps": 3})
+    refused(path, "3 steps in a row up to step 3", "optimizer.lr")
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [line["skipped_steps"] for line in lines] == [1, 2, 3]
+
+
+def test_data_prep_refuses(capsys, tmp_path, dataset):
+    from data_prep.__main__ import main
+
+    assert main(["demo", str(dataset)]) == 2
+    assert "exists" in one_line(capsys)
+    assert main(["encode", str(tmp_path / "*.tar"), str(tmp_path / "out")]) == 2
+    assert "names no files" in one_line(capsys)
+    assert not (tmp_path / "out").exists()
