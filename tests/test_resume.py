@@ -1,0 +1,132 @@
+"""Runs that are killed, stopped or moved to another layout, against runs that are not."""
+
+from __future__ import annotations
+
+import json
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+import yaml
+
+from megatron_dit.checkpoint.load import open_checkpoint
+from tests.configs import small_dict
+
+STEPS = 30
+
+
+def write(folder, dataset, name, **overrides):
+    values = {
+        "data.path": str(dataset),
+        "run_dir": str(folder / name),
+        "train.steps": STEPS,
+        "checkpoint.every": 7,
+        "optimizer.schedule": "cosine",
+        **overrides,
+    }
+    path = folder / f"{name}.yaml"
+    path.write_text(yaml.safe_dump(small_dict("mmdit", **values)))
+    return path
+
+
+def start(path, ranks, *overrides):
+    command = [sys.executable, "-m", "megatron_dit", "train", str(path), *overrides, "--procs", str(ranks)]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def finish(path, ranks, *overrides):
+    process = start(path, ranks, *overrides)
+    out, _ = process.communicate(timeout=240)
+    assert process.returncode == 0, out
+    return out
+
+
+def logged_steps(run):
+    path = run / "metrics.jsonl"
+    return len(path.read_text().splitlines()) if path.exists() else 0
+
+
+def signal_at(path, ranks, run, step, number):
+    """Start, and send a signal to the launcher once ``step`` is logged; returns its output."""
+    process = start(path, ranks)
+    deadline = time.monotonic() + 120
+    while logged_steps(run) < step:
+        assert process.poll() is None, process.communicate()[0]
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+    process.send_signal(number)
+    return process.communicate(timeout=120)[0], process.returncode
+
+
+def states(run):
+    reader = open_checkpoint(run)
+    keys = ("master", "exp_avg", "exp_avg_sq", "ema")
+    return reader.step, {(k, n): reader.full(k, n) for k in keys for n in reader.manifest["params"]}
+
+
+def equal(one, other):
+    assert one[0] == other[0] == STEPS
+    different = [key for key, value in one[1].items() if not torch.equal(value, other[1][key])]
+    assert not different, different
+
+
+@pytest.mark.parametrize(("ranks", "layout"), [(1, {}), (2, {"parallel.zero_stage": 3})])
+def test_sigkill_at_random_steps_changes_no_bit(dataset, tmp_path, ranks, layout):
+    finish(write(tmp_path, dataset, "whole", **layout), ranks)
+    path, run = write(tmp_path, dataset, "killed", **layout), tmp_path / "killed"
+    moments = random.SystemRandom().sample(range(2, STEPS - 2), 2)
+    print("killed at steps", moments)
+    for moment in sorted(moments):
+        signal_at(path, ranks, run, moment, signal.SIGKILL)
+    finish(path, ranks)
+    equal(states(tmp_path / "whole"), states(run))
+    steps = [json.loads(line)["step"] for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert steps == list(range(1, STEPS + 1))
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_signal_saves_and_leaves(dataset, tmp_path, number):
+    finish(write(tmp_path, dataset, "whole"), 2)
+    path, run = write(tmp_path, dataset, "stopped", **{"checkpoint.every": 1000}), tmp_path / "stopped"
+    out, status = signal_at(path, 2, run, 5, number)
+    assert status == 0, out
+    assert "saved at step" in out
+    assert 5 <= open_checkpoint(run).step < STEPS
+    finish(path, 2)
+    equal(states(tmp_path / "whole"), states(run))
+
+
+def test_resume_in_another_layout(dataset, tmp_path):
+    """Ten steps on two ZeRO-3 ranks, ten under tensor parallelism, ten alone: as one undisturbed process."""
+    finish(write(tmp_path, dataset, "whole"), 1)
+    path = write(tmp_path, dataset, "moved", **{"checkpoint.every": 10, "checkpoint.keep": 5})
+    run = tmp_path / "moved"
+    finish(path, 2, "parallel.zero_stage=3")
+    for step in (20, 30):
+        shutil.rmtree(run / "checkpoints" / f"step_{step:08d}")
+    finish(path, 2, "parallel.tensor=2", "parallel.sequence=true")
+    shutil.rmtree(run / "checkpoints" / "step_00000030")
+    finish(path, 1)
+    (step, found), (_, expected) = states(run), states(tmp_path / "whole")
+    assert step == STEPS
+    for key, value in expected.items():
+        assert (found[key] - value).norm() <= 1e-4 * value.norm().clamp_min(1e-3), key
+    losses = [[json.loads(x)["loss"] for x in (tmp_path / n / "metrics.jsonl").open()] for n in ("whole", "moved")]
+    assert losses[1] == pytest.approx(losses[0], rel=1e-5)
+
+
+def test_torn_checkpoint_is_named_and_the_one_before_used(dataset, tmp_path):
+    finish(write(tmp_path, dataset, "whole"), 1)
+    path, run = write(tmp_path, dataset, "torn"), tmp_path / "torn"
+    finish(path, 1)
+    newest = run / "checkpoints" / f"step_{STEPS:08d}" / "rank_00000.safetensors"
+    newest.write_bytes(newest.read_bytes()[:1000])
+    out = finish(path, 1)
+    assert f"step_{STEPS:08d} is torn" in out
+    assert "resumed" in out
+    equal(states(tmp_path / "whole"), states(run))
