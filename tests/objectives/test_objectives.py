@@ -1,0 +1,123 @@
+"""Losses against torch.distributions, diffusers' schedulers and closed forms."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from diffusers.schedulers import DDPMScheduler, FlowMatchEulerDiscreteScheduler
+
+from megatron_dit.config import ObjectiveConfig
+from megatron_dit.objectives import Noised, ddpm, rectified_flow
+
+FLOW = ObjectiveConfig(kind="rectified_flow")
+DDPM = ObjectiveConfig(kind="ddpm")
+
+
+def noised(batch, seed=0):
+    g = torch.Generator().manual_seed(seed)
+    return Noised(u=torch.rand(batch, generator=g, dtype=torch.float64), noise=torch.randn(batch, 3, 8, 8, generator=g))
+
+
+def test_logit_normal_quantiles():
+    """t of the quantiles is distributed as sigmoid of a normal, shift as SD3's formula."""
+    u = (torch.arange(20000, dtype=torch.float64) + 0.5) / 20000
+    config = ObjectiveConfig(kind="rectified_flow", logit_mean=0.3, logit_std=1.2)
+    logit = torch.logit(rectified_flow.sample_t(u, config))
+    assert float(logit.mean()) == pytest.approx(0.3, abs=1e-3)
+    assert float(logit.std()) == pytest.approx(1.2, abs=2e-3)
+
+
+def test_shift_equals_diffusers():
+    scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0)
+    unshifted = FlowMatchEulerDiscreteScheduler(shift=1.0)
+    torch.testing.assert_close(rectified_flow.shift_t(unshifted.sigmas, 3.0), scheduler.sigmas)
+
+
+def test_flow_loss_of_the_true_velocity_is_zero_and_noising_equals_diffusers():
+    x, n = torch.randn(4, 3, 8, 8), noised(4)
+    seen = {}
+
+    def true_velocity(x_t, t):
+        seen.update(x_t=x_t, t=t)
+        return n.noise - x
+
+    assert rectified_flow.loss(true_velocity, x, n, FLOW).max() == 0
+    sigma = (seen["t"] / 1000)[:, None, None, None]
+    torch.testing.assert_close(seen["x_t"], sigma * n.noise + (1 - sigma) * x)
+    zero = rectified_flow.loss(lambda x_t, t: torch.zeros_like(x_t), x, n, FLOW)
+    torch.testing.assert_close(zero, (n.noise - x).square().flatten(1).mean(1))
+
+
+def test_ddpm_noising_equals_diffusers():
+    x, n = torch.randn(4, 3, 8, 8), noised(4)
+    seen = {}
+
+    def model(x_t, t):
+        seen.update(x_t=x_t, t=t)
+        return torch.cat([n.noise, torch.zeros_like(n.noise)], 1)
+
+    ddpm.loss(model, x, n, DDPM)
+    scheduler = DDPMScheduler(**ddpm.SCHEDULE)
+    expected = scheduler.add_noise(x, n.noise, seen["t"])
+    torch.testing.assert_close(seen["x_t"], expected, rtol=1e-5, atol=1e-5)
+
+
+def test_timesteps_cover_all_steps_evenly():
+    u = (torch.arange(100000, dtype=torch.float64) + 0.5) / 100000
+    assert torch.equal(torch.bincount(ddpm.sample_t(u)), torch.full((1000,), 100))
+    assert ddpm.sample_t(torch.tensor([1.0], dtype=torch.float64)).item() == 999
+
+
+@pytest.mark.parametrize("step", [1, 2, 500, 999])
+def test_variational_term_equals_kl_of_torch_distributions(step):
+    g = torch.Generator().manual_seed(step)
+    x, noise, epsilon, v = (torch.randn(2, 3, 4, 4, generator=g, dtype=torch.float64) for _ in range(4))
+    v = v.tanh()
+    betas = torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64)
+    bar = (1 - betas).cumprod(0)
+    a, b, previous = bar[step], betas[step], bar[step - 1]
+    x_t = a.sqrt() * x + (1 - a).sqrt() * noise
+    x0 = (x_t - (1 - a).sqrt() * epsilon) / a.sqrt()
+
+    def posterior_mean(clean):
+        return (previous.sqrt() * b * clean + (1 - b).sqrt() * (1 - previous) * x_t) / (1 - a)
+
+    tilde = b * (1 - previous) / (1 - a)
+    learned = torch.exp((v + 1) / 2 * b.log() + (1 - (v + 1) / 2) * tilde.log())
+    truth = torch.distributions.Normal(posterior_mean(x), tilde.sqrt())
+    guess = torch.distributions.Normal(posterior_mean(x0), learned.sqrt())
+    expected = torch.distributions.kl_divergence(truth, guess).flatten(1).mean(1) / math.log(2)
+    t = torch.full((2,), step)
+    table = {name: values[t][:, None, None, None] for name, values in ddpm.tables().items()}
+    found = ddpm.variational_term(x, x_t, t, epsilon, v, table)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-9)
+
+
+def test_first_step_is_the_likelihood_of_256_bins():
+    t = torch.zeros(2, dtype=torch.long)
+    pixels = torch.tensor([0, 1, 100, 254, 255], dtype=torch.float64)
+    x = (pixels / 127.5 - 1).repeat(2, 1)[:, None, None, :]
+    table = {name: values[t][:, None, None, None] for name, values in ddpm.tables().items()}
+    epsilon, v = torch.randn_like(x), torch.zeros_like(x)
+    a = table["alpha_bar"]
+    x_t = a.sqrt() * x + (1 - a).sqrt() * torch.randn_like(x)
+    found = ddpm.variational_term(x, x_t, t, epsilon, v, table)
+    x0 = (x_t - (1 - a).sqrt() * epsilon) / a.sqrt()  # at the first step the posterior's mean is x0 itself
+    std = torch.exp(0.25 * (table["betas"].log() + table["log_variance"]))
+    normal = torch.distributions.Normal(x0, std)
+    upper = torch.where(x > 0.999, 1.0, normal.cdf(x + 1 / 255))
+    lower = torch.where(x < -0.999, 0.0, normal.cdf(x - 1 / 255))
+    expected = -(upper - lower).clamp_min(1e-12).log2().flatten(1).mean(1)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)
+
+
+def test_the_bound_trains_the_variance_alone():
+    x, n = torch.randn(4, 3, 8, 8), noised(4)
+    out = torch.randn(4, 6, 8, 8, requires_grad=True)
+    ddpm.loss(lambda x_t, t: out, x, n, DDPM).sum().backward()
+    epsilon, v = out.grad.chunk(2, 1)
+    mse_alone = 2 * (out.detach()[:, :3] - n.noise) / n.noise[0].numel()
+    torch.testing.assert_close(epsilon, mse_alone)
+    assert v.abs().sum() > 0

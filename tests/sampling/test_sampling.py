@@ -1,0 +1,169 @@
+"""Solvers against closed forms, guidance by hand, and pictures that do not depend on their batch."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from PIL import Image
+
+from megatron_dit.checkpoint.load import open_checkpoint
+from megatron_dit.cli import run
+from megatron_dit.sampling.generate import Sampler, load_model
+from megatron_dit.sampling.solvers import guide, scheduler_for, solve
+from tests.configs import small, small_dict
+
+
+def nothing():
+    pass
+
+
+def test_euler_ends_at_the_only_datum():
+    """All data at c: the flow's velocity is (x - c) / t, a straight line that Euler follows exactly."""
+    c = torch.full((2, 3, 8, 8), 0.7)
+    noise = torch.randn(2, 3, 8, 8)
+    scheduler = scheduler_for(small("mmdit"), "euler")
+    out = solve(lambda x, t: (x - c) / (t[:, None, None, None] / 1000), noise, scheduler, 10, nothing)
+    torch.testing.assert_close(out, c)
+
+
+@pytest.mark.parametrize("solver", ["ddim", "dpm++"])
+def test_ddpm_solvers_map_noise_to_gaussian_data(solver):
+    """Data N(0, s^2): the optimal ε is known, and the probability-flow ODE scales noise to s."""
+    s = 0.5
+    scheduler = scheduler_for(small("pixart"), solver)
+    bar = scheduler.alphas_cumprod
+
+    def epsilon(x, t):
+        a = bar[t.long()][:, None, None, None]
+        return (1 - a).sqrt() * x / (a * s**2 + 1 - a)
+
+    noise = torch.randn(4, 3, 8, 8)
+    out = solve(epsilon, noise, scheduler, 200, nothing)
+    torch.testing.assert_close(out, s * noise, rtol=0.05, atol=0.02)
+
+
+def test_guidance_by_hand():
+    text, mask = torch.randn(2, 4, 8), torch.ones(2, 4, dtype=torch.bool)
+
+    def model(x, t, text, mask, dropped):
+        signal = torch.where(dropped[:, None], -text.mean(1), text.mean(1)).mean(1)[:, None, None, None]
+        return torch.cat([x + signal, torch.full_like(x, 9.0)], 1)
+
+    x, t = torch.randn(2, 3, 4, 4), torch.full((2,), 500.0)
+    with_text = model(x, t, text, mask, torch.zeros(2, dtype=torch.bool))[:, :3]
+    without = model(x, t, text, mask, torch.ones(2, dtype=torch.bool))[:, :3]
+    torch.testing.assert_close(guide(model, text, mask, 3.0, 3)(x, t), without + 3 * (with_text - without))
+    torch.testing.assert_close(guide(model, text, mask, 1.0, 3)(x, t), with_text)
+
+
+@pytest.fixture(scope="module", params=["mmdit", "pixart"])
+def trained(request, dataset, tmp_path_factory):
+    """A few steps of a run of each architecture."""
+    folder = tmp_path_factory.mktemp(request.param)
+    values = small_dict(request.param, **{"data.path": str(dataset), "run_dir": str(folder / "run")})
+    path = folder / "config.yaml"
+    path.write_text(yaml.safe_dump({**values, "sampling": {"steps": 4}}))
+    assert run(["train", str(path)]) == 0
+    return folder / "run"
+
+
+PROMPTS = ["a red circle at the top left", "two blue squares", "four green crosses"]
+
+
+def test_a_picture_does_not_depend_on_its_batch(trained):
+    sampler = Sampler(trained)
+    together = sampler.draw(PROMPTS)
+    assert together.shape == (3, 16, 16, 3)
+    assert together.dtype == np.uint8
+    alone = np.concatenate([sampler.draw([prompt]) for prompt in PROMPTS])
+    assert np.abs(together.astype(int) - alone).max() <= 1  # a batched product may round otherwise
+    pieces = sampler.draw(PROMPTS[::-1], batch=2)[::-1]
+    assert np.abs(together.astype(int) - pieces).max() <= 1
+    assert (sampler.draw(PROMPTS, seed=1) != together).any()
+
+
+def test_repeated_prompts_get_other_noise_and_sizes_may_differ(trained):
+    sampler = Sampler(trained)
+    first, second = sampler.draw([PROMPTS[0]] * 2)
+    assert (first != second).any()
+    assert sampler.draw(PROMPTS[:1], size=(8, 24)).shape == (1, 8, 24, 3)
+
+
+def test_ema_is_the_default(trained):
+    reader, sampler = open_checkpoint(trained), Sampler(trained)
+    weights = dict(sampler.model.named_parameters())
+    raw = dict(load_model(reader, sampler.config, ema=False).named_parameters())
+    for name in weights:
+        assert torch.equal(weights[name], reader.full("ema", name))
+        assert torch.equal(raw[name], reader.full("master", name))
+    assert any(not torch.equal(weights[name], raw[name]) for name in weights)
+
+
+def test_commands_write_pictures_and_figures(trained, tmp_path, capsys):
+    out = tmp_path / "grid.png"
+    words = ["sample", str(trained), "--out", str(out), "--json", str(tmp_path / "s.json")]
+    assert run([*words, "--prompt", PROMPTS[0], "--prompt", PROMPTS[1], "--guidance", "1"]) == 0
+    assert Image.open(out).size[0] > 100
+    assert json.loads((tmp_path / "s.json").read_text())["prompts"] == PROMPTS[:2]
+    assert run(["evaluate", str(trained), "--prompts", "6", "--json", str(tmp_path / "e.json")]) == 0
+    assert (trained / "samples.png").is_file()
+    assert json.loads((tmp_path / "e.json").read_text())["prompts"] == 6
+    assert run(["evaluate", str(trained), "--prompts", "6", "--at-least", "1.0"]) == 1
+    assert "of 6 held-out prompts" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--solver", "heun"], "heun"),
+        (["--steps", "0"], "sampling.steps=0"),
+        (["--size", "10x10"], "multiples of 4"),
+        (["--size", "large"], "HEIGHTxWIDTH"),
+        (["--guidance", "0.5"], "sampling.guidance=0.5"),
+        (["--data", "/nowhere"], "/nowhere"),
+    ],
+)
+def test_wrong_flags(trained, tmp_path, capsys, flags, words):
+    out = tmp_path / "x.png"
+    assert run(["sample", str(trained), "--prompt", "two blue squares", "--out", str(out), *flags]) == 2
+    line = capsys.readouterr().err.strip()
+    assert words in line
+    assert "\n" not in line
+    assert not out.exists()
+
+
+def test_vae_codec_is_diffusers(tmp_path):
+    from diffusers import AutoencoderKL
+
+    from megatron_dit.data.codec import open_codec
+
+    torch.manual_seed(0)
+    vae = AutoencoderKL(
+        block_out_channels=(8, 16), down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2,
+        latent_channels=4, norm_num_groups=4, scaling_factor=0.2, shift_factor=0.1,
+    ).eval()  # fmt: skip
+    vae.save_pretrained(tmp_path / "vae")
+    codec = open_codec({"kind": "vae", "path": str(tmp_path / "vae")})
+    pictures = torch.randint(0, 256, (2, 3, 16, 24), dtype=torch.uint8)
+    with torch.no_grad():
+        mean = vae.encode(pictures / 127.5 - 1).latent_dist.mean
+        torch.testing.assert_close(codec.encode(pictures), (mean - 0.1) * 0.2)
+        decoded = vae.decode(mean).sample.clamp(-1, 1)
+    assert codec.scale == 2
+    again = codec.decode((mean - 0.1) * 0.2)
+    assert ((again.float() - (decoded + 1) * 127.5).abs() <= 0.51).all()
+
+
+def test_sampling_needs_no_training_data(trained, tmp_path):
+    """A copy of the dataset's index and text encoder is enough."""
+    config = Sampler(trained).config
+    lean = tmp_path / "lean"
+    lean.mkdir()
+    shutil.copy(f"{config.data.path}/index.json", lean)
+    shutil.copytree(f"{config.data.path}/text_encoder", lean / "text_encoder")
+    assert Sampler(trained, data=str(lean)).draw(PROMPTS[:1]).shape == (1, 16, 16, 3)

@@ -1,0 +1,77 @@
+"""The same command under --procs, torchrun and the deepspeed launcher (srun: see the slurm mark)."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from megatron_dit.checkpoint.load import open_checkpoint
+from tests.configs import small_dict
+
+BIN = Path(sys.executable).parent
+
+
+def launched(words, folder):
+    env = {**os.environ, "PATH": f"{BIN}:{os.environ['PATH']}", "HOME": str(folder)}
+    done = subprocess.run(words, capture_output=True, text=True, timeout=240, check=False, env=env)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def weights(run):
+    reader = open_checkpoint(run)
+    assert reader.manifest["layout"]["world"] == 2
+    return {name: reader.full("master", name) for name in reader.manifest["params"]}
+
+
+def test_launchers_give_the_same_weights(dataset, tmp_path):
+    config = tmp_path / "config.yaml"
+    config.write_text(yaml.safe_dump(small_dict("mmdit", **{"data.path": str(dataset), "parallel.zero_stage": 2})))
+
+    def words(name):
+        return ["train", str(config), f"run_dir={tmp_path / name}", "train.steps=4"]
+
+    starts = {
+        "procs": [sys.executable, "-m", "megatron_dit", *words("procs"), "--procs", "2"],
+        "torchrun": [str(BIN / "torchrun"), "--nproc-per-node=2", "--master-port=29871", "--module", "megatron_dit",
+                     *words("torchrun")],
+        "deepspeed": [str(BIN / "deepspeed"), "--num_gpus", "2", "--master_port", "29872", "--module", "megatron_dit",
+                      *words("deepspeed")],
+    }  # fmt: skip
+    for command in starts.values():
+        launched(command, tmp_path)
+    expected = weights(tmp_path / "procs")
+    for name in ("torchrun", "deepspeed"):
+        found = weights(tmp_path / name)
+        assert all(torch.equal(found[key], value) for key, value in expected.items())
+
+
+def test_dry_run_prints_config_and_what_is_made_of_it(dataset, tmp_path, capsys):
+    from megatron_dit.cli import run
+
+    config = tmp_path / "config.yaml"
+    config.write_text(yaml.safe_dump(small_dict("mmdit", **{"data.path": str(dataset)})))
+    figures = tmp_path / "figures.json"
+    words = ["train", str(config), "parallel.zero_stage=1", "--dry-run", "--procs", "2", "--json", str(figures)]
+    assert run(words) == 0
+    resolved, made = yaml.safe_load_all(capsys.readouterr().out)
+    assert resolved["parallel"]["zero_stage"] == 1
+    assert made == json.loads(figures.read_text())
+    assert made["deepspeed"]["zero_optimization"]["stage"] == 1
+    assert made["deepspeed"]["train_micro_batch_size_per_gpu"] == 4
+    assert made["parameters"] > 10000
+
+
+def test_module_equals_console_script():
+    scripts = [[str(BIN / "megatron-dit")], [sys.executable, "-m", "megatron_dit"]]
+    helps = [subprocess.run([*s, "--help"], capture_output=True, text=True, check=True).stdout for s in scripts]
+    if not (BIN / "megatron-dit").exists():
+        pytest.fail("the console script is not installed: pip install -e .")
+    assert helps[0] == helps[1]
+    assert "verify" in helps[0]
