@@ -19,7 +19,7 @@ from webdataset.compat import WebDataset
 from data_prep.tiny_t5 import build_tiny_t5
 from megatron_dit.data import scenes
 from megatron_dit.data.codec import open_codec
-from megatron_dit.data.shards import INDEX, Index, write_index, write_shard
+from megatron_dit.data.shards import INDEX, SCENES, Index, write_index, write_shard
 from megatron_dit.data.text import TextEncoder
 from megatron_dit.errors import UserError
 from megatron_dit.parallel.cpu import device
@@ -48,7 +48,7 @@ def demo(folder: Path, pictures: int, seed: int, per_shard: int = 2500) -> Index
             yield Example(f"{i:09d}", scenes.render(scene, rng), scene.caption)
 
     codec = {"kind": "pixels"}
-    named = {"text": "text_encoder", "tokens": 24, "codec": codec, "side": scenes.SIDE}
+    named = {"text": "text_encoder", "tokens": 24, "codec": codec, "side": scenes.SIDE, "source": SCENES}
     return _build(builder, folder, draw(), pictures, **named, per_shard=per_shard)
 
 
@@ -74,7 +74,9 @@ def encode(source: str, folder: Path, size: int, text_encoder: str, vae: str, to
         Example(f"{i:09d}", _fit(picture, size), caption, {**meta, "source_key": key})
         for i, (key, picture, caption, meta) in enumerate(_read(paths))
     )
-    return _build(builder, folder, examples, len(captions), text=text, tokens=tokens, codec=codec, side=size)
+    return _build(
+        builder, folder, examples, len(captions), text=text, tokens=tokens, codec=codec, side=size, source=source
+    )
 
 
 def _start(folder: Path) -> Path:
@@ -97,6 +99,7 @@ def _build(
     tokens: int,
     codec: dict[str, Any],
     side: int,
+    source: str,
     per_shard: int = 2500,
 ) -> Index:
     local = aside / text
@@ -134,6 +137,7 @@ def _build(
         channels=pictures.channels,
         text=described,
         codec=codec,
+        source=source,
     )
     write_index(index)
     aside.replace(folder)

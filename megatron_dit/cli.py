@@ -12,9 +12,15 @@ import os
 import sys
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from megatron_dit.errors import UserError
+
+if TYPE_CHECKING:  # imports of torch take seconds: each command imports what it needs
+    import numpy as np
+
+    from megatron_dit.config import Config
+    from megatron_dit.sampling.generate import Sampler
 
 
 class Parser(argparse.ArgumentParser):
@@ -147,7 +153,7 @@ def _train(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _dry_run(arguments: argparse.Namespace, config: Any) -> int:
+def _dry_run(arguments: argparse.Namespace, config: Config) -> int:
     import yaml
 
     from megatron_dit.config import deepspeed_config
@@ -185,7 +191,7 @@ def _sample(arguments: argparse.Namespace) -> int:
     from megatron_dit.sampling.grid import save_grid
 
     size = _size(arguments.size)
-    pictures = _draw(arguments, arguments.prompt, size)
+    pictures = _draw(_sampler(arguments), arguments, arguments.prompt, size)
     save_grid(pictures, arguments.prompt, arguments.out)
     print(f"wrote {len(pictures)} pictures to {arguments.out}")
     _write_json(arguments, {"prompts": arguments.prompt, "out": str(arguments.out), "seed": arguments.seed})
@@ -194,6 +200,7 @@ def _sample(arguments: argparse.Namespace) -> int:
 
 def _evaluate(arguments: argparse.Namespace) -> int:
     from megatron_dit.data.scenes import held_out_captions
+    from megatron_dit.data.shards import SCENES
     from megatron_dit.evaluation.scenes import score_pictures
     from megatron_dit.sampling.grid import save_grid
 
@@ -201,7 +208,11 @@ def _evaluate(arguments: argparse.Namespace) -> int:
         prompts = held_out_captions(arguments.prompts, seed=0)
     except ValueError as error:
         raise UserError(f"--prompts {arguments.prompts}: {error}") from None
-    score = score_pictures(_draw(arguments, prompts, None), prompts)
+    sampler = _sampler(arguments)
+    index = sampler.index
+    if index.source != SCENES:
+        raise UserError(f"{index.folder} is not the embedded data: only its pictures can be scored, use sample")
+    score = score_pictures(_draw(sampler, arguments, prompts, None), prompts)
     out = arguments.out or _run_of(Path(arguments.checkpoint)) / "samples.png"
     save_grid(score.pictures, prompts, out, ["darkgreen" if right else "firebrick" for right in score.right])
     right, total = sum(score.right), len(score.right)
@@ -210,10 +221,15 @@ def _evaluate(arguments: argparse.Namespace) -> int:
     return 0 if score.share >= arguments.at_least else 1
 
 
-def _draw(arguments: argparse.Namespace, prompts: list[str], size: tuple[int, int] | None) -> Any:
+def _sampler(arguments: argparse.Namespace) -> Sampler:
     from megatron_dit.sampling.generate import Sampler
 
-    sampler = Sampler(arguments.checkpoint, data=arguments.data, ema=not arguments.raw)
+    return Sampler(arguments.checkpoint, data=arguments.data, ema=not arguments.raw)
+
+
+def _draw(
+    sampler: Sampler, arguments: argparse.Namespace, prompts: list[str], size: tuple[int, int] | None
+) -> np.ndarray:
     return sampler.draw(
         prompts,
         seed=arguments.seed,

@@ -106,6 +106,7 @@ class Logger:
         run.open(step)
         self._losses: list[float] = []
         self._skipped = 0
+        self._rate = 0.0
         self._since = time.monotonic()
 
     def log(self, step: int, metrics: StepMetrics) -> str:
@@ -115,24 +116,23 @@ class Logger:
             self._losses.append(metrics.loss)
         due = step % self._config.train.log_every == 0 or step == self._config.train.steps
         if not (due or metrics.skipped or metrics.stop):
-            return self._text(metrics, None)
+            return self._text(metrics)
         now = time.monotonic()
         steps = len(self._losses) + metrics.skipped
-        rate = steps * self._config.train.global_batch / max(1e-9, now - self._since)
+        self._rate = steps * self._config.train.global_batch / max(1e-9, now - self._since)
         mean = sum(self._losses) / len(self._losses) if self._losses else None
         figures = {
             "loss": mean,
             "grad_norm": None if metrics.skipped else metrics.grad_norm,
             "lr": metrics.lr,
-            "samples_per_second": rate,
+            "samples_per_second": self._rate,
             "skipped_steps": self._skipped,
         }
         self._run.log(step, figures)
         self._losses, self._since = [], now
-        return self._text(metrics, rate)
+        return self._text(metrics)
 
-    def _text(self, metrics: StepMetrics, rate: float | None) -> str:
-        self._rate = rate if rate is not None else getattr(self, "_rate", 0.0)
+    def _text(self, metrics: StepMetrics) -> str:
         skipped = f" skipped {self._skipped}" if self._skipped else ""
         return f"loss {metrics.loss:.4f} {self._rate:.0f} samples/s{skipped}"
 

@@ -1,7 +1,9 @@
 """Run the first steps of a config in each layout and compare them with a single process.
 
 A layout must have equal initial weights, and to rounding equal losses and gradient norms. The norms are
-compared before clipping: after it, those above the limit would all be equal.
+compared before clipping: after it, those above the limit would all be equal. After the initial weights are
+hashed, noise goes onto every weight: a layer that starts at zero (adaLN gates, readouts) would hide
+wrong gradients behind it for as long as the warm-up lasts.
 """
 
 from __future__ import annotations
@@ -11,11 +13,12 @@ import json
 import math
 import tempfile
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
+from torch import Tensor
 
 from megatron_dit.checkpoint.format import STATE, CheckpointReader
 from megatron_dit.checkpoint.save import save
@@ -25,6 +28,8 @@ from megatron_dit.data.stream import batches
 from megatron_dit.engine import Engine
 from megatron_dit.errors import UserError
 from megatron_dit.launch import run_ranks
+from megatron_dit.mup.init import initial_value
+from megatron_dit.mup.rules import Param
 from megatron_dit.parallel.topology import build_topology, connect
 from megatron_dit.progress import ProgressBar
 from megatron_dit.trainer import use_threads
@@ -97,9 +102,10 @@ def compare(layout: str, trace: Trace, reference: Trace) -> Comparison:
 
 
 def first_steps(config: Config, folder: Path) -> Trace | None:
-    """Train ``config.train.steps`` steps from the start; the trace on rank 0, None elsewhere. Collective.
+    """Hash the initial weights, add noise, train ``config.train.steps`` steps. Collective.
 
-    The initial weights are saved under ``folder`` and hashed as a reader of any layout sees them.
+    Returns the trace on rank 0, None elsewhere. The weights are saved under ``folder`` and hashed as a reader
+    of any layout sees them.
     """
     connect()
     topology = build_topology(config)
@@ -107,12 +113,20 @@ def first_steps(config: Config, folder: Path) -> Trace | None:
     engine = Engine(config, topology)
     engine.initialise()
     initial = hash_weights(CheckpointReader(save(engine, folder))) if topology.rank == 0 else save(engine, folder)
+    engine.load({STATE: lambda name: disturbed(engine.params[name], config.seed)})
     losses, norms = [], []
     for batch in batches(read_index(config.data.path), config, 0, topology.data_rank, topology.data_size):
         metrics = engine.train_step(batch)
         losses.append(metrics.loss)
         norms.append(metrics.grad_norm)
     return Trace(str(initial), losses, norms) if topology.rank == 0 else None
+
+
+def disturbed(param: Param, seed: int) -> Tensor:
+    """The initial value with noise, drawn as the value itself is: by (seed, global name)."""
+    # As if every dimension were infinite: standard deviation 1 / sqrt(fan-in) whatever the role.
+    noise = initial_value(replace(param, name=f"{param.name}/noise", init_kind="fan_in", base=param.shape), seed)
+    return initial_value(param, seed) + noise
 
 
 def hash_weights(reader: CheckpointReader) -> str:

@@ -14,7 +14,7 @@ from megatron_dit.cli import run
 from tests.configs import small_dict
 
 
-@pytest.fixture()
+@pytest.fixture
 def config(dataset, tmp_path):
     """Writes a config on the shared data; returns (path, run folder)."""
 
@@ -125,7 +125,7 @@ def refused(path, *words, overrides=()):
         assert word in ours[0], ours[0]
 
 
-@pytest.fixture()
+@pytest.fixture
 def own_data(dataset, tmp_path):
     """A copy of the dataset that a test may break."""
     folder = tmp_path / "broken"

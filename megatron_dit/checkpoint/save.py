@@ -5,11 +5,11 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-import torch.distributed as dist
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
@@ -32,22 +32,10 @@ def save(engine: Engine, folder: Path) -> Path:
     """Write ``folder/step_N`` of the engine's state. Collective; every rank raises if one cannot write."""
     target = step_folder(folder, engine.step)
     part = target.with_suffix(".part")
-    error: Exception | None = None
-    try:
-        if engine.topology.rank == 0:
-            shutil.rmtree(part, ignore_errors=True)
-            part.mkdir(parents=True)
-        dist.barrier()
-        _write_share(engine, part)
-    except (OSError, SafetensorError) as caught:
-        error = UserError(f"checkpoint {part} cannot be written ({caught}): free space or change run_dir")
-    agree(error)
-    if engine.topology.rank == 0:
-        _write_manifest(engine, part)
-        shutil.rmtree(target, ignore_errors=True)
-        part.replace(target)
-        _sync(folder)
-    dist.barrier()
+    first = engine.topology.rank == 0
+    _together(part, _make_folder if first else None, part)
+    _together(part, _write_share, engine, part)
+    _together(part, _commit if first else None, engine, part, target)
     return target
 
 
@@ -56,6 +44,29 @@ def prune(folder: Path, keep: int) -> None:
     whole = sorted(path for path in folder.glob(PREFIX + "*") if path.suffix != ".part")
     for path in [*whole[:-keep], *folder.glob(PREFIX + "*.part")]:
         shutil.rmtree(path, ignore_errors=True)
+
+
+def _together(part: Path, write: Callable[..., None] | None, *arguments: Any) -> None:
+    """Run ``write`` where given; every rank waits for the others and raises if one of them could not."""
+    error = None
+    try:
+        if write is not None:
+            write(*arguments)
+    except (OSError, SafetensorError) as caught:
+        error = UserError(f"checkpoint {part} cannot be written ({caught}): free space or change run_dir")
+    agree(error)
+
+
+def _make_folder(part: Path) -> None:
+    shutil.rmtree(part, ignore_errors=True)
+    part.mkdir(parents=True)
+
+
+def _commit(engine: Engine, part: Path, target: Path) -> None:
+    _write_manifest(engine, part)
+    shutil.rmtree(target, ignore_errors=True)
+    part.replace(target)
+    _sync(target.parent)
 
 
 def _write_share(engine: Engine, part: Path) -> None:

@@ -23,6 +23,7 @@ from megatron_dit.errors import UserError
 
 INDEX = "index.json"
 FORMAT = 1
+SCENES = "scenes"
 
 
 @dataclass(frozen=True)
@@ -42,7 +43,8 @@ class Index:
     shards: tuple[Shard, ...]
     channels: int
     text: dict[str, Any]  # {"encoder": folder (relative to the index) or hub name, "dim", "tokens"}
-    codec: dict[str, Any]  # {"kind": "pixels"} or {"kind": "vae", "path", "scale", "shift"}
+    codec: dict[str, Any]  # {"kind": "pixels"} or {"kind": "vae", "path"}
+    source: str  # what was encoded; "scenes" is the embedded data, which can be scored
 
     @property
     def samples(self) -> int:
@@ -69,7 +71,8 @@ def read_index(folder: str | Path) -> Index:
         if raw["format"] != FORMAT:
             raise UserError(f"{path} has format {raw['format']}, expected {FORMAT}: prepare the data again")
         shards = tuple(Shard(**{**shard, "bucket": tuple(shard["bucket"])}) for shard in raw["shards"])
-        index = Index(folder=folder, shards=shards, channels=raw["channels"], text=raw["text"], codec=raw["codec"])
+        described = {key: raw[key] for key in ("channels", "text", "codec", "source")}
+        index = Index(folder=folder, shards=shards, **described)
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(f"{path} is not an index of shards ({error}): prepare the data again") from None
     if not index.shards:
@@ -141,8 +144,8 @@ def write_shard(path: Path, samples: Iterator[dict[str, Any]], bucket: tuple[int
 
 def write_index(index: Index) -> None:
     """Write ``index.json`` last and atomically: a folder without it was never finished."""
-    raw = {"format": FORMAT, "channels": index.channels, "text": index.text, "codec": index.codec}
-    raw["shards"] = [asdict(shard) for shard in index.shards]
+    raw = {"format": FORMAT, "source": index.source, "channels": index.channels, "text": index.text}
+    raw |= {"codec": index.codec, "shards": [asdict(shard) for shard in index.shards]}
     part = index.folder / (INDEX + ".part")
     part.write_text(json.dumps(raw, indent=1) + "\n")
     part.replace(index.folder / INDEX)

@@ -55,7 +55,7 @@ class Sampler:
         reader = open_checkpoint(checkpoint)
         self.config = config_from_dict(reader.manifest["config"])
         self.step = reader.step
-        index = read_index(data or self.config.data.path)
+        self.index = index = read_index(data or self.config.data.path)
         model = self.config.model
         self._text = TextEncoder(index.text_encoder, model.text_tokens, device())
         if self._text.dim != model.text_dim:

@@ -131,3 +131,22 @@ def test_pixart_equals_diffusers(height, width, masked):
     their_out = theirs(x, encoder_hidden_states=their_text, timestep=t, encoder_attention_mask=their_mask).sample
     assert not compare(ours, theirs, diffusers_weights.pixart, our_out, their_out)
     assert ours.null_caption.table.grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize("arch", ["mmdit", "pixart"])
+def test_intermediates_come_back_by_name(arch):
+    connect()
+    config = ModelConfig(
+        arch=arch, depth=2, heads=2, head_dim=8, patch_size=2, in_channels=4, sample_size=8, text_dim=12, text_tokens=5,
+    )  # fmt: skip
+    model = build_unsharded(config)
+    randomise(model, seed=2)
+    x, t, text = inputs(config, 2, 8, 8)
+    taps = {}
+    keep, mask = torch.zeros(2, dtype=torch.bool), torch.ones(2, 5, dtype=torch.bool)
+    out = model(x, t, text, mask, keep, taps)
+    assert taps["output"] is out
+    assert taps["image"].shape == (16, 2, 16)
+    blocks = [name for name in taps if name.startswith("blocks.")]
+    assert len(blocks) == (4 if arch == "mmdit" else 2)
+    assert torch.equal(out, model(x, t, text, mask, keep))

@@ -144,8 +144,9 @@ def test_vae_codec_is_diffusers(tmp_path):
 
     torch.manual_seed(0)
     vae = AutoencoderKL(
-        block_out_channels=(8, 16), down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2,
-        latent_channels=4, norm_num_groups=4, scaling_factor=0.2, shift_factor=0.1,
+        block_out_channels=(8, 16), down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2, latent_channels=4, norm_num_groups=4, scaling_factor=0.2,
+        shift_factor=0.1,
     ).eval()  # fmt: skip
     vae.save_pretrained(tmp_path / "vae")
     codec = open_codec({"kind": "vae", "path": str(tmp_path / "vae")})

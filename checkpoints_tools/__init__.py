@@ -1,0 +1,1 @@
+"""``python -m checkpoints_tools``: look into checkpoints."""

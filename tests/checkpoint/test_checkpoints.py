@@ -1,0 +1,149 @@
+"""Checkpoints across layouts, and what is refused."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+from megatron_dit.checkpoint.format import CheckpointReader, Torn
+from megatron_dit.checkpoint.save import prune, step_folder
+from megatron_dit.mup.init import shard_of, unshard
+from tests.configs import small
+from tests.test_engine import batch, start
+
+LAYOUTS = {
+    "one": (1, {}),
+    "dp2-zero0": (2, {}),
+    "dp2-zero1-bf16": (2, {"parallel.zero_stage": 1, "train.dtype": "bf16"}),
+    "dp2-zero2": (2, {"parallel.zero_stage": 2}),
+    "dp2-zero3": (2, {"parallel.zero_stage": 3}),
+    "tp2-sp": (2, {"parallel.tensor": 2, "parallel.sequence": True}),
+    "dp2-tp2-zero3": (4, {"parallel.tensor": 2, "parallel.zero_stage": 3}),
+}
+
+
+def save_after(arch, layout, folder):
+    from pathlib import Path
+
+    from megatron_dit.checkpoint.save import save
+
+    config = small(arch, **layout)
+    engine = start(config)
+    for step in range(2):
+        engine.train_step(batch(config, engine.topology, step))
+    save(engine, Path(folder))
+
+
+def load_and_save_again(arch, layout, source, folder):
+    from pathlib import Path
+
+    from megatron_dit.checkpoint.load import newest, restore
+    from megatron_dit.checkpoint.save import save
+
+    engine = start(small(arch, **layout))
+    restore(engine, newest(Path(source))[0])
+    save(engine, Path(folder))
+
+
+def everything(folder):
+    reader = CheckpointReader(step_folder(folder, 2))
+    keys = ("master", "exp_avg", "exp_avg_sq", "ema")
+    return {(k, n): reader.full(k, n) for k in keys for n in reader.manifest["params"]}
+
+
+@pytest.fixture(scope="module")
+def saved(pool, tmp_path_factory):
+    """Checkpoints of two steps from four ranks, tensor parallel and ZeRO-3, of each architecture."""
+    folders = {arch: tmp_path_factory.mktemp(arch) for arch in ("mmdit", "pixart")}
+    for arch, folder in folders.items():
+        pool.run(4, save_after, arch, LAYOUTS["dp2-tp2-zero3"][1], str(folder))
+    return folders
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+@pytest.mark.parametrize("arch", ["mmdit", "pixart"])
+def test_a_checkpoint_goes_through_any_layout_without_a_bit_changed(pool, saved, tmp_path, arch, name):
+    ranks, layout = LAYOUTS[name]
+    pool.run(ranks, load_and_save_again, arch, layout, str(saved[arch]), str(tmp_path))
+    expected, found = everything(saved[arch]), everything(tmp_path)
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[key], value) for key, value in expected.items())
+
+
+def test_every_rank_writes_only_its_share(saved):
+    """The files together hold each element of each state once."""
+    folder = step_folder(saved["mmdit"], 2)
+    reader = CheckpointReader(folder)
+    elements = sum(torch.Size(p["shape"]).numel() for p in reader.manifest["params"].values())
+    payload = 4 * 4 * elements  # four fp32 states
+    sizes = list(reader.manifest["files"].values())
+    assert len(sizes) == 4
+    assert payload < sum(sizes) < payload * 1.2 + 4 * 50000
+    assert max(sizes) < 0.5 * sum(sizes)
+
+
+def test_shards_and_full_tensors_are_inverse():
+    class Sharded:
+        tensor_model_parallel, partition_dim, partition_stride = True, 0, 3
+
+    full = torch.arange(24.0).view(12, 2)
+    shards = [shard_of(full, Sharded, rank, 2) for rank in range(2)]
+    # q, k and v are 4 rows each; rank 0 has the first half of each.
+    assert shards[0][:, 0].tolist() == [0, 2, 8, 10, 16, 18]
+    assert torch.equal(unshard(shards, 0, 3), full)
+
+
+@pytest.mark.parametrize("harm", ["short", "missing", "manifest", "version"])
+def test_torn_checkpoints_are_seen(pool, tmp_path, harm):
+    pool.run(1, save_after, "mmdit", {}, str(tmp_path))
+    folder = step_folder(tmp_path, 2)
+    file = folder / "rank_00000.safetensors"
+    manifest = folder / "manifest.json"
+    if harm == "short":
+        file.write_bytes(file.read_bytes()[:-10])
+    elif harm == "missing":
+        file.unlink()
+    elif harm == "manifest":
+        manifest.write_text(manifest.read_text()[:100])
+    else:
+        manifest.write_text(json.dumps({k: v for k, v in json.loads(manifest.read_text()).items() if k != "files"}))
+    with pytest.raises(Torn):
+        CheckpointReader(folder)
+
+
+def test_retention_keeps_the_newest(tmp_path):
+    for step in (1, 20, 300):
+        step_folder(tmp_path, step).mkdir()
+    (tmp_path / "step_00000400.part").mkdir()
+    prune(tmp_path, keep=2)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step_00000020", "step_00000300"]
+
+
+def save_where_it_cannot(folder):
+    from pathlib import Path
+
+    from megatron_dit.checkpoint.save import save
+
+    engine = start(small("mmdit"))
+    save(engine, Path(folder))
+
+
+def test_a_folder_that_cannot_be_written_is_told_on_every_rank(pool, tmp_path):
+    (tmp_path / "file").write_text("")
+    for outcome in pool.outcomes(2, save_where_it_cannot, str(tmp_path / "file" / "x")):
+        assert "cannot be written" in outcome.user_error
+
+
+def test_inspect(pool, tmp_path, capsys):
+    from checkpoints_tools.__main__ import main
+
+    pool.run(1, save_after, "pixart", {}, str(tmp_path))
+    figures = tmp_path / "figures.json"
+    assert main(["inspect", str(step_folder(tmp_path, 2)), "--json", str(figures)]) == 0
+    found = json.loads(figures.read_text())
+    assert (found["arch"], found["step"]) == ("pixart", 2)
+    assert found["roles"]["output"]["tensors"] == 1
+    assert "pixart" in capsys.readouterr().out
+    assert main(["inspect", str(tmp_path / "none")]) == 2
