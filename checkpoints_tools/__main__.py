@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import math
 import sys
@@ -14,7 +13,7 @@ from rich.table import Table
 
 from megatron_dit.checkpoint.format import CheckpointReader
 from megatron_dit.checkpoint.load import open_checkpoint
-from megatron_dit.cli import Parser
+from megatron_dit.cli import Parser, add_command
 from megatron_dit.errors import UserError
 
 
@@ -41,15 +40,9 @@ def inspect(reader: CheckpointReader) -> dict[str, Any]:
 def main(arguments: list[str]) -> int:
     parser = Parser(prog="python -m checkpoints_tools", description="Look into checkpoints.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=Parser)
-    command = commands.add_parser(
-        "inspect",
-        help="print what a checkpoint holds",
-        description="Print what a checkpoint holds.",
-        epilog="example: python -m checkpoints_tools inspect runs/quickstart",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
+    example = "python -m checkpoints_tools inspect runs/quickstart"
+    command = add_command(commands, "inspect", "Print what a checkpoint holds.", example)
     command.add_argument("checkpoint", help="a run's folder (its newest checkpoint) or one checkpoint")
-    command.add_argument("--json", metavar="FILE", help="write the figures here")
     try:
         parsed = parser.parse_args(arguments)
         figures = inspect(open_checkpoint(parsed.checkpoint))

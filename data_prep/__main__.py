@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 from dataclasses import asdict
 from pathlib import Path
 
 from data_prep.build import demo, encode
-from megatron_dit.cli import Parser
+from megatron_dit.cli import Parser, add_command
 from megatron_dit.errors import UserError
 
 
@@ -18,15 +17,7 @@ def main(arguments: list[str]) -> int:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=Parser)
 
     def add(name: str, text: str, example: str) -> Parser:
-        command = commands.add_parser(
-            name,
-            help=text,
-            description=text,
-            epilog=f"example: python -m data_prep {example}",
-            formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-        )
-        command.add_argument("--json", metavar="FILE", help="write the figures here")
-        return command
+        return add_command(commands, name, text, f"python -m data_prep {example}")
 
     embedded = add("demo", "Draw the embedded dataset of captioned scenes.", "demo data/scenes")
     embedded.add_argument("folder", type=Path, help="folder to make")

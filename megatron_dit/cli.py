@@ -10,6 +10,7 @@ import json
 import math
 import os
 import sys
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -24,9 +25,23 @@ if TYPE_CHECKING:  # imports of torch take seconds: each command imports what it
 
 
 class Parser(argparse.ArgumentParser):
+    """Tells a wrong flag in one line, as every other mistake of the user's."""
+
     def error(self, message: str) -> NoReturn:
-        """One line, as every other mistake of the user's."""
         raise UserError(f"{message} (see {self.prog} --help)")
+
+
+def add_command(commands: Any, name: str, text: str, example: str) -> Parser:
+    """A sub-command with an example in its help and ``--json FILE``."""
+    command: Parser = commands.add_parser(
+        name,
+        help=text,
+        description=text,
+        epilog=f"example: {example}",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    command.add_argument("--json", metavar="FILE", help="write the figures here")
+    return command
 
 
 def main() -> NoReturn:
@@ -65,17 +80,9 @@ def _parser() -> Parser:
     parser = Parser(prog="megatron-dit", description="Pretrain diffusion Transformers at scale, tuned by μTransfer.")
     commands = parser.add_subparsers(required=True, metavar="COMMAND", parser_class=Parser)
 
-    def add(name: str, text: str, example: str, function: Any) -> Parser:
-        command = commands.add_parser(
-            name,
-            help=text,
-            description=text,
-            epilog=f"example: megatron-dit {example}",
-            formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-        )
+    def add(name: str, text: str, example: str, function: Callable[[argparse.Namespace], int]) -> Parser:
+        command = add_command(commands, name, text, f"megatron-dit {example}")
         command.set_defaults(run=function)
-        if name != "verify-layout":
-            command.add_argument("--json", metavar="FILE", help="write the figures here")
         return command
 
     train = add("train", "Train, or go on where the run's folder stopped.", "train configs/quickstart.yaml", _train)
@@ -147,9 +154,11 @@ def _train(arguments: argparse.Namespace) -> int:
         config.data_parallel(arguments.procs)
         words = ["train", arguments.config, *arguments.overrides]
         return run_ranks([*words, *(["--json", arguments.json] if arguments.json else [])], arguments.procs)
+    from megatron_dit.parallel.topology import disconnect
     from megatron_dit.trainer import train
 
     _write_json(arguments, train(config))
+    disconnect()
     return 0
 
 
@@ -181,9 +190,11 @@ def _verify(arguments: argparse.Namespace) -> int:
 
 
 def _verify_layout(arguments: argparse.Namespace) -> int:
+    from megatron_dit.parallel.topology import disconnect
     from megatron_dit.verify import verify_layout
 
     verify_layout(arguments.folder)
+    disconnect()
     return 0
 
 

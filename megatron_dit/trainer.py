@@ -44,11 +44,9 @@ def train(config: Config) -> dict[str, Any]:
     first = topology.rank == 0
     logger = Logger(run, config, start) if first else None
     with ProgressBar("train", config.train.steps, start, show=first) as bar:
-        for line in torn:
+        for line in [*torn, *([f"resumed {run.path} at step {start}"] if reader else [])]:
             bar.say(line)
-        if reader is not None:
-            bar.say(f"resumed {run.path} at step {start}")
-        skipped_in_a_row, saved_at = 0, start if reader else -1
+        skipped_in_a_row = 0
         for batch in stream:
             metrics = engine.train_step(batch, stop=stop_signal.asked)
             skipped_in_a_row = skipped_in_a_row + 1 if metrics.skipped else 0
@@ -58,15 +56,12 @@ def train(config: Config) -> dict[str, Any]:
             done = metrics.stop or engine.step == config.train.steps
             if done or engine.step % config.checkpoint.every == 0:
                 save(engine, run.checkpoints)
-                saved_at = engine.step
                 if first:
                     prune(run.checkpoints, config.checkpoint.keep)
                     run.plot()
             if metrics.stop:
                 bar.say(f"stopped by a signal and saved at step {engine.step}: the same command goes on from here")
                 break
-        if saved_at < 0:
-            save(engine, run.checkpoints)
     last = run.metrics()[-1] if logger and run.metrics() else {}
     if logger:
         run.close()

@@ -112,6 +112,12 @@ def connect() -> None:
     dist.init_process_group("nccl" if cuda else "gloo", timeout=timeout)
 
 
+def disconnect() -> None:
+    """Leave the process group at the end of a multi-rank command; a lone process may run another."""
+    if dist.is_initialized() and dist.get_world_size() > 1:
+        dist.destroy_process_group()
+
+
 def build_topology(config: Config) -> Topology:
     """Megatron's process groups for ``config``; the default process group must exist."""
     from megatron.core import parallel_state

@@ -1,0 +1,102 @@
+"""srun starts the same command: two nodes of one machine, with daemons of this test's own."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import time
+
+import pytest
+import yaml
+
+from megatron_dit.checkpoint.load import open_checkpoint
+from tests.configs import small_dict
+
+NEEDED = ("srun", "slurmctld", "slurmd", "munged", "mungekey")
+missing = [name for name in NEEDED if shutil.which(name) is None]
+pytestmark = [
+    pytest.mark.slurm,
+    pytest.mark.skipif(bool(missing), reason=f"needs slurm-wlm and munge: {', '.join(missing)} not found"),
+    pytest.mark.skipif(os.geteuid() != 0, reason="starts Slurm's daemons, which needs root"),
+]
+
+
+def free_port():
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        return sock.getsockname()[1]
+
+
+@pytest.fixture
+def slurm(tmp_path):
+    """Environment for srun against a controller and two node daemons on loopback."""
+    folder, host = tmp_path / "slurm", socket.gethostname().split(".")[0]
+    folder.mkdir()
+    munge = {name: folder / f"munge.{name}" for name in ("key", "socket", "log", "pid", "seed")}
+    subprocess.run(["mungekey", "-c", "-k", str(munge["key"])], check=True)
+    flags = [f"--{name}-file={munge[name]}" for name in ("key", "log", "pid", "seed")]
+    daemons = [subprocess.Popen(["munged", "--foreground", "--force", f"--socket={munge['socket']}", *flags])]
+    lines = [
+        "ClusterName=test",
+        f"SlurmctldHost={host}(127.0.0.1)",
+        f"SlurmctldPort={free_port()}",
+        "AuthType=auth/munge",
+        f"AuthInfo=socket={munge['socket']}",
+        "SlurmUser=root",
+        f"StateSaveLocation={folder}",
+        f"SlurmdSpoolDir={folder}/spool.%n",
+        f"SlurmctldPidFile={folder}/ctld.pid",
+        f"SlurmdPidFile={folder}/d.%n.pid",
+        "ProctrackType=proctrack/linuxproc",
+        "TaskPlugin=task/none",
+        "MpiDefault=none",
+        "ReturnToService=2",
+        *(f"NodeName=n{i} NodeHostname={host} NodeAddr=127.0.0.1 Port={free_port()} CPUs=1" for i in (0, 1)),
+        "PartitionName=all Nodes=n0,n1 Default=YES State=UP",
+    ]
+    config = folder / "slurm.conf"
+    config.write_text("\n".join(lines) + "\n")
+    env = {**os.environ, "SLURM_CONF": str(config)}
+    quiet = {"env": env, "stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    daemons.append(subprocess.Popen(["slurmctld", "-D", "-f", str(config)], **quiet))
+    for node in ("n0", "n1"):
+        daemons.append(subprocess.Popen(["slurmd", "-D", "-N", node, "-f", str(config)], **quiet))
+    try:
+        deadline = time.monotonic() + 60
+        while "0/2/0/2" not in (state := nodes(env)):
+            assert time.monotonic() < deadline, f"the nodes do not come up: {state}"
+            time.sleep(0.5)
+        yield env
+    finally:
+        for daemon in reversed(daemons):
+            daemon.terminate()
+            daemon.wait(timeout=20)
+
+
+def nodes(env):
+    """Available/idle counts, such as 0/2/0/2."""
+    done = subprocess.run(["sinfo", "-h", "-o", "%F"], capture_output=True, text=True, check=False, env=env)
+    return done.stdout.strip()
+
+
+def test_srun_trains_and_refuses(slurm, dataset, tmp_path):
+    config = tmp_path / "config.yaml"
+    values = small_dict("mmdit", **{"data.path": str(dataset), "run_dir": str(tmp_path / "run"), "train.steps": 3})
+    config.write_text(yaml.safe_dump(values))
+    env = {**slurm, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    command = ["srun", "-N2", "-n2", sys.executable, "-m", "megatron_dit", "train", str(config)]
+
+    def srun(*overrides):
+        return subprocess.run([*command, *overrides], capture_output=True, text=True, timeout=180, check=False, env=env)
+
+    done = srun("parallel.zero_stage=1")
+    assert done.returncode == 0, done.stdout + done.stderr
+    reader = open_checkpoint(tmp_path / "run")
+    assert (reader.step, reader.manifest["layout"]["world"]) == (3, 2)
+    refused = srun("model.dept=3")
+    assert refused.returncode == 2
+    assert refused.stderr.count("unknown key 'model.dept'") == 1
+    assert "Traceback" not in refused.stderr
