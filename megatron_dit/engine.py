@@ -21,7 +21,7 @@ from megatron_dit.mup.init import initial_value, set_multipliers, shard_of
 from megatron_dit.mup.rules import Param
 from megatron_dit.mup.shapes import describe
 from megatron_dit.objectives import OBJECTIVES, Noised
-from megatron_dit.optimizer import STATE_KEYS, AdamWithEma, lr_factor, set_lr
+from megatron_dit.optimizer import AdamWithEma, lr_factor, set_lr
 from megatron_dit.parallel.cpu import device
 from megatron_dit.parallel.layers import Backend
 from megatron_dit.parallel.masters import Masters, MasterShard
@@ -86,8 +86,7 @@ class Engine:
     def initialise(self) -> None:
         """Fill the weights by (seed, global name) and set the EMA to them."""
         self.load({"master": lambda name: initial_value(self.params[name], self.config.seed)})
-        for name, shard in self.masters.shards.items():
-            assert name in self.params
+        for shard in self.masters.shards.values():
             shard.state(self.optimizer, "ema").copy_(shard.master())
 
     @torch.no_grad()
@@ -195,6 +194,3 @@ class Engine:
                 gradient.mul_(scale)
         self._engine.step()
         return norm, False
-
-
-__all__ = ["STATE_KEYS", "Engine", "StepMetrics"]

@@ -43,10 +43,3 @@ def set_multipliers(model: nn.Module, params: Mapping[str, Param]) -> None:
             layer: Any = model.get_submodule(name.removesuffix(".weight"))
             assert hasattr(layer, "multiplier"), f"{name} is a readout, but its layer takes no multiplier"
             layer.multiplier = param.multiplier
-
-
-def fill(model: nn.Module, params: Mapping[str, Param], seed: int) -> None:
-    """Initialise an unsharded model in place."""
-    with torch.no_grad():
-        for name, p in model.named_parameters():
-            p.copy_(initial_value(params[name], seed))

@@ -1,0 +1,61 @@
+"""The verify command: exit statuses, figures and what it compares."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+import yaml
+
+from megatron_dit import verify
+from megatron_dit.cli import run
+from megatron_dit.models import build_unsharded
+from megatron_dit.mup.init import initial_value
+from megatron_dit.mup.shapes import describe
+from tests.configs import small, small_dict
+
+
+@pytest.fixture
+def config(dataset, tmp_path):
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml.safe_dump(small_dict("mmdit", **{"data.path": str(dataset)})))
+    return str(path)
+
+
+def test_verify_prints_and_writes_its_figures(config, tmp_path, capsys):
+    figures = tmp_path / "figures.json"
+    assert run(["verify", config, "--layouts", "tp2,dp2-zero3", "--steps", "3", "--json", str(figures)]) == 0
+    found = json.loads(figures.read_text())
+    assert list(found) == ["tp2", "dp2-zero3"]
+    assert all(row["good"] and row["equal_initial"] and row["loss"] <= 1e-5 for row in found.values())
+    assert found["tp2"]["initial"][:16] in capsys.readouterr().out
+
+
+def test_unknown_layout_and_wrong_batch(config, capsys):
+    assert run(["verify", config, "--layouts", "dp3"]) == 2
+    assert "layout 'dp3'" in capsys.readouterr().err
+    assert run(["verify", config, "train.global_batch=3", "train.micro_batch=1", "--layouts", "dp2-zero0"]) == 2
+    assert "train.global_batch=3" in capsys.readouterr().err
+
+
+def test_differences_beyond_the_tolerance_fail():
+    reference = verify.Trace("a", [1.0, 2.0], [0.5, 0.5])
+    for trace in (
+        verify.Trace("b", [1.0, 2.0], [0.5, 0.5]),
+        verify.Trace("a", [1.0, 2.0001], [0.5, 0.5]),
+        verify.Trace("a", [1.0, 2.0], [0.5, 0.50001]),
+        verify.Trace("a", [1.0, float("nan")], [0.5, 0.5]),
+    ):
+        assert not verify.compare("x", trace, reference).good
+    assert verify.compare("x", verify.Trace("a", [1.0, 2.000001], [0.5, 0.500001]), reference).good
+
+
+@pytest.mark.parametrize("arch", ["mmdit", "pixart"])
+def test_noise_leaves_no_weight_at_its_start(arch):
+    """Every parameter is moved, so no gate at zero hides the gradients behind it."""
+    for param in describe(build_unsharded, small(arch)).values():
+        start, moved = initial_value(param, 0), verify.disturbed(param, 0)
+        assert moved.shape == param.shape
+        assert not torch.equal(start, moved)
+        assert (moved - start).std() > 0.5 / param.shape[-1] ** 0.5
