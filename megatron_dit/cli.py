@@ -90,6 +90,10 @@ def _parser() -> Parser:
     train.add_argument("--procs", type=int, default=1, metavar="N", help="ranks to start on this machine")
     train.add_argument("--dry-run", action="store_true", help="print the resolved config and what is made from it")
 
+    mup = add("mup", "The μP table of every parameter.", "mup configs/quickstart.yaml model.heads=8", _mup)
+    _config_arguments(mup)
+    mup.add_argument("--save", type=Path, metavar="F.bsh", help="write base shapes for mup.base_shapes")
+
     verify = add(
         "verify", "Compare the first steps in each layout with one process.", "verify configs/quickstart.yaml", _verify
     )
@@ -177,6 +181,23 @@ def _dry_run(arguments: argparse.Namespace, config: Config) -> int:
     print("---")
     print(yaml.safe_dump(figures, sort_keys=False).rstrip())
     _write_json(arguments, figures)
+    return 0
+
+
+def _mup(arguments: argparse.Namespace) -> int:
+    from megatron_dit.config import load_config
+    from megatron_dit.models import build_unsharded
+    from megatron_dit.mup.base_shapes import save_base_shapes
+    from megatron_dit.mup.shapes import describe
+    from megatron_dit.mup.table import print_table, rows
+
+    config = load_config(arguments.config, arguments.overrides)
+    params = describe(build_unsharded, config)
+    print_table(params, config)
+    if arguments.save:
+        save_base_shapes({name: param.base for name, param in params.items()}, arguments.save)
+        print(f"wrote base shapes of {len(params)} parameters to {arguments.save}")
+    _write_json(arguments, rows(params))
     return 0
 
 

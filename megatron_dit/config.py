@@ -78,12 +78,17 @@ class MupConfig:
     """Parametrization: ``mup`` (Table 8 of arXiv 2203.03466) or ``standard``."""
 
     parametrization: str = "mup"
-    base_heads: int  # width multiplier n = heads / base_heads
+    base_heads: int = 0  # width multiplier n = heads / base_heads
+    base_shapes: str = ""  # instead of base_heads: a .bsh file (megatron-dit mup CONFIG --save FILE)
     output_multiplier: float = 1.0  # the readout computes W (output_multiplier * x / n) + b
 
     def __post_init__(self) -> None:
         _choice("mup.parametrization", self.parametrization, ("mup", "standard"))
-        _at_least("mup.base_heads", self.base_heads, 1)
+        _at_least("mup.base_heads", self.base_heads, 0)
+        _check(
+            bool(self.base_heads) != bool(self.base_shapes),
+            f"mup.base_heads={self.base_heads} and mup.base_shapes={self.base_shapes!r}: set one of the two",
+        )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -17,7 +17,7 @@ from megatron_dit.config import Config, deepspeed_config
 from megatron_dit.data.stream import Batch
 from megatron_dit.models import build, build_unsharded
 from megatron_dit.mup.groups import optimizer_groups
-from megatron_dit.mup.init import initial_value, set_multipliers, shard_of
+from megatron_dit.mup.init import forward_multipliers, initial_value, set_multipliers, shard_of
 from megatron_dit.mup.rules import Param
 from megatron_dit.mup.shapes import describe
 from megatron_dit.objectives import OBJECTIVES, Noised
@@ -63,7 +63,7 @@ class Engine:
             sharded = deepspeed.zero.Init(data_parallel_group=group, config_dict_or_path=ds_config, mpu=mpu)
         with sharded, torch.device(device()):
             model = build(config.model, backend)
-        set_multipliers(model, self.params)
+        set_multipliers(model, forward_multipliers(self.params))
         groups = optimizer_groups(model.named_parameters(), self.params, config.optimizer)
         self.optimizer = AdamWithEma(groups, config.optimizer, config.train.ema_decay)
         with contextlib.redirect_stdout(io.StringIO()):  # its optimizers print their memory use as they are built

@@ -145,7 +145,7 @@ def plain_pytorch(steps):
     import mup
 
     from megatron_dit.models import build_unsharded
-    from megatron_dit.mup.init import initial_value, set_multipliers
+    from megatron_dit.mup.init import forward_multipliers, initial_value, set_multipliers
     from megatron_dit.mup.shapes import describe
     from megatron_dit.objectives import OBJECTIVES, Noised
     from megatron_dit.parallel.topology import SOLO, connect
@@ -157,7 +157,7 @@ def plain_pytorch(steps):
     with torch.no_grad():
         for name, p in model.named_parameters():
             p.copy_(initial_value(params[name], config.seed))
-    set_multipliers(model, params)
+    set_multipliers(model, forward_multipliers(params))
     optimizer = mup.MuAdamW(model.parameters(), lr=config.optimizer.lr, weight_decay=config.optimizer.weight_decay)
     peaks = [group["lr"] for group in optimizer.param_groups]
     ema = {name: p.detach().clone() for name, p in model.named_parameters()}

@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 
 from megatron_dit.checkpoint.format import FORMAT, MANIFEST, STATE
 from megatron_dit.errors import UserError
+from megatron_dit.mup.init import forward_multipliers
 from megatron_dit.optimizer import STATE_KEYS
 from megatron_dit.parallel.topology import agree
 
@@ -99,7 +100,6 @@ def _write_manifest(engine: Engine, part: Path) -> None:
             "dim": p.partition_dim if sharded else None,  # pyright: ignore[reportAttributeAccessIssue]
             "pieces": p.partition_stride if sharded else 1,  # pyright: ignore[reportAttributeAccessIssue]
             "role": param.role,
-            "multiplier": param.multiplier,
         }
     manifest = {
         "format": FORMAT,
@@ -108,6 +108,7 @@ def _write_manifest(engine: Engine, part: Path) -> None:
         "config": asdict(engine.config),
         "layout": {"world": engine.topology.world, **asdict(engine.config.parallel)},
         "params": params,
+        "multipliers": forward_multipliers(engine.params),
         "files": {path.name: path.stat().st_size for path in sorted(part.glob("rank_*.safetensors"))},
     }
     path = part / MANIFEST

@@ -36,10 +36,14 @@ def unshard(shards: list[Tensor], dim: int, pieces: int) -> Tensor:
     return torch.cat([part[i] for i in range(pieces) for part in parts], dim=dim)
 
 
-def set_multipliers(model: nn.Module, params: Mapping[str, Param]) -> None:
-    """Hand each layer with a readout weight its forward multiplier."""
-    for name, param in params.items():
-        if param.role == "output" and name.endswith(".weight"):
-            layer: Any = model.get_submodule(name.removesuffix(".weight"))
-            assert hasattr(layer, "multiplier"), f"{name} is a readout, but its layer takes no multiplier"
-            layer.multiplier = param.multiplier
+def forward_multipliers(params: Mapping[str, Param]) -> dict[str, float]:
+    """μP's forward multiplier of each readout weight, by global name."""
+    return {name: p.multiplier for name, p in params.items() if p.role == "output" and name.endswith(".weight")}
+
+
+def set_multipliers(model: nn.Module, multipliers: Mapping[str, float]) -> None:
+    """Hand each layer of ``multipliers`` its own."""
+    for name, multiplier in multipliers.items():
+        layer: Any = model.get_submodule(name.removesuffix(".weight"))
+        assert hasattr(layer, "multiplier"), f"{name} has a multiplier, but its layer takes none"
+        layer.multiplier = multiplier

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import nn
 
 from megatron_dit.config import Config, ModelConfig
+from megatron_dit.mup.base_shapes import BaseShape, load_base_shapes
 from megatron_dit.mup.rules import Param
 
 
@@ -16,19 +18,29 @@ def describe(build: Callable[[ModelConfig], nn.Module], config: Config) -> dict[
     """Every parameter of ``config.model`` by global name, in the model's order.
 
     ``build`` makes the unsharded model. Never reads a sharded shape, so the result is the same under
-    any layout and any ZeRO stage.
+    any layout and any ZeRO stage. Raises UserError for base shapes from a file that does not fit.
     """
-    base_heads = config.mup.base_heads
     with torch.device("meta"):
-        base, delta, target = (
-            build(replace(config.model, heads=heads)) for heads in (base_heads, 2 * base_heads, config.model.heads)
-        )
-    base_shapes = {name: tuple(p.shape) for name, p in base.named_parameters()}
-    delta_shapes = {name: tuple(p.shape) for name, p in delta.named_parameters()}
-    params = {}
-    for name, p in target.named_parameters():
-        grows = zip(base_shapes[name], delta_shapes[name], strict=True)
-        base_dims = tuple(small if small != large else None for small, large in grows)
-        kind: str = p.init_kind  # pyright: ignore[reportAttributeAccessIssue]
-        params[name] = Param(name=name, shape=tuple(p.shape), base=base_dims, init_kind=kind, mup=config.mup)
-    return params
+        target = dict(build(config.model).named_parameters())
+    shapes = {name: tuple(p.shape) for name, p in target.items()}
+    base = load_base_shapes(config.mup.base_shapes, shapes) if config.mup.base_shapes else _grown(build, config)
+    return {
+        name: Param(name=name, shape=shapes[name], base=base[name], init_kind=_init_kind(p), mup=config.mup)
+        for name, p in target.items()
+    }
+
+
+def _grown(build: Callable[[ModelConfig], nn.Module], config: Config) -> dict[str, BaseShape]:
+    """Base sizes of the dimensions in which models of ``base_heads`` and twice as many heads differ."""
+    heads = config.mup.base_heads
+    with torch.device("meta"):
+        base, delta = (build(replace(config.model, heads=count)) for count in (heads, 2 * heads))
+    pairs = zip(base.named_parameters(), delta.parameters(), strict=True)
+    return {
+        name: tuple(small if small != large else None for small, large in zip(p.shape, other.shape, strict=True))
+        for (name, p), other in pairs
+    }
+
+
+def _init_kind(p: Any) -> str:
+    return p.init_kind

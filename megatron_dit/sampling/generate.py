@@ -20,7 +20,6 @@ from megatron_dit.data.text import TextEncoder, pad
 from megatron_dit.errors import UserError
 from megatron_dit.models import build_unsharded
 from megatron_dit.mup.init import set_multipliers
-from megatron_dit.mup.shapes import describe
 from megatron_dit.parallel.cpu import device
 from megatron_dit.parallel.topology import connect
 from megatron_dit.progress import ProgressBar
@@ -30,11 +29,10 @@ from megatron_dit.sampling.solvers import guide, scheduler_for, solve
 def load_model(reader: CheckpointReader, config: Config, *, ema: bool = True) -> nn.Module:
     """The unsharded model with a checkpoint's EMA (or raw) weights, multipliers set, in evaluation mode."""
     connect()
-    params = describe(build_unsharded, config)
-    reader.check({name: param.shape for name, param in params.items()})
     with torch.device(device()):
         model = build_unsharded(config.model)
-    set_multipliers(model, params)
+    reader.check({name: tuple(p.shape) for name, p in model.named_parameters()})
+    set_multipliers(model, reader.manifest["multipliers"])
     with torch.no_grad():
         for name, p in model.named_parameters():
             p.copy_(reader.full("ema" if ema else "master", name))

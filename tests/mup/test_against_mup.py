@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import json
+import re
 from dataclasses import replace
 
 import mup
 import pytest
+import yaml
 from torch import nn
 
+from megatron_dit.cli import run
+from megatron_dit.errors import UserError
 from megatron_dit.models import build_unsharded
+from megatron_dit.mup.base_shapes import save_base_shapes
 from megatron_dit.mup.groups import optimizer_groups
 from megatron_dit.mup.shapes import describe
-from tests.configs import small
+from tests.configs import small, small_dict
 
 
 def table(groups, names):
@@ -51,6 +57,70 @@ def test_forward_multipliers_equal_mureadout(arch):
     layers = [nn.Sequential(mup.MuReadout(config.model.head_dim * heads, 4)) for heads in (8, 2, 4)]
     mup.set_base_shapes(layers[0], layers[1], delta=layers[2])
     assert readouts["head.linear.weight"] == 1 / layers[0][0].width_mult() == 1 / 4
+
+
+@pytest.mark.parametrize("arch", ["mmdit", "pixart"])
+def test_base_shape_files_go_both_ways(arch, tmp_path):
+    """Ours read by the package, the package's read by us: the same groups as without files."""
+    config = small(arch, heads=8, base_heads=2)
+    expected, target = package_groups(config)
+    ours, theirs = tmp_path / "ours.bsh", tmp_path / "theirs.bsh"
+    params = describe(build_unsharded, config)
+    save_base_shapes({name: param.base for name, param in params.items()}, ours)
+    mup.save_base_shapes(target, str(theirs))
+
+    fresh = build_unsharded(config.model)
+    mup.set_base_shapes(fresh, str(ours), rescale_params=False, do_assert=False)
+    options = config.optimizer
+    groups = mup.MuAdamW(fresh.parameters(), lr=options.lr, weight_decay=options.weight_decay).param_groups
+    assert table(groups, {id(p): name for name, p in fresh.named_parameters()}) == expected
+
+    from_file = small(arch, heads=8, base_heads=0, **{"mup.base_shapes": str(theirs)})
+    found = describe(build_unsharded, from_file)
+    for name, param in params.items():
+        assert (found[name].base, found[name].role) == (param.base, param.role)
+        assert found[name].lr_multiplier == param.lr_multiplier
+
+
+@pytest.mark.parametrize(
+    ("harm", "words"),
+    [
+        ("missing", "does not exist"),
+        ("depth", "blocks.1.text.out.weight"),
+        ("dims", "patch_embed.weight has base [16]"),
+        ("extra", "has surplus.weight"),
+        ("text", "is no base-shape file"),
+    ],
+)
+def test_base_shape_files_that_do_not_fit(harm, words, tmp_path):
+    path = tmp_path / "x.bsh"
+    params = describe(build_unsharded, small("mmdit"))
+    base = {name: param.base for name, param in params.items()}
+    overrides = {"model.depth": 3} if harm == "depth" else {}
+    base |= {"patch_embed.weight": (16,)} if harm == "dims" else {}
+    base |= {"surplus.weight": (16, None)} if harm == "extra" else {}
+    if harm != "missing":
+        save_base_shapes(base, path)
+    if harm == "text":
+        path.write_text("not: [a, b")
+    config = small("mmdit", base_heads=0, **{"mup.base_shapes": str(path), **overrides})
+    with pytest.raises(UserError, match=re.escape(words)):
+        describe(build_unsharded, config)
+
+
+def test_mup_command(tmp_path, capsys):
+    config, figures, shapes = (tmp_path / name for name in ("config.yaml", "figures.json", "x.bsh"))
+    config.write_text(yaml.safe_dump(small_dict("pixart", heads=8, base_heads=2)))
+    assert run(["mup", str(config), "--json", str(figures), "--save", str(shapes)]) == 0
+    rows = {row["name"]: row for row in json.loads(figures.read_text())}
+    assert rows["blocks.0.qkv.weight"]["lr_multiplier"] == 1 / 4
+    assert rows["blocks.0.qkv.weight"]["weight_decay_multiplier"] == 4
+    assert rows["head.linear.weight"]["multiplier"] == 1 / 4
+    assert rows["blocks.1.modulation.table"]["role"] == "vector"
+    assert "all: " in capsys.readouterr().out
+    assert run(["mup", str(config), f"mup.base_shapes={shapes}"]) == 2
+    assert "set one of the two" in capsys.readouterr().err
+    assert run(["mup", str(config), "mup.base_heads=0", f"mup.base_shapes={shapes}"]) == 0
 
 
 def test_standard_parametrization_scales_nothing():

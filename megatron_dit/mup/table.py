@@ -1,0 +1,62 @@
+"""The μP table of a model, for people: parameters alike but for their block's number share a row."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from megatron_dit.config import Config
+from megatron_dit.mup.rules import Param
+
+
+def rows(params: Mapping[str, Param]) -> list[dict[str, Any]]:
+    """One entry a parameter, with what the rules make of it."""
+    return [
+        {
+            "name": name,
+            "role": param.role,
+            "shape": list(param.shape),
+            "base": list(param.base),
+            "width_multiplier": param.width_multiplier,
+            "init_std": param.init_std,
+            "init_constant": param.init_constant,
+            "multiplier": param.multiplier,
+            "lr_multiplier": param.lr_multiplier,
+            "weight_decay_multiplier": param.weight_decay_multiplier,
+        }
+        for name, param in params.items()
+    ]
+
+
+def print_table(params: Mapping[str, Param], config: Config) -> None:
+    """Rows grouped over blocks, then tensors and elements of each role."""
+    title = f"{config.model.arch}, width {config.model.width}, {config.mup.parametrization} parametrization"
+    table = Table(title=title)
+    for column in ("parameter", "count", "role", "shape", "base", "init", "forward", "lr", "wd"):
+        table.add_column(column, no_wrap=True)
+    grouped: dict[tuple[str, ...], int] = {}
+    for row in rows(params):
+        init = f"{row['init_std']:.4g}" if row["init_std"] else f"= {row['init_constant']:g}"
+        key = (
+            re.sub(r"\.\d+\.", ".*.", row["name"]),
+            row["role"],
+            "x".join(str(size) for size in row["shape"]),
+            "x".join("-" if size is None else str(size) for size in row["base"]),
+            init,
+            *(f"{row[name]:g}" for name in ("multiplier", "lr_multiplier", "weight_decay_multiplier")),
+        )
+        grouped[key] = grouped.get(key, 0) + 1
+    for (name, *rest), count in grouped.items():
+        table.add_row(name, str(count), *rest)
+    console = Console()
+    console.print(table)
+    for role in dict.fromkeys(param.role for param in params.values()):
+        held = [math.prod(param.shape) for param in params.values() if param.role == role]
+        console.print(f"{role}: {sum(held):,} elements in {len(held)} tensors", highlight=False)
+    total = sum(math.prod(param.shape) for param in params.values())
+    console.print(f"all: {total:,} parameters", highlight=False)
