@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 from transformers import T5Config, T5EncoderModel, T5Tokenizer
+from transformers.utils.logging import disable_progress_bar
 
 SPECIAL = ("<pad>", "</s>", "<unk>")
 HEADS = 8
@@ -85,6 +86,7 @@ def build_tiny_t5(
         model = T5EncoderModel(config).float().eval()
         _initialise(model, torch.Generator().manual_seed(seed))
 
+    disable_progress_bar()
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer.save_pretrained(folder)
     model.save_pretrained(folder)

@@ -24,6 +24,7 @@ from megatron_dit.mup.init import unshard
 
 FORMAT = 1
 MANIFEST = "manifest.json"
+KEYS = ("format", "step", "adam_steps", "config", "layout", "params", "multipliers", "files")
 STATE = "master"
 
 
@@ -45,13 +46,16 @@ class CheckpointReader:
         self.folder = folder
         try:
             self.manifest: dict[str, Any] = json.loads((folder / MANIFEST).read_text())
+            lacking = next((key for key in KEYS if key not in self.manifest), None)
+            if lacking is not None:
+                raise Torn(f"{folder / MANIFEST} has no {lacking}")
             if self.manifest["format"] != FORMAT:
                 raise UserError(f"{folder} has checkpoint format {self.manifest['format']}, expected {FORMAT}")
             for name, size in self.manifest["files"].items():
                 found = (folder / name).stat().st_size
                 if found != size:
                     raise Torn(f"{folder / name} has {found} bytes, expected {size}")
-        except (OSError, KeyError, ValueError) as error:
+        except (OSError, TypeError, ValueError) as error:
             raise Torn(f"{folder}: {error}") from None
 
     @property
