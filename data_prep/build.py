@@ -34,6 +34,7 @@ class Example:
     picture: np.ndarray  # (H, W, 3) uint8
     caption: str
     meta: dict[str, Any] = field(default_factory=dict)
+    label: int | None = None
 
 
 def demo(folder: Path, pictures: int, seed: int, per_shard: int = 2500) -> Index:
@@ -45,10 +46,18 @@ def demo(folder: Path, pictures: int, seed: int, per_shard: int = 2500) -> Index
         for i in range(pictures):
             rng = np.random.Generator(np.random.Philox(key=[seed, i]))
             scene = scenes.draw_scene(rng)
-            yield Example(f"{i:09d}", scenes.render(scene, rng), scene.caption)
+            label = scenes.kind_index(scene.objects[0].colour, scene.objects[0].shape)
+            yield Example(f"{i:09d}", scenes.render(scene, rng), scene.caption, label=label)
 
     codec = {"kind": "pixels"}
-    named = {"text": "text_encoder", "tokens": 24, "codec": codec, "side": scenes.SIDE, "source": SCENES}
+    named = {
+        "text": "text_encoder",
+        "tokens": 24,
+        "codec": codec,
+        "side": scenes.SIDE,
+        "source": SCENES,
+        "classes": scenes.KINDS,
+    }
     return _build(builder, folder, draw(), pictures, **named, per_shard=per_shard)
 
 
@@ -100,6 +109,7 @@ def _build(
     codec: dict[str, Any],
     side: int,
     source: str,
+    classes: int = 0,
     per_shard: int = 2500,
 ) -> Index:
     local = aside / text
@@ -116,7 +126,9 @@ def _build(
             latents = pictures.encode(batch).half().numpy()
             features = encoder.encode([example.caption for example in group])
             for example, latent, feature in zip(group, latents, features, strict=True):
+                label = {} if example.label is None else {"cls": str(example.label).encode()}
                 yield {
+                    **label,
                     "__key__": example.key,
                     "latent.npy": _npy(latent),
                     "text.npy": _npy(feature.half().numpy()),
@@ -138,6 +150,7 @@ def _build(
         text=described,
         codec=codec,
         source=source,
+        classes=classes,
     )
     write_index(index)
     aside.replace(folder)

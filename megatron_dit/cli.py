@@ -112,7 +112,9 @@ def _parser() -> Parser:
         _sample,
     )
     _checkpoint_arguments(sample)
-    sample.add_argument("--prompt", action="append", required=True, help="a caption; repeat for more pictures")
+    sample.add_argument(
+        "--prompt", action="append", required=True, help="a caption, or a class number; repeat for more"
+    )
     sample.add_argument("--out", type=Path, default=Path("grid.png"), help="the grid's PNG")
     sample.add_argument("--size", metavar="HxW", help="height and width in pixels (the training size)")
 
@@ -242,6 +244,8 @@ def _evaluate(arguments: argparse.Namespace) -> int:
         raise UserError(f"--prompts {arguments.prompts}: {error}") from None
     sampler = _sampler(arguments)
     index = sampler.index
+    if sampler.config.model.num_classes:
+        raise UserError(f"{arguments.checkpoint} draws classes: only captioned scenes can be scored, use sample")
     if index.source != SCENES:
         raise UserError(f"{index.folder} is not the embedded data: only its pictures can be scored, use sample")
     score = score_pictures(_draw(sampler, arguments, prompts, None), prompts)

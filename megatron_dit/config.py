@@ -36,24 +36,27 @@ def _at_least(key: str, value: float, least: float) -> None:
 class ModelConfig:
     """Shape of one diffusion Transformer. Width is ``heads * head_dim``."""
 
-    arch: str  # mmdit | pixart
+    arch: str  # dit | mmdit | pixart
     depth: int  # Transformer blocks
     heads: int  # attention heads; width grows by heads at a fixed head_dim
     head_dim: int
     patch_size: int  # side of a patch in latent pixels
     in_channels: int  # latent channels
     sample_size: int  # latent side at which positions are 0, 1, 2, ...
-    text_dim: int  # features of one text token
-    text_tokens: int  # tokens a caption is padded or cut to
+    text_dim: int = 0  # mmdit, pixart: features of one text token
+    text_tokens: int = 0  # mmdit, pixart: tokens a caption is padded or cut to
+    num_classes: int = 0  # dit: class labels
     mlp_ratio: int = 4
     position_size: int = 0  # mmdit: side of the position table in patches (SD3 crops its centre); 0: as sample_size
-    interpolation_scale: float = 1.0  # pixart: positions are divided by it
+    interpolation_scale: float = 1.0  # dit, pixart: positions are divided by it
 
     def __post_init__(self) -> None:
-        _choice("model.arch", self.arch, ("mmdit", "pixart"))
-        names = ("depth", "heads", "head_dim", "patch_size", "in_channels", "sample_size", "text_dim", "text_tokens")
-        for name in names:
+        _choice("model.arch", self.arch, tuple(OBJECTIVE_OF))
+        conditions = ("num_classes",) if self.arch == "dit" else ("text_dim", "text_tokens")
+        for name in ("depth", "heads", "head_dim", "patch_size", "in_channels", "sample_size", *conditions):
             _at_least(f"model.{name}", getattr(self, name), 1)
+        for name in {"num_classes", "text_dim", "text_tokens"} - set(conditions):
+            _check(getattr(self, name) == 0, f"model.{name}={getattr(self, name)}: {self.arch} has none, leave it out")
         _check(
             self.width % 4 == 0,
             f"model.heads * model.head_dim = {self.width}: 2-D sin-cos positions need a multiple of 4",
@@ -69,8 +72,8 @@ class ModelConfig:
 
     @property
     def out_channels(self) -> int:
-        """PixArt-α predicts ε and the variance's interpolation (learned range), MMDiT the velocity."""
-        return self.in_channels * (2 if self.arch == "pixart" else 1)
+        """DDPM models predict ε and the variance's interpolation (learned range), MMDiT the velocity."""
+        return self.in_channels * (2 if OBJECTIVE_OF[self.arch] == "ddpm" else 1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -269,7 +272,7 @@ class Config:
         return ranks
 
 
-OBJECTIVE_OF = {"mmdit": "rectified_flow", "pixart": "ddpm"}
+OBJECTIVE_OF = {"dit": "ddpm", "mmdit": "rectified_flow", "pixart": "ddpm"}
 SOLVERS_OF = {"rectified_flow": ("euler",), "ddpm": ("dpm++", "ddim")}
 
 # What a run may change when it is started again in its folder: how it is run, not what it computes.

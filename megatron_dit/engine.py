@@ -158,9 +158,9 @@ class Engine:
         """Mean loss of a micro-batch on this rank."""
 
         def denoise(x_t: Tensor, t: Tensor) -> Tensor:
-            text = batch.text.to(self._dtype)
-            return self._engine(x_t.to(self._dtype), t, text, batch.mask, batch.dropped)
+            return self._engine(x_t.to(self._dtype), t, condition)
 
+        condition = batch.condition.map(lambda x: x.to(self._dtype) if x.is_floating_point() else x)
         noised = Noised(u=batch.u, noise=batch.noise)
         return self._objective(denoise, batch.latents, noised, self.config.objective).mean()
 

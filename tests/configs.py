@@ -17,7 +17,7 @@ def small_dict(arch: str = "mmdit", heads: int = 4, base_heads: int = 2, **overr
         "seed": 1,
         "model": {
             "arch": arch, "depth": 2, "heads": heads, "head_dim": 8, "patch_size": 4, "in_channels": 3,
-            "sample_size": 16, "text_dim": 64, "text_tokens": 24,
+            "sample_size": 16, **({"num_classes": 24} if arch == "dit" else {"text_dim": 64, "text_tokens": 24}),
         },
         "mup": {"base_heads": base_heads},
         "objective": {"kind": "rectified_flow" if arch == "mmdit" else "ddpm"},

@@ -19,23 +19,27 @@ WIDE = {"heads": 8, "base_heads": 2}
 def batch(config, topology, step, bad_value=None):
     """The same random global batch on every layout; each rank takes its share."""
     from megatron_dit.data.stream import Batch
+    from megatron_dit.models.condition import Condition
 
     size, model = config.train.global_batch, config.model
     g = torch.Generator().manual_seed(step)
     latents = torch.randn(size, model.in_channels, 16, 16, generator=g)
     if bad_value is not None:
         latents[size - 1] = bad_value
-    whole = {
-        "latents": latents,
-        "text": torch.randn(size, model.text_tokens, model.text_dim, generator=g),
-        "mask": torch.rand(size, model.text_tokens, generator=g) < 0.7,
-        "dropped": torch.rand(size, generator=g) < 0.2,
-        "u": torch.rand(size, generator=g).double(),
-        "noise": torch.randn(latents.shape, generator=g),
-    }
+    text = torch.randn(size, model.text_tokens, model.text_dim, generator=g)
+    mask = torch.rand(size, model.text_tokens, generator=g) < 0.7
+    dropped = torch.rand(size, generator=g) < 0.2
+    label = torch.randint(24, (size,), generator=g)
+    whole = Batch(
+        latents=latents,
+        condition=Condition(dropped, label=label) if model.num_classes else Condition(dropped, text, mask),
+        u=torch.rand(size, generator=g).double(),
+        noise=torch.randn(latents.shape, generator=g),
+        bad=(),
+    )
     share = size // topology.data_size
     rows = slice(topology.data_rank * share, (topology.data_rank + 1) * share)
-    return Batch(**{key: value[rows] for key, value in whole.items()}, bad=())
+    return whole.map(lambda x: x[rows])
 
 
 def start(config):
@@ -75,7 +79,7 @@ def groups_over_a_run(arch, layout, folder):
     return after_steps, table(resumed)
 
 
-@pytest.mark.parametrize("arch", ["mmdit", "pixart"])
+@pytest.mark.parametrize("arch", ["dit", "mmdit", "pixart"])
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_groups_equal_mup_through_schedule_zero3_and_resume(pool, tmp_path, arch, ranks):
     layout = {"parallel.zero_stage": 3} if ranks == 2 else {}
@@ -166,7 +170,7 @@ def plain_pytorch(steps):
         b = batch(config, SOLO, step)
 
         def denoise(x, t, b=b):
-            return model(x, t, b.text, b.mask, b.dropped)
+            return model(x, t, b.condition)
 
         OBJECTIVES["rectified_flow"](denoise, b.latents, Noised(b.u, b.noise), config.objective).mean().backward()
         norms.append(float(torch.nn.utils.clip_grad_norm_(model.parameters(), config.optimizer.grad_clip)))

@@ -42,6 +42,7 @@ SHAPES: tuple[str, ...] = tuple(PLURALS)
 POSITIONS: tuple[str, ...] = ("top left", "top right", "bottom left", "bottom right")
 COUNTS: dict[str, int] = {"two": 2, "three": 3, "four": 4}
 HOLD_EVERY = 6
+KINDS = len(COLOURS) * len(SHAPES)
 
 # Noise of sigma 12 alone leaves an empty cell with a spread of 12; a shape at a quarter of its contrast has
 # about 20, so a visible ghost is no empty cell.
@@ -86,7 +87,8 @@ class _SmearError(Exception):
 Combination = tuple[SceneObject, ...] | CountedKind
 
 
-def _kind_index(colour: str, shape: str) -> int:
+def kind_index(colour: str, shape: str) -> int:
+    """Number of a (colour, shape) in [0, KINDS); the first object's is the picture's class label."""
     return tuple(COLOURS).index(colour) * len(SHAPES) + SHAPES.index(shape)
 
 
@@ -102,7 +104,7 @@ def is_held_out(combination: Combination) -> bool:
         placed = combination[0]
         colour, shape = tuple(COLOURS).index(placed.colour), SHAPES.index(placed.shape)
         return (colour + shape + POSITIONS.index(placed.position)) % HOLD_EVERY == 0
-    return sum(_kind_index(placed.colour, placed.shape) for placed in combination) % HOLD_EVERY == 0
+    return sum(kind_index(placed.colour, placed.shape) for placed in combination) % HOLD_EVERY == 0
 
 
 @cache

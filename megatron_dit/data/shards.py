@@ -1,7 +1,8 @@
 """Shards: plain webdataset tars of one bucket each, beside an ``index.json`` that names them.
 
 A sample is ``KEY.latent.npy`` (C, H, W), ``KEY.text.npy`` (tokens, text_dim) unpadded, ``KEY.txt`` and
-``KEY.json``. Arrays are read without pickle, and nothing else in a shard is ever opened.
+``KEY.json``; ``KEY.cls`` where there are class labels. Arrays are read without pickle, and nothing else in a
+shard is ever opened.
 """
 
 from __future__ import annotations
@@ -44,6 +45,7 @@ class Index:
     channels: int
     text: dict[str, Any]  # {"encoder": folder (relative to the index) or hub name, "dim", "tokens"}
     codec: dict[str, Any]  # {"kind": "pixels"} or {"kind": "vae", "path"}
+    classes: int  # number of class labels; 0: none
     source: str  # what was encoded; "scenes" is the embedded data, which can be scored
 
     @property
@@ -71,7 +73,7 @@ def read_index(folder: str | Path) -> Index:
         if raw["format"] != FORMAT:
             raise UserError(f"{path} has format {raw['format']}, expected {FORMAT}: prepare the data again")
         shards = tuple(Shard(**{**shard, "bucket": tuple(shard["bucket"])}) for shard in raw["shards"])
-        described = {key: raw[key] for key in ("channels", "text", "codec", "source")}
+        described = {key: raw[key] for key in ("channels", "text", "codec", "classes", "source")}
         index = Index(folder=folder, shards=shards, **described)
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(f"{path} is not an index of shards ({error}): prepare the data again") from None
@@ -121,6 +123,13 @@ class ShardReader:
     def caption(self, key: str) -> str:
         return self._read(key, "txt").decode("utf-8", errors="replace")
 
+    def label(self, key: str, classes: int) -> int:
+        """Raises UserError for what is no class number below ``classes``."""
+        text = self._read(key, "cls").decode("ascii", errors="replace").strip()
+        if not text.isdecimal() or int(text) >= classes:
+            raise UserError(f"sample {key} of shard {self.path} has class {text!r}, expected 0 to {classes - 1}")
+        return int(text)
+
     def _read(self, key: str, extension: str) -> bytes:
         place = self._members[key].get(extension)
         if place is None:
@@ -145,7 +154,7 @@ def write_shard(path: Path, samples: Iterator[dict[str, Any]], bucket: tuple[int
 def write_index(index: Index) -> None:
     """Write ``index.json`` last and atomically: a folder without it was never finished."""
     raw = {"format": FORMAT, "source": index.source, "channels": index.channels, "text": index.text}
-    raw |= {"codec": index.codec, "shards": [asdict(shard) for shard in index.shards]}
+    raw |= {"codec": index.codec, "classes": index.classes, "shards": [asdict(shard) for shard in index.shards]}
     part = index.folder / (INDEX + ".part")
     part.write_text(json.dumps(raw, indent=1) + "\n")
     part.replace(index.folder / INDEX)

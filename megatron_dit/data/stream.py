@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass, fields
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -13,7 +13,9 @@ from torch.utils.data import DataLoader, Dataset
 from megatron_dit.config import Config
 from megatron_dit.data.order import SampleOrder
 from megatron_dit.data.shards import Index, ShardReader
+from megatron_dit.data.text import pad
 from megatron_dit.errors import UserError
+from megatron_dit.models.condition import Condition
 
 Place = tuple[int, int, int, int]  # (step, position in the global batch, shard, sample)
 
@@ -23,34 +25,33 @@ class Batch:
     """One rank's share of an optimizer step."""
 
     latents: Tensor  # (B, C, H, W) fp32
-    text: Tensor  # (B, T, text_dim) fp32, zero-padded
-    mask: Tensor  # (B, T) bool, True = a token
-    dropped: Tensor  # (B,) bool, True = train on the null caption
+    condition: Condition
     u: Tensor  # (B,) fp64 in (0, 1)
     noise: Tensor  # (B, C, H, W) fp32
     bad: tuple[str, ...]  # samples that could not be read, with the reason; their latents are zeros
 
+    def map(self, function: Callable[[Tensor], Tensor]) -> Batch:
+        """The batch with ``function`` applied to each tensor."""
+        condition = self.condition.map(function)
+        return Batch(function(self.latents), condition, function(self.u), function(self.noise), self.bad)
+
     def split(self, size: int) -> list[Batch]:
         """Micro-batches of ``size`` samples."""
-        pieces = zip(*(getattr(self, name).split(size) for name in _TENSORS), strict=True)
-        return [Batch(*piece, bad=()) for piece in pieces]
+        return [self.map(lambda x, i=i: x[i : i + size]) for i in range(0, len(self.u), size)]
 
     def pin_memory(self) -> Batch:
         """Called by torch's loader, so that :meth:`to` overlaps with compute."""
-        return Batch(*(getattr(self, name).pin_memory() for name in _TENSORS), bad=self.bad)
+        return self.map(Tensor.pin_memory)
 
     def to(self, device: torch.device) -> Batch:
-        moved = (getattr(self, name).to(device, non_blocking=True) for name in _TENSORS)
-        return Batch(*moved, bad=self.bad)
-
-
-_TENSORS = [item.name for item in fields(Batch) if item.name != "bad"]
+        return self.map(lambda x: x.to(device, non_blocking=True))
 
 
 @dataclass(frozen=True)
 class Sample:
     latent: np.ndarray
-    text: np.ndarray
+    text: np.ndarray | None
+    label: int
     u: float
     drop: float
     noise: np.ndarray
@@ -72,47 +73,50 @@ class Samples(Dataset[Sample]):
         u, drop = rng.random(2)
         noise = rng.standard_normal(shape, dtype=np.float32)
         try:
-            latent, text = self._read(shard, sample, shape)
+            latent, text, label = self._read(shard, sample, shape)
             bad = None
         except (UserError, OSError) as error:
-            latent, text, bad = np.zeros(shape), np.zeros((0, self._config.model.text_dim)), str(error)
+            latent, text, label, bad = np.zeros(shape), np.zeros((0, self._config.model.text_dim)), 0, str(error)
         # u is a quantile of t: 0 and 1 themselves stand for infinities.
-        return Sample(latent, text, min(max(u, 1e-9), 1 - 1e-9), drop, noise, bad)
+        return Sample(latent, text, label, min(max(u, 1e-9), 1 - 1e-9), drop, noise, bad)
 
-    def _read(self, shard: int, sample: int, shape: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
+    def _read(self, shard: int, sample: int, shape: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray | None, int]:
         if shard not in self._readers:
             self._readers[shard] = ShardReader(self._index.folder / self._index.shards[shard].file)
         reader = self._readers[shard]
         key = reader.keys[sample]
-        latent, text = reader.array(key, "latent.npy"), reader.array(key, "text.npy")
+        latent = reader.array(key, "latent.npy")
         where = f"sample {key} of shard {reader.path}"
         if latent.shape != shape:
             raise UserError(f"{where} has latents {latent.shape}, its index says {shape}: prepare the data again")
+        if not np.isfinite(latent).all():
+            raise UserError(f"{where} has latents that are not finite: prepare the data again")
+        if self._config.model.num_classes:
+            return latent, None, reader.label(key, self._config.model.num_classes)
+        text = reader.array(key, "text.npy")
         if text.ndim != 2 or text.shape[1] != self._config.model.text_dim:
             raise UserError(f"{where} has text {text.shape}, expected (tokens, {self._config.model.text_dim})")
-        if not (np.isfinite(latent).all() and np.isfinite(text).all()):
-            raise UserError(f"{where} has values that are not finite: prepare the data again")
-        return latent, text
+        if not np.isfinite(text).all():
+            raise UserError(f"{where} has text features that are not finite: prepare the data again")
+        return latent, text, 0
 
     def collate(self, samples: list[Sample]) -> Batch:
-        tokens, dim = self._config.model.text_tokens, self._config.model.text_dim
-        text = np.zeros((len(samples), tokens, dim), dtype=np.float32)
-        mask = np.zeros((len(samples), tokens), dtype=bool)
-        for row, sample in enumerate(samples):
-            count = min(len(sample.text), tokens)
-            text[row, :count] = sample.text[:count]
-            mask[row, :count] = True
-        dropped = np.array([sample.drop < self._config.data.caption_dropout for sample in samples])
-        dropped |= ~mask.any(1)  # a caption of no tokens is the null caption
+        dropped = torch.tensor([sample.drop < self._config.data.caption_dropout for sample in samples])
         return Batch(
             latents=torch.from_numpy(np.stack([sample.latent for sample in samples]).astype(np.float32)),
-            text=torch.from_numpy(text),
-            mask=torch.from_numpy(mask),
-            dropped=torch.from_numpy(dropped),
+            condition=self._condition(samples, dropped),
             u=torch.tensor([sample.u for sample in samples], dtype=torch.float64),
             noise=torch.from_numpy(np.stack([sample.noise for sample in samples])),
             bad=tuple(sample.bad for sample in samples if sample.bad is not None),
         )
+
+    def _condition(self, samples: list[Sample], dropped: Tensor) -> Condition:
+        if self._config.model.num_classes:
+            return Condition(dropped, label=torch.tensor([sample.label for sample in samples]))
+        features = [torch.from_numpy(np.asarray(sample.text, dtype=np.float32)) for sample in samples]
+        text, mask = pad(features, self._config.model.text_tokens)
+        # A caption of no tokens is the null caption.
+        return Condition(dropped | ~mask.any(1), text, mask)
 
 
 class _Steps:
@@ -158,7 +162,9 @@ def check_fit(index: Index, config: Config) -> None:
     model = config.model
     if index.channels != model.in_channels:
         raise UserError(f"model.in_channels={model.in_channels}, but {index.folder} has {index.channels} channels")
-    if index.text["dim"] != model.text_dim:
+    if model.num_classes != index.classes and model.num_classes:
+        raise UserError(f"model.num_classes={model.num_classes}, but {index.folder} has {index.classes} classes")
+    if not model.num_classes and index.text["dim"] != model.text_dim:
         raise UserError(f"model.text_dim={model.text_dim}, but {index.folder} has text of {index.text['dim']}")
     for shard in index.shards:
         if any(side % model.patch_size for side in shard.bucket):

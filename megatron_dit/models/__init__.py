@@ -5,11 +5,12 @@ from __future__ import annotations
 from torch import nn
 
 from megatron_dit.config import ModelConfig
+from megatron_dit.models.dit import DiT
 from megatron_dit.models.mmdit import MMDiT
 from megatron_dit.models.pixart import PixArt
 from megatron_dit.parallel.layers import Backend
 
-ARCHITECTURES: dict[str, type[MMDiT] | type[PixArt]] = {"mmdit": MMDiT, "pixart": PixArt}
+ARCHITECTURES: dict[str, type[DiT] | type[MMDiT] | type[PixArt]] = {"dit": DiT, "mmdit": MMDiT, "pixart": PixArt}
 
 
 def build(config: ModelConfig, backend: Backend) -> nn.Module:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from megatron_dit.config import ModelConfig
 from megatron_dit.models.embed import timestep_features
 from megatron_dit.parallel.layers import Backend
 
@@ -56,6 +57,20 @@ class CaptionEmbedder(nn.Module):
 
     def forward(self, text: Tensor) -> Tensor:
         return self.fc2(F.gelu(self.fc1(text), approximate="tanh"))
+
+
+class ModulatedHead(nn.Module):
+    """adaLN and the readout (DiT): x (S, B, D), c (B, D) after SiLU -> (S, B, p * p * C)."""
+
+    def __init__(self, backend: Backend, config: ModelConfig) -> None:
+        super().__init__()
+        self.backend = backend
+        self.modulation = backend.gathered(config.width, 2 * config.width, init="adaln")
+        self.linear = backend.linear(config.width, config.patch_size**2 * config.out_channels)
+
+    def forward(self, x: Tensor, c: Tensor) -> Tensor:
+        shift, scale = self.modulation(c).chunk(2, dim=-1)
+        return self.linear(self.backend.gather_tokens(modulate(x, shift, scale)))
 
 
 def split_heads(x: Tensor, pieces: int, head_dim: int) -> tuple[Tensor, ...]:

@@ -7,6 +7,8 @@ import math
 import torch
 from torch import Tensor
 
+from megatron_dit.config import ModelConfig
+
 
 def patchify(x: Tensor, patch: int) -> Tensor:
     """(B, C, H, W) -> (S, B, C * p * p) with S = H/p * W/p, row by row; features as a convolution's."""
@@ -38,9 +40,15 @@ def position_grid(rows: Tensor, columns: Tensor, dim: int) -> Tensor:
     return torch.cat([by_column, by_row], dim=1).float()
 
 
-def interpolated_positions(count: int, base: int, scale: float, device: torch.device) -> Tensor:
-    """``count`` positions spread over a base grid of ``base`` (PixArt-α): equal images at any resolution."""
-    return torch.arange(count, dtype=torch.float64, device=device) * base / count / scale
+def interpolated_grid(config: ModelConfig, x: Tensor) -> Tensor:
+    """Positions (h * w, D) of latents (B, C, H, W), spread over the base grid at any resolution (PixArt-α)."""
+    base = config.sample_size // config.patch_size
+    counts = (side // config.patch_size for side in x.shape[-2:])
+    rows, columns = (
+        torch.arange(count, dtype=torch.float64, device=x.device) * base / count / config.interpolation_scale
+        for count in counts
+    )
+    return position_grid(rows, columns, config.width).to(x.dtype)
 
 
 def centred_positions(count: int, base: int, table: int, device: torch.device) -> Tensor:

@@ -12,7 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from megatron_dit.config import ModelConfig
-from megatron_dit.models.blocks import Mlp, Taps, TimestepEmbedder, modulate, split_heads
+from megatron_dit.models.blocks import Mlp, ModulatedHead, Taps, TimestepEmbedder, modulate, split_heads
+from megatron_dit.models.condition import Condition
 from megatron_dit.models.embed import centred_positions, patchify, position_grid, unpatchify
 from megatron_dit.parallel.layers import Backend
 
@@ -67,20 +68,6 @@ class MMDiTBlock(nn.Module):
         return image, text
 
 
-class Head(nn.Module):
-    """adaLN and the readout: (S, B, D) -> (S, B, p * p * C)."""
-
-    def __init__(self, backend: Backend, config: ModelConfig) -> None:
-        super().__init__()
-        self.backend = backend
-        self.modulation = backend.gathered(config.width, 2 * config.width, init="adaln")
-        self.linear = backend.linear(config.width, config.patch_size**2 * config.out_channels)
-
-    def forward(self, x: Tensor, c: Tensor) -> Tensor:
-        shift, scale = self.modulation(c).chunk(2, dim=-1)
-        return self.linear(self.backend.gather_tokens(modulate(x, shift, scale)))
-
-
 class MMDiT(nn.Module):
     def __init__(self, config: ModelConfig, backend: Backend) -> None:
         super().__init__()
@@ -91,19 +78,18 @@ class MMDiT(nn.Module):
         self.blocks = nn.ModuleList(
             MMDiTBlock(backend, config, last=i == config.depth - 1) for i in range(config.depth)
         )
-        self.head = Head(backend, config)
+        self.head = ModulatedHead(backend, config)
 
-    def forward(
-        self, x: Tensor, t: Tensor, text: Tensor, mask: Tensor, dropped: Tensor, taps: Taps | None = None
-    ) -> Tensor:
+    def forward(self, x: Tensor, t: Tensor, condition: Condition, taps: Taps | None = None) -> Tensor:
         """Velocity of the flow.
 
-        x (B, C, H, W) latents, H and W multiples of the patch; t (B,) in [0, 1000]; text (B, T, text_dim);
-        mask (B, T) bool, False tokens are zeroed but still attended to; dropped (B,) bool, True = null text
-        (all zeros). Returns (B, C, H, W). ``taps`` receives the intermediates by name.
+        x (B, C, H, W) latents, H and W multiples of the patch; t (B,) in [0, 1000]; ``condition`` with text:
+        masked tokens are zeroed but still attended to, and a dropped text is all zeros. Returns (B, C, H, W).
+        ``taps`` receives the intermediates by name.
         """
         height, width = x.shape[-2:]
-        text = text * (mask & ~dropped[:, None]).to(text.dtype)[..., None]
+        text, mask = condition.words()
+        text = text * (mask & ~condition.dropped[:, None]).to(text.dtype)[..., None]
         image = self.patch_embed(patchify(x, self.config.patch_size)) + self._positions(x)[:, None]
         c = self.time_embed(t)
         image = self.backend.shard_tokens(image)

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from megatron_dit.config import ModelConfig
 from megatron_dit.models.blocks import CaptionEmbedder, Mlp, Taps, TimestepEmbedder, layer_norm, modulate, split_heads
-from megatron_dit.models.embed import interpolated_positions, patchify, position_grid, unpatchify
+from megatron_dit.models.condition import Condition
+from megatron_dit.models.embed import interpolated_grid, patchify, unpatchify
 from megatron_dit.parallel.layers import Backend, set_init
 
 
@@ -92,19 +93,18 @@ class PixArt(nn.Module):
         self.blocks = nn.ModuleList(PixArtBlock(backend, config) for _ in range(config.depth))
         self.head = Head(backend, config)
 
-    def forward(
-        self, x: Tensor, t: Tensor, text: Tensor, mask: Tensor, dropped: Tensor, taps: Taps | None = None
-    ) -> Tensor:
+    def forward(self, x: Tensor, t: Tensor, condition: Condition, taps: Taps | None = None) -> Tensor:
         """ε and the variance's interpolation.
 
-        x (B, C, H, W) latents, H and W multiples of the patch; t (B,) in [0, 1000); text (B, T, text_dim);
-        mask (B, T) bool, True = attend; dropped (B,) bool, True = the learned null caption, unmasked.
+        x (B, C, H, W) latents, H and W multiples of the patch; t (B,) in [0, 1000); ``condition`` with text:
+        masked tokens are not attended to, and a dropped text is the learned null caption, unmasked.
         Returns (B, 2C, H, W). ``taps`` receives the intermediates by name.
         """
         height, width = x.shape[-2:]
-        text = self.null_caption(text, dropped)
-        mask = (mask | dropped[:, None])[:, None, None]  # (B, 1, 1, T)
-        image = self.patch_embed(patchify(x, self.config.patch_size)) + self._positions(x)[:, None]
+        text, mask = condition.words()
+        text = self.null_caption(text, condition.dropped)
+        mask = (mask | condition.dropped[:, None])[:, None, None]  # (B, 1, 1, T)
+        image = self.patch_embed(patchify(x, self.config.patch_size)) + interpolated_grid(self.config, x)[:, None]
         c = self.time_embed(t)
         t6 = self.time_modulation(F.silu(c)).view(len(x), 6, -1)
         context = self.text_embed(text.transpose(0, 1))
@@ -120,12 +120,3 @@ class PixArt(nn.Module):
         if taps is not None:
             taps["output"] = out
         return out
-
-    def _positions(self, x: Tensor) -> Tensor:
-        config = self.config
-        base = config.sample_size // config.patch_size
-        rows, columns = (
-            interpolated_positions(side // config.patch_size, base, config.interpolation_scale, x.device)
-            for side in x.shape[-2:]
-        )
-        return position_grid(rows, columns, config.width).to(x.dtype)

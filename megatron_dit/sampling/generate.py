@@ -19,6 +19,7 @@ from megatron_dit.data.shards import read_index
 from megatron_dit.data.text import TextEncoder, pad
 from megatron_dit.errors import UserError
 from megatron_dit.models import build_unsharded
+from megatron_dit.models.condition import Condition
 from megatron_dit.mup.init import set_multipliers
 from megatron_dit.parallel.cpu import device
 from megatron_dit.parallel.topology import connect
@@ -55,8 +56,8 @@ class Sampler:
         self.step = reader.step
         self.index = index = read_index(data or self.config.data.path)
         model = self.config.model
-        self._text = TextEncoder(index.text_encoder, model.text_tokens, device())
-        if self._text.dim != model.text_dim:
+        self._text = None if model.num_classes else TextEncoder(index.text_encoder, model.text_tokens, device())
+        if self._text is not None and self._text.dim != model.text_dim:
             raise UserError(f"text encoder {index.text_encoder} has {self._text.dim} features, not {model.text_dim}")
         self.codec = open_codec(index.codec, device())
         self.model = load_model(reader, self.config, ema=ema)
@@ -75,6 +76,7 @@ class Sampler:
     ) -> np.ndarray:
         """Pictures (N, H, W, 3) uint8. ``size`` is (height, width) in pixels; the rest defaults to the config's.
 
+        A prompt is a caption, or the number of a class where the model has classes.
         The k-th occurrence of a prompt gets the k-th noise of (seed, prompt).
         """
         model, defaults = self.config.model, self.config.sampling
@@ -88,17 +90,27 @@ class Sampler:
         shape = (model.in_channels, *self._latent_size(size))
         copies = [list(prompts[:i]).count(prompt) for i, prompt in enumerate(prompts)]
         noise = torch.stack([noise_of(p, c, seed, shape) for p, c in zip(prompts, copies, strict=True)])
-        text, mask = pad(self._text.encode(prompts), model.text_tokens)
+        condition = self._condition(prompts)
         pictures = []
         groups = range(0, len(prompts), batch)
         with ProgressBar("sample", len(groups) * chosen.steps, show=show) as bar:
             for i in groups:
-                x, words, real = (item[i : i + batch].to(device()) for item in (noise, text, mask))
-                guided = guide(self.model, words, real, chosen.guidance, model.in_channels)
+                part = condition.map(lambda x, i=i: x[i : i + batch].to(device()))
+                guided = guide(self.model, part, chosen.guidance, model.in_channels)
                 scheduler = scheduler_for(config, chosen.solver)
-                latents = solve(guided, x, scheduler, chosen.steps, bar.advance)
+                latents = solve(guided, noise[i : i + batch].to(device()), scheduler, chosen.steps, bar.advance)
                 pictures.append(self.codec.decode(latents.cpu()).permute(0, 2, 3, 1))
         return torch.cat(pictures).numpy()
+
+    def _condition(self, prompts: Sequence[str]) -> Condition:
+        dropped = torch.zeros(len(prompts), dtype=torch.bool)
+        if self._text is not None:
+            return Condition(dropped, *pad(self._text.encode(prompts), self.config.model.text_tokens))
+        classes = self.config.model.num_classes
+        wrong = next((p for p in prompts if not (p.isdecimal() and int(p) < classes)), None)
+        if wrong is not None:
+            raise UserError(f"prompt {wrong!r}: expected the number of a class, 0 to {classes - 1}")
+        return Condition(dropped, label=torch.tensor([int(prompt) for prompt in prompts]))
 
     def _latent_size(self, size: tuple[int, int] | None) -> tuple[int, int]:
         model = self.config.model

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ from diffusers.schedulers import DDIMScheduler, DPMSolverMultistepScheduler, Flo
 from torch import Tensor
 
 from megatron_dit.config import SOLVERS_OF, Config
+from megatron_dit.models.condition import Condition
 from megatron_dit.objectives.ddpm import SCHEDULE
 
 Model = Callable[[Tensor, Tensor], Tensor]  # (x (B, C, H, W), t (B,) in [0, 1000]) -> (B, C, H, W)
@@ -39,21 +41,19 @@ def solve(model: Model, noise: Tensor, scheduler: Any, steps: int, each_step: Ca
     return x
 
 
-def guide(model: Callable[..., Tensor], text: Tensor, mask: Tensor, scale: float, channels: int) -> Model:
+def guide(model: Callable[..., Tensor], condition: Condition, scale: float, channels: int) -> Model:
     """Classifier-free guidance (arXiv 2207.12598): null + scale * (conditional - null).
 
-    text (B, T, text_dim), mask (B, T). A learned variance (outputs beyond ``channels``) is cut off.
+    A learned variance (outputs beyond ``channels``) is cut off.
     """
-    batch = len(text)
+    null = replace(condition, dropped=torch.ones_like(condition.dropped))
+    both = Condition.cat([condition, null])
 
     def conditional(x: Tensor, t: Tensor) -> Tensor:
-        keep = torch.zeros(batch, dtype=torch.bool, device=x.device)
-        return model(x, t, text, mask, keep)[:, :channels]
+        return model(x, t, condition)[:, :channels]
 
     def guided(x: Tensor, t: Tensor) -> Tensor:
-        dropped = torch.arange(2 * batch, device=x.device) >= batch
-        doubled = (torch.cat([item, item]) for item in (x, t, text, mask))
-        with_text, without = model(*doubled, dropped)[:, :channels].chunk(2)
+        with_text, without = model(torch.cat([x, x]), torch.cat([t, t]), both)[:, :channels].chunk(2)
         return without + scale * (with_text - without)
 
     return conditional if scale == 1 else guided

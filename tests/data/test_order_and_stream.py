@@ -14,9 +14,15 @@ from megatron_dit.data.order import SampleOrder
 from megatron_dit.data.shards import ShardReader, read_index
 from megatron_dit.data.stream import Batch, batches
 from megatron_dit.errors import UserError
+from megatron_dit.models.condition import Condition
 from tests.configs import small
 
-TENSORS = ("latents", "text", "mask", "dropped", "u", "noise")
+
+def tensors(batch):
+    """Every tensor of a batch."""
+    found = []
+    batch.map(lambda x: found.append(x) or x)
+    return found
 
 
 def config_on(dataset, **overrides):
@@ -27,7 +33,7 @@ def joined(index, config, ranks):
     """Global batches put together from each data-parallel rank's share."""
     streams = [list(batches(index, config, 0, rank, ranks)) for rank in range(ranks)]
     return [
-        {name: torch.cat([getattr(b, name) for b in step]) for name in TENSORS} for step in zip(*streams, strict=True)
+        [torch.cat(pieces) for pieces in zip(*map(tensors, step), strict=True)] for step in zip(*streams, strict=True)
     ]
 
 
@@ -37,7 +43,7 @@ def test_batches_do_not_depend_on_ranks_or_workers(dataset, ranks, workers):
     expected = joined(index, config_on(dataset), 1)
     found = joined(index, config_on(dataset, **{"data.workers": workers}), ranks)
     for a, b in zip(expected, found, strict=True):
-        assert all(torch.equal(a[name], b[name]) for name in TENSORS)
+        assert all(map(torch.equal, a, b))
 
 
 def test_a_stream_started_late_goes_on_alike(dataset):
@@ -45,7 +51,7 @@ def test_a_stream_started_late_goes_on_alike(dataset):
     whole = list(batches(index, config, 0, 0, 1))
     late = list(batches(index, config, 4, 0, 1))
     for a, b in zip(whole[4:], late, strict=True):
-        assert all(torch.equal(getattr(a, name), getattr(b, name)) for name in TENSORS)
+        assert all(map(torch.equal, tensors(a), tensors(b)))
 
 
 def test_an_epoch_holds_every_sample_once_and_differs_from_the_last(dataset):
@@ -75,7 +81,7 @@ def test_randomness_has_the_right_distribution(dataset):
     assert float(noise.mean()) == pytest.approx(0, abs=0.01)
     assert float(noise.std()) == pytest.approx(1, abs=0.01)
     assert float(u.mean()) == pytest.approx(0.5, abs=0.05)
-    assert float(torch.cat([b.dropped for b in stream]).float().mean()) == pytest.approx(0.25, abs=0.08)
+    assert float(torch.cat([b.condition.dropped for b in stream]).float().mean()) == pytest.approx(0.25, abs=0.08)
     assert len(torch.unique(u)) == len(u)
     assert len(torch.unique(noise.flatten(1)[:, 0])) == len(noise)
 
@@ -101,9 +107,9 @@ def test_a_batch_holds_what_was_encoded(dataset):
     with torch.no_grad():
         features = encoder(**tokenizer(scene.caption, return_tensors="pt")).last_hidden_state[0]
     count = len(features)
-    assert int(batch.mask[0].sum()) == count
-    torch.testing.assert_close(batch.text[0, :count], features, rtol=2e-3, atol=2e-3)
-    assert batch.text[0, count:].abs().sum() == 0
+    assert int(batch.condition.mask[0].sum()) == count
+    torch.testing.assert_close(batch.condition.text[0, :count], features, rtol=2e-3, atol=2e-3)
+    assert batch.condition.text[0, count:].abs().sum() == 0
 
 
 def test_pickled_arrays_are_refused_and_not_run(tmp_path):
@@ -127,6 +133,21 @@ def test_pickled_arrays_are_refused_and_not_run(tmp_path):
 
 
 def test_splitting_keeps_every_sample():
-    columns = {name: torch.arange(6) for name in TENSORS}
-    pieces = Batch(**columns, bad=()).split(2)
+    row = torch.arange(6)
+    pieces = Batch(row, Condition(row, label=row), row, row, bad=()).split(2)
     assert [piece.u.tolist() for piece in pieces] == [[0, 1], [2, 3], [4, 5]]
+    assert [piece.condition.label.tolist() for piece in pieces] == [[0, 1], [2, 3], [4, 5]]
+
+
+def test_labels_are_those_of_the_drawn_scenes(dataset):
+    from megatron_dit.data import scenes
+
+    index = read_index(dataset)
+    config = small("dit", **{"data.path": str(dataset), "train.steps": 2})
+    batch = next(batches(index, config, 0, 0, 1))
+    for (shard, sample), label in zip(SampleOrder(index, 1, 8, 16).batch(0), batch.condition.label, strict=True):
+        reader = ShardReader(dataset / index.shards[shard].file)
+        rng = np.random.Generator(np.random.Philox(key=[0, int(reader.keys[sample])]))
+        first = scenes.draw_scene(rng).objects[0]
+        assert int(label) == scenes.kind_index(first.colour, first.shape)
+    assert batch.condition.text is None

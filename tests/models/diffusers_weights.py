@@ -72,3 +72,22 @@ def pixart(ours, config):
         _linear(out, ours, f"{a}.mlp.fc2", f"{b}.ff.net.2")
     _linear(out, ours, "head.linear", "proj_out")
     return out
+
+
+def dit(ours, config):
+    """State of DiTTransformer2DModel whose blocks share the first one's embedders."""
+    embedder = "transformer_blocks.0.norm1.emb"
+    out = {f"{embedder}.class_embedder.embedding_table.weight": ours["label_embed.table"]}
+    _patch(out, ours, config)
+    for i in (1, 2):
+        _linear(out, ours, f"time_embed.fc{i}", f"{embedder}.timestep_embedder.linear_{i}")
+    for i in range(config.depth):
+        a, b = f"blocks.{i}", f"transformer_blocks.{i}"
+        _linear(out, ours, f"{a}.modulation", f"{b}.norm1.linear")
+        _split(out, ours, f"{a}.qkv", [f"{b}.attn1.to_{x}" for x in "qkv"])
+        _linear(out, ours, f"{a}.out", f"{b}.attn1.to_out.0")
+        _linear(out, ours, f"{a}.mlp.fc1", f"{b}.ff.net.0.proj")
+        _linear(out, ours, f"{a}.mlp.fc2", f"{b}.ff.net.2")
+    _linear(out, ours, "head.modulation", "proj_out_1")
+    _linear(out, ours, "head.linear", "proj_out_2")
+    return out

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from diffusers import PixArtTransformer2DModel, SD3Transformer2DModel
+from diffusers import DiTTransformer2DModel, PixArtTransformer2DModel, SD3Transformer2DModel
 
 from megatron_dit.config import ModelConfig
 from megatron_dit.models import build_unsharded
+from megatron_dit.models.condition import Condition
 from megatron_dit.parallel.topology import connect
 from tests.models import diffusers_weights
 
@@ -75,7 +76,7 @@ def test_mmdit_equals_sd3(height, width):
     theirs.load_state_dict(diffusers_weights.sd3(state, config), strict=False)
     x, t, text = inputs(config, 2, height, width)
     everything = torch.ones(2, 5, dtype=torch.bool)
-    our_out = ours(x, t, text, everything, torch.zeros(2, dtype=torch.bool))
+    our_out = ours(x, t, Condition(torch.zeros(2, dtype=torch.bool), text, everything))
     pooled = torch.zeros(2, 16)
     their_out = theirs(x, encoder_hidden_states=text, pooled_projections=pooled, timestep=t).sample
     unmapped = compare(ours, theirs, diffusers_weights.sd3, our_out, their_out)
@@ -97,7 +98,8 @@ def test_mmdit_zeroes_masked_and_dropped_text():
     zeroed[0, 2:] = 0
     zeroed[1] = 0
     keep = torch.zeros(2, dtype=torch.bool)
-    assert torch.equal(model(x, t, text, mask, dropped), model(x, t, zeroed, torch.ones_like(mask), keep))
+    masked = model(x, t, Condition(dropped, text, mask))
+    assert torch.equal(masked, model(x, t, Condition(keep, zeroed, torch.ones_like(mask))))
 
 
 @pytest.mark.parametrize("masked", [False, True])
@@ -127,10 +129,37 @@ def test_pixart_equals_diffusers(height, width, masked):
     dropped = torch.tensor([False, False, True])
     their_text = torch.where(dropped[:, None, None], state["null_caption.table"], text)
     their_mask = mask | dropped[:, None]
-    our_out = ours(x, t, text, mask, dropped)
+    our_out = ours(x, t, Condition(dropped, text, mask))
     their_out = theirs(x, encoder_hidden_states=their_text, timestep=t, encoder_attention_mask=their_mask).sample
     assert not compare(ours, theirs, diffusers_weights.pixart, our_out, their_out)
     assert ours.null_caption.table.grad.abs().sum() > 0
+
+
+def test_dit_equals_diffusers():
+    connect()
+    config = ModelConfig(
+        arch="dit", depth=3, heads=4, head_dim=8, patch_size=2, in_channels=4, sample_size=8, num_classes=10,
+    )  # fmt: skip
+    ours = build_unsharded(config)
+    randomise(ours, seed=1)
+    theirs = DiTTransformer2DModel(
+        num_attention_heads=4, attention_head_dim=8, in_channels=4, out_channels=8, num_layers=3, sample_size=8,
+        patch_size=2, num_embeds_ada_norm=10, norm_eps=1e-6,
+    ).eval()  # fmt: skip
+    for block in theirs.transformer_blocks:
+        block.norm1.emb.time_proj.downscale_freq_shift = 0  # the original's; diffusers hard-codes 1
+    # diffusers repeats the embedders in every block: the head's come from the first, so tie them all.
+    for block in theirs.transformer_blocks[1:]:
+        block.norm1.emb = theirs.transformer_blocks[0].norm1.emb
+    state = {name: value.detach() for name, value in ours.named_parameters()}
+    missing, unexpected = theirs.load_state_dict(diffusers_weights.dit(state, config), strict=False)
+    assert not unexpected
+    assert all(".norm1.emb." in name and "blocks.0." not in name for name in missing)
+    x, t, _ = inputs(config, 3, 8, 8)
+    label, dropped = torch.tensor([3, 9, 5]), torch.tensor([False, False, True])
+    our_out = ours(x, t, Condition(dropped, label=label))
+    their_out = theirs(x, timestep=t, class_labels=torch.where(dropped, 10, label)).sample
+    assert not compare(ours, theirs, diffusers_weights.dit, our_out, their_out)
 
 
 @pytest.mark.parametrize("arch", ["mmdit", "pixart"])
@@ -144,9 +173,10 @@ def test_intermediates_come_back_by_name(arch):
     x, t, text = inputs(config, 2, 8, 8)
     taps = {}
     keep, mask = torch.zeros(2, dtype=torch.bool), torch.ones(2, 5, dtype=torch.bool)
-    out = model(x, t, text, mask, keep, taps)
+    condition = Condition(keep, text, mask)
+    out = model(x, t, condition, taps)
     assert taps["output"] is out
     assert taps["image"].shape == (16, 2, 16)
     blocks = [name for name in taps if name.startswith("blocks.")]
     assert len(blocks) == (4 if arch == "mmdit" else 2)
-    assert torch.equal(out, model(x, t, text, mask, keep))
+    assert torch.equal(out, model(x, t, condition))

@@ -1,4 +1,4 @@
-"""Every layout against a single process: initial weights, losses and clipped gradient norms, both models."""
+"""Every layout against a single process: initial weights, losses and clipped gradient norms, every architecture."""
 
 from __future__ import annotations
 
@@ -36,10 +36,10 @@ def _parse(text):
 @pytest.fixture(scope="module")
 def reference(pool, dataset, tmp_path_factory):
     scratch = tmp_path_factory.mktemp("reference")
-    return {arch: pool.run(1, trace, arch, REFERENCE, dataset, scratch)[0] for arch in ("mmdit", "pixart")}
+    return {arch: pool.run(1, trace, arch, REFERENCE, dataset, scratch)[0] for arch in ("dit", "mmdit", "pixart")}
 
 
-@pytest.mark.parametrize("arch", ["mmdit", "pixart"])
+@pytest.mark.parametrize("arch", ["dit", "mmdit", "pixart"])
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_layout_equals_one_process(pool, dataset, tmp_path, reference, arch, name):
     layout = LAYOUTS[name]

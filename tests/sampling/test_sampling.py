@@ -13,6 +13,7 @@ from PIL import Image
 
 from megatron_dit.checkpoint.load import open_checkpoint
 from megatron_dit.cli import run
+from megatron_dit.models.condition import Condition
 from megatron_dit.sampling.generate import Sampler, load_model
 from megatron_dit.sampling.solvers import guide, scheduler_for, solve
 from tests.configs import small, small_dict
@@ -48,17 +49,18 @@ def test_ddpm_solvers_map_noise_to_gaussian_data(solver):
 
 
 def test_guidance_by_hand():
-    text, mask = torch.randn(2, 4, 8), torch.ones(2, 4, dtype=torch.bool)
+    keep = torch.zeros(2, dtype=torch.bool)
+    condition = Condition(keep, torch.randn(2, 4, 8), torch.ones(2, 4, dtype=torch.bool))
 
-    def model(x, t, text, mask, dropped):
-        signal = torch.where(dropped[:, None], -text.mean(1), text.mean(1)).mean(1)[:, None, None, None]
+    def model(x, t, c):
+        signal = torch.where(c.dropped[:, None], -c.text.mean(1), c.text.mean(1)).mean(1)[:, None, None, None]
         return torch.cat([x + signal, torch.full_like(x, 9.0)], 1)
 
     x, t = torch.randn(2, 3, 4, 4), torch.full((2,), 500.0)
-    with_text = model(x, t, text, mask, torch.zeros(2, dtype=torch.bool))[:, :3]
-    without = model(x, t, text, mask, torch.ones(2, dtype=torch.bool))[:, :3]
-    torch.testing.assert_close(guide(model, text, mask, 3.0, 3)(x, t), without + 3 * (with_text - without))
-    torch.testing.assert_close(guide(model, text, mask, 1.0, 3)(x, t), with_text)
+    with_text = model(x, t, condition)[:, :3]
+    without = model(x, t, Condition(~keep, condition.text, condition.mask))[:, :3]
+    torch.testing.assert_close(guide(model, condition, 3.0, 3)(x, t), without + 3 * (with_text - without))
+    torch.testing.assert_close(guide(model, condition, 1.0, 3)(x, t), with_text)
 
 
 @pytest.fixture(scope="module", params=["mmdit", "pixart"])
@@ -168,3 +170,16 @@ def test_sampling_needs_no_training_data(trained, tmp_path):
     shutil.copy(f"{config.data.path}/index.json", lean)
     shutil.copytree(f"{config.data.path}/text_encoder", lean / "text_encoder")
     assert Sampler(trained, data=str(lean)).draw(PROMPTS[:1]).shape == (1, 16, 16, 3)
+
+
+def test_classes_are_drawn_by_number(dataset, tmp_path, capsys):
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml.safe_dump(small_dict("dit", **{"data.path": str(dataset), "run_dir": str(tmp_path / "run")})))
+    assert run(["train", str(path), "sampling.steps=4"]) == 0
+    pictures = Sampler(tmp_path / "run").draw(["3", "23"])
+    assert pictures.shape == (2, 16, 16, 3)
+    capsys.readouterr()
+    for words in (["sample", "--prompt", "24"], ["sample", "--prompt", "a red circle"], ["evaluate"]):
+        assert run([words[0], str(tmp_path / "run"), *words[1:], "--out", str(tmp_path / "x.png")]) == 2
+        assert len(capsys.readouterr().err.strip().splitlines()) == 1
+    assert not (tmp_path / "x.png").exists()
