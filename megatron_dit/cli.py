@@ -11,7 +11,7 @@ import math
 import os
 import sys
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -87,12 +87,25 @@ def _parser() -> Parser:
 
     train = add("train", "Train, or go on where the run's folder stopped.", "train configs/quickstart.yaml", _train)
     _config_arguments(train)
-    train.add_argument("--procs", type=int, default=1, metavar="N", help="ranks to start on this machine")
+    _ranks_argument(train)
     train.add_argument("--dry-run", action="store_true", help="print the resolved config and what is made from it")
 
     mup = add("mup", "The μP table of every parameter.", "mup configs/quickstart.yaml model.heads=8", _mup)
     _config_arguments(mup)
     mup.add_argument("--save", type=Path, metavar="F.bsh", help="write base shapes for mup.base_shapes")
+
+    check = add(
+        "coord-check",
+        "Sizes of activations over widths, μP beside standard parametrization; exit status 1 if they drift.",
+        "coord-check configs/quickstart.yaml --out runs/coord-check.png",
+        _coord_check,
+    )
+    _config_arguments(check)
+    _ranks_argument(check)
+    check.add_argument("--heads", metavar="A,B", help="widths in heads (1, 2, 4 and 8 times mup.base_heads)")
+    check.add_argument("--seeds", type=int, default=3, help="seeds a width")
+    check.add_argument("--steps", type=int, default=4, help="training steps")
+    check.add_argument("--out", type=Path, default=Path("coord-check.png"), help="the picture")
 
     verify = add(
         "verify", "Compare the first steps in each layout with one process.", "verify configs/quickstart.yaml", _verify
@@ -133,6 +146,10 @@ def _config_arguments(command: Parser) -> None:
     command.add_argument("overrides", nargs="*", metavar="a.b=v", help="dotted overrides of the config")
 
 
+def _ranks_argument(command: Parser) -> None:
+    command.add_argument("--procs", type=int, default=1, metavar="N", help="ranks to start on this machine")
+
+
 def _checkpoint_arguments(command: Parser) -> None:
     command.add_argument("checkpoint", help="a run's folder (its newest checkpoint) or one checkpoint")
     command.add_argument("--seed", type=int, default=0, help="seed of the noise, with the prompt")
@@ -147,25 +164,82 @@ def _train(arguments: argparse.Namespace) -> int:
     from megatron_dit.config import load_config
 
     config = load_config(arguments.config, arguments.overrides)
-    if arguments.procs < 1:
-        raise UserError(f"--procs {arguments.procs}: expected at least 1")
-    launched = "RANK" in os.environ or "SLURM_PROCID" in os.environ
-    if arguments.procs > 1 and launched:
-        raise UserError(f"--procs {arguments.procs}: a launcher started this rank already, leave --procs out")
+    _check_ranks(arguments)
     if arguments.dry_run:
         return _dry_run(arguments, config)
     if arguments.procs > 1:
-        from megatron_dit.launch import run_ranks
-
-        config.data_parallel(arguments.procs)
-        words = ["train", arguments.config, *arguments.overrides]
-        return run_ranks([*words, *(["--json", arguments.json] if arguments.json else [])], arguments.procs)
+        return _start_ranks(arguments, config, ["train"])
     from megatron_dit.parallel.topology import disconnect
     from megatron_dit.trainer import train
 
     _write_json(arguments, train(config))
     disconnect()
     return 0
+
+
+def _check_ranks(arguments: argparse.Namespace) -> None:
+    if arguments.procs < 1:
+        raise UserError(f"--procs {arguments.procs}: expected at least 1")
+    if arguments.procs > 1 and ("RANK" in os.environ or "SLURM_PROCID" in os.environ):
+        raise UserError(f"--procs {arguments.procs}: a launcher started this rank already, leave --procs out")
+
+
+def _start_ranks(arguments: argparse.Namespace, config: Config, words: list[str]) -> int:
+    """Run this command, its flags given in ``words``, on ``--procs`` ranks of this machine."""
+    from megatron_dit.launch import run_ranks
+
+    config.data_parallel(arguments.procs)
+    words = [*words, arguments.config, *arguments.overrides]
+    return run_ranks([*words, *(["--json", arguments.json] if arguments.json else [])], arguments.procs)
+
+
+def _coord_check(arguments: argparse.Namespace) -> int:
+    from megatron_dit import coord_check
+    from megatron_dit.config import load_config
+
+    config = load_config(arguments.config, arguments.overrides)
+    _check_ranks(arguments)
+    heads = _widths(arguments.heads, config)
+    for name in ("seeds", "steps"):
+        if getattr(arguments, name) < 1:
+            raise UserError(f"--{name} {getattr(arguments, name)}: expected at least 1")
+    if arguments.procs > 1:
+        flags = {"--heads": ",".join(map(str, heads)), "--seeds": arguments.seeds, "--steps": arguments.steps}
+        words = [str(word) for flag in {**flags, "--out": arguments.out}.items() for word in flag]
+        return _start_ranks(arguments, config, ["coord-check", *words])
+    from megatron_dit.parallel.topology import disconnect
+    from megatron_dit.progress import ProgressBar
+
+    first = os.environ.get("RANK", "0") == "0"
+    with ProgressBar("coord-check", 2 * len(heads) * arguments.seeds, show=first) as bar:
+        sizes = coord_check.coord_check(config, heads, arguments.seeds, arguments.steps, bar.advance)
+    found = coord_check.slopes(sizes)
+    if first:
+        coord_check.draw(sizes, config.model.head_dim, arguments.out)
+        for name in coord_check.PARAMETRIZATIONS:
+            row = coord_check.worst(found, name)
+            print(f"{name}: steepest slope {row.slope:+.3f} (spread {row.spread:.3f}), {row.name} at step {row.step}")
+        _write_json(arguments, coord_check.figures(sizes, found))
+    good = abs(coord_check.worst(found, config.mup.parametrization).slope) <= coord_check.LIMIT
+    if first:
+        verdict = "keeps" if good else "does not keep"
+        print(f"{config.mup.parametrization} {verdict} activations within |slope| {coord_check.LIMIT}: {arguments.out}")
+    disconnect()
+    return 0 if good else 1
+
+
+def _widths(text: str | None, config: Config) -> list[int]:
+    """Heads of the models to compare; every one must suit the config."""
+    base = config.mup.base_heads or config.model.heads
+    try:
+        heads = sorted({int(word) for word in text.split(",")}) if text else [base * n for n in (1, 2, 4, 8)]
+    except ValueError:
+        raise UserError(f"--heads {text}: expected numbers of heads, such as 2,4,8") from None
+    if len(heads) < 2:
+        raise UserError(f"--heads {text}: expected at least two widths")
+    for count in heads:
+        replace(config, model=replace(config.model, heads=count))  # validated as the config is
+    return heads
 
 
 def _dry_run(arguments: argparse.Namespace, config: Config) -> int:

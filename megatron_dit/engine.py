@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from megatron_dit.config import Config, deepspeed_config
 from megatron_dit.data.stream import Batch
 from megatron_dit.models import build, build_unsharded
+from megatron_dit.models.blocks import Taps
 from megatron_dit.mup.groups import optimizer_groups
 from megatron_dit.mup.init import forward_multipliers, initial_value, set_multipliers, shard_of
 from megatron_dit.mup.rules import Param
@@ -154,11 +155,21 @@ class Engine:
             stop=stops > 0,
         )
 
-    def loss(self, batch: Batch) -> Tensor:
-        """Mean loss of a micro-batch on this rank."""
+    @torch.no_grad()
+    def activations(self, batch: Batch) -> dict[str, float]:
+        """Mean |x| of every named intermediate over the ranks' batches. Collective."""
+        taps: Taps = {}
+        self.loss(batch.to(device()), taps)
+        sizes = torch.stack([tap.float().abs().mean() for tap in taps.values()])
+        if self.topology.world > 1:
+            dist.all_reduce(sizes)
+        return dict(zip(taps, (sizes / self.topology.world).tolist(), strict=True))
+
+    def loss(self, batch: Batch, taps: Taps | None = None) -> Tensor:
+        """Mean loss of a micro-batch on this rank; ``taps`` receives the model's intermediates."""
 
         def denoise(x_t: Tensor, t: Tensor) -> Tensor:
-            return self._engine(x_t.to(self._dtype), t, condition)
+            return self._engine(x_t.to(self._dtype), t, condition, taps)
 
         condition = batch.condition.map(lambda x: x.to(self._dtype) if x.is_floating_point() else x)
         noised = Noised(u=batch.u, noise=batch.noise)

@@ -24,7 +24,7 @@ FLOORS = [
     ["trainer"],
     ["sampling", "launch"],
     ["evaluation"],
-    ["verify"],
+    ["verify", "coord_check"],
     ["cli"],
     ["__main__"],
 ]

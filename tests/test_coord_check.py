@@ -1,0 +1,85 @@
+"""The coordinate check: slopes by a closed form, verdicts, layouts and planted faults."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+import yaml
+
+from megatron_dit.cli import run
+from megatron_dit.coord_check import Size, coord_check, slopes, worst
+from tests.configs import small, small_dict
+
+
+def test_slopes_of_power_laws():
+    """size = width^a, with a seed's own factor, gives a; zero sizes are left out."""
+    sizes = [
+        Size("mup", heads, seed, 1, name, (seed + 1) * heads**power)
+        for heads in (2, 4, 8, 16)
+        for seed in (0, 1)
+        for name, power in (("a", 0.0), ("b", -0.5), ("zero", -np.inf))
+    ]
+    found = {row.name: row for row in slopes(sizes)}
+    assert set(found) == {"a", "b"}
+    assert found["a"].slope == pytest.approx(0, abs=1e-9)
+    assert found["b"].slope == pytest.approx(-0.5)
+    assert found["b"].spread == pytest.approx(0, abs=1e-9)
+    assert worst(list(found.values()), "mup").name == "b"
+
+
+def wide(arch, dataset, **overrides):
+    settings = {"data.path": str(dataset), "model.head_dim": 32, "optimizer.lr": 2**-8, "optimizer.grad_clip": 0.0}
+    return small(arch, heads=2, base_heads=2, **settings, **overrides)
+
+
+def measure(arch, dataset, layout, heads, fault=None):
+    """Runs in the pool's ranks."""
+    from megatron_dit import engine
+
+    right = engine.set_multipliers
+    if fault == "readout":
+        engine.set_multipliers = lambda model, multipliers: None
+    try:
+        return coord_check(wide(arch, dataset, **layout), heads, seeds=2, steps=2, each_model=lambda: None)
+    finally:
+        engine.set_multipliers = right
+
+
+@pytest.mark.parametrize("arch", ["dit", "mmdit", "pixart"])
+def test_mup_is_flat_and_standard_is_not(pool, dataset, arch):
+    found = slopes(pool.run(1, measure, arch, dataset, {}, [2, 4, 8, 16])[0])
+    outputs = {(row.parametrization, row.step): row.slope for row in found if row.name == "output"}
+    # Widths 128 to 512: the fluctuations of a width this small still show in the output.
+    assert all(abs(row.slope) < 0.25 for row in found if row.parametrization == "mup"), worst(found, "mup")
+    assert outputs["standard", 1] >= 0.5
+    assert outputs["standard", 1] - outputs["mup", 1] > 0.75
+
+
+def test_a_missing_readout_multiplier_is_seen(pool, dataset):
+    found = slopes(pool.run(1, measure, "mmdit", dataset, {}, [2, 4, 8, 16], "readout")[0])
+    assert worst(found, "mup").name == "output"
+    assert abs(worst(found, "mup").slope) > 0.5
+
+
+@pytest.mark.parametrize("layout", [{"parallel.tensor": 2, "parallel.sequence": True}, {"parallel.zero_stage": 3}])
+def test_figures_do_not_depend_on_the_layout(pool, dataset, layout):
+    expected = pool.run(1, measure, "mmdit", dataset, {}, [2, 4])[0]
+    for found in pool.run(2, measure, "mmdit", dataset, layout, [2, 4]):
+        assert [row.name for row in found] == [row.name for row in expected]
+        assert [row.size for row in found] == pytest.approx([row.size for row in expected], rel=1e-4, abs=1e-7)
+
+
+def test_command_and_refusals(dataset, tmp_path, capsys):
+    config, picture, figures = tmp_path / "config.yaml", tmp_path / "cc.png", tmp_path / "cc.json"
+    settings = {"data.path": str(dataset), "mup.parametrization": "standard", "model.head_dim": 32}
+    config.write_text(yaml.safe_dump(small_dict("mmdit", heads=2, base_heads=2, **settings)))
+    words = ["coord-check", str(config), "--seeds", "1", "--steps", "2", "--heads", "2,4,8"]
+    assert run([*words, "--out", str(picture), "--json", str(figures)]) == 1
+    assert "standard does not keep" in capsys.readouterr().out
+    assert picture.stat().st_size > 10000
+    assert set(json.loads(figures.read_text())) == {"sizes", "slopes"}
+    for flags in (["--heads", "2"], ["--heads", "a,b"], ["--seeds", "0"], ["parallel.tensor=2", "--heads", "3,5"]):
+        assert run(["coord-check", str(config), *flags]) == 2
+        assert len(capsys.readouterr().err.strip().splitlines()) == 1
