@@ -62,9 +62,10 @@ def train(config: Config) -> dict[str, Any]:
             if metrics.stop:
                 bar.say(f"stopped by a signal and saved at step {engine.step}: the same command goes on from here")
                 break
-    last = run.metrics()[-1] if logger and run.metrics() else {}
+    logged = run.metrics()[-1:] if logger else []
     if logger:
         run.close()
+    last = logged[0] if logged else {}
     return {"run": str(run.path), "finished": engine.step == config.train.steps, **last, "step": engine.step}
 
 

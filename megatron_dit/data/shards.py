@@ -120,9 +120,6 @@ class ShardReader:
         except (ValueError, EOFError) as error:
             raise UserError(f"sample {key} of shard {self.path}: {extension} is no array ({error})") from None
 
-    def caption(self, key: str) -> str:
-        return self._read(key, "txt").decode("utf-8", errors="replace")
-
     def label(self, key: str, classes: int) -> int:
         """Raises UserError for what is no class number below ``classes``."""
         text = self._read(key, "cls").decode("ascii", errors="replace").strip()

@@ -136,7 +136,6 @@ class Backend:
             perform_initialization=False,
         )
         self.sharded_config = TransformerConfig(**{**self.config.__dict__, "sequence_parallel": parallel.sequence})
-        self.local_heads = model.heads // parallel.tensor
 
     @classmethod
     def unsharded(cls, model: ModelConfig) -> Backend:

@@ -9,6 +9,7 @@ import tarfile
 import numpy as np
 import pytest
 import torch
+from webdataset.compat import WebDataset
 
 from megatron_dit.data.order import SampleOrder
 from megatron_dit.data.shards import ShardReader, read_index
@@ -99,7 +100,11 @@ def test_a_batch_holds_what_was_encoded(dataset):
     rng = np.random.Generator(np.random.Philox(key=[0, int(key)]))
     scene = scenes.draw_scene(rng)
     picture = scenes.render(scene, rng)
-    assert reader.caption(key) == scene.caption
+    # webdataset itself reads the shards, and finds the same caption under the same key.
+    captions = {
+        sample["__key__"]: sample["txt"].decode() for sample in WebDataset(str(reader.path), shardshuffle=False)
+    }
+    assert captions[key] == scene.caption
     latents = torch.from_numpy(picture / 127.5 - 1).permute(2, 0, 1).float()
     torch.testing.assert_close(batch.latents[0], latents, rtol=1e-3, atol=1e-3)
     tokenizer = AutoTokenizer.from_pretrained(dataset / "text_encoder")
