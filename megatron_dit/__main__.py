@@ -1,3 +1,4 @@
 from megatron_dit.cli import main
 
-main()
+if __name__ == "__main__":  # a sweep's processes import this module anew
+    main()

@@ -29,7 +29,7 @@ def run_ranks(arguments: Sequence[str], ranks: int, *, quiet: bool = False) -> i
             [sys.executable, "-m", "megatron_dit", *arguments],
             env={**os.environ, **{key: str(value) for key, value in {**shared, "RANK": i, "LOCAL_RANK": i}.items()}},
             start_new_session=True,  # the terminal's Ctrl-C reaches us alone, and we pass it on once
-            preexec_fn=_die_with_parent,
+            preexec_fn=die_with_parent,
             stdout=subprocess.DEVNULL if quiet else None,
         )
         for i in range(ranks)
@@ -53,7 +53,7 @@ def _signal(processes: list[subprocess.Popen[bytes]], number: int) -> None:
             process.send_signal(number)
 
 
-def _die_with_parent() -> None:
+def die_with_parent() -> None:
     """Have Linux kill this rank when the launcher dies, so that no orphan goes on training."""
     if sys.platform == "linux":
         pr_set_pdeathsig = 1

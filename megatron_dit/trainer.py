@@ -110,7 +110,8 @@ class Logger:
         self._skipped += metrics.skipped
         if not metrics.skipped:
             self._losses.append(metrics.loss)
-        due = step % self._config.train.log_every == 0 or step == self._config.train.steps
+        # The first step is the untrained model's loss.
+        due = step in (1, self._config.train.steps) or step % self._config.train.log_every == 0
         if not (due or metrics.skipped or metrics.stop):
             return self._text(metrics)
         now = time.monotonic()

@@ -9,15 +9,21 @@ import yaml
 
 from megatron_dit.config import Config, load_config
 
+ARCHITECTURES = ["dit", "mmdit", "pixart", "uvit"]
+
 
 def small_dict(arch: str = "mmdit", heads: int = 4, base_heads: int = 2, **overrides) -> dict:
-    """A tiny model on 16 x 16 pixels; ``overrides`` are dotted keys."""
+    """A tiny model on 16 x 16 pixels; ``overrides`` are dotted keys. ``uvit-class`` is U-ViT with labels."""
+    arch, _, kind = arch.partition("-")
+    condition = {"text_dim": 64, "text_tokens": 23 if arch == "uvit" else 24}
+    if arch == "dit" or kind == "class":
+        condition = {"num_classes": 24}
     values = {
         "run_dir": "unused",
         "seed": 1,
         "model": {
-            "arch": arch, "depth": 2, "heads": heads, "head_dim": 8, "patch_size": 4, "in_channels": 3,
-            "sample_size": 16, **({"num_classes": 24} if arch == "dit" else {"text_dim": 64, "text_tokens": 24}),
+            "arch": arch, "depth": 3 if arch == "uvit" else 2, "heads": heads, "head_dim": 8, "patch_size": 4,
+            "in_channels": 3, "sample_size": 16, **condition,
         },
         "mup": {"base_heads": base_heads},
         "objective": {"kind": "rectified_flow" if arch == "mmdit" else "ddpm"},

@@ -10,7 +10,7 @@ import yaml
 
 from megatron_dit.cli import run
 from megatron_dit.coord_check import Size, coord_check, slopes, worst
-from tests.configs import small, small_dict
+from tests.configs import ARCHITECTURES, small, small_dict
 
 
 def test_slopes_of_power_laws():
@@ -47,7 +47,7 @@ def measure(arch, dataset, layout, heads, fault=None):
         engine.set_multipliers = right
 
 
-@pytest.mark.parametrize("arch", ["dit", "mmdit", "pixart"])
+@pytest.mark.parametrize("arch", ARCHITECTURES)
 def test_mup_is_flat_and_standard_is_not(pool, dataset, arch):
     found = slopes(pool.run(1, measure, arch, dataset, {}, [2, 4, 8, 16])[0])
     outputs = {(row.parametrization, row.step): row.slope for row in found if row.name == "output"}

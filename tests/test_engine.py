@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from tests.configs import small
+from tests.configs import ARCHITECTURES, small
 from tests.mup.test_against_mup import package_groups
 
 # Adam turns a rounding difference of a near-zero gradient into a step of full size, so weights agree to less
@@ -79,7 +79,7 @@ def groups_over_a_run(arch, layout, folder):
     return after_steps, table(resumed)
 
 
-@pytest.mark.parametrize("arch", ["dit", "mmdit", "pixart"])
+@pytest.mark.parametrize("arch", ARCHITECTURES)
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_groups_equal_mup_through_schedule_zero3_and_resume(pool, tmp_path, arch, ranks):
     layout = {"parallel.zero_stage": 3} if ranks == 2 else {}

@@ -24,7 +24,8 @@ FLOORS = [
     ["trainer"],
     ["sampling", "launch"],
     ["evaluation"],
-    ["verify", "coord_check"],
+    ["sweep"],
+    ["verify", "coord_check", "transfer"],
     ["cli"],
     ["__main__"],
 ]

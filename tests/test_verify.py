@@ -13,7 +13,7 @@ from megatron_dit.cli import run
 from megatron_dit.models import build_unsharded
 from megatron_dit.mup.init import initial_value
 from megatron_dit.mup.shapes import describe
-from tests.configs import small, small_dict
+from tests.configs import ARCHITECTURES, small, small_dict
 
 
 @pytest.fixture
@@ -51,7 +51,7 @@ def test_differences_beyond_the_tolerance_fail():
     assert verify.compare("x", verify.Trace("a", [1.0, 2.000001], [0.5, 0.500001]), reference).good
 
 
-@pytest.mark.parametrize("arch", ["dit", "mmdit", "pixart"])
+@pytest.mark.parametrize("arch", ARCHITECTURES)
 def test_noise_leaves_no_weight_at_its_start(arch):
     """Every parameter is moved, so no gate at zero hides the gradients behind it."""
     for param in describe(build_unsharded, small(arch)).values():

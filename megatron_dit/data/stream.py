@@ -171,8 +171,14 @@ def check_fit(index: Index, config: Config) -> None:
             raise UserError(
                 f"bucket {shard.bucket} of {index.folder} is not divisible by model.patch_size={model.patch_size}"
             )
+        side = model.sample_size
+        if model.arch == "uvit" and tuple(shard.bucket) != (side, side):
+            raise UserError(
+                f"bucket {shard.bucket} of {index.folder} is not model.sample_size={side} squared: "
+                "uvit learns the positions of one size"
+            )
         tokens = shard.bucket[0] * shard.bucket[1] // model.patch_size**2
-        if config.parallel.sequence and tokens % config.parallel.tensor:
+        if config.parallel.sequence and model.arch != "uvit" and tokens % config.parallel.tensor:
             raise UserError(
                 f"bucket {shard.bucket} of {index.folder} has {tokens} tokens, not divisible by "
                 f"parallel.tensor={config.parallel.tensor}: set parallel.sequence=false"

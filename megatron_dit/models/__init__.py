@@ -8,9 +8,11 @@ from megatron_dit.config import ModelConfig
 from megatron_dit.models.dit import DiT
 from megatron_dit.models.mmdit import MMDiT
 from megatron_dit.models.pixart import PixArt
+from megatron_dit.models.uvit import UViT
 from megatron_dit.parallel.layers import Backend
 
-ARCHITECTURES: dict[str, type[DiT] | type[MMDiT] | type[PixArt]] = {"dit": DiT, "mmdit": MMDiT, "pixart": PixArt}
+Architecture = type[DiT] | type[MMDiT] | type[PixArt] | type[UViT]
+ARCHITECTURES: dict[str, Architecture] = {"dit": DiT, "mmdit": MMDiT, "pixart": PixArt, "uvit": UViT}
 
 
 def build(config: ModelConfig, backend: Backend) -> nn.Module:

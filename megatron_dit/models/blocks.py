@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from megatron_dit.config import ModelConfig
 from megatron_dit.models.embed import timestep_features
-from megatron_dit.parallel.layers import Backend
+from megatron_dit.parallel.layers import Backend, set_init
 
 Taps = dict[str, Tensor]  # named intermediates, filled when the caller passes a dict
 
@@ -23,15 +24,16 @@ def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
 
 
 class Mlp(nn.Module):
-    """(S, B, D) -> (S, B, D) with tanh-GELU."""
+    """(S, B, D) -> (S, B, D) with GELU, by default its tanh approximation."""
 
-    def __init__(self, backend: Backend, width: int, hidden: int) -> None:
+    def __init__(self, backend: Backend, width: int, hidden: int, approximate: str = "tanh") -> None:
         super().__init__()
+        self.approximate = approximate
         self.fc1 = backend.column(width, hidden)
         self.fc2 = backend.row(hidden, width)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
+        return self.fc2(F.gelu(self.fc1(x), approximate=self.approximate))
 
 
 class TimestepEmbedder(nn.Module):
@@ -57,6 +59,19 @@ class CaptionEmbedder(nn.Module):
 
     def forward(self, text: Tensor) -> Tensor:
         return self.fc2(F.gelu(self.fc1(text), approximate="tanh"))
+
+
+class LabelEmbedder(nn.Module):
+    """(B,) labels -> (B, D); the table's last row stands for "no class"."""
+
+    def __init__(self, classes: int, width: int) -> None:
+        super().__init__()
+        self.classes = classes
+        self.table = nn.Parameter(torch.empty(classes + 1, width))
+        set_init(self.table, "table")
+
+    def forward(self, label: Tensor, dropped: Tensor) -> Tensor:
+        return F.embedding(torch.where(dropped, self.classes, label), self.table)
 
 
 class ModulatedHead(nn.Module):

@@ -4,28 +4,14 @@ from __future__ import annotations
 
 import math
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from megatron_dit.config import ModelConfig
-from megatron_dit.models.blocks import Mlp, ModulatedHead, Taps, TimestepEmbedder, modulate, split_heads
+from megatron_dit.models.blocks import LabelEmbedder, Mlp, ModulatedHead, Taps, TimestepEmbedder, modulate, split_heads
 from megatron_dit.models.condition import Condition
 from megatron_dit.models.embed import interpolated_grid, patchify, unpatchify
-from megatron_dit.parallel.layers import Backend, set_init
-
-
-class LabelEmbedder(nn.Module):
-    """(B,) labels -> (B, D); the table's last row stands for "no class"."""
-
-    def __init__(self, classes: int, width: int) -> None:
-        super().__init__()
-        self.classes = classes
-        self.table = nn.Parameter(torch.empty(classes + 1, width))
-        set_init(self.table, "table")
-
-    def forward(self, label: Tensor, dropped: Tensor) -> Tensor:
-        return F.embedding(torch.where(dropped, self.classes, label), self.table)
+from megatron_dit.parallel.layers import Backend
 
 
 class DiTBlock(nn.Module):

@@ -47,7 +47,7 @@ class Param:
             return "constant"
         if len(infinite) == 1 or self.init_kind == "table":
             return "vector"
-        fan_out, fan_in = infinite
+        fan_out, fan_in = infinite[:2]  # a convolution's kernel is finite
         return "hidden" if fan_out and fan_in else "input" if fan_out else "output"
 
     @property
@@ -79,7 +79,7 @@ class Param:
         if self.init_kind == "table":
             return TABLE_STD
         assert self.init_kind == "fan_in", self.init_kind
-        return 1.0 / math.sqrt(self.shape[-1])  # σ²/N for hidden; a constant where the fan-in is finite
+        return 1.0 / math.sqrt(math.prod(self.shape[1:]))  # σ²/N for hidden; a constant where the fan-in is finite
 
     @property
     def init_constant(self) -> float:

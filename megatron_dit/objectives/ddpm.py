@@ -13,13 +13,21 @@ from megatron_dit.config import ObjectiveConfig
 from megatron_dit.objectives.base import Denoiser, Noised
 
 STEPS = 1000
-SCHEDULE = {"num_train_timesteps": STEPS, "beta_start": 1e-4, "beta_end": 0.02, "beta_schedule": "linear"}
+SCHEDULES = {  # DDPM's, and Stable Diffusion's (linear in the root), by diffusers' names
+    "linear": {"num_train_timesteps": STEPS, "beta_start": 1e-4, "beta_end": 0.02, "beta_schedule": "linear"},
+    "scaled_linear": {
+        "num_train_timesteps": STEPS,
+        "beta_start": 0.00085,
+        "beta_end": 0.012,
+        "beta_schedule": "scaled_linear",
+    },
+}
 
 
 @functools.cache
-def tables() -> dict[str, Tensor]:
+def tables(schedule: str) -> dict[str, Tensor]:
     """fp64 (1000,) tables of the diffusion: betas, alpha_bar, and the posterior's coefficients (DDPM eq. 7)."""
-    betas = DDPMScheduler(**SCHEDULE).betas.double()
+    betas = DDPMScheduler(**SCHEDULES[schedule]).betas.double()
     alpha_bar = torch.cumprod(1 - betas, 0)
     previous = torch.cat([torch.ones(1, dtype=torch.float64), alpha_bar[:-1]])
     variance = betas * (1 - previous) / (1 - alpha_bar)
@@ -39,16 +47,22 @@ def sample_t(u: Tensor) -> Tensor:
 
 
 def loss(model: Denoiser, x: Tensor, noised: Noised, config: ObjectiveConfig) -> Tensor:
-    """Per-sample mean squared error of ε plus the variational bound's term, which trains the variance alone.
+    """Per-sample mean squared error of ε, with a learned range plus the bound's term that trains the variance alone.
 
-    x (B, C, H, W); the model returns (B, 2C, H, W): ε and v. Returns (B,). Improved DDPM, eq. 16, with the
-    bound in bits per dimension and its mean detached, as DiT.
+    x (B, C, H, W); the model returns ε (B, C, H, W) (DDPM, eq. 14), or ε and v (B, 2C, H, W): Improved DDPM, eq. 16,
+    with the bound in bits per dimension and its mean detached, as DiT. Returns (B,).
     """
     t = sample_t(noised.u)
-    table = {name: values.to(x.device)[t].float()[:, None, None, None] for name, values in tables().items()}
+    table = {
+        name: values.to(x.device)[t].float()[:, None, None, None]
+        for name, values in tables(config.beta_schedule).items()
+    }
     x_t = table["alpha_bar"].sqrt() * x + (1 - table["alpha_bar"]).sqrt() * noised.noise
-    epsilon, v = model(x_t, t).float().chunk(2, dim=1)
+    prediction = model(x_t, t).float()
+    epsilon, v = prediction[:, : x.shape[1]], prediction[:, x.shape[1] :]
     mse = (epsilon - noised.noise).square().flatten(1).mean(1)
+    if v.shape[1] == 0:
+        return mse
     return mse + variational_term(x, x_t, t, epsilon.detach(), v, table)
 
 

@@ -15,6 +15,7 @@ from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinea
 from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
 from megatron.core.tensor_parallel.mappings import (
     all_gather_last_dim_from_tensor_parallel_region,
+    all_to_all_hp2sp,
     copy_to_tensor_model_parallel_region,
     gather_from_sequence_parallel_region,
     gather_from_tensor_model_parallel_region,
@@ -46,18 +47,22 @@ class Linear(nn.Linear):
 class ColumnLinear(ColumnParallelLinear):
     """Outputs are cut over the tensor-parallel ranks, ``pieces`` equal parts of them each (qkv: 3)."""
 
-    def __init__(self, backend: Backend, inputs: int, outputs: int, *, pieces: int, sharded_input: bool) -> None:
+    def __init__(
+        self, backend: Backend, inputs: int, outputs: int, *, pieces: int, sharded_input: bool, bias: bool = True
+    ) -> None:
         super().__init__(
             inputs,
             outputs,
             config=backend.sharded_config if sharded_input else backend.config,
             init_method=_never,
+            bias=bias,
             stride=pieces,
             tp_group=backend.topology.tensor_group,
         )
         set_tensor_model_parallel_attributes(self.weight, True, 0, pieces)
         set_init(self.weight, "fan_in")
-        set_init(self.bias, "zero")
+        if bias:
+            set_init(self.bias, "zero")
 
     def forward(self, x: Tensor) -> Tensor:
         return super().forward(x)[0]
@@ -81,6 +86,23 @@ class GatheredLinear(ColumnLinear):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.gather(super().forward(x), group=self.tp_group)
+
+
+class TokenwiseLinear(ColumnLinear):
+    """Column-parallel with whole outputs of the tokens it was given: (S, B, inputs) -> (S, B, outputs).
+
+    For long skips, which sit where every rank has whole tokens: all of them, under sequence parallelism its own.
+    """
+
+    def __init__(self, backend: Backend, inputs: int, outputs: int) -> None:
+        super().__init__(backend, inputs, outputs, pieces=1, sharded_input=True)
+        self.exchange = backend.sharded_config.sequence_parallel
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = super().forward(x)
+        if not self.exchange:
+            return gather_from_tensor_model_parallel_region(out, group=self.tp_group)
+        return all_to_all_hp2sp(out, group=self.tp_group).view(*x.shape[:2], -1)
 
 
 class RowLinear(RowParallelLinear):
@@ -120,6 +142,33 @@ class HeadNorm(nn.Module):
         return F.rms_norm(x, x.shape[-1:], self.backend.seen_by_heads(self.gain), self.eps)
 
 
+class LayerNorm(nn.Module):
+    """LayerNorm with gain and bias over the last dimension: (S, B, D) -> (S, B, D)."""
+
+    def __init__(self, backend: Backend, width: int, eps: float = 1e-5) -> None:
+        super().__init__()
+        self.backend, self.eps = backend, eps
+        self.gain, self.bias = nn.Parameter(torch.empty(width)), nn.Parameter(torch.empty(width))
+        set_init(self.gain, "one")
+        set_init(self.bias, "zero")
+
+    def forward(self, x: Tensor) -> Tensor:
+        gain, bias = self.backend.seen_by_tokens(self.gain), self.backend.seen_by_tokens(self.bias)
+        return F.layer_norm(x, x.shape[-1:], gain, bias, self.eps)
+
+
+class Conv(nn.Conv2d):
+    """A replicated convolution that keeps height and width."""
+
+    def __init__(self, inputs: int, outputs: int, side: int) -> None:
+        super().__init__(inputs, outputs, side, padding=side // 2)
+        set_init(self.weight, "fan_in")
+        set_init(self.bias, "zero")
+
+    def reset_parameters(self) -> None:
+        """Nothing: ``mup.init`` fills every parameter by its global name."""
+
+
 class Backend:
     """Megatron-core's local layers for one model and one topology."""
 
@@ -144,9 +193,20 @@ class Backend:
     def linear(self, inputs: int, outputs: int, *, init: str = "fan_in") -> Linear:
         return Linear(inputs, outputs, init=init)
 
-    def column(self, inputs: int, outputs: int, *, pieces: int = 1, sharded_input: bool = True) -> ColumnLinear:
+    def column(
+        self, inputs: int, outputs: int, *, pieces: int = 1, sharded_input: bool = True, bias: bool = True
+    ) -> ColumnLinear:
         """``sharded_input``: the input's tokens are cut under sequence parallelism (text of PixArt: not)."""
-        return ColumnLinear(self, inputs, outputs, pieces=pieces, sharded_input=sharded_input)
+        return ColumnLinear(self, inputs, outputs, pieces=pieces, sharded_input=sharded_input, bias=bias)
+
+    def tokenwise(self, inputs: int, outputs: int) -> TokenwiseLinear:
+        return TokenwiseLinear(self, inputs, outputs)
+
+    def conv(self, inputs: int, outputs: int, side: int) -> Conv:
+        return Conv(inputs, outputs, side)
+
+    def layer_norm(self, width: int) -> LayerNorm:
+        return LayerNorm(self, width)
 
     def gathered(self, inputs: int, outputs: int, *, init: str = "fan_in") -> GatheredLinear:
         return GatheredLinear(self, inputs, outputs, init=init)

@@ -116,6 +116,8 @@ class Sampler:
         model = self.config.model
         if size is None:
             return model.sample_size, model.sample_size
+        if model.arch == "uvit":
+            raise UserError(f"--size {size[0]}x{size[1]}: uvit learns the positions of its training size, leave it out")
         multiple = self.codec.scale * model.patch_size
         if any(side % multiple or side <= 0 for side in size):
             raise UserError(f"--size {size[0]}x{size[1]}: expected positive multiples of {multiple} pixels")

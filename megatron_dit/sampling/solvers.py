@@ -12,7 +12,7 @@ from torch import Tensor
 
 from megatron_dit.config import SOLVERS_OF, Config
 from megatron_dit.models.condition import Condition
-from megatron_dit.objectives.ddpm import SCHEDULE
+from megatron_dit.objectives.ddpm import SCHEDULES
 
 Model = Callable[[Tensor, Tensor], Tensor]  # (x (B, C, H, W), t (B,) in [0, 1000]) -> (B, C, H, W)
 
@@ -23,10 +23,11 @@ def scheduler_for(config: Config, solver: str) -> Any:
         solver = SOLVERS_OF[config.objective.kind][0]
     if solver == "euler":
         return FlowMatchEulerDiscreteScheduler(shift=config.objective.shift)
+    betas = SCHEDULES[config.objective.beta_schedule]
     if solver == "ddim":
-        return DDIMScheduler(**SCHEDULE, clip_sample=False)
+        return DDIMScheduler(**betas, clip_sample=False)
     assert solver == "dpm++", solver
-    return DPMSolverMultistepScheduler(**SCHEDULE, algorithm_type="dpmsolver++", solver_order=2)
+    return DPMSolverMultistepScheduler(**betas, algorithm_type="dpmsolver++", solver_order=2)
 
 
 @torch.no_grad()

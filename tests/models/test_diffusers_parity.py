@@ -10,7 +10,7 @@ from megatron_dit.config import ModelConfig
 from megatron_dit.models import build_unsharded
 from megatron_dit.models.condition import Condition
 from megatron_dit.parallel.topology import connect
-from tests.models import diffusers_weights
+from tests.models import diffusers_weights, plain_uvit
 
 TOLERANCE = 1e-5
 
@@ -160,6 +160,32 @@ def test_dit_equals_diffusers():
     our_out = ours(x, t, Condition(dropped, label=label))
     their_out = theirs(x, timestep=t, class_labels=torch.where(dropped, 10, label)).sample
     assert not compare(ours, theirs, diffusers_weights.dit, our_out, their_out)
+
+
+@pytest.mark.parametrize("kind", ["class", "text"])
+def test_uvit_equals_plain_pytorch(kind):
+    connect()
+    condition = {"num_classes": 10} if kind == "class" else {"text_dim": 12, "text_tokens": 5}
+    config = ModelConfig(
+        arch="uvit", depth=5, heads=4, head_dim=8, patch_size=2, in_channels=4, sample_size=8, **condition
+    )
+    ours = build_unsharded(config)
+    randomise(ours, seed=1)
+    sizes = {"classes": 10} if kind == "class" else condition
+    theirs = plain_uvit.PlainUViT(32, 5, 4, 2, 4, 8, **sizes)
+    state = {name: value.detach() for name, value in ours.named_parameters()}
+    theirs.load_state_dict(plain_uvit.weights(state, config))
+    x, t, text = inputs(config, 3, 8, 8)
+    dropped = torch.tensor([False, True, False])
+    if kind == "class":
+        label = torch.tensor([3, 9, 5])
+        our_out = ours(x, t, Condition(dropped, label=label))
+        their_out = theirs(x, t, torch.where(dropped, 10, label))
+    else:
+        mask = torch.tensor([[1, 1, 1, 0, 0], [1, 1, 1, 1, 1], [1, 1, 1, 1, 1]], dtype=torch.bool)
+        our_out = ours(x, t, Condition(dropped, text, mask))
+        their_out = theirs(x, t, text * (mask & ~dropped[:, None])[..., None])
+    assert not compare(ours, theirs, plain_uvit.weights, our_out, their_out)
 
 
 @pytest.mark.parametrize("arch", ["mmdit", "pixart"])

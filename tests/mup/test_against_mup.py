@@ -17,7 +17,7 @@ from megatron_dit.models import build_unsharded
 from megatron_dit.mup.base_shapes import save_base_shapes
 from megatron_dit.mup.groups import optimizer_groups
 from megatron_dit.mup.shapes import describe
-from tests.configs import small, small_dict
+from tests.configs import ARCHITECTURES, small, small_dict
 
 
 def table(groups, names):
@@ -38,7 +38,7 @@ def package_groups(config):
 
 
 @pytest.mark.parametrize("multiplier", [1, 2, 4])
-@pytest.mark.parametrize("arch", ["dit", "mmdit", "pixart"])
+@pytest.mark.parametrize("arch", ARCHITECTURES)
 def test_groups_equal_mup(arch, multiplier):
     config = small(arch, heads=2 * multiplier, base_heads=2)
     expected, target = package_groups(config)
@@ -47,7 +47,7 @@ def test_groups_equal_mup(arch, multiplier):
     assert len({lr for lr, _ in expected.values()}) == (1 if multiplier == 1 else 2)
 
 
-@pytest.mark.parametrize("arch", ["dit", "mmdit", "pixart"])
+@pytest.mark.parametrize("arch", ARCHITECTURES)
 def test_forward_multipliers_equal_mureadout(arch):
     config = small(arch, heads=8, base_heads=2)
     params = describe(build_unsharded, config)
@@ -59,7 +59,7 @@ def test_forward_multipliers_equal_mureadout(arch):
     assert readouts["head.linear.weight"] == 1 / layers[0][0].width_mult() == 1 / 4
 
 
-@pytest.mark.parametrize("arch", ["dit", "mmdit", "pixart"])
+@pytest.mark.parametrize("arch", ARCHITECTURES)
 def test_base_shape_files_go_both_ways(arch, tmp_path):
     """Ours read by the package, the package's read by us: the same groups as without files."""
     config = small(arch, heads=8, base_heads=2)

@@ -59,7 +59,7 @@ def test_ddpm_noising_equals_diffusers():
         return torch.cat([n.noise, torch.zeros_like(n.noise)], 1)
 
     ddpm.loss(model, x, n, DDPM)
-    scheduler = DDPMScheduler(**ddpm.SCHEDULE)
+    scheduler = DDPMScheduler(**ddpm.SCHEDULES["linear"])
     expected = scheduler.add_noise(x, n.noise, seen["t"])
     torch.testing.assert_close(seen["x_t"], expected, rtol=1e-5, atol=1e-5)
 
@@ -90,7 +90,7 @@ def test_variational_term_equals_kl_of_torch_distributions(step):
     guess = torch.distributions.Normal(posterior_mean(x0), learned.sqrt())
     expected = torch.distributions.kl_divergence(truth, guess).flatten(1).mean(1) / math.log(2)
     t = torch.full((2,), step)
-    table = {name: values[t][:, None, None, None] for name, values in ddpm.tables().items()}
+    table = {name: values[t][:, None, None, None] for name, values in ddpm.tables("linear").items()}
     found = ddpm.variational_term(x, x_t, t, epsilon, v, table)
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-9)
 
@@ -99,7 +99,7 @@ def test_first_step_is_the_likelihood_of_256_bins():
     t = torch.zeros(2, dtype=torch.long)
     pixels = torch.tensor([0, 1, 100, 254, 255], dtype=torch.float64)
     x = (pixels / 127.5 - 1).repeat(2, 1)[:, None, None, :]
-    table = {name: values[t][:, None, None, None] for name, values in ddpm.tables().items()}
+    table = {name: values[t][:, None, None, None] for name, values in ddpm.tables("linear").items()}
     epsilon, v = torch.randn_like(x), torch.zeros_like(x)
     a = table["alpha_bar"]
     x_t = a.sqrt() * x + (1 - a).sqrt() * torch.randn_like(x)

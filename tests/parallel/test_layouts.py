@@ -8,7 +8,9 @@ import pytest
 
 from megatron_dit import verify
 from megatron_dit.verify import LAYOUTS, REFERENCE, Layout
-from tests.configs import small
+from tests.configs import ARCHITECTURES, small
+
+KINDS = [*ARCHITECTURES, "uvit-class"]
 
 
 def trace(arch, layout, data, scratch, fault=None, **overrides):
@@ -36,10 +38,10 @@ def _parse(text):
 @pytest.fixture(scope="module")
 def reference(pool, dataset, tmp_path_factory):
     scratch = tmp_path_factory.mktemp("reference")
-    return {arch: pool.run(1, trace, arch, REFERENCE, dataset, scratch)[0] for arch in ("dit", "mmdit", "pixart")}
+    return {arch: pool.run(1, trace, arch, REFERENCE, dataset, scratch)[0] for arch in KINDS}
 
 
-@pytest.mark.parametrize("arch", ["dit", "mmdit", "pixart"])
+@pytest.mark.parametrize("arch", KINDS)
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_layout_equals_one_process(pool, dataset, tmp_path, reference, arch, name):
     layout = LAYOUTS[name]

@@ -1,0 +1,56 @@
+"""The command line: ``megatron-dit COMMAND``, equal to ``python -m megatron_dit COMMAND``.
+
+Exit status 0: good; 1: a check failed; 2: the user's mistake, told in one line.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from typing import NoReturn
+
+from megatron_dit.cli import pictures, training, tuning
+from megatron_dit.cli.common import Parser, add_command
+from megatron_dit.errors import UserError
+
+__all__ = ["Parser", "add_command", "main", "run"]
+
+
+def main() -> NoReturn:
+    sys.exit(run(sys.argv[1:]))
+
+
+def run(arguments: list[str]) -> int:
+    """Run one command; returns the exit status."""
+    try:
+        parsed = _parser().parse_args(_without_launcher_flags(arguments))
+        return parsed.run(parsed)
+    except UserError as error:
+        if os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0":
+            print(f"error: {error}", file=sys.stderr)
+        return _leave(2)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+
+
+def _leave(status: int) -> int:
+    """Leave at once in a multi-rank job: teardown would wait for collectives that will never come."""
+    if os.environ.get("WORLD_SIZE", "1") != "1":
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+    return status
+
+
+def _without_launcher_flags(arguments: list[str]) -> list[str]:
+    """Drop the ``--local_rank=N`` that the deepspeed launcher adds (it sets LOCAL_RANK too)."""
+    return [item for item in arguments if not item.startswith(("--local_rank", "--local-rank"))]
+
+
+def _parser() -> Parser:
+    parser = Parser(prog="megatron-dit", description="Pretrain diffusion Transformers at scale, tuned by μTransfer.")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND", parser_class=Parser)
+    for room in (training, tuning, pictures):
+        room.add_commands(commands)
+    return parser

@@ -1,0 +1,122 @@
+"""sample, evaluate."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from megatron_dit.cli.common import Parser, add_command, write_json
+from megatron_dit.errors import UserError
+
+if TYPE_CHECKING:  # imports of torch take seconds: each command imports what it needs
+    import numpy as np
+
+    from megatron_dit.sampling.generate import Sampler
+
+
+def add_commands(commands: Any) -> None:
+    """The commands of this file."""
+    sample = add_command(
+        commands,
+        "sample",
+        "Draw pictures with a checkpoint.",
+        'megatron-dit sample runs/quickstart --prompt "a red circle at the top left" --out grid.png',
+        _sample,
+    )
+    _checkpoint_arguments(sample)
+    sample.add_argument(
+        "--prompt", action="append", required=True, help="a caption, or a class number; repeat for more"
+    )
+    sample.add_argument("--out", type=Path, default=Path("grid.png"), help="the grid's PNG")
+    sample.add_argument("--size", metavar="HxW", help="height and width in pixels (the training size)")
+
+    evaluate = add_command(
+        commands,
+        "evaluate",
+        "Score held-out prompts of the embedded data.",
+        "megatron-dit evaluate runs/quickstart --prompts 64",
+        _evaluate,
+    )
+    _checkpoint_arguments(evaluate)
+    evaluate.add_argument("--prompts", type=int, default=64, help="number of held-out prompts")
+    evaluate.add_argument("--out", type=Path, help="the grid's PNG (samples.png beside the checkpoint's run)")
+    evaluate.add_argument("--at-least", type=float, default=0.0, help="share below which the exit status is 1")
+
+
+def _checkpoint_arguments(command: Parser) -> None:
+    command.add_argument("checkpoint", help="a run's folder (its newest checkpoint) or one checkpoint")
+    command.add_argument("--seed", type=int, default=0, help="seed of the noise, with the prompt")
+    command.add_argument("--solver", help="euler | dpm++ | ddim (the config's)")
+    command.add_argument("--steps", type=int, help="solver steps (the config's)")
+    command.add_argument("--guidance", type=float, help="classifier-free guidance scale (the config's)")
+    command.add_argument("--raw", action="store_true", help="use the raw weights instead of their EMA")
+    command.add_argument("--data", help="folder of shards that names codec and text encoder (the config's)")
+
+
+def _sample(arguments: argparse.Namespace) -> int:
+    from megatron_dit.sampling.grid import save_grid
+
+    size = _size(arguments.size)
+    pictures = _draw(_sampler(arguments), arguments, arguments.prompt, size)
+    save_grid(pictures, arguments.prompt, arguments.out)
+    print(f"wrote {len(pictures)} pictures to {arguments.out}")
+    write_json(arguments, {"prompts": arguments.prompt, "out": str(arguments.out), "seed": arguments.seed})
+    return 0
+
+
+def _evaluate(arguments: argparse.Namespace) -> int:
+    from megatron_dit.data.scenes import held_out_captions
+    from megatron_dit.data.shards import SCENES
+    from megatron_dit.evaluation.scenes import score_pictures
+    from megatron_dit.sampling.grid import save_grid
+
+    try:
+        prompts = held_out_captions(arguments.prompts, seed=0)
+    except ValueError as error:
+        raise UserError(f"--prompts {arguments.prompts}: {error}") from None
+    sampler = _sampler(arguments)
+    index = sampler.index
+    if sampler.config.model.num_classes:
+        raise UserError(f"{arguments.checkpoint} draws classes: only captioned scenes can be scored, use sample")
+    if index.source != SCENES:
+        raise UserError(f"{index.folder} is not the embedded data: only its pictures can be scored, use sample")
+    score = score_pictures(_draw(sampler, arguments, prompts, None), prompts)
+    out = arguments.out or _run_of(Path(arguments.checkpoint)) / "samples.png"
+    save_grid(score.pictures, prompts, out, ["darkgreen" if right else "firebrick" for right in score.right])
+    right, total = sum(score.right), len(score.right)
+    print(f"score: {right} of {total} held-out prompts drawn right ({100 * score.share:.1f}%), pictures in {out}")
+    write_json(arguments, {"right": right, "prompts": total, "share": score.share})
+    return 0 if score.share >= arguments.at_least else 1
+
+
+def _sampler(arguments: argparse.Namespace) -> Sampler:
+    from megatron_dit.sampling.generate import Sampler
+
+    return Sampler(arguments.checkpoint, data=arguments.data, ema=not arguments.raw)
+
+
+def _draw(
+    sampler: Sampler, arguments: argparse.Namespace, prompts: list[str], size: tuple[int, int] | None
+) -> np.ndarray:
+    return sampler.draw(
+        prompts,
+        seed=arguments.seed,
+        size=size,
+        solver=arguments.solver,
+        steps=arguments.steps,
+        guidance=arguments.guidance,
+    )
+
+
+def _run_of(checkpoint: Path) -> Path:
+    return checkpoint.parent.parent if checkpoint.parent.name == "checkpoints" else checkpoint
+
+
+def _size(text: str | None) -> tuple[int, int] | None:
+    if text is None:
+        return None
+    height, _, width = text.partition("x")
+    if not (height.isdecimal() and width.isdecimal()):
+        raise UserError(f"--size {text}: expected HEIGHTxWIDTH in pixels, such as 256x384")
+    return int(height), int(width)

@@ -1,0 +1,100 @@
+"""train, verify."""
+
+from __future__ import annotations
+
+import argparse
+import math
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from megatron_dit.cli.common import add_command, check_ranks, config_arguments, ranks_argument, start_ranks, write_json
+
+if TYPE_CHECKING:  # imports of torch take seconds: each command imports what it needs
+    from megatron_dit.config import Config
+
+
+def add_commands(commands: Any) -> None:
+    """The commands of this file."""
+    train = add_command(
+        commands,
+        "train",
+        "Train, or go on where the run's folder stopped.",
+        "megatron-dit train configs/quickstart.yaml",
+        _train,
+    )
+    config_arguments(train)
+    ranks_argument(train)
+    train.add_argument("--dry-run", action="store_true", help="print the resolved config and what is made from it")
+
+    verify = add_command(
+        commands,
+        "verify",
+        "Compare the first steps in each layout with one process.",
+        "megatron-dit verify configs/quickstart.yaml",
+        _verify,
+    )
+    config_arguments(verify)
+    verify.add_argument("--layouts", metavar="A,B", help="comma-separated layouts (all)")
+    verify.add_argument("--steps", type=int, default=10, help="steps to run")
+    layout = add_command(
+        commands,
+        "verify-layout",
+        "One layout of verify; it starts this itself.",
+        "megatron-dit verify-layout FOLDER",
+        _verify_layout,
+    )
+    layout.add_argument("folder", type=Path)
+
+
+def _train(arguments: argparse.Namespace) -> int:
+    from megatron_dit.config import load_config
+
+    config = load_config(arguments.config, arguments.overrides)
+    check_ranks(arguments)
+    if arguments.dry_run:
+        return _dry_run(arguments, config)
+    if arguments.procs > 1:
+        return start_ranks(arguments, config, ["train"])
+    from megatron_dit.parallel.topology import disconnect
+    from megatron_dit.trainer import train
+
+    write_json(arguments, train(config))
+    disconnect()
+    return 0
+
+
+def _dry_run(arguments: argparse.Namespace, config: Config) -> int:
+    import yaml
+
+    from megatron_dit.config import deepspeed_config
+    from megatron_dit.models import build_unsharded
+    from megatron_dit.mup.shapes import describe
+
+    ranks = config.data_parallel(arguments.procs)
+    params = describe(build_unsharded, config)
+    numel = [math.prod(param.shape) for param in params.values()]
+    figures = {"parameters": sum(numel), "data_parallel": ranks, "deepspeed": deepspeed_config(config, ranks)}
+    print(yaml.safe_dump(asdict(config), sort_keys=False).rstrip())
+    print("---")
+    print(yaml.safe_dump(figures, sort_keys=False).rstrip())
+    write_json(arguments, figures)
+    return 0
+
+
+def _verify(arguments: argparse.Namespace) -> int:
+    from megatron_dit.verify import LAYOUTS, verify
+
+    names = arguments.layouts.split(",") if arguments.layouts else list(LAYOUTS)
+    results = verify(arguments.config, arguments.overrides, names, arguments.steps)
+    write_json(arguments, {row.layout: {**asdict(row), "good": row.good} for row in results})
+    return 0 if all(row.good for row in results) else 1
+
+
+def _verify_layout(arguments: argparse.Namespace) -> int:
+    from megatron_dit.parallel.topology import disconnect
+    from megatron_dit.verify import verify_layout
+
+    verify_layout(arguments.folder)
+    disconnect()
+    return 0

@@ -1,0 +1,175 @@
+"""mup, coord-check, sweep, transfer."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from megatron_dit.cli.common import add_command, check_ranks, config_arguments, ranks_argument, start_ranks, write_json
+from megatron_dit.errors import UserError
+
+if TYPE_CHECKING:  # imports of torch take seconds: each command imports what it needs
+    from megatron_dit.config import Config
+
+
+def add_commands(commands: Any) -> None:
+    """The commands of this file."""
+    mup = add_command(
+        commands,
+        "mup",
+        "The μP table of every parameter.",
+        "megatron-dit mup configs/quickstart.yaml model.heads=8",
+        _mup,
+    )
+    config_arguments(mup)
+    mup.add_argument("--save", type=Path, metavar="F.bsh", help="write base shapes for mup.base_shapes")
+
+    check = add_command(
+        commands,
+        "coord-check",
+        "Sizes of activations over widths, μP beside standard parametrization; exit status 1 if they drift.",
+        "megatron-dit coord-check configs/quickstart.yaml --out runs/coord-check.png",
+        _coord_check,
+    )
+    config_arguments(check)
+    ranks_argument(check)
+    check.add_argument("--heads", metavar="A,B", help="widths in heads (1, 2, 4 and 8 times mup.base_heads)")
+    check.add_argument("--seeds", type=int, default=3, help="seeds a width")
+    check.add_argument("--steps", type=int, default=4, help="training steps")
+    check.add_argument("--out", type=Path, default=Path("coord-check.png"), help="the picture")
+
+    sweep = add_command(
+        commands,
+        "sweep",
+        "Search base hyperparameters on proxies; started again it goes on, and runs nothing twice.",
+        "megatron-dit sweep configs/quickstart-sweep.yaml parallel=2",
+        _sweep,
+    )
+    sweep.add_argument("config", help="YAML file of the sweep")
+    sweep.add_argument("overrides", nargs="*", metavar="a.b=v", help="dotted overrides of the sweep's config")
+    sweep.add_argument("--trial", type=int, metavar="K", help="run this trial alone, as one task of a Slurm array")
+    sweep.add_argument("--dry-run", action="store_true", help="print what would be searched and what it costs")
+    sweep.add_argument(
+        "--target", metavar="TARGET", help="with --dry-run: the config that the search's cost is a share of"
+    )
+
+    transfer = add_command(
+        commands,
+        "transfer",
+        "Write the target's config with a sweep's best base hyperparameters.",
+        "megatron-dit transfer runs/sweep configs/mmdit/target.yaml --out runs/target.yaml",
+        _transfer,
+    )
+    transfer.add_argument("sweep", help="folder of a sweep")
+    config_arguments(transfer)
+    transfer.add_argument("--out", type=Path, required=True, metavar="FILE", help="the config to write")
+
+
+def _mup(arguments: argparse.Namespace) -> int:
+    from megatron_dit.config import load_config
+    from megatron_dit.models import build_unsharded
+    from megatron_dit.mup.base_shapes import save_base_shapes
+    from megatron_dit.mup.shapes import describe
+    from megatron_dit.mup.table import print_table, rows
+
+    config = load_config(arguments.config, arguments.overrides)
+    params = describe(build_unsharded, config)
+    print_table(params, config)
+    if arguments.save:
+        save_base_shapes({name: param.base for name, param in params.items()}, arguments.save)
+        print(f"wrote base shapes of {len(params)} parameters to {arguments.save}")
+    write_json(arguments, rows(params))
+    return 0
+
+
+def _coord_check(arguments: argparse.Namespace) -> int:
+    from megatron_dit import coord_check
+    from megatron_dit.config import load_config
+
+    config = load_config(arguments.config, arguments.overrides)
+    check_ranks(arguments)
+    heads = _widths(arguments.heads, config)
+    for name in ("seeds", "steps"):
+        if getattr(arguments, name) < 1:
+            raise UserError(f"--{name} {getattr(arguments, name)}: expected at least 1")
+    if arguments.procs > 1:
+        flags = {"--heads": ",".join(map(str, heads)), "--seeds": arguments.seeds, "--steps": arguments.steps}
+        words = [str(word) for flag in {**flags, "--out": arguments.out}.items() for word in flag]
+        return start_ranks(arguments, config, ["coord-check", *words])
+    from megatron_dit.parallel.topology import disconnect
+    from megatron_dit.progress import ProgressBar
+
+    first = os.environ.get("RANK", "0") == "0"
+    with ProgressBar("coord-check", 2 * len(heads) * arguments.seeds, show=first) as bar:
+        sizes = coord_check.coord_check(config, heads, arguments.seeds, arguments.steps, bar.advance)
+    found = coord_check.slopes(sizes)
+    if first:
+        coord_check.draw(sizes, config.model.head_dim, arguments.out)
+        for name in coord_check.PARAMETRIZATIONS:
+            row = coord_check.worst(found, name)
+            print(f"{name}: steepest slope {row.slope:+.3f} (spread {row.spread:.3f}), {row.name} at step {row.step}")
+        write_json(arguments, coord_check.figures(sizes, found))
+    good = abs(coord_check.worst(found, config.mup.parametrization).slope) <= coord_check.LIMIT
+    if first:
+        verdict = "keeps" if good else "does not keep"
+        print(f"{config.mup.parametrization} {verdict} activations within |slope| {coord_check.LIMIT}: {arguments.out}")
+    disconnect()
+    return 0 if good else 1
+
+
+def _widths(text: str | None, config: Config) -> list[int]:
+    """Heads of the models to compare; every one must suit the config."""
+    base = config.mup.base_heads or config.model.heads
+    try:
+        heads = sorted({int(word) for word in text.split(",")}) if text else [base * n for n in (1, 2, 4, 8)]
+    except ValueError:
+        raise UserError(f"--heads {text}: expected numbers of heads, such as 2,4,8") from None
+    if len(heads) < 2:
+        raise UserError(f"--heads {text}: expected at least two widths")
+    for count in heads:
+        replace(config, model=replace(config.model, heads=count))  # validated as the config is
+    return heads
+
+
+def _sweep(arguments: argparse.Namespace) -> int:
+    from megatron_dit.config import load
+    from megatron_dit.sweep import report
+    from megatron_dit.sweep.space import SweepConfig
+    from megatron_dit.sweep.study import Sweep
+    from megatron_dit.transfer import print_plan
+
+    config = load(SweepConfig, arguments.config, arguments.overrides)
+    if arguments.target and not arguments.dry_run:
+        raise UserError(f"--target {arguments.target} goes with --dry-run: 'megatron-dit transfer' counts what was run")
+    if arguments.dry_run:
+        write_json(arguments, print_plan(config, arguments.target))
+        return 0
+    if arguments.trial is not None and not 0 <= arguments.trial < config.count:
+        raise UserError(f"--trial {arguments.trial}: expected a number from 0 to {config.count - 1}")
+    results = Sweep(config).run(arguments.trial)
+    write_json(arguments, [asdict(result) for result in results])
+    report.print_table(results)
+    if arguments.trial is not None:
+        return 0
+    pictures = report.draw(results, config)
+    chosen = report.write_best(results, config)
+    if chosen is None:
+        print("no trial completed: lower the learning rates, see the table above")
+        return 1
+    print(f"{report.provenance(chosen, results)}: {config.folder / 'best.yaml'}")
+    print("pictures: " + ", ".join(map(str, pictures)))
+    return 0
+
+
+def _transfer(arguments: argparse.Namespace) -> int:
+    from megatron_dit.config import load_config
+    from megatron_dit.transfer import transfer
+
+    target = load_config(arguments.config, arguments.overrides)
+    figures = transfer(Path(arguments.sweep), target, arguments.config, arguments.out)
+    print(arguments.out.read_text().split("\nrun_dir:")[0])
+    write_json(arguments, figures)
+    return 0

@@ -1,0 +1,44 @@
+"""One YAML is the truth: frozen dataclasses, dotted overrides, and the configs made from them.
+
+DeepSpeed's JSON is made by :func:`deepspeed_config` and Megatron's ``TransformerConfig`` by
+``parallel.layers``; neither is ever written by hand.
+"""
+
+from megatron_dit.config.deepspeed import deepspeed_config
+from megatron_dit.config.load import config_from_dict, first_difference, flatten, load, load_config, save_config
+from megatron_dit.config.schema import (
+    OBJECTIVE_OF,
+    SOLVERS_OF,
+    CheckpointConfig,
+    Config,
+    DataConfig,
+    ModelConfig,
+    MupConfig,
+    ObjectiveConfig,
+    OptimizerConfig,
+    ParallelConfig,
+    SamplingConfig,
+    TrainConfig,
+)
+
+__all__ = [
+    "OBJECTIVE_OF",
+    "SOLVERS_OF",
+    "CheckpointConfig",
+    "Config",
+    "DataConfig",
+    "ModelConfig",
+    "MupConfig",
+    "ObjectiveConfig",
+    "OptimizerConfig",
+    "ParallelConfig",
+    "SamplingConfig",
+    "TrainConfig",
+    "config_from_dict",
+    "deepspeed_config",
+    "first_difference",
+    "flatten",
+    "load",
+    "load_config",
+    "save_config",
+]

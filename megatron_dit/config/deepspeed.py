@@ -1,0 +1,27 @@
+"""DeepSpeed's JSON, made from the config."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from megatron_dit.config.schema import Config
+
+
+def deepspeed_config(config: Config, data_parallel: int) -> dict[str, Any]:
+    """DeepSpeed's JSON. Stage 0 clips in ``engine`` (DeepSpeed's own norm there is blind to sharding)."""
+    stage, bf16 = config.parallel.zero_stage, config.train.dtype == "bf16"
+    micro = config.train.micro_batch
+    result: dict[str, Any] = {
+        "train_micro_batch_size_per_gpu": micro,
+        "gradient_accumulation_steps": config.train.global_batch // (micro * data_parallel),
+        "gradient_clipping": config.optimizer.grad_clip if stage else 0.0,
+        "zero_allow_untested_optimizer": True,
+        # memory_efficient_linear would replace torch.nn.functional.linear for the whole process.
+        "zero_optimization": {"stage": stage, "memory_efficient_linear": False},
+        "steps_per_print": 2**31 - 1,
+    }
+    if bf16:
+        result["bf16"] = {"enabled": True, "check_grad_overflow": True}
+        if stage:
+            result["data_types"] = {"grad_accum_dtype": "fp32"}
+    return result

@@ -1,0 +1,274 @@
+"""Every key of a run's YAML, its default, and what may not be."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+
+from megatron_dit.errors import UserError
+
+
+def check(ok: bool, message: str) -> None:
+    if not ok:
+        raise UserError(message)
+
+
+def choice(key: str, value: str, allowed: tuple[str, ...]) -> None:
+    check(value in allowed, f"{key}={value!r}: expected one of {', '.join(allowed)}")
+
+
+def at_least(key: str, value: float, least: float) -> None:
+    check(value >= least, f"{key}={value}: expected at least {least}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """Shape of one diffusion Transformer. Width is ``heads * head_dim``."""
+
+    arch: str  # dit | mmdit | pixart | uvit
+    depth: int  # Transformer blocks; uvit: odd, the middle one has no skip
+    heads: int  # attention heads; width grows by heads at a fixed head_dim
+    head_dim: int
+    patch_size: int  # side of a patch in latent pixels
+    in_channels: int  # latent channels
+    sample_size: int  # latent side at which positions are 0, 1, 2, ...
+    text_dim: int = 0  # mmdit, pixart, uvit: features of one text token
+    text_tokens: int = 0  # mmdit, pixart, uvit: tokens a caption is padded or cut to
+    num_classes: int = 0  # dit, uvit: class labels (uvit: these or text)
+    mlp_ratio: int = 4
+    position_size: int = 0  # mmdit: side of the position table in patches (SD3 crops its centre); 0: as sample_size
+    interpolation_scale: float = 1.0  # dit, pixart: positions are divided by it
+
+    def __post_init__(self) -> None:
+        choice("model.arch", self.arch, tuple(OBJECTIVE_OF))
+        labels = self.arch == "dit" or (self.arch == "uvit" and self.num_classes > 0)
+        conditions = ("num_classes",) if labels else ("text_dim", "text_tokens")
+        for name in ("depth", "heads", "head_dim", "patch_size", "in_channels", "sample_size", *conditions):
+            at_least(f"model.{name}", getattr(self, name), 1)
+        for name in {"num_classes", "text_dim", "text_tokens"} - set(conditions):
+            check(getattr(self, name) == 0, f"model.{name}={getattr(self, name)}: {self.arch} has none, leave it out")
+        check(self.arch != "uvit" or self.depth % 2 == 1, f"model.depth={self.depth}: uvit expects an odd number")
+        check(
+            self.width % 4 == 0,
+            f"model.heads * model.head_dim = {self.width}: 2-D sin-cos positions need a multiple of 4",
+        )
+        check(
+            self.sample_size % self.patch_size == 0,
+            f"model.sample_size={self.sample_size}: expected a multiple of model.patch_size={self.patch_size}",
+        )
+
+    @property
+    def width(self) -> int:
+        return self.heads * self.head_dim
+
+    @property
+    def out_channels(self) -> int:
+        """DiT and PixArt-α predict ε and the variance's interpolation (learned range), U-ViT ε, MMDiT the velocity."""
+        return self.in_channels * (2 if self.arch in ("dit", "pixart") else 1)
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of the sequence that the blocks work on, at ``sample_size`` (MMDiT's and PixArt-α's text apart)."""
+        patches = (self.sample_size // self.patch_size) ** 2
+        return patches + (1 + (self.text_tokens or 1) if self.arch == "uvit" else 0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class MupConfig:
+    """Parametrization: ``mup`` (Table 8 of arXiv 2203.03466) or ``standard``."""
+
+    parametrization: str = "mup"
+    base_heads: int = 0  # width multiplier n = heads / base_heads
+    base_shapes: str = ""  # instead of base_heads: a .bsh file (megatron-dit mup CONFIG --save FILE)
+    output_multiplier: float = 1.0  # the readout computes W (output_multiplier * x / n) + b
+
+    def __post_init__(self) -> None:
+        choice("mup.parametrization", self.parametrization, ("mup", "standard"))
+        at_least("mup.base_heads", self.base_heads, 0)
+        check(
+            bool(self.base_heads) != bool(self.base_shapes),
+            f"mup.base_heads={self.base_heads} and mup.base_shapes={self.base_shapes!r}: set one of the two",
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ObjectiveConfig:
+    """``rectified_flow`` (logit-normal t, shift) or ``ddpm`` (1000 steps, ε, learned range where the model has it)."""
+
+    kind: str
+    logit_mean: float = 0.0  # rectified_flow: location of logit(t) (SD3, arXiv 2403.03206, eq. 19)
+    logit_std: float = 1.0
+    shift: float = 1.0  # rectified_flow: resolution shift of t (SD3, eq. 23)
+    beta_schedule: str = "linear"  # ddpm: linear (1e-4 to 0.02) | scaled_linear (Stable Diffusion's)
+
+    def __post_init__(self) -> None:
+        choice("objective.kind", self.kind, ("rectified_flow", "ddpm"))
+        choice("objective.beta_schedule", self.beta_schedule, ("linear", "scaled_linear"))
+        check(self.logit_std > 0, f"objective.logit_std={self.logit_std}: expected a positive number")
+        check(self.shift > 0, f"objective.shift={self.shift}: expected a positive number")
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimizerConfig:
+    """AdamW; ``lr`` and ``weight_decay`` are the base values that μP scales group by group."""
+
+    lr: float
+    beta1: float = 0.9
+    beta2: float = 0.999
+    eps: float = 1e-8
+    weight_decay: float = 0.0
+    grad_clip: float = 0.0  # greatest global gradient norm; 0: no clipping
+    warmup_steps: int = 0
+    schedule: str = "constant"  # after warm-up: constant | cosine
+    final_lr_ratio: float = 0.0  # cosine: lr at the last step / peak lr
+
+    def __post_init__(self) -> None:
+        check(self.lr > 0 and math.isfinite(self.lr), f"optimizer.lr={self.lr}: expected a positive finite number")
+        choice("optimizer.schedule", self.schedule, ("constant", "cosine"))
+        for name in ("weight_decay", "grad_clip", "warmup_steps", "final_lr_ratio"):
+            at_least(f"optimizer.{name}", getattr(self, name), 0)
+        for name in ("beta1", "beta2"):
+            value = getattr(self, name)
+            check(0 <= value < 1, f"optimizer.{name}={value}: expected a number in [0, 1)")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    path: str  # folder written by python -m data_prep
+    caption_dropout: float = 0.1  # share of captions replaced by the null text (classifier-free guidance)
+    workers: int = 0  # loader processes per rank
+    shuffle_shards: int = 16  # samples are shuffled within this many shards at a time
+
+    def __post_init__(self) -> None:
+        check(
+            0 <= self.caption_dropout <= 1,
+            f"data.caption_dropout={self.caption_dropout}: expected a number in [0, 1]",
+        )
+        at_least("data.workers", self.workers, 0)
+        at_least("data.shuffle_shards", self.shuffle_shards, 1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ParallelConfig:
+    tensor: int = 1  # ranks that share each layer
+    sequence: bool = False  # shard tokens between the tensor-parallel regions too
+    zero_stage: int = 0  # DeepSpeed ZeRO: 0 none, 1 optimizer, 2 + gradients, 3 + weights
+
+    def __post_init__(self) -> None:
+        at_least("parallel.tensor", self.tensor, 1)
+        check(self.zero_stage in (0, 1, 2, 3), f"parallel.zero_stage={self.zero_stage}: expected one of 0, 1, 2, 3")
+        check(
+            not self.sequence or self.tensor > 1,
+            "parallel.sequence=true needs parallel.tensor of at least 2: it shards over the tensor-parallel ranks",
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    steps: int  # optimizer steps in all
+    global_batch: int  # samples per optimizer step, over all ranks
+    micro_batch: int  # samples per rank and forward pass; the rest is gradient accumulation
+    dtype: str = "fp32"  # of weights and activations: fp32 | bf16 (masters, moments and EMA are always fp32)
+    ema_decay: float = 0.9999
+    max_skipped_steps: int = 10  # non-finite steps in a row after which the run stops
+    log_every: int = 10
+    threads: int = 0  # CPU threads per rank; 0: the cores shared out among this host's ranks
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "global_batch", "micro_batch", "max_skipped_steps", "log_every"):
+            at_least(f"train.{name}", getattr(self, name), 1)
+        choice("train.dtype", self.dtype, ("fp32", "bf16"))
+        at_least("train.threads", self.threads, 0)
+        check(0 <= self.ema_decay < 1, f"train.ema_decay={self.ema_decay}: expected a number in [0, 1)")
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointConfig:
+    every: int = 1000  # steps between checkpoints; the last step is always saved
+    keep: int = 2  # newest checkpoints kept
+
+    def __post_init__(self) -> None:
+        at_least("checkpoint.every", self.every, 1)
+        at_least("checkpoint.keep", self.keep, 1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplingConfig:
+    """What ``megatron-dit sample`` and ``evaluate`` do unless told otherwise."""
+
+    solver: str = "auto"  # euler (rectified_flow); dpm++ | ddim (ddpm); auto: the objective's first
+    steps: int = 30
+    guidance: float = 3.0  # classifier-free guidance scale; 1: none
+
+    def __post_init__(self) -> None:
+        choice("sampling.solver", self.solver, ("auto", "euler", "dpm++", "ddim"))
+        at_least("sampling.steps", self.steps, 1)
+        at_least("sampling.guidance", self.guidance, 1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """A run, whole. Rank-independent checks live here; those that need the world size in ``check_world``."""
+
+    run_dir: str
+    seed: int = 0
+    model: ModelConfig
+    mup: MupConfig
+    objective: ObjectiveConfig
+    optimizer: OptimizerConfig
+    data: DataConfig
+    train: TrainConfig
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    sampling: SamplingConfig = field(default_factory=SamplingConfig)
+
+    def __post_init__(self) -> None:
+        at_least("seed", self.seed, 0)
+        model, tensor = self.model, self.parallel.tensor
+        check(
+            model.heads % tensor == 0,
+            f"model.heads={model.heads} is not divisible by parallel.tensor={tensor}: "
+            f"choose parallel.tensor among the divisors of {model.heads}",
+        )
+        check(
+            not self.parallel.sequence or model.tokens % tensor == 0,
+            f"{model.tokens} tokens are not divisible by parallel.tensor={tensor}: set parallel.sequence=false",
+        )
+        check(
+            not self.parallel.sequence or model.arch != "mmdit" or model.text_tokens % tensor == 0,
+            f"model.text_tokens={model.text_tokens} is not divisible by parallel.tensor={tensor}, which "
+            "parallel.sequence=true needs: change model.text_tokens or set parallel.sequence=false",
+        )
+        expected = OBJECTIVE_OF[model.arch]
+        check(
+            self.objective.kind == expected,
+            f"objective.kind={self.objective.kind!r}: model.arch={model.arch} is trained with {expected}",
+        )
+        allowed = ("auto", *SOLVERS_OF[self.objective.kind])
+        check(
+            self.sampling.solver in allowed,
+            f"sampling.solver={self.sampling.solver!r}: {self.objective.kind} has {', '.join(allowed)}",
+        )
+
+    def data_parallel(self, world_size: int) -> int:
+        """Number of data-parallel ranks among ``world_size``.
+
+        Raises UserError where the ranks do not divide into tensor-parallel groups, or the global batch
+        not into data-parallel ranks times micro-batches.
+        """
+        tensor, batch, micro = self.parallel.tensor, self.train.global_batch, self.train.micro_batch
+        check(
+            world_size % tensor == 0,
+            f"{world_size} ranks are not divisible by parallel.tensor={tensor}: start a multiple of {tensor} ranks",
+        )
+        ranks = world_size // tensor
+        check(
+            batch % (ranks * micro) == 0,
+            f"train.global_batch={batch} is not divisible by {ranks} data-parallel ranks * "
+            f"train.micro_batch={micro} = {ranks * micro}: change one of them",
+        )
+        return ranks
+
+
+OBJECTIVE_OF = {"dit": "ddpm", "mmdit": "rectified_flow", "pixart": "ddpm", "uvit": "ddpm"}
+SOLVERS_OF = {"rectified_flow": ("euler",), "ddpm": ("dpm++", "ddim")}

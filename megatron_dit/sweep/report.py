@@ -1,0 +1,175 @@
+"""What a sweep found: ranking, table, ``best.yaml`` and pictures."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml
+from rich.console import Console
+from rich.table import Table
+
+from megatron_dit.config import flatten
+from megatron_dit.sweep.space import SweepConfig
+from megatron_dit.sweep.trial import Result
+
+Values = tuple[tuple[str, Any], ...]  # sorted (key, value) pairs
+
+
+@dataclass(frozen=True)
+class Setting:
+    """Trials alike but for their seed."""
+
+    model: Values  # values of seed-independent keys that make another model or parametrization
+    hyperparameters: Values  # the base hyperparameters searched
+    loss: float  # mean over the seeds; inf where a seed has none
+    trials: tuple[Result, ...]
+
+
+def is_hyperparameter(key: str) -> bool:
+    """Whether a searched key is one that transfers; the others choose a model or repeat the run."""
+    return key != "seed" and key != "mup.parametrization" and not key.startswith("model.")
+
+
+def settings(results: Sequence[Result]) -> list[Setting]:
+    """Settings by model, then from the best to the worst."""
+    groups: dict[tuple[Values, Values], list[Result]] = {}
+    for result in results:
+        pairs = sorted(result.params.items())
+        model = tuple((k, v) for k, v in pairs if not is_hyperparameter(k) and k != "seed")
+        searched = tuple((k, v) for k, v in pairs if is_hyperparameter(k))
+        groups.setdefault((model, searched), []).append(result)
+    found = [Setting(model, searched, _mean(trials), tuple(trials)) for (model, searched), trials in groups.items()]
+    return sorted(found, key=lambda setting: (str(setting.model), setting.loss))
+
+
+def best(results: Sequence[Result], config: SweepConfig) -> Setting | None:
+    """The best setting of the widest μP model searched, the one nearest to a target; None if none completed."""
+    heads = config.base.model.heads
+    candidates = [
+        setting
+        for setting in settings(results)
+        if math.isfinite(setting.loss) and dict(setting.model).get("mup.parametrization", "mup") == "mup"
+    ]
+    return min(candidates, key=lambda s: (-dict(s.model).get("model.heads", heads), s.loss), default=None)
+
+
+def write_best(results: Sequence[Result], config: SweepConfig) -> Setting | None:
+    """Write ``best.yaml``: the proxy's config with the best base hyperparameters."""
+    chosen = best(results, config)
+    if chosen is None:
+        return None
+    values = {**dict(chosen.model), **dict(chosen.hyperparameters)}
+    proxy = config.trial_config(values, 0)
+    text = yaml.safe_dump({**asdict(proxy), "run_dir": str(config.folder / "best")}, sort_keys=False)
+    (config.folder / "best.yaml").write_text(f"# {provenance(chosen, results)}\n{text}")
+    return chosen
+
+
+def provenance(chosen: Setting, results: Sequence[Result]) -> str:
+    """One line: where the best values come from."""
+    numbers = ", ".join(str(trial.number) for trial in chosen.trials)
+    seeds = [trial.params["seed"] for trial in chosen.trials if "seed" in trial.params]
+    of_seeds = f" (seeds {', '.join(map(str, seeds))})" if seeds else ""
+    return f"best of {len(results)} trials: trial {numbers}{of_seeds}, loss {chosen.loss:.5g}"
+
+
+def print_table(results: Sequence[Result]) -> None:
+    """A row a setting: its loss, the spread over its seeds, and why trials have none."""
+    table = Table(title=f"{len(results)} trials")
+    keys = sorted({key for result in results for key in result.params if key != "seed"})
+    for column in (*keys, "loss", "± seeds", "trials", "not complete"):
+        table.add_column(column)
+    for setting in settings(results):
+        values = {**dict(setting.model), **dict(setting.hyperparameters)}
+        losses = [trial.loss for trial in setting.trials if trial.state == "complete" and trial.loss is not None]
+        others = [
+            f"{trial.number} {trial.state}: {trial.reason}" for trial in setting.trials if trial.state != "complete"
+        ]
+        table.add_row(
+            *(show(values[key]) for key in keys),
+            f"{setting.loss:.5f}" if math.isfinite(setting.loss) else "-",
+            f"{np.std(losses):.5f}" if len(losses) > 1 else "",
+            ",".join(str(trial.number) for trial in setting.trials),
+            "; ".join(others),
+        )
+    Console().print(table)
+
+
+def show(value: Any) -> str:
+    """A value for people; powers of two as such."""
+    if isinstance(value, float) and value > 0 and math.log2(value).is_integer():
+        return f"2^{int(math.log2(value))}"
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def draw(results: Sequence[Result], config: SweepConfig) -> list[Path]:
+    """Write the pictures: loss against lr by width, and each hyperparameter's influence."""
+    from matplotlib.figure import Figure
+
+    written = []
+    searched = [key for key in config.space if is_hyperparameter(key)]
+    if "optimizer.lr" in searched:
+        figure = Figure(layout="constrained")
+        draw_lr(figure, results, config)
+        written.append(config.folder / "loss_by_lr.png")
+        figure.savefig(written[-1], dpi=120)
+    figure = Figure(figsize=(4 * len(searched), 3.6), layout="constrained")
+    panels = figure.subplots(1, len(searched), sharey=True, squeeze=False)[0]
+    complete = [result for result in results if result.state == "complete"]
+    for key, panel in zip(searched, panels, strict=True):
+        panel.plot([result.params[key] for result in complete], [result.loss for result in complete], "o", alpha=0.6)
+        panel.set(xlabel=key)
+        panel.grid(alpha=0.3)
+        if config.space[key].log2 or config.space[key].log_uniform:
+            panel.set_xscale("log", base=2)
+    panels[0].set_ylabel("loss")
+    written.append(config.folder / "influence.png")
+    figure.savefig(written[-1], dpi=120)
+    return written
+
+
+def draw_lr(figure: Any, results: Sequence[Result], config: SweepConfig) -> None:
+    """A panel per parametrization: loss against lr, a line per width, its best starred, the seeds' range shaded."""
+    base = flatten(config.base)
+    names = ["mup.parametrization", "model.heads", "optimizer.lr"]
+
+    def value(setting: Setting, key: str) -> Any:
+        return {**base, **dict(setting.model), **dict(setting.hyperparameters)}[key]
+
+    found: dict[tuple[str, int], dict[float, Setting]] = {}
+    for setting in settings(results):
+        parametrization, heads, lr = (value(setting, name) for name in names)
+        at = found.setdefault((parametrization, heads), {})
+        if lr not in at or setting.loss < at[lr].loss:  # over the other hyperparameters: the best
+            at[lr] = setting
+    panels = list(dict.fromkeys(parametrization for parametrization, _ in sorted(found)))
+    figure.set_size_inches(4.6 * len(panels), 3.8)
+    axes = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
+    for (parametrization, heads), at in sorted(found.items()):
+        panel = axes[panels.index(parametrization)]
+        complete = sorted((lr, setting) for lr, setting in at.items() if math.isfinite(setting.loss))
+        if not complete:
+            continue
+        lrs = [lr for lr, _ in complete]
+        losses = [setting.loss for _, setting in complete]
+        ranges = [[trial.loss or math.nan for trial in setting.trials] for _, setting in complete]
+        (line,) = panel.plot(lrs, losses, marker=".", label=f"width {heads * config.base.model.head_dim}")
+        panel.fill_between(lrs, [min(r) for r in ranges], [max(r) for r in ranges], alpha=0.15, color=line.get_color())
+        lowest = int(np.argmin(losses))
+        panel.plot(lrs[lowest], losses[lowest], "*", markersize=13, color=line.get_color())
+    for panel, parametrization in zip(axes, panels, strict=True):
+        panel.set_xscale("log", base=2)
+        panel.set(title=parametrization, xlabel="base learning rate")
+        panel.grid(alpha=0.3)
+        panel.legend(fontsize=8)
+    axes[0].set_ylabel("loss")
+
+
+def _mean(trials: Sequence[Result]) -> float:
+    losses = [trial.loss for trial in trials if trial.state == "complete" and trial.loss is not None]
+    return float(np.mean(losses)) if len(losses) == len(trials) else math.inf

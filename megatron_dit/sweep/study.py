@@ -1,0 +1,225 @@
+"""The sweep itself: optuna says what to try, processes try it, files say what came out."""
+
+from __future__ import annotations
+
+import fcntl
+import itertools
+import multiprocessing
+import os
+import time
+from collections import deque
+from dataclasses import dataclass, replace
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from typing import Any
+
+import optuna
+import torch
+from optuna.samplers import BaseSampler, PartialFixedSampler, RandomSampler, TPESampler
+from optuna.storages import JournalStorage
+from optuna.storages.journal import JournalFileBackend
+from optuna.storages.journal._file import BaseJournalFileLock
+from optuna.trial import TrialState
+
+from megatron_dit.config import save_config
+from megatron_dit.errors import UserError
+from megatron_dit.progress import ProgressBar
+from megatron_dit.run_folder import RunFolder
+from megatron_dit.sweep.space import SweepConfig, open_folder
+from megatron_dit.sweep.trial import INTERRUPTED, TAKEN, Result, TrialFiles, judge, run_trial
+
+POLL_SECONDS = 0.2
+TAKEN_SECONDS = 5.0  # before a trial that another process holds is tried again
+
+
+class Lock(BaseJournalFileLock):
+    """A file's lock that the kernel frees with its process: optuna's own outlive a kill by half a minute."""
+
+    def __init__(self, path: Path) -> None:
+        self._file = path.open("w")
+
+    def acquire(self) -> bool:
+        fcntl.flock(self._file, fcntl.LOCK_EX)
+        return True
+
+    def release(self) -> None:
+        fcntl.flock(self._file, fcntl.LOCK_UN)
+
+    def __enter__(self) -> None:
+        self.acquire()
+
+    def __exit__(self, *_: object) -> None:
+        self.release()
+
+
+@dataclass
+class Running:
+    files: TrialFiles
+    process: BaseProcess
+    slot: int
+    started: float
+    reported: int = 0  # last step told to optuna
+
+
+class Sweep:
+    """A sweep's folder: ``sweep.yaml``, optuna's journal, and a trial's run, result, log and lock in ``trials/``.
+
+    Several processes may work on one folder (tasks of a Slurm array): a trial is run under its lock, and what
+    is to be tried is asked under the sweep's. Started again it goes on: finished trials have a result and are
+    left alone, interrupted ones resume as any run does.
+    """
+
+    def __init__(self, config: SweepConfig) -> None:
+        open_folder(config)
+        self.config = config
+        optuna.logging.set_verbosity(optuna.logging.ERROR)
+        backend = JournalFileBackend(str(config.folder / "journal.log"), lock_obj=Lock(config.folder / "journal.lock"))
+        self._study = optuna.create_study(
+            study_name="sweep",
+            storage=JournalStorage(backend),
+            load_if_exists=True,
+            pruner=optuna.pruners.MedianPruner(n_startup_trials=5, n_warmup_steps=config.base.train.steps // 10),
+        )
+
+    # --- what to try ----------------------------------------------------------------------------------
+
+    def files(self, number: int) -> TrialFiles:
+        """The trial's files, its values asked for if nobody has. Raises UserError where they do not go together."""
+        with Lock(self.config.folder / "ask.lock"):
+            while len(trials := self._study.get_trials(deepcopy=False)) <= number:
+                self._study.sampler = self._sampler(len(trials))
+                self._study.ask(self.config.distributions())
+        params = dict(trials[number].params)
+        files = TrialFiles(self.config.folder / "trials" / f"{number:04d}", params)
+        config = self.config.trial_config(params, number)
+        save_config(
+            replace(config, train=replace(config.train, threads=self._threads(config.train.threads))),
+            files.file(".yaml"),
+        )
+        return files
+
+    def _sampler(self, number: int) -> BaseSampler:
+        # Seeded anew for each trial: a sampler's generator would start over with the process.
+        seed = (self.config.seed << 20) + number
+        if self.config.sampler == "random":
+            return RandomSampler(seed=seed)
+        if self.config.sampler == "tpe":
+            return TPESampler(seed=seed, constant_liar=True)
+        # Optuna's GridSampler stops its study by itself, which only ``study.optimize`` allows.
+        points = list(itertools.product(*(dimension.finite for dimension in self.config.space.values())))
+        point = dict(zip(self.config.space, points[number], strict=True))
+        return PartialFixedSampler(point, RandomSampler(seed=seed))
+
+    def _threads(self, asked: int) -> int:
+        return asked or max(1, (os.cpu_count() or 1) // (self.config.parallel * self.config.procs))
+
+    # --- trying it ------------------------------------------------------------------------------------
+
+    def run(self, only: int | None = None) -> list[Result]:
+        """Run what has no result yet, all trials or one, and return the results by number."""
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(["megatron_dit.sweep.trial", "megatron_dit.engine"])  # imports take seconds
+        numbers = range(self.config.count) if only is None else [only]
+        results = {n: result for n in numbers if (result := self._stored(n)) is not None}
+        for result in results.values():
+            self._tell(result)
+        waiting = deque(n for n in numbers if n not in results)
+        running: list[Running] = []
+        held_until: dict[int, float] = {}
+        with ProgressBar("sweep", len(numbers), len(results)) as bar:
+            while waiting or running:
+                free = set(range(self.config.parallel)) - {trial.slot for trial in running}
+                ready = [n for n in waiting if time.monotonic() >= held_until.get(n, 0.0)]
+                for slot, number in zip(sorted(free), ready, strict=False):
+                    waiting.remove(number)
+                    running.append(self._start(context, number, slot))
+                time.sleep(POLL_SECONDS)
+                for trial in list(running):
+                    if trial.process.is_alive():
+                        self._watch(trial)
+                        continue
+                    running.remove(trial)
+                    number = trial.files.number
+                    if trial.process.exitcode == INTERRUPTED:
+                        raise KeyboardInterrupt
+                    if trial.process.exitcode == TAKEN:
+                        held_until[number] = time.monotonic() + TAKEN_SECONDS
+                        waiting.append(number)
+                        continue
+                    results[number] = self._ended(trial)
+                    bar.advance(line_of(results[number]))
+        return [results[number] for number in sorted(results)]
+
+    def _stored(self, number: int) -> Result | None:
+        return TrialFiles(self.config.folder / "trials" / f"{number:04d}", {}).result()
+
+    def _start(self, context: Any, number: int, slot: int) -> Running:
+        files = self.files(number)
+        arguments = (files, self.config.procs, self.config.last, self.config.keep_checkpoints, self._devices(slot))
+        process = context.Process(target=run_trial, args=arguments)
+        process.start()
+        return Running(files, process, slot, time.monotonic())
+
+    def _devices(self, slot: int) -> str | None:
+        """CUDA_VISIBLE_DEVICES of a slot: its own share of this machine's GPUs."""
+        count, procs = torch.cuda.device_count(), self.config.procs
+        if count == 0:
+            return None
+        if count < self.config.parallel * procs:
+            raise UserError(
+                f"parallel={self.config.parallel} * procs={procs} needs as many GPUs, this machine has {count}"
+            )
+        return ",".join(str(gpu) for gpu in range(slot * procs, (slot + 1) * procs))
+
+    def _ended(self, trial: Running) -> Result:
+        """The result the trial wrote; one that died before it could has crashed."""
+        result = trial.files.result()
+        if result is None:
+            reason = f"its process died (exit status {trial.process.exitcode}), see {trial.files.file('.log')}"
+            result = judge(trial.files, self.config.last, reason, time.monotonic() - trial.started)
+            trial.files.write(result)
+        self._tell(result)
+        return result
+
+    # --- optuna's side --------------------------------------------------------------------------------
+
+    def _tell(self, result: Result) -> None:
+        trial = self._study.get_trials(deepcopy=False)[result.number]
+        if trial.state.is_finished():
+            return
+        if result.state == "complete":
+            self._study.tell(result.number, result.loss)
+        else:  # TPE ranks a pruned trial below every complete one; a crashed one says nothing of its values
+            pruned = result.state in ("diverged", "stopped")
+            self._study.tell(result.number, state=TrialState.PRUNED if pruned else TrialState.FAIL)
+
+    def _watch(self, trial: Running) -> None:
+        """With ``stop_early``, report the losses so far, and end the trial if they are hopeless."""
+        path = trial.files.folder / "config.yaml"
+        if not self.config.stop_early or not path.is_file():
+            return
+        frozen = self._study.get_trials(deepcopy=False)[trial.files.number]
+        handle = optuna.trial.Trial(self._study, frozen._trial_id)
+        lines = RunFolder(self.config.trial_config(trial.files.params, trial.files.number)).metrics()
+        for line in lines:
+            if line["step"] > trial.reported and line["loss"] is not None:
+                trial.reported = line["step"]
+                handle.report(line["loss"], line["step"])
+                if handle.should_prune():
+                    trial.process.kill()
+                    trial.process.join()
+                    seconds = time.monotonic() - trial.started
+                    reason = f"loss {line['loss']:.4g} at step {line['step']} is above the median of the others"
+                    result = judge(trial.files, self.config.last, reason, seconds)
+                    if trial.files.result() is None:
+                        trial.files.write(replace(result, state="stopped", loss=line["loss"]))
+                    return
+
+
+def line_of(result: Result) -> str:
+    values = " ".join(
+        f"{key}={value:.6g}" if isinstance(value, float) else f"{key}={value}" for key, value in result.params.items()
+    )
+    return f"trial {result.number} {values}: {result.state} " + (
+        f"loss {result.loss:.5g}" if result.loss else result.reason
+    )

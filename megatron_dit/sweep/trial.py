@@ -1,0 +1,160 @@
+"""One trial: a training run in a process of its own, and what became of it."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import math
+import os
+import shutil
+import sys
+import time
+import traceback
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from megatron_dit.config import Config, load_config
+from megatron_dit.errors import UserError
+from megatron_dit.launch import die_with_parent, run_ranks
+from megatron_dit.run_folder import RunFolder
+from megatron_dit.trainer import train
+
+# Exit statuses of a trial's process that has no result.
+TAKEN = 75  # another process has the trial
+INTERRUPTED = 130  # stopped by a signal and saved: it will go on
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a trial came to; ``state`` is complete, diverged, stopped (hopeless, by the median) or crashed."""
+
+    number: int
+    params: dict[str, Any]
+    state: str
+    loss: float | None  # mean training loss over the last steps; None unless complete or stopped
+    reason: str  # why it is not complete
+    steps: int  # steps done
+    samples: int  # training samples seen
+    seconds: float  # of the process that ended it
+
+
+@dataclass(frozen=True)
+class TrialFiles:
+    """Where a trial keeps what it is: its run's folder beside its result, log and lock."""
+
+    folder: Path  # the run's
+    params: dict[str, Any]
+
+    @property
+    def number(self) -> int:
+        return int(self.folder.name)
+
+    def file(self, suffix: str) -> Path:
+        return self.folder.with_name(self.folder.name + suffix)
+
+    def result(self) -> Result | None:
+        path = self.file(".json")
+        return Result(**json.loads(path.read_text())) if path.is_file() else None
+
+    def write(self, result: Result) -> None:
+        part = self.file(".json.part")
+        part.write_text(json.dumps(asdict(result)) + "\n")
+        part.replace(self.file(".json"))
+
+    @contextlib.contextmanager
+    def lock(self) -> Iterator[bool]:
+        """Whether this process alone has the trial; the kernel frees it however the process ends."""
+        with self.file(".lock").open("w") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                yield False
+            else:
+                yield True
+
+
+def run_trial(files: TrialFiles, procs: int, last: float, keep: bool, devices: str | None) -> None:
+    """Body of a trial's process: train, go on where a killed one stopped, and write the result."""
+    die_with_parent()
+    with files.file(".log").open("a", buffering=1) as log:
+        os.dup2(log.fileno(), 1)
+        os.dup2(log.fileno(), 2)
+    if devices is not None:
+        os.environ["CUDA_VISIBLE_DEVICES"] = devices
+    with files.lock() as mine:
+        if not mine:
+            _leave(TAKEN)
+        if files.result() is None:
+            started = time.monotonic()
+            reason = _train(files, procs)
+            if reason is None:
+                _leave(INTERRUPTED)
+            files.write(judge(files, last, str(reason), time.monotonic() - started))
+        if not keep:
+            shutil.rmtree(files.folder / "checkpoints", ignore_errors=True)
+    _leave(0)
+
+
+def judge(files: TrialFiles, last: float, reason: str, seconds: float) -> Result:
+    """The result that a run's metrics show; ``reason`` says why it ended before its last step, if it did.
+
+    Diverged is a run that ended for losses that were not finite, and one that is worse at its end than
+    the untrained model was.
+    """
+    path = files.folder / "config.yaml"
+    config = load_config(path) if path.is_file() else None
+    lines = RunFolder(config).metrics() if config else []
+    steps = lines[-1]["step"] if lines else 0
+    state, loss = "crashed", None
+    if config is not None and lines:
+        mean = final_loss(lines, config, last)
+        if lines[-1]["loss"] is None:
+            state = "diverged"
+        elif steps == config.train.steps:
+            first = lines[0]["loss"]
+            state = "complete" if first is None or mean <= first else "diverged"
+            loss = mean if state == "complete" else None
+            reason = reason if state == "complete" else f"loss {mean:.4g} at its end, {first:.4g} untrained"
+    samples = steps * config.train.global_batch if config else 0
+    return Result(files.number, files.params, state, loss, reason, steps, samples, seconds)
+
+
+def final_loss(lines: list[dict[str, Any]], config: Config, last: float) -> float:
+    """Mean loss over the last share of the steps; inf where none of it was finite."""
+    since = config.train.steps * (1 - last)
+    losses = [line["loss"] for line in lines if line["step"] > since and line["loss"] is not None]
+    return sum(losses) / len(losses) if losses else math.inf
+
+
+def _train(files: TrialFiles, procs: int) -> str | None:
+    """Run the training; returns what ended it early, an empty string at its last step, None for a signal."""
+    path = files.file(".yaml")
+    config = load_config(path)
+    try:
+        if procs > 1 and run_ranks(["train", str(path)], procs):
+            return _last_error(files)
+        if procs == 1:
+            train(config)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return str(error)
+    except Exception as error:  # a trial's crash is a result of the sweep, kept with its reason
+        traceback.print_exc()
+        return f"{type(error).__name__}: {error}"
+    done = RunFolder(config).metrics()[-1]["step"]
+    return "" if done == config.train.steps else None
+
+
+def _last_error(files: TrialFiles) -> str:
+    lines = files.file(".log").read_text().strip().splitlines()
+    errors = [line.removeprefix("error: ") for line in lines if line.startswith("error: ")]
+    return (errors or lines or ["no message"])[-1]
+
+
+def _leave(status: int) -> None:
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)

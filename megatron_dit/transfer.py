@@ -1,0 +1,182 @@
+"""Carry a sweep's best base hyperparameters to a target, and say what the search cost.
+
+Cost, as arXiv 2505.15270 counts it: trials * proxy size * proxy epochs / (target size * target epochs). Size times
+samples is the training FLOPs up to the factor 6 * tokens, which proxy and target share.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from megatron_dit.config import Config, config_from_dict, flatten, load, load_config
+from megatron_dit.errors import UserError
+from megatron_dit.models import build_unsharded
+from megatron_dit.mup.shapes import describe
+from megatron_dit.sweep import report
+from megatron_dit.sweep.space import SweepConfig
+from megatron_dit.sweep.trial import Result, TrialFiles
+
+
+@dataclass(frozen=True)
+class Cost:
+    """A search beside its target's training. ``runs`` are the trials' (parameters, samples seen)."""
+
+    runs: tuple[tuple[int, int], ...]
+    target: tuple[int, int]
+
+    @property
+    def share(self) -> float:
+        return sum(size * samples for size, samples in self.runs) / math.prod(self.target)
+
+    @property
+    def rounded_share(self) -> float | None:
+        """With sizes rounded to 0.01B, as the paper states them; None where one would round to nothing."""
+        sizes = [round(size / 1e9, 2) for size, _ in (*self.runs, self.target)]
+        if not all(sizes):
+            return None
+        spent = sum(size * samples for size, (_, samples) in zip(sizes, self.runs, strict=False))
+        return spent / (sizes[-1] * self.target[1])
+
+    def lines(self) -> list[str]:
+        size, samples = self.target
+        text = [f"search cost: {len(self.runs)} trials * size * samples / (target's size * samples)"]
+        text.append(f"  = {self._spent(exact=True)} / ({size:,} * {samples:,}) = {100 * self.share:.2f}%")
+        if self.rounded_share is not None:
+            text.append(
+                f"  sizes to 0.01B, as the paper counts: {self._spent(exact=False)} / ({size / 1e9:.2f}B * {samples:,})"
+                f" = {100 * self.rounded_share:.2f}%"
+            )
+        return text
+
+    def _spent(self, exact: bool) -> str:
+        terms = [
+            f"{count} * {f'{size:,}' if exact else f'{size / 1e9:.2f}B'} * {samples:,}"
+            for (size, samples), count in Counter(self.runs).items()
+        ]
+        return terms[0] if len(terms) == 1 else "(" + " + ".join(terms) + ")"
+
+
+def parameters(config: Config) -> int:
+    return sum(math.prod(param.shape) for param in describe(build_unsharded, config).values())
+
+
+def samples(config: Config) -> int:
+    return config.train.steps * config.train.global_batch
+
+
+def transfer(folder: Path, target: Config, target_path: str, out: Path) -> dict[str, Any]:
+    """Write ``out``: ``target`` with the best base hyperparameters of the sweep in ``folder``, under a header.
+
+    The header names the trials and seeds, the learning rate and weight decay of every group, and the search's
+    cost. Returns its figures. Raises UserError for a folder that is no sweep or has no completed μP trial, and for a
+    target that is not parametrized as the proxies were.
+    """
+    config, results = read_sweep(folder)
+    chosen = report.best(results, config)
+    if chosen is None:
+        raise UserError(f"{folder} has no completed μP trial to transfer from: see its table with 'megatron-dit sweep'")
+    proxy = config.trial_config(dict(chosen.model), 0)
+    _check_target(proxy, target)
+    found = with_values(target, dict(chosen.hyperparameters))
+    groups = group_lines(found)
+    cost = Cost(tuple(_run(config, result) for result in results), (parameters(found), samples(found)))
+    values = ", ".join(f"{key} = {report.show(value)}" for key, value in chosen.hyperparameters)
+    header = [
+        f"{target_path} with base hyperparameters from {folder}: {values}",
+        report.provenance(chosen, results),
+        *groups,
+        *cost.lines(),
+    ]
+    text = "".join(f"# {line}\n" for line in header) + yaml.safe_dump(asdict(found), sort_keys=False)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(text)
+    return {
+        "hyperparameters": dict(chosen.hyperparameters),
+        "trials": [trial.number for trial in chosen.trials],
+        "loss": chosen.loss,
+        "groups": groups,
+        "cost": cost.share,
+        "cost_rounded": cost.rounded_share,
+    }
+
+
+def with_values(config: Config, values: dict[str, Any]) -> Config:
+    """``config`` with dotted ``values``, validated anew."""
+    tree = asdict(config)
+    for key, value in values.items():
+        *sections, name = key.split(".")
+        node = tree
+        for section in sections:
+            node = node[section]
+        node[name] = value
+    return config_from_dict(tree)
+
+
+def group_lines(config: Config) -> list[str]:
+    """The peak learning rate and weight decay of every optimizer group, with its roles."""
+    groups: dict[tuple[float, float], Counter[str]] = {}
+    for param in describe(build_unsharded, config).values():
+        key = (config.optimizer.lr * param.lr_multiplier, config.optimizer.weight_decay * param.weight_decay_multiplier)
+        groups.setdefault(key, Counter())[param.role] += 1
+    return [
+        f"lr {lr:.6g}, weight decay {decay:.6g}: {', '.join(f'{count} {role}' for role, count in roles.items())}"
+        for (lr, decay), roles in groups.items()
+    ]
+
+
+def read_sweep(folder: Path) -> tuple[SweepConfig, list[Result]]:
+    """A sweep's config and the results it has so far, by number."""
+    path = folder / "sweep.yaml"
+    if not path.is_file():
+        raise UserError(f"{folder} is no sweep's folder (it has no sweep.yaml): give what 'megatron-dit sweep' wrote")
+    # The base as it was resolved then, wherever the sweep is read from.
+    config = load(SweepConfig, path, [f"config={folder / 'base.yaml'}", "overrides=[]", f"run_dir={folder}"])
+    found = [TrialFiles(folder / "trials" / f"{number:04d}", {}).result() for number in range(config.count)]
+    return config, [result for result in found if result is not None]
+
+
+def print_plan(config: SweepConfig, target: str | None) -> dict[str, Any]:
+    """What a sweep would try, and its cost as a share of ``target``'s training if every trial completes."""
+    print(f"{config.count} trials ({config.sampler}) of {config.config}, {config.parallel} at a time:")
+    for key, dimension in config.space.items():
+        kind = next(name for name in ("log2", "choice", "uniform", "log_uniform") if getattr(dimension, name))
+        print(f"  {key}: {kind} {getattr(dimension, kind)}")
+    figures: dict[str, Any] = {"trials": config.count}
+    if target is not None:
+        goal = load_config(target)
+        cost = Cost(_planned(config), (parameters(goal), samples(goal)))
+        print("\n".join(cost.lines()))
+        figures |= {"cost": cost.share, "cost_rounded": cost.rounded_share}
+    return figures
+
+
+def _planned(config: SweepConfig) -> tuple[tuple[int, int], ...]:
+    """(parameters, samples) of every trial; a searched width counts evenly."""
+    widths = config.space["model.heads"].finite if "model.heads" in config.space else [config.base.model.heads]
+    proxies = [config.trial_config({"model.heads": heads}, 0) for heads in widths]
+    runs = [(parameters(proxy), samples(proxy)) for proxy in proxies]
+    return tuple(runs[number % len(runs)] for number in range(config.count))
+
+
+def _run(config: SweepConfig, result: Result) -> tuple[int, int]:
+    return parameters(config.trial_config(result.params, result.number)), result.samples
+
+
+def _check_target(proxy: Config, target: Config) -> None:
+    """Base hyperparameters mean the same only under the same parametrization and objective."""
+    ours, theirs = flatten(proxy), flatten(target)
+    for key in ("model.arch", "mup.parametrization", "mup.output_multiplier"):
+        if ours[key] != theirs[key]:
+            raise UserError(f"{key} is {ours[key]!r} in the sweep and {theirs[key]!r} in the target: make them equal")
+    base = [config.mup.base_heads * config.model.head_dim for config in (proxy, target)]
+    if base[0] != base[1] and not target.mup.base_shapes:
+        raise UserError(
+            f"mup.base_heads * model.head_dim is {base[0]} in the sweep and {base[1]} in the target: base "
+            "hyperparameters belong to a base width, make them equal"
+        )
