@@ -22,7 +22,7 @@ from torch import Tensor
 
 from megatron_dit.checkpoint.format import STATE, CheckpointReader
 from megatron_dit.checkpoint.save import save
-from megatron_dit.config import Config, load_config, save_config
+from megatron_dit.config import Config, MupConfig, load_config, save_config
 from megatron_dit.data.shards import read_index
 from megatron_dit.data.stream import batches
 from megatron_dit.engine import Engine
@@ -124,9 +124,10 @@ def first_steps(config: Config, folder: Path) -> Trace | None:
 
 def disturbed(param: Param, seed: int) -> Tensor:
     """The initial value with noise, drawn as the value itself is: by (seed, global name)."""
-    # As if every dimension were infinite: standard deviation 1 / sqrt(fan-in) whatever the role.
-    noise = initial_value(replace(param, name=f"{param.name}/noise", init_kind="fan_in", base=param.shape), seed)
-    return initial_value(param, seed) + noise
+    # As if every dimension were infinite: standard deviation 1 / sqrt(fan-in) whatever the role and options.
+    plain = MupConfig(base_heads=1, parametrization="standard")
+    noise = replace(param, name=f"{param.name}/noise", init_kind="fan_in", base=param.shape, mup=plain)
+    return initial_value(param, seed) + initial_value(noise, seed)
 
 
 def hash_weights(reader: CheckpointReader) -> str:

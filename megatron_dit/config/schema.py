@@ -29,6 +29,7 @@ class ModelConfig:
     depth: int  # Transformer blocks; uvit: odd, the middle one has no skip
     heads: int  # attention heads; width grows by heads at a fixed head_dim
     head_dim: int
+    base_head_dim: int = 0  # attention's scale is sqrt(base_head_dim) / head_dim; 0: head_dim, which gives 1/sqrt
     patch_size: int  # side of a patch in latent pixels
     in_channels: int  # latent channels
     sample_size: int  # latent side at which positions are 0, 1, 2, ...
@@ -41,6 +42,7 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         choice("model.arch", self.arch, tuple(OBJECTIVE_OF))
+        at_least("model.base_head_dim", self.base_head_dim, 0)
         labels = self.arch == "dit" or (self.arch == "uvit" and self.num_classes > 0)
         conditions = ("num_classes",) if labels else ("text_dim", "text_tokens")
         for name in ("depth", "heads", "head_dim", "patch_size", "in_channels", "sample_size", *conditions):
@@ -62,6 +64,11 @@ class ModelConfig:
         return self.heads * self.head_dim
 
     @property
+    def attention_scale(self) -> float:
+        """1/sqrt(d) at the base head_dim, falling as 1/d beyond it (Tensor Programs V, definition 4.1)."""
+        return math.sqrt(self.base_head_dim or self.head_dim) / self.head_dim
+
+    @property
     def out_channels(self) -> int:
         """DiT and PixArt-α predict ε and the variance's interpolation (learned range), U-ViT ε, MMDiT the velocity."""
         return self.in_channels * (2 if self.arch in ("dit", "pixart") else 1)
@@ -74,16 +81,40 @@ class ModelConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class InitStd:
+    """Standard deviation of the initial weights of a role at the base width; null: as ``mup.init`` has it.
+
+    Hidden weights of other widths get it divided by sqrt(n). Biases, norm gains and gates that start at zero stay.
+    """
+
+    input: float | None = None
+    hidden: float | None = None
+    output: float | None = None
+    vector: float | None = None  # tables: labels, positions, modulation
+
+    def __post_init__(self) -> None:
+        for name in ("input", "hidden", "output", "vector"):
+            value = getattr(self, name)
+            check(value is None or value >= 0, f"mup.init_std.{name}={value}: expected at least 0")
+
+
+@dataclass(frozen=True, kw_only=True)
 class MupConfig:
     """Parametrization: ``mup`` (Table 8 of arXiv 2203.03466) or ``standard``."""
 
     parametrization: str = "mup"
+    init: str = "default"  # initial values: default (Kaiming normal) | dit | dit-mup | pixart | pixart-mup | uvit
+    init_std: InitStd = field(default_factory=lambda: InitStd())
+    zero_output: bool = True  # the readout starts at zero; else at 1 / sqrt(base fan-in)
+    zero_adaln: bool | None = None  # adaLN starts at zero (true), at 1 / sqrt(fan-in) (false), or as ``init`` has it
+    coupled_decay: bool = True  # hidden weights decay with wd * n, so that lr * wd stays (package mup); else with wd
     base_heads: int = 0  # width multiplier n = heads / base_heads
     base_shapes: str = ""  # instead of base_heads: a .bsh file (megatron-dit mup CONFIG --save FILE)
     output_multiplier: float = 1.0  # the readout computes W (output_multiplier * x / n) + b
 
     def __post_init__(self) -> None:
         choice("mup.parametrization", self.parametrization, ("mup", "standard"))
+        choice("mup.init", self.init, ("default", "dit", "dit-mup", "pixart", "pixart-mup", "uvit"))
         at_least("mup.base_heads", self.base_heads, 0)
         check(
             bool(self.base_heads) != bool(self.base_shapes),

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -18,7 +16,7 @@ class DiTBlock(nn.Module):
     def __init__(self, backend: Backend, config: ModelConfig) -> None:
         super().__init__()
         width, self.head_dim = config.width, config.head_dim
-        self.backend, self.scale = backend, 1 / math.sqrt(config.head_dim)
+        self.backend, self.scale = backend, config.attention_scale
         self.modulation = backend.gathered(width, 6 * width, init="adaln")
         self.qkv = backend.column(width, 3 * width, pieces=3)
         self.out = backend.row(width, width)

@@ -5,8 +5,6 @@ It does not mask text and takes no pooled vector, so it exports to diffusers' SD
 
 from __future__ import annotations
 
-import math
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -52,7 +50,7 @@ class MMDiTBlock(nn.Module):
     def __init__(self, backend: Backend, config: ModelConfig, last: bool) -> None:
         super().__init__()
         self.backend, self.last = backend, last
-        self.scale = 1 / math.sqrt(config.head_dim)
+        self.scale = config.attention_scale
         self.image = Stream(backend, config, last=False)
         self.text = Stream(backend, config, last=last)
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor, nn
 
@@ -20,7 +18,7 @@ class UViTBlock(nn.Module):
     def __init__(self, backend: Backend, config: ModelConfig, skip: bool) -> None:
         super().__init__()
         width, self.head_dim = config.width, config.head_dim
-        self.backend, self.scale = backend, 1 / math.sqrt(config.head_dim)
+        self.backend, self.scale = backend, config.attention_scale
         self.skip = backend.tokenwise(2 * width, width) if skip else None
         self.norm1, self.norm2 = backend.layer_norm(width), backend.layer_norm(width)
         self.qkv = backend.column(width, 3 * width, pieces=3, bias=False)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -14,11 +15,15 @@ from megatron_dit.mup.rules import Param
 
 def initial_value(param: Param, seed: int) -> Tensor:
     """The full fp32 tensor of ``param.shape`` on the CPU."""
-    if param.init_std == 0.0:
+    std = param.init_std
+    if std == 0.0:
         return torch.full(param.shape, param.init_constant)
     digest = hashlib.sha256(f"{seed}/{param.name}".encode()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
-    return torch.randn(param.shape, generator=generator).mul_(param.init_std)
+    if param.scheme.uniform:
+        bound = math.sqrt(3) * std
+        return torch.rand(param.shape, generator=generator).mul_(2 * bound).sub_(bound)
+    return torch.randn(param.shape, generator=generator).mul_(std)
 
 
 def shard_of(full: Tensor, p: nn.Parameter, tensor_rank: int, tensor_size: int) -> Tensor:

@@ -1,33 +1,32 @@
 """THE table: what μP does to a parameter, by its role.
 
 Source: Tensor Programs V (arXiv 2203.03466), Table 8, as used for diffusion Transformers by
-arXiv 2505.15270. Every entry is the power of the width multiplier n = fan-in / base fan-in.
+arXiv 2505.15270. Every entry is a power of the width multiplier n = fan-in / base fan-in.
 """
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 from megatron_dit.config import MupConfig
+from megatron_dit.mup.schemes import FAN_IN, ZERO, Scheme, scheme_of
 
 
 @dataclass(frozen=True)
 class Rule:
-    multiplier: int  # forward multiplier n^multiplier
-    lr: int  # learning rate n^lr
-    weight_decay: int  # decoupled weight decay n^weight_decay, so that lr * wd stays (as package mup)
+    multiplier: float  # forward multiplier n^multiplier
+    init_std: float  # standard deviation of the initial values: that of the base shape * n^init_std
+    lr: float  # learning rate n^lr
+    weight_decay: float  # decoupled weight decay n^weight_decay, so that lr * wd stays (as package mup)
 
 
 RULES: dict[str, Rule] = {
-    "input": Rule(multiplier=0, lr=0, weight_decay=0),  # finite -> width
-    "hidden": Rule(multiplier=0, lr=-1, weight_decay=1),  # width -> width
-    "output": Rule(multiplier=-1, lr=0, weight_decay=0),  # width -> finite
-    "vector": Rule(multiplier=0, lr=0, weight_decay=0),  # biases, norm gains, tables
-    "constant": Rule(multiplier=0, lr=0, weight_decay=0),  # no infinite dimension
+    "input": Rule(multiplier=0, init_std=0, lr=0, weight_decay=0),  # finite -> width
+    "hidden": Rule(multiplier=0, init_std=-0.5, lr=-1, weight_decay=1),  # width -> width
+    "output": Rule(multiplier=-1, init_std=0, lr=0, weight_decay=0),  # width -> finite
+    "vector": Rule(multiplier=0, init_std=0, lr=0, weight_decay=0),  # biases, norm gains, tables
+    "constant": Rule(multiplier=0, init_std=0, lr=0, weight_decay=0),  # no infinite dimension
 }
-
-TABLE_STD = 0.02
 
 
 @dataclass(frozen=True)
@@ -37,7 +36,7 @@ class Param:
     name: str
     shape: tuple[int, ...]  # global shape
     base: tuple[int | None, ...]  # base shape; None where the dimension does not grow with width
-    init_kind: str  # fan_in | zero | one | table | adaln
+    init_kind: str  # what its layer marked it with: a key of schemes.KINDS
     mup: MupConfig
 
     @property
@@ -69,21 +68,37 @@ class Param:
 
     @property
     def weight_decay_multiplier(self) -> float:
-        return self._power(RULES[self.role].weight_decay)
+        return self._power(RULES[self.role].weight_decay) if self.mup.coupled_decay else 1.0
+
+    @property
+    def scheme(self) -> Scheme:
+        """How the parameter starts at the base width."""
+        options = self.mup
+        asked = getattr(options.init_std, self.role, None) if self._is_weight else None
+        if asked is not None:
+            return Scheme(lambda _: asked)
+        if self.role == "output":
+            return ZERO if options.zero_output else FAN_IN
+        if self.init_kind == "adaln" and options.zero_adaln is not None:
+            return ZERO if options.zero_adaln else FAN_IN
+        return scheme_of(self.name, self.init_kind, options.init)
 
     @property
     def init_std(self) -> float:
         """Standard deviation of the initial values; 0 for constants (see :attr:`init_constant`)."""
-        if self.role == "output" or self.init_kind in ("zero", "one", "adaln"):
-            return 0.0  # zero readout and zero adaLN gates, as DiT (arXiv 2212.09748)
-        if self.init_kind == "table":
-            return TABLE_STD
-        assert self.init_kind == "fan_in", self.init_kind
-        return 1.0 / math.sqrt(math.prod(self.shape[1:]))  # σ²/N for hidden; a constant where the fan-in is finite
+        standard = self.mup.parametrization == "standard"
+        sizes = zip(self.shape, self.base, strict=True)
+        base_shape = tuple(size if base is None or standard else base for size, base in sizes)
+        return self.scheme.std(base_shape) * self._power(RULES[self.role].init_std)
 
     @property
     def init_constant(self) -> float:
-        return 1.0 if self.init_kind == "one" else 0.0
+        return self.scheme.constant
 
-    def _power(self, exponent: int) -> float:
+    @property
+    def _is_weight(self) -> bool:
+        """Whether it is drawn at random in the first place: not a bias, a gain, or a gate that starts at zero."""
+        return self.init_kind in ("fan_in", "table")
+
+    def _power(self, exponent: float) -> float:
         return self.width_multiplier**exponent

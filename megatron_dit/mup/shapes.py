@@ -23,7 +23,10 @@ def describe(build: Callable[[ModelConfig], nn.Module], config: Config) -> dict[
     with torch.device("meta"):
         target = dict(build(config.model).named_parameters())
     shapes = {name: tuple(p.shape) for name, p in target.items()}
-    base = load_base_shapes(config.mup.base_shapes, shapes) if config.mup.base_shapes else _grown(build, config)
+    if config.mup.base_shapes:
+        base = load_base_shapes(config.mup.base_shapes, shapes, config.model.arch)
+    else:
+        base = _grown(build, config)
     return {
         name: Param(name=name, shape=shapes[name], base=base[name], init_kind=_init_kind(p), mup=config.mup)
         for name, p in target.items()
@@ -31,10 +34,16 @@ def describe(build: Callable[[ModelConfig], nn.Module], config: Config) -> dict[
 
 
 def _grown(build: Callable[[ModelConfig], nn.Module], config: Config) -> dict[str, BaseShape]:
-    """Base sizes of the dimensions in which models of ``base_heads`` and twice as many heads differ."""
-    heads = config.mup.base_heads
+    """Base sizes of the dimensions in which the base model and one of twice as many heads differ.
+
+    Where head_dim grows too, with ``model.base_head_dim``, so does the second model's.
+    """
+    model, heads = config.model, config.mup.base_heads
+    head_dim = model.base_head_dim or model.head_dim
+    wider = head_dim * (2 if head_dim != model.head_dim else 1)
     with torch.device("meta"):
-        base, delta = (build(replace(config.model, heads=count)) for count in (heads, 2 * heads))
+        base = build(replace(model, heads=heads, head_dim=head_dim))
+        delta = build(replace(model, heads=2 * heads, head_dim=wider))
     pairs = zip(base.named_parameters(), delta.parameters(), strict=True)
     return {
         name: tuple(small if small != large else None for small, large in zip(p.shape, other.shape, strict=True))

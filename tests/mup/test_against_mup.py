@@ -14,10 +14,12 @@ from torch import nn
 from megatron_dit.cli import run
 from megatron_dit.errors import UserError
 from megatron_dit.models import build_unsharded
+from megatron_dit.mup.authors import to_ours
 from megatron_dit.mup.base_shapes import save_base_shapes
 from megatron_dit.mup.groups import optimizer_groups
 from megatron_dit.mup.shapes import describe
 from tests.configs import ARCHITECTURES, small, small_dict
+from tests.mup.plain_models import PLAIN
 
 
 def table(groups, names):
@@ -127,3 +129,44 @@ def test_standard_parametrization_scales_nothing():
     config = small("mmdit", heads=8, base_heads=2, **{"mup.parametrization": "standard"})
     for param in describe(build_unsharded, config).values():
         assert (param.multiplier, param.lr_multiplier, param.weight_decay_multiplier) == (1, 1, 1)
+
+
+@pytest.mark.parametrize("arch", ["dit", "pixart"])
+def test_authors_base_shapes_give_the_packages_groups(arch, tmp_path):
+    """A file that the package writes from a plain model with the authors' names, and its groups for that model."""
+    config = small(arch, heads=8, base_heads=0, **{"mup.base_shapes": str(tmp_path / "authors.bsh")})
+    base, delta, target = (PLAIN[arch](config.model, heads) for heads in (2, 4, 8))
+    mup.make_base_shapes(base, delta, str(tmp_path / "authors.bsh"))
+    mup.set_base_shapes(target, str(tmp_path / "authors.bsh"))
+    options = config.optimizer
+    groups = mup.MuAdamW(target.parameters(), lr=options.lr, weight_decay=options.weight_decay).param_groups
+    expected = table(groups, {id(p): name for name, p in target.named_parameters()})
+    expected.pop("pos_embed", None)
+
+    params = describe(build_unsharded, config)
+    ours = optimizer_groups(build_unsharded(config.model).named_parameters(), params, options)
+    found = {name: (group["lr"], group["weight_decay"]) for group in ours for name in group["names"]}
+    null = found.pop("null_caption.table", None)
+    assert null == (None if arch == "dit" else (options.lr, options.weight_decay))
+    names = {
+        name: next(iter(to_ours({name: (1,) * p.ndim}, arch)))
+        for name, p in target.named_parameters()
+        if name in expected
+    }
+    assert {names[name]: values for name, values in expected.items()} == found
+    assert params["head.linear.weight"].multiplier == 1 / target.final_layer.linear.width_mult() == 1 / 4
+
+
+def test_published_files_have_as_many_entries(tmp_path):
+    """292 entries of DiT-μP and 435 of PixArt-α-μP (depth 28, width 288)."""
+    for arch, count in (("dit", 292), ("pixart", 435)):
+        config = small(arch, heads=8, base_heads=4, **{"model.depth": 28})
+        assert len(list(PLAIN[arch](config.model, 4).named_parameters())) == count
+
+
+def test_an_authors_file_of_another_depth_names_the_misfit(tmp_path):
+    config = small("dit", heads=8, base_heads=0, **{"mup.base_shapes": str(tmp_path / "a.bsh"), "model.depth": 3})
+    shallow = small("dit").model
+    mup.make_base_shapes(PLAIN["dit"](shallow, 2), PLAIN["dit"](shallow, 4), str(tmp_path / "a.bsh"))
+    with pytest.raises(UserError, match=re.escape("has no blocks.2.modulation.weight")):
+        describe(build_unsharded, config)

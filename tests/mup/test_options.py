@@ -1,0 +1,160 @@
+"""μP's options: initial values against the package ``mup``, decay, attention's scale, and μP at the base width."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import mup
+import pytest
+import torch
+
+from megatron_dit.cli import run
+from megatron_dit.config import ModelConfig
+from megatron_dit.models import build_unsharded
+from megatron_dit.mup.init import initial_value
+from megatron_dit.mup.shapes import describe
+from tests.configs import ARCHITECTURES, small
+
+
+def package_tensor(param, base_heads, config):
+    """A tensor with the infinite dimensions that the package finds for ``param``."""
+    models = [build_unsharded(replace(config.model, heads=h)) for h in (config.model.heads, base_heads, 2 * base_heads)]
+    mup.set_base_shapes(models[0], models[1], delta=models[2], rescale_params=False, do_assert=False)
+    return dict(models[0].named_parameters())[param.name]
+
+
+@pytest.mark.parametrize(
+    ("arch", "preset", "name", "fill"),
+    [
+        ("dit", "dit-mup", "blocks.0.qkv.weight", lambda p: mup.init.kaiming_normal_(p, a=1)),
+        ("dit", "dit-mup", "blocks.1.modulation.weight", lambda p: mup.init.kaiming_normal_(p, a=1)),
+        ("dit", "dit-mup", "patch_embed.weight", lambda p: mup.init.kaiming_normal_(p, a=1)),
+        ("dit", "dit-mup", "label_embed.table", mup.init.normal_),
+        ("pixart", "pixart-mup", "blocks.0.qkv.weight", mup.init.xavier_uniform_),
+        ("pixart", "pixart-mup", "blocks.0.cross_kv.weight", mup.init.xavier_uniform_),
+        ("pixart", "pixart-mup", "blocks.1.mlp.fc1.weight", mup.init.xavier_uniform_),
+        ("pixart", "pixart-mup", "time_embed.fc1.weight", lambda p: mup.init.normal_(p, std=0.02)),
+        ("pixart", "pixart-mup", "time_embed.fc2.weight", lambda p: mup.init.normal_(p, std=0.02)),
+        ("pixart", "pixart-mup", "time_modulation.weight", lambda p: mup.init.normal_(p, std=0.02)),
+        ("pixart", "pixart-mup", "text_embed.fc2.weight", lambda p: mup.init.normal_(p, std=0.02)),
+    ],
+)
+def test_presets_equal_the_packages_init(arch, preset, name, fill):
+    config = small(arch, heads=8, base_heads=2, **{"mup.init": preset})
+    param = describe(build_unsharded, config)[name]
+    theirs = package_tensor(param, 2, config)
+    torch.manual_seed(0)
+    fill(theirs)
+    ours = initial_value(param, seed=0)
+    error = 5 / math.sqrt(2 * ours.numel())  # five standard errors of a standard deviation
+    assert float(ours.std()) == pytest.approx(float(theirs.std()), rel=2 * error)
+    assert float(ours.std()) == pytest.approx(param.init_std, rel=error)
+    kurtosis = float((ours / ours.std()).pow(4).mean())
+    assert kurtosis == pytest.approx(1.8 if fill is mup.init.xavier_uniform_ else 3.0, rel=0.15)
+
+
+def test_presets_start_what_the_authors_start_at_zero():
+    zero = {
+        name
+        for name, p in describe(build_unsharded, small("pixart", **{"mup.init": "pixart-mup"})).items()
+        if p.init_std == 0
+    }
+    assert {"head.linear.weight", "blocks.0.cross_out.weight", "blocks.0.qkv.bias"} <= zero
+    assert not {"blocks.0.modulation.table", "time_modulation.weight"} & zero
+    for preset, starts in (("dit", True), ("dit-mup", False)):
+        params = describe(build_unsharded, small("dit", **{"mup.init": preset}))
+        assert (params["blocks.0.modulation.weight"].init_std == 0) is starts
+        assert params["head.linear.weight"].init_std == 0
+
+
+@pytest.mark.parametrize("n", [1, 4])
+def test_init_std_by_role(n):
+    options = {
+        "mup.init_std.input": 0.1,
+        "mup.init_std.hidden": 0.2,
+        "mup.init_std.vector": 0.3,
+        "mup.init_std.output": 0.4,
+    }
+    params = describe(build_unsharded, small("dit", heads=2 * n, base_heads=2, **options))
+    assert params["patch_embed.weight"].init_std == 0.1
+    assert params["blocks.0.qkv.weight"].init_std == pytest.approx(0.2 / math.sqrt(n))
+    assert params["label_embed.table"].init_std == 0.3
+    assert params["head.linear.weight"].init_std == 0.4
+    assert params["blocks.0.qkv.bias"].init_std == 0
+    assert params["blocks.0.modulation.weight"].init_std == 0
+
+
+def test_zero_or_not():
+    params = describe(
+        build_unsharded, small("mmdit", heads=8, base_heads=2, **{"mup.zero_output": False, "mup.zero_adaln": False})
+    )
+    assert params["head.linear.weight"].init_std == pytest.approx(1 / math.sqrt(16))  # the base's fan-in
+    assert params["blocks.0.image.modulation.weight"].init_std == pytest.approx(1 / math.sqrt(64))
+    kept = describe(build_unsharded, small("dit", **{"mup.init": "dit-mup", "mup.zero_adaln": True}))
+    assert kept["blocks.0.modulation.weight"].init_std == 0
+
+
+def test_decay_coupled_or_not():
+    for coupled, expected in ((True, 4), (False, 1)):
+        params = describe(build_unsharded, small("dit", heads=8, base_heads=2, **{"mup.coupled_decay": coupled}))
+        assert params["blocks.0.qkv.weight"].weight_decay_multiplier == expected
+        assert params["patch_embed.weight"].weight_decay_multiplier == 1
+
+
+def test_attention_scale_falls_as_one_over_d_beyond_the_base():
+    def scale(head_dim, base):
+        return ModelConfig(
+            arch="dit", depth=1, heads=2, head_dim=head_dim, base_head_dim=base, patch_size=2, in_channels=4,
+            sample_size=8, num_classes=4,
+        ).attention_scale  # fmt: skip
+
+    assert scale(64, 0) == scale(64, 64) == 1 / 8
+    assert scale(128, 64) == pytest.approx(1 / 16)  # mup's sqrt(d_base) / d
+    params = describe(
+        build_unsharded, small("mmdit", heads=2, base_heads=2, **{"model.head_dim": 32, "model.base_head_dim": 8})
+    )
+    assert params["blocks.0.image.qkv.weight"].width_multiplier == 4
+    assert params["blocks.0.image.q_norm.gain"].role == "vector"
+
+
+def three_steps(arch, data, parametrization):
+    """Runs in a pool's rank: losses and all weights after three steps."""
+    from megatron_dit.data.shards import read_index
+    from megatron_dit.data.stream import batches
+    from megatron_dit.engine import Engine
+    from megatron_dit.parallel.topology import build_topology
+
+    config = small(
+        arch,
+        heads=2,
+        base_heads=2,
+        **{"data.path": str(data), "mup.parametrization": parametrization, "train.steps": 3},
+    )
+    engine = Engine(config, build_topology(config))
+    engine.initialise()
+    losses = [engine.train_step(batch).loss for batch in batches(read_index(data), config, 0, 0, 1)]
+    return losses, {name: p.detach().clone() for name, p in engine.model.named_parameters()}
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_mup_at_the_base_width_is_bit_equal_to_no_mup(pool, dataset, arch):
+    (mup_run,) = pool.run(1, three_steps, arch, dataset, "mup")
+    (plain_run,) = pool.run(1, three_steps, arch, dataset, "standard")
+    assert mup_run[0] == plain_run[0]
+    assert all(torch.equal(value, plain_run[1][name]) for name, value in mup_run[1].items())
+
+
+def test_wrong_options_are_told(tmp_path, capsys):
+    import yaml
+
+    from tests.configs import small_dict
+
+    path = tmp_path / "c.yaml"
+    path.write_text(yaml.safe_dump(small_dict("dit")))
+    for override, words in (
+        ("mup.init=kaiming", "mup.init='kaiming'"),
+        ("mup.init_std.hidden=-1", "mup.init_std.hidden=-1"),
+    ):
+        assert run(["mup", str(path), override]) == 2
+        assert words in capsys.readouterr().err
