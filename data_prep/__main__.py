@@ -7,7 +7,7 @@ import sys
 from dataclasses import asdict
 from pathlib import Path
 
-from data_prep.build import demo, encode
+from data_prep.build import Vision, demo, encode
 from megatron_dit.cli import Parser, add_command
 from megatron_dit.errors import UserError
 
@@ -31,14 +31,21 @@ def main(arguments: list[str]) -> int:
     real.add_argument("--text-encoder", default="tiny", help="T5 folder or hub name; tiny: a random one is built")
     real.add_argument("--tokens", type=int, default=120, help="text tokens kept of a caption")
     real.add_argument("--vae", default="pixels", help="AutoencoderKL folder or hub name; pixels: none")
+    for command in (embedded, real):
+        command.add_argument("--vision-encoder", help="DINOv2 folder or hub name: features for REPA are kept too")
+        command.add_argument("--patch", type=int, default=2, help="the model's patch_size, which the features fit")
     try:
         parsed = parser.parse_args(arguments)
+        if parsed.patch < 1:
+            raise UserError(f"--patch {parsed.patch}: expected at least 1")
+        vision = Vision(parsed.vision_encoder, parsed.patch) if parsed.vision_encoder else None
         if parsed.command == "demo":
             if parsed.pictures < 1:
                 raise UserError(f"--pictures {parsed.pictures}: expected at least 1")
-            index = demo(parsed.folder, parsed.pictures, parsed.seed)
+            index = demo(parsed.folder, parsed.pictures, parsed.seed, vision=vision)
         else:
-            index = encode(parsed.source, parsed.folder, parsed.size, parsed.text_encoder, parsed.vae, parsed.tokens)
+            source, size, tokens = parsed.source, parsed.size, parsed.tokens
+            index = encode(source, parsed.folder, size, parsed.text_encoder, parsed.vae, tokens, vision)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

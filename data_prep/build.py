@@ -21,6 +21,7 @@ from megatron_dit.data import scenes
 from megatron_dit.data.codec import open_codec
 from megatron_dit.data.shards import INDEX, SCENES, Index, write_index, write_shard
 from megatron_dit.data.text import TextEncoder
+from megatron_dit.data.vision import VisionEncoder
 from megatron_dit.errors import UserError
 from megatron_dit.parallel.cpu import device
 from megatron_dit.progress import ProgressBar
@@ -37,7 +38,15 @@ class Example:
     label: int | None = None
 
 
-def demo(folder: Path, pictures: int, seed: int, per_shard: int = 2500) -> Index:
+@dataclass(frozen=True)
+class Vision:
+    """Features for REPA: an encoder's folder or hub name, and the side of a token in latent pixels."""
+
+    encoder: str
+    patch: int
+
+
+def demo(folder: Path, pictures: int, seed: int, per_shard: int = 2500, vision: Vision | None = None) -> Index:
     """The embedded dataset: ``pictures`` drawn scenes on 16 x 16 pixels, none of a held-out combination."""
     builder = _start(folder)
     build_tiny_t5(builder / "text_encoder", [" ".join(scenes.vocabulary())], seed=seed)
@@ -58,10 +67,12 @@ def demo(folder: Path, pictures: int, seed: int, per_shard: int = 2500) -> Index
         "source": SCENES,
         "classes": scenes.KINDS,
     }
-    return _build(builder, folder, draw(), pictures, **named, per_shard=per_shard)
+    return _build(builder, folder, draw(), pictures, **named, per_shard=per_shard, vision=vision)
 
 
-def encode(source: str, folder: Path, size: int, text_encoder: str, vae: str, tokens: int) -> Index:
+def encode(
+    source: str, folder: Path, size: int, text_encoder: str, vae: str, tokens: int, vision: Vision | None = None
+) -> Index:
     """Webdataset shards of pictures and ``.txt`` captions (img2dataset's layout), resized and centre-cropped.
 
     ``text_encoder`` "tiny" builds a random one from the captions' words; ``vae`` "pixels" keeps the pixels.
@@ -83,9 +94,8 @@ def encode(source: str, folder: Path, size: int, text_encoder: str, vae: str, to
         Example(f"{i:09d}", _fit(picture, size), caption, {**meta, "source_key": key})
         for i, (key, picture, caption, meta) in enumerate(_read(paths))
     )
-    return _build(
-        builder, folder, examples, len(captions), text=text, tokens=tokens, codec=codec, side=size, source=source
-    )
+    named = {"text": text, "tokens": tokens, "codec": codec, "side": size, "source": source}
+    return _build(builder, folder, examples, len(captions), **named, vision=vision)
 
 
 def _start(folder: Path) -> Path:
@@ -111,6 +121,7 @@ def _build(
     source: str,
     classes: int = 0,
     per_shard: int = 2500,
+    vision: Vision | None = None,
 ) -> Index:
     local = aside / text
     encoder = TextEncoder(str(local) if local.is_dir() else text, tokens, device())
@@ -119,16 +130,27 @@ def _build(
         raise UserError(f"pictures of {side} pixels: the codec needs a multiple of {pictures.scale}")
     bucket = (side // pictures.scale, side // pictures.scale)
     shards = []
+    eye = VisionEncoder(vision.encoder, device()) if vision else None
+    if vision and bucket[0] % vision.patch:
+        raise UserError(f"--patch {vision.patch}: latents of {bucket[0]} pixels need a divisor")
+
+    def seen(batch: torch.Tensor) -> list[dict[str, Any]]:
+        """The members that hold the vision encoder's features, one dict a picture."""
+        if eye is None or vision is None:
+            return [{}] * len(batch)
+        side = bucket[0] // vision.patch
+        return [{"features.npy": _npy(row)} for row in eye.features(batch, side, side).half().cpu().numpy()]
 
     def encoded(bar: ProgressBar, share: Iterator[Example]) -> Iterator[dict[str, Any]]:
         while group := list(itertools.islice(share, BATCH)):
             batch = torch.from_numpy(np.stack([example.picture for example in group])).permute(0, 3, 1, 2)
             latents = pictures.encode(batch).half().numpy()
             features = encoder.encode([example.caption for example in group])
-            for example, latent, feature in zip(group, latents, features, strict=True):
+            for example, latent, feature, vision_members in zip(group, latents, features, seen(batch), strict=True):
                 label = {} if example.label is None else {"cls": str(example.label).encode()}
                 yield {
                     **label,
+                    **vision_members,
                     "__key__": example.key,
                     "latent.npy": _npy(latent),
                     "text.npy": _npy(feature.half().numpy()),
@@ -151,6 +173,7 @@ def _build(
         codec=codec,
         source=source,
         classes=classes,
+        features={"encoder": vision.encoder, "dim": eye.dim, "patch": vision.patch} if vision and eye else None,
     )
     write_index(index)
     aside.replace(folder)

@@ -22,6 +22,7 @@ from megatron_dit.mup.init import forward_multipliers, initial_value, set_multip
 from megatron_dit.mup.rules import Param
 from megatron_dit.mup.shapes import describe
 from megatron_dit.objectives import OBJECTIVES, Noised
+from megatron_dit.objectives.repa import alignment_loss
 from megatron_dit.optimizer import AdamWithEma, lr_factor, set_lr
 from megatron_dit.parallel.cpu import device
 from megatron_dit.parallel.layers import Backend
@@ -41,6 +42,7 @@ class StepMetrics:
     skipped: bool  # loss or gradient not finite: weights, moments and EMA untouched
     bad_samples: int  # samples that could not be read, over all ranks
     stop: bool  # some rank was asked to stop
+    alignment: float | None  # REPA's loss, mean over the global batch; None without REPA
 
 
 class Engine:
@@ -131,21 +133,25 @@ class Engine:
         factor = lr_factor(self.step, config.optimizer, config.train.steps)
         set_lr(self.groups, factor)
         self.model.train()
-        total = torch.zeros((), device=device())
+        total, aligned = torch.zeros((), device=device()), torch.zeros((), device=device())
         micro_batches = batch.split(config.train.micro_batch)
         for i, micro in enumerate(micro_batches):
             self._engine.set_gradient_accumulation_boundary(i == len(micro_batches) - 1)
-            loss = self.loss(micro.to(device()))
+            loss, alignment = self.losses(micro.to(device()))
             total += loss.detach() / len(micro_batches)
+            if alignment is not None:
+                aligned += alignment.detach() / len(micro_batches)
+                loss = loss + config.objective.repa_weight * alignment
             # A loss that is not finite makes the gradient so on every rank, and the step is skipped by all.
             poison = torch.where(torch.isfinite(loss.detach()), 1.0, float("nan"))
             self._engine.backward(loss * poison)
         norm, skipped = self._optimizer_step()
         self.step += 1
-        figures = torch.stack([total, total.new_tensor(float(len(batch.bad))), total.new_tensor(float(stop))])
+        counts = total.new_tensor([float(len(batch.bad)), float(stop)])
+        figures = torch.cat([torch.stack([total, aligned]), counts])
         if self.topology.world > 1:
             dist.all_reduce(figures)
-        loss_sum, bad, stops = figures.tolist()
+        loss_sum, aligned_sum, bad, stops = figures.tolist()
         return StepMetrics(
             loss=loss_sum / self.topology.world,
             grad_norm=norm,
@@ -153,27 +159,38 @@ class Engine:
             skipped=skipped,
             bad_samples=round(bad / self.topology.tensor_size),
             stop=stops > 0,
+            alignment=aligned_sum / self.topology.world if config.model.repa_block else None,
         )
 
     @torch.no_grad()
     def activations(self, batch: Batch) -> dict[str, float]:
         """Mean |x| of every named intermediate over the ranks' batches. Collective."""
         taps: Taps = {}
-        self.loss(batch.to(device()), taps)
+        self.losses(batch.to(device()), taps)
         sizes = torch.stack([tap.float().abs().mean() for tap in taps.values()])
         if self.topology.world > 1:
             dist.all_reduce(sizes)
         return dict(zip(taps, (sizes / self.topology.world).tolist(), strict=True))
 
-    def loss(self, batch: Batch, taps: Taps | None = None) -> Tensor:
-        """Mean loss of a micro-batch on this rank; ``taps`` receives the model's intermediates."""
+    def losses(self, batch: Batch, taps: Taps | None = None) -> tuple[Tensor, Tensor | None]:
+        """Means over a micro-batch on this rank: the objective's loss, and REPA's alignment loss where there is one.
+
+        ``taps`` receives the model's intermediates.
+        """
+        repa = self.config.model.repa_block > 0
+        taps = {} if taps is None and repa else taps
 
         def denoise(x_t: Tensor, t: Tensor) -> Tensor:
             return self._engine(x_t.to(self._dtype), t, condition, taps)
 
         condition = batch.condition.map(lambda x: x.to(self._dtype) if x.is_floating_point() else x)
         noised = Noised(u=batch.u, noise=batch.noise)
-        return self._objective(denoise, batch.latents, noised, self.config.objective).mean()
+        loss = self._objective(denoise, batch.latents, noised, self.config.objective).mean()
+        if not repa:
+            return loss, None
+        assert taps is not None
+        assert batch.features is not None
+        return loss, alignment_loss(taps["projection"], batch.features).mean()
 
     def _optimizer_step(self) -> tuple[float, bool]:
         """(global gradient norm before clipping, whether the step was skipped)."""

@@ -124,6 +124,7 @@ class Logger:
             "lr": metrics.lr,
             "samples_per_second": self._rate,
             "skipped_steps": self._skipped,
+            **({} if metrics.alignment is None else {"alignment": metrics.alignment}),
         }
         self._run.log(step, figures)
         self._losses, self._since = [], now

@@ -39,9 +39,16 @@ class ModelConfig:
     mlp_ratio: int = 4
     position_size: int = 0  # mmdit: side of the position table in patches (SD3 crops its centre); 0: as sample_size
     interpolation_scale: float = 1.0  # dit, pixart: positions are divided by it
+    repa_block: int = 0  # REPA: the tokens after this block (from 1) are aligned; 0: no projector
+    repa_dim: int = 0  # REPA: features of the vision encoder
 
     def __post_init__(self) -> None:
         choice("model.arch", self.arch, tuple(OBJECTIVE_OF))
+        check(0 <= self.repa_block <= self.depth, f"model.repa_block={self.repa_block}: expected 0 to {self.depth}")
+        check(
+            bool(self.repa_block) == bool(self.repa_dim),
+            f"model.repa_block={self.repa_block} and model.repa_dim={self.repa_dim}: REPA needs both",
+        )
         at_least("model.base_head_dim", self.base_head_dim, 0)
         labels = self.arch == "dit" or (self.arch == "uvit" and self.num_classes > 0)
         conditions = ("num_classes",) if labels else ("text_dim", "text_tokens")
@@ -130,11 +137,13 @@ class ObjectiveConfig:
     logit_mean: float = 0.0  # rectified_flow: location of logit(t) (SD3, arXiv 2403.03206, eq. 19)
     logit_std: float = 1.0
     shift: float = 1.0  # rectified_flow: resolution shift of t (SD3, eq. 23)
+    repa_weight: float = 0.5  # with model.repa_block: weight of the alignment loss (REPA, arXiv 2410.06940, table 2)
     beta_schedule: str = "linear"  # ddpm: linear (1e-4 to 0.02) | scaled_linear (Stable Diffusion's)
 
     def __post_init__(self) -> None:
         choice("objective.kind", self.kind, ("rectified_flow", "ddpm"))
         choice("objective.beta_schedule", self.beta_schedule, ("linear", "scaled_linear"))
+        at_least("objective.repa_weight", self.repa_weight, 0)
         check(self.logit_std > 0, f"objective.logit_std={self.logit_std}: expected a positive number")
         check(self.shift > 0, f"objective.shift={self.shift}: expected a positive number")
 
@@ -167,6 +176,7 @@ class OptimizerConfig:
 class DataConfig:
     path: str  # folder written by python -m data_prep
     caption_dropout: float = 0.1  # share of captions replaced by the null text (classifier-free guidance)
+    repa_encoder: str = ""  # REPA: DINOv2 folder or hub name, run on the fly; empty: features are in the shards
     workers: int = 0  # loader processes per rank
     shuffle_shards: int = 16  # samples are shuffled within this many shards at a time
 

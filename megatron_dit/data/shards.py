@@ -1,7 +1,8 @@
 """Shards: plain webdataset tars of one bucket each, beside an ``index.json`` that names them.
 
 A sample is ``KEY.latent.npy`` (C, H, W), ``KEY.text.npy`` (tokens, text_dim) unpadded, ``KEY.txt`` and
-``KEY.json``; ``KEY.cls`` where there are class labels. Arrays are read without pickle, and nothing else in a
+``KEY.json``; ``KEY.cls`` where there are class labels, ``KEY.features.npy`` (tokens, dim) where there are a vision
+encoder's features. Arrays are read without pickle, and nothing else in a
 shard is ever opened.
 """
 
@@ -47,6 +48,7 @@ class Index:
     codec: dict[str, Any]  # {"kind": "pixels"} or {"kind": "vae", "path"}
     classes: int  # number of class labels; 0: none
     source: str  # what was encoded; "scenes" is the embedded data, which can be scored
+    features: dict[str, Any] | None = None  # for REPA: {"encoder", "dim", "patch": latent side of a token}; None: none
 
     @property
     def samples(self) -> int:
@@ -74,7 +76,7 @@ def read_index(folder: str | Path) -> Index:
             raise UserError(f"{path} has format {raw['format']}, expected {FORMAT}: prepare the data again")
         shards = tuple(Shard(**{**shard, "bucket": tuple(shard["bucket"])}) for shard in raw["shards"])
         described = {key: raw[key] for key in ("channels", "text", "codec", "classes", "source")}
-        index = Index(folder=folder, shards=shards, **described)
+        index = Index(folder=folder, shards=shards, features=raw.get("features"), **described)
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(f"{path} is not an index of shards ({error}): prepare the data again") from None
     if not index.shards:
@@ -151,6 +153,7 @@ def write_shard(path: Path, samples: Iterator[dict[str, Any]], bucket: tuple[int
 def write_index(index: Index) -> None:
     """Write ``index.json`` last and atomically: a folder without it was never finished."""
     raw = {"format": FORMAT, "source": index.source, "channels": index.channels, "text": index.text}
+    raw |= {"features": index.features} if index.features else {}
     raw |= {"codec": index.codec, "classes": index.classes, "shards": [asdict(shard) for shard in index.shards]}
     part = index.folder / (INDEX + ".part")
     part.write_text(json.dumps(raw, indent=1) + "\n")

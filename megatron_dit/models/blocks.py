@@ -81,11 +81,29 @@ class ModulatedHead(nn.Module):
         super().__init__()
         self.backend = backend
         self.modulation = backend.gathered(config.width, 2 * config.width, init="adaln")
-        self.linear = backend.linear(config.width, config.patch_size**2 * config.out_channels)
+        self.linear = backend.linear(config.width, config.patch_size**2 * config.out_channels, init="readout")
 
     def forward(self, x: Tensor, c: Tensor) -> Tensor:
         shift, scale = self.modulation(c).chunk(2, dim=-1)
         return self.linear(self.backend.gather_tokens(modulate(x, shift, scale)))
+
+
+class Projector(nn.Module):
+    """REPA's projector (arXiv 2410.06940): a 3-layer MLP with SiLU to unit vectors, its hidden layers 2D wide."""
+
+    def __init__(self, backend: Backend, config: ModelConfig) -> None:
+        super().__init__()
+        self.backend, self.after = backend, config.repa_block - 1
+        self.fc1 = backend.column(config.width, 2 * config.width)
+        self.fc2 = backend.row(2 * config.width, 2 * config.width)
+        self.fc3 = backend.linear(2 * config.width, config.repa_dim)
+
+    def tap(self, taps: Taps, block: int, x: Tensor, patches: int) -> None:
+        """After its block, add ``projection`` (S, B, repa_dim) to ``taps``: of the last ``patches`` tokens of x."""
+        if block != self.after:
+            return
+        hidden = self.backend.gather_tokens(F.silu(self.fc2(F.silu(self.fc1(x)))))[-patches:]
+        taps.update({"projector.hidden": hidden, "projection": F.normalize(self.fc3(hidden), dim=-1)})
 
 
 def split_heads(x: Tensor, pieces: int, head_dim: int) -> tuple[Tensor, ...]:

@@ -6,7 +6,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from megatron_dit.config import ModelConfig
-from megatron_dit.models.blocks import LabelEmbedder, Mlp, ModulatedHead, Taps, TimestepEmbedder, modulate, split_heads
+from megatron_dit.models.blocks import (
+    LabelEmbedder,
+    Mlp,
+    ModulatedHead,
+    Projector,
+    Taps,
+    TimestepEmbedder,
+    modulate,
+    split_heads,
+)
 from megatron_dit.models.condition import Condition
 from megatron_dit.models.embed import interpolated_grid, patchify, unpatchify
 from megatron_dit.parallel.layers import Backend
@@ -39,6 +48,7 @@ class DiT(nn.Module):
         self.label_embed = LabelEmbedder(config.num_classes, config.width)
         self.blocks = nn.ModuleList(DiTBlock(backend, config) for _ in range(config.depth))
         self.head = ModulatedHead(backend, config)
+        self.projector = Projector(backend, config) if config.repa_block else None
 
     def forward(self, x: Tensor, t: Tensor, condition: Condition, taps: Taps | None = None) -> Tensor:
         """ε and the variance's interpolation.
@@ -50,6 +60,7 @@ class DiT(nn.Module):
         height, width = x.shape[-2:]
         image = self.patch_embed(patchify(x, self.config.patch_size)) + interpolated_grid(self.config, x)[:, None]
         c = self.time_embed(t) + self.label_embed(condition.label, condition.dropped)
+        patches = len(image)
         image = self.backend.shard_tokens(image)
         if taps is not None:
             taps.update(image=image, conditioning=c)
@@ -58,6 +69,8 @@ class DiT(nn.Module):
             image = block(image, c)
             if taps is not None:
                 taps[f"blocks.{i}"] = image
+                if self.projector is not None:
+                    self.projector.tap(taps, i, image, patches)
         out = unpatchify(self.head(image, c), self.config.patch_size, height, width)
         if taps is not None:
             taps["output"] = out

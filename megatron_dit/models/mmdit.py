@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from megatron_dit.config import ModelConfig
-from megatron_dit.models.blocks import Mlp, ModulatedHead, Taps, TimestepEmbedder, modulate, split_heads
+from megatron_dit.models.blocks import Mlp, ModulatedHead, Projector, Taps, TimestepEmbedder, modulate, split_heads
 from megatron_dit.models.condition import Condition
 from megatron_dit.models.embed import centred_positions, patchify, position_grid, unpatchify
 from megatron_dit.parallel.layers import Backend
@@ -77,6 +77,7 @@ class MMDiT(nn.Module):
             MMDiTBlock(backend, config, last=i == config.depth - 1) for i in range(config.depth)
         )
         self.head = ModulatedHead(backend, config)
+        self.projector = Projector(backend, config) if config.repa_block else None
 
     def forward(self, x: Tensor, t: Tensor, condition: Condition, taps: Taps | None = None) -> Tensor:
         """Velocity of the flow.
@@ -90,6 +91,7 @@ class MMDiT(nn.Module):
         text = text * (mask & ~condition.dropped[:, None]).to(text.dtype)[..., None]
         image = self.patch_embed(patchify(x, self.config.patch_size)) + self._positions(x)[:, None]
         c = self.time_embed(t)
+        patches = len(image)
         image = self.backend.shard_tokens(image)
         context = self.backend.shard_tokens(self.text_embed(text.transpose(0, 1)))
         if taps is not None:
@@ -99,6 +101,8 @@ class MMDiT(nn.Module):
             image, context = block(image, context, c)
             if taps is not None:
                 taps.update({f"blocks.{i}.image": image, f"blocks.{i}.text": context})
+                if self.projector is not None:
+                    self.projector.tap(taps, i, image, patches)
         out = unpatchify(self.head(image, c), self.config.patch_size, height, width)
         if taps is not None:
             taps["output"] = out

@@ -7,7 +7,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from megatron_dit.config import ModelConfig
-from megatron_dit.models.blocks import CaptionEmbedder, Mlp, Taps, TimestepEmbedder, layer_norm, modulate, split_heads
+from megatron_dit.models.blocks import (
+    CaptionEmbedder,
+    Mlp,
+    Projector,
+    Taps,
+    TimestepEmbedder,
+    layer_norm,
+    modulate,
+    split_heads,
+)
 from megatron_dit.models.condition import Condition
 from megatron_dit.models.embed import interpolated_grid, patchify, unpatchify
 from megatron_dit.parallel.layers import Backend, set_init
@@ -58,7 +67,7 @@ class Head(nn.Module):
         super().__init__()
         self.backend = backend
         self.modulation = ModulationTable(backend, 2, config.width)
-        self.linear = backend.linear(config.width, config.patch_size**2 * config.out_channels)
+        self.linear = backend.linear(config.width, config.patch_size**2 * config.out_channels, init="readout")
 
     def forward(self, x: Tensor, t: Tensor) -> Tensor:
         shift, scale = self.modulation(t[:, None])
@@ -90,6 +99,7 @@ class PixArt(nn.Module):
         self.text_embed = CaptionEmbedder(backend, config.text_dim, width)
         self.blocks = nn.ModuleList(PixArtBlock(backend, config) for _ in range(config.depth))
         self.head = Head(backend, config)
+        self.projector = Projector(backend, config) if config.repa_block else None
 
     def forward(self, x: Tensor, t: Tensor, condition: Condition, taps: Taps | None = None) -> Tensor:
         """ε and the variance's interpolation.
@@ -106,6 +116,7 @@ class PixArt(nn.Module):
         c = self.time_embed(t)
         t6 = self.time_modulation(F.silu(c)).view(len(x), 6, -1)
         context = self.text_embed(text.transpose(0, 1))
+        patches = len(image)
         image = self.backend.shard_tokens(image)
         if taps is not None:
             taps.update(image=image, text=context, conditioning=c, modulation=t6)
@@ -113,6 +124,8 @@ class PixArt(nn.Module):
             image = block(image, context, t6, mask)
             if taps is not None:
                 taps[f"blocks.{i}"] = image
+                if self.projector is not None:
+                    self.projector.tap(taps, i, image, patches)
         features = self.head(image, self.backend.seen_by_tokens(c))
         out = unpatchify(features, self.config.patch_size, height, width)
         if taps is not None:

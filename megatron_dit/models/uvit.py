@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from megatron_dit.config import ModelConfig
-from megatron_dit.models.blocks import LabelEmbedder, Mlp, Taps, split_heads
+from megatron_dit.models.blocks import LabelEmbedder, Mlp, Projector, Taps, split_heads
 from megatron_dit.models.condition import Condition
 from megatron_dit.models.embed import patchify, timestep_features, unpatchify
 from megatron_dit.parallel.layers import Backend, set_init
@@ -42,7 +42,7 @@ class Head(nn.Module):
         super().__init__()
         self.backend, self.config = backend, config
         self.norm = backend.layer_norm(config.width)
-        self.linear = backend.linear(config.width, config.patch_size**2 * config.out_channels)
+        self.linear = backend.linear(config.width, config.patch_size**2 * config.out_channels, init="readout")
         self.conv = backend.conv(config.out_channels, config.out_channels, 3)
 
     def forward(self, x: Tensor, patches: int, height: int, width: int) -> Tensor:
@@ -66,6 +66,7 @@ class UViT(nn.Module):
         half = config.depth // 2
         self.blocks = nn.ModuleList(UViTBlock(backend, config, skip=i > half) for i in range(config.depth))
         self.head = Head(backend, config)
+        self.projector = Projector(backend, config) if config.repa_block else None
 
     def forward(self, x: Tensor, t: Tensor, condition: Condition, taps: Taps | None = None) -> Tensor:
         """ε.
@@ -89,6 +90,8 @@ class UViT(nn.Module):
                 skipped.append(tokens)
             if taps is not None:
                 taps[f"blocks.{i}"] = tokens
+                if self.projector is not None:
+                    self.projector.tap(taps, i, tokens, len(patches))
         out = self.head(tokens, len(patches), height, width)
         if taps is not None:
             taps["output"] = out

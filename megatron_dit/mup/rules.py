@@ -77,7 +77,7 @@ class Param:
         asked = getattr(options.init_std, self.role, None) if self._is_weight else None
         if asked is not None:
             return Scheme(lambda _: asked)
-        if self.role == "output":
+        if self.init_kind == "readout":
             return ZERO if options.zero_output else FAN_IN
         if self.init_kind == "adaln" and options.zero_adaln is not None:
             return ZERO if options.zero_adaln else FAN_IN
@@ -98,7 +98,7 @@ class Param:
     @property
     def _is_weight(self) -> bool:
         """Whether it is drawn at random in the first place: not a bias, a gain, or a gate that starts at zero."""
-        return self.init_kind in ("fan_in", "table")
+        return self.init_kind in ("fan_in", "table", "readout")
 
     def _power(self, exponent: float) -> float:
         return self.width_multiplier**exponent

@@ -42,6 +42,7 @@ KINDS: dict[str, Scheme] = {  # what a layer marks its parameters with (parallel
     "zero": ZERO,
     "one": Scheme(lambda _: 0.0, constant=1.0),
     "table": _normal(0.02),
+    "readout": ZERO,
     "adaln": ZERO,  # adaLN-Zero (DiT, arXiv 2212.09748)
 }
 

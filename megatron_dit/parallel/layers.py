@@ -256,7 +256,7 @@ class Backend:
 
 
 def set_init(parameter: Any, kind: str) -> None:
-    """Mark how ``mup.rules`` initialises a parameter: fan_in | zero | one | table | adaln."""
+    """Mark how ``mup.rules`` initialises a parameter: a key of ``mup.schemes.KINDS``."""
     parameter.init_kind = kind
 
 

@@ -1,0 +1,53 @@
+"""Features of a pretrained vision encoder, which REPA aligns a block's tokens to."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from megatron_dit.errors import UserError
+
+# DINOv2's preprocessing (ImageNet's statistics).
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+
+class VisionEncoder:
+    """A DINOv2 from a local folder or hub name, in evaluation mode."""
+
+    def __init__(self, name: str, device: torch.device | None = None) -> None:
+        """Raises UserError where ``name`` is neither a folder nor to be had from a hub."""
+        from transformers import Dinov2Model, logging
+        from transformers.utils.logging import disable_progress_bar
+
+        logging.set_verbosity_error()
+        disable_progress_bar()
+        self._device = device or torch.device("cpu")
+        try:
+            self._model: Any = Dinov2Model.from_pretrained(name)
+        except (OSError, ValueError) as error:
+            reason = str(error).splitlines()[0]
+            raise UserError(
+                f"vision encoder {name} cannot be loaded ({reason}): give a DINOv2 folder or hub name"
+            ) from None
+        self._model.to(self._device).eval()
+
+    @property
+    def dim(self) -> int:
+        return self._model.config.hidden_size
+
+    @torch.no_grad()
+    def features(self, pictures: Tensor, rows: int, columns: int) -> Tensor:
+        """(B, 3, H, W) uint8 -> patch tokens (B, rows * columns, dim) fp32, row by row.
+
+        The pictures are resized so that the encoder's patches are ``rows`` by ``columns``, one for each of the
+        diffusion model's (REPA, arXiv 2410.06940, section 3).
+        """
+        patch = self._model.config.patch_size
+        x = pictures.to(self._device).float() / 255
+        x = F.interpolate(x, (rows * patch, columns * patch), mode="bicubic", antialias=True).clamp(0, 1)
+        mean, std = (torch.tensor(values, device=self._device)[:, None, None] for values in (MEAN, STD))
+        tokens = self._model(pixel_values=(x - mean) / std).last_hidden_state
+        return tokens[:, 1:].float()  # the first is the class token
