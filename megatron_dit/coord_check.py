@@ -3,6 +3,9 @@
 Under μP the mean |activation| of every named intermediate stays put over widths at every training step;
 under standard parametrization it grows (Tensor Programs V, arXiv 2203.03466, figure 5). Models of several
 widths train a few real steps; the slope of log2 |x| against log2 width is the verdict.
+
+Of a learned variance only ε is looked at, which is the same layer: the variance's gradient comes from the few samples
+at small t, so on the others its size is noise, which falls as 1/sqrt(width) under any parametrization.
 """
 
 from __future__ import annotations

@@ -5,7 +5,15 @@ DeepSpeed's JSON is made by :func:`deepspeed_config` and Megatron's ``Transforme
 """
 
 from megatron_dit.config.deepspeed import deepspeed_config
-from megatron_dit.config.load import config_from_dict, first_difference, flatten, load, load_config, save_config
+from megatron_dit.config.load import (
+    RESUMABLE,
+    config_from_dict,
+    first_difference,
+    flatten,
+    load,
+    load_config,
+    save_config,
+)
 from megatron_dit.config.schema import (
     OBJECTIVE_OF,
     SOLVERS_OF,
@@ -23,6 +31,7 @@ from megatron_dit.config.schema import (
 
 __all__ = [
     "OBJECTIVE_OF",
+    "RESUMABLE",
     "SOLVERS_OF",
     "CheckpointConfig",
     "Config",

@@ -80,12 +80,12 @@ def flatten(config: Any, prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def first_difference(old: Config, new: Config) -> str | None:
-    """The first key in which ``new`` may not continue ``old``'s run, with both values; None if it may."""
+def first_difference(old: Config, new: Config, free: Sequence[str] = RESUMABLE) -> str | None:
+    """The first key but ``free`` ones in which ``new`` may not continue ``old``'s run, with both values, or None."""
     before, after = flatten(old), flatten(new)
     for key, value in before.items():
-        free = any(key == name or key.startswith(name + ".") for name in RESUMABLE)
-        if not free and after[key] != value:
+        may_change = any(key == name or key.startswith(name + ".") for name in free)
+        if not may_change and after[key] != value:
             return f"{key} is {value!r} there and {after[key]!r} here"
     return None
 

@@ -13,7 +13,7 @@ import yaml
 from omegaconf import OmegaConf
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
 
-from megatron_dit.config import Config, first_difference, flatten, load_config, save_config
+from megatron_dit.config import RESUMABLE, Config, first_difference, flatten, load_config, save_config
 from megatron_dit.config.schema import at_least, check, choice
 from megatron_dit.errors import UserError
 
@@ -121,7 +121,8 @@ def open_folder(config: SweepConfig) -> None:
     """Make the sweep's folder and write its config. Raises UserError where the folder holds something else."""
     folder, path, base = config.folder, config.folder / "sweep.yaml", config.folder / "base.yaml"
     if path.is_file():
-        difference = _difference(path, config) or first_difference(load_config(base), config.base)
+        how_it_is_run = tuple(key for key in RESUMABLE if key != "train.steps")
+        difference = _difference(path, config) or first_difference(load_config(base), config.base, how_it_is_run)
         if difference is not None:
             raise UserError(f"{folder} holds another sweep ({difference}): set run_dir to a new folder")
     elif folder.exists() and (not folder.is_dir() or any(folder.iterdir())):

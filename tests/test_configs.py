@@ -1,0 +1,62 @@
+"""Every published config loads, builds, and has the size its paper gives."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import pytest
+
+from megatron_dit.config import load, load_config
+from megatron_dit.models import build_unsharded
+from megatron_dit.mup.shapes import describe
+from megatron_dit.sweep.space import SweepConfig
+
+CONFIGS = Path(__file__).parents[1] / "configs"
+
+# Exact counts; the papers' figures beside them.
+SIZES = {
+    "dit/proxy-144": (10_762_304, 10.76e6),
+    "dit/proxy-288": (42_550_880, 42.55e6),
+    "dit/proxy-576": (169_206_944, 169.2e6),
+    "dit/xl2-mup": (674_834_720, 674.8e6),
+    "dit/xl2": (674_834_720, 674.8e6),
+    "uvit/small": (44_261_472, 44e6),
+    "uvit/large": (286_763_172, 287e6),
+    "uvit/huge": (500_832_164, 501e6),
+    "pixart/proxy": (39_738_176, 39.2e6),  # the null caption's 491,520 are a buffer in the original
+    "pixart/target": (611_347_616, 610.9e6),
+    "pixart/original": (611_347_616, 610.9e6),
+    "mmdit/proxy": (181_635_648, 0.18e9),  # with REPA's projector
+    "mmdit/target": (17_859_518_016, 17.9e9),
+}
+
+
+def files(kind):
+    names = sorted(str(path.relative_to(CONFIGS).with_suffix("")) for path in CONFIGS.rglob("*.yaml"))
+    return [name for name in names if ("sweep" in name) == (kind == "sweep")]
+
+
+def test_no_config_is_left_out():
+    assert {name for name in files("run") if not name.startswith("quickstart")} == set(SIZES)
+
+
+@pytest.mark.parametrize("name", files("run"))
+def test_config_loads_and_has_its_size(name):
+    path = CONFIGS / f"{name}.yaml"
+    config = load_config(path)
+    size = sum(math.prod(param.shape) for param in describe(build_unsharded, config).values())
+    if name in SIZES:
+        exact, published = SIZES[name]
+        assert size == exact
+        learned_null = config.model.text_tokens * config.model.text_dim if config.model.arch == "pixart" else 0
+        assert size - learned_null == pytest.approx(published, rel=0.01)
+    head = [line for line in path.read_text().splitlines() if line.startswith("#")]
+    for word in ("Command:", "Cost:", "Expect:"):
+        assert any(word in line for line in head), f"{name} has no {word}"
+
+
+@pytest.mark.parametrize("name", files("sweep"))
+def test_sweep_loads(name):
+    config = load(SweepConfig, CONFIGS / f"{name}.yaml")
+    assert config.count == {"dit/sweep": 15, "pixart/sweep": 5, "mmdit/sweep": 80}.get(name, config.count)
