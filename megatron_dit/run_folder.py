@@ -10,6 +10,14 @@ from megatron_dit.config import Config, first_difference, load_config, save_conf
 from megatron_dit.errors import UserError
 
 CONFIG = "config.yaml"
+METRICS = "metrics.jsonl"
+
+
+def read_metrics(folder: Path) -> list[dict[str, Any]]:
+    """The lines logged to a run's folder; a last line cut short by a kill is left out."""
+    path = folder / METRICS
+    lines = path.read_text().splitlines() if path.is_file() else []
+    return [json.loads(line) for line in lines if line.endswith("}")]
 
 
 class RunFolder:
@@ -35,7 +43,7 @@ class RunFolder:
         self.path.mkdir(parents=True, exist_ok=True)
         save_config(self._config, self.path / CONFIG)
         kept = [line for line in self.metrics() if line["step"] <= step]
-        path = self.path / "metrics.jsonl"
+        path = self.path / METRICS
         part = path.with_suffix(".part")
         part.write_text("".join(json.dumps(line) + "\n" for line in kept))
         part.replace(path)
@@ -50,10 +58,8 @@ class RunFolder:
                 self._board.add_scalar(f"train/{name}", value, step)
 
     def metrics(self) -> list[dict[str, Any]]:
-        """The logged lines; a last line cut short by a kill is left out."""
-        path = self.path / "metrics.jsonl"
-        lines = path.read_text().splitlines() if path.is_file() else []
-        return [json.loads(line) for line in lines if line.endswith("}")]
+        """The lines logged so far."""
+        return read_metrics(self.path)
 
     def plot(self) -> None:
         """Draw loss.png: loss and gradient norm over steps."""

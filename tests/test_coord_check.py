@@ -31,20 +31,40 @@ def test_slopes_of_power_laws():
 
 def wide(arch, dataset, **overrides):
     settings = {"data.path": str(dataset), "model.head_dim": 32, "optimizer.lr": 2**-8, "optimizer.grad_clip": 0.0}
+    if arch == "uvit":  # its tokens are little but the patch: 48 values beside a width of 128 would be felt
+        settings["model.patch_size"] = 2
     return small(arch, heads=2, base_heads=2, **settings, **overrides)
 
 
-def measure(arch, dataset, layout, heads, fault=None):
-    """Runs in the pool's ranks."""
+def measure(arch, dataset, layout, heads, fault=None, steps=2):
+    """Runs in the pool's ranks; ``fault`` is planted in the parametrization."""
     from megatron_dit import engine
+    from megatron_dit.mup.rules import Param
 
-    right = engine.set_multipliers
+    set_multipliers, lr_multiplier, width_multiplier = (
+        engine.set_multipliers,
+        Param.lr_multiplier,
+        Param.width_multiplier,
+    )
+
+    def full_lr(self):
+        return 1.0 if "modulation" in self.name else lr_multiplier.fget(self)
+
+    def of_the_shard(self):
+        row = self.name.startswith("blocks.") and self.name.endswith(("out.weight", "fc2.weight"))
+        return width_multiplier.fget(self) / (layout["parallel.tensor"] if row else 1)
+
     if fault == "readout":
         engine.set_multipliers = lambda model, multipliers: None
+    if fault == "adaln":
+        Param.lr_multiplier = property(full_lr)
+    if fault == "shard":
+        Param.width_multiplier = property(of_the_shard)
     try:
-        return coord_check(wide(arch, dataset, **layout), heads, seeds=2, steps=2, each_model=lambda: None)
+        return coord_check(wide(arch, dataset, **layout), heads, seeds=2, steps=steps, each_model=lambda: None)
     finally:
-        engine.set_multipliers = right
+        engine.set_multipliers = set_multipliers
+        Param.lr_multiplier, Param.width_multiplier = lr_multiplier, width_multiplier
 
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)
@@ -63,12 +83,38 @@ def test_a_missing_readout_multiplier_is_seen(pool, dataset):
     assert abs(worst(found, "mup").slope) > 0.5
 
 
+def test_adaln_at_full_learning_rate_is_seen(pool, dataset):
+    """Its gates start at zero, so its own growth with width shows from the second step on, in every block."""
+    good, bad = (
+        slopes(pool.run(1, measure, "mmdit", dataset, {}, [2, 4, 8, 16], fault, 3)[0]) for fault in (None, "adaln")
+    )
+    of_blocks = [
+        max(abs(row.slope) for row in found if row.parametrization == "mup" and row.name.startswith("blocks"))
+        for found in (good, bad)
+    ]
+    assert of_blocks[0] < 0.1
+    assert of_blocks[1] > 0.3
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
 @pytest.mark.parametrize("layout", [{"parallel.tensor": 2, "parallel.sequence": True}, {"parallel.zero_stage": 3}])
-def test_figures_do_not_depend_on_the_layout(pool, dataset, layout):
-    expected = pool.run(1, measure, "mmdit", dataset, {}, [2, 4])[0]
-    for found in pool.run(2, measure, "mmdit", dataset, layout, [2, 4]):
+def test_figures_do_not_depend_on_the_layout(pool, dataset, arch, layout):
+    expected = pool.run(1, measure, arch, dataset, {}, [2, 4])[0]
+    for found in pool.run(2, measure, arch, dataset, layout, [2, 4]):
         assert [row.name for row in found] == [row.name for row in expected]
-        assert [row.size for row in found] == pytest.approx([row.size for row in expected], rel=1e-4, abs=1e-7)
+        assert sizes_of(found) == pytest.approx(sizes_of(expected), rel=1e-4, abs=1e-7)
+
+
+def test_a_shards_fan_in_is_seen(pool, dataset):
+    """It is a constant factor at every width, which no slope shows: the figures differ from one process's."""
+    expected = pool.run(1, measure, "mmdit", dataset, {}, [2, 4])[0]
+    found = pool.run(2, measure, "mmdit", dataset, {"parallel.tensor": 2}, [2, 4], "shard")[0]
+    differences = [abs(a - b) / b for a, b in zip(sizes_of(found), sizes_of(expected), strict=True) if b > 1e-7]
+    assert max(differences) > 1e-2
+
+
+def sizes_of(rows):
+    return [row.size for row in rows]
 
 
 def test_command_and_refusals(dataset, tmp_path, capsys):

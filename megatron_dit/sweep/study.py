@@ -24,7 +24,7 @@ from optuna.trial import TrialState
 from megatron_dit.config import save_config
 from megatron_dit.errors import UserError
 from megatron_dit.progress import ProgressBar
-from megatron_dit.run_folder import RunFolder
+from megatron_dit.run_folder import read_metrics
 from megatron_dit.sweep.space import SweepConfig, open_folder
 from megatron_dit.sweep.trial import INTERRUPTED, TAKEN, Result, TrialFiles, judge, run_trial
 
@@ -195,14 +195,15 @@ class Sweep:
 
     def _watch(self, trial: Running) -> None:
         """With ``stop_early``, report the losses so far, and end the trial if they are hopeless."""
-        path = trial.files.folder / "config.yaml"
-        if not self.config.stop_early or not path.is_file():
+        if not self.config.stop_early:
+            return
+        lines = [line for line in read_metrics(trial.files.folder) if line["step"] > trial.reported]
+        if not lines:
             return
         frozen = self._study.get_trials(deepcopy=False)[trial.files.number]
         handle = optuna.trial.Trial(self._study, frozen._trial_id)
-        lines = RunFolder(self.config.trial_config(trial.files.params, trial.files.number)).metrics()
         for line in lines:
-            if line["step"] > trial.reported and line["loss"] is not None:
+            if line["loss"] is not None:
                 trial.reported = line["step"]
                 handle.report(line["loss"], line["step"])
                 if handle.should_prune():

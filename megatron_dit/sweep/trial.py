@@ -19,7 +19,7 @@ from typing import Any
 from megatron_dit.config import Config, load_config
 from megatron_dit.errors import UserError
 from megatron_dit.launch import die_with_parent, run_ranks
-from megatron_dit.run_folder import RunFolder
+from megatron_dit.run_folder import read_metrics
 from megatron_dit.trainer import train
 
 # Exit statuses of a trial's process that has no result.
@@ -104,12 +104,10 @@ def judge(files: TrialFiles, last: float, reason: str, seconds: float) -> Result
     Diverged is a run that ended for losses that were not finite, and one that is worse at its end than
     the untrained model was.
     """
-    path = files.folder / "config.yaml"
-    config = load_config(path) if path.is_file() else None
-    lines = RunFolder(config).metrics() if config else []
+    config, lines = load_config(files.file(".yaml")), read_metrics(files.folder)
     steps = lines[-1]["step"] if lines else 0
     state, loss = "crashed", None
-    if config is not None and lines:
+    if lines:
         mean = final_loss(lines, config, last)
         if lines[-1]["loss"] is None:
             state = "diverged"
@@ -118,7 +116,7 @@ def judge(files: TrialFiles, last: float, reason: str, seconds: float) -> Result
             state = "complete" if first is None or mean <= first else "diverged"
             loss = mean if state == "complete" else None
             reason = reason if state == "complete" else f"loss {mean:.4g} at its end, {first:.4g} untrained"
-    samples = steps * config.train.global_batch if config else 0
+    samples = steps * config.train.global_batch
     return Result(files.number, files.params, state, loss, reason, steps, samples, seconds)
 
 
@@ -144,8 +142,7 @@ def _train(files: TrialFiles, procs: int) -> str | None:
     except Exception as error:  # a trial's crash is a result of the sweep, kept with its reason
         traceback.print_exc()
         return f"{type(error).__name__}: {error}"
-    done = RunFolder(config).metrics()[-1]["step"]
-    return "" if done == config.train.steps else None
+    return "" if read_metrics(files.folder)[-1]["step"] == config.train.steps else None
 
 
 def _last_error(files: TrialFiles) -> str:

@@ -16,7 +16,7 @@ def write_sweep(folder, data, space, arch="mmdit", base=None, **options):
     tiny |= {"checkpoint.every": 2, "data.path": str(data)}
     (folder / "base.yaml").write_text(yaml.safe_dump(small_dict(arch, **{**tiny, **(base or {})})))
     values = {"run_dir": str(folder / "sweep"), "config": str(folder / "base.yaml"), "space": space, **options}
-    path = folder / "sweep.yaml"
+    path = folder / "search.yaml"
     path.write_text(yaml.safe_dump(values))
     return path
 

@@ -145,7 +145,7 @@ def test_two_processes_share_one_sweep(dataset, tmp_path):
 
 def test_the_hopeless_are_stopped(dataset, tmp_path):
     space = {"seed": {"choice": [0, 1, 2, 3, 4]}, "optimizer.lr": {"choice": [2**-7, 2**-20]}}
-    path = write_sweep(tmp_path, dataset, space, base={"train.steps": 150}, stop_early=True)
+    path = write_sweep(tmp_path, dataset, space, base={"train.steps": 60, "train.log_every": 10}, stop_early=True)
     config = load(SweepConfig, path)
     sweep = Sweep(config)
     good = [n for n in range(config.count) if sweep.files(n).params["optimizer.lr"] == 2**-7]
@@ -153,7 +153,7 @@ def test_the_hopeless_are_stopped(dataset, tmp_path):
         assert [result.state for result in sweep.run(number)] == ["complete"]
     (hopeless,) = sweep.run(next(n for n in range(config.count) if n not in good))
     assert hopeless.state == "stopped"
-    assert hopeless.steps < 150
+    assert hopeless.steps < 60
     assert "median" in hopeless.reason
 
 
