@@ -30,6 +30,7 @@ def main(arguments: list[str]) -> int:
     real.add_argument("--size", type=int, default=256, help="side of the square pictures, in pixels")
     real.add_argument("--text-encoder", default="tiny", help="T5 folder or hub name; tiny: a random one is built")
     real.add_argument("--tokens", type=int, default=120, help="text tokens kept of a caption")
+    real.add_argument("--classes", type=int, default=0, help="classes of KEY.cls; captions may then be missing")
     real.add_argument("--vae", default="pixels", help="AutoencoderKL folder or hub name; pixels: none")
     for command in (embedded, real):
         command.add_argument("--vision-encoder", help="DINOv2 folder or hub name: features for REPA are kept too")
@@ -45,7 +46,8 @@ def main(arguments: list[str]) -> int:
             index = demo(parsed.folder, parsed.pictures, parsed.seed, vision=vision)
         else:
             source, size, tokens = parsed.source, parsed.size, parsed.tokens
-            index = encode(source, parsed.folder, size, parsed.text_encoder, parsed.vae, tokens, vision)
+            named = {"vision": vision, "classes": parsed.classes}
+            index = encode(source, parsed.folder, size, parsed.text_encoder, parsed.vae, tokens, **named)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -71,30 +71,40 @@ def demo(folder: Path, pictures: int, seed: int, per_shard: int = 2500, vision: 
 
 
 def encode(
-    source: str, folder: Path, size: int, text_encoder: str, vae: str, tokens: int, vision: Vision | None = None
+    source: str,
+    folder: Path,
+    size: int,
+    text_encoder: str,
+    vae: str,
+    tokens: int,
+    vision: Vision | None = None,
+    classes: int = 0,
 ) -> Index:
     """Webdataset shards of pictures and ``.txt`` captions (img2dataset's layout), resized and centre-cropped.
 
     ``text_encoder`` "tiny" builds a random one from the captions' words; ``vae`` "pixels" keeps the pixels.
-    Transparent pictures are laid on white.
+    Transparent pictures are laid on white. With ``classes``, a picture has its class number in ``.cls`` and may lack a
+    caption.
     """
     paths = sorted(Path().glob(source) if not source.startswith("/") else Path("/").glob(source[1:]))
     if not paths:
         raise UserError(f"source {source!r} names no files: give a glob of tars, such as 'photos/*.tar'")
     builder = _start(folder)
-    captions = [caption for _, _, caption, _ in _read(paths)]
-    if not captions:
-        raise UserError(f"source {source!r} holds no picture with a caption: expected KEY.jpg or .png beside KEY.txt")
+    found = [(caption, label) for _, _, caption, _, label in _read(paths, classes)]
+    if not found:
+        beside = "KEY.cls with a class number" if classes else "KEY.txt"
+        raise UserError(f"source {source!r} holds no picture to use: expected KEY.jpg or .png beside {beside}")
+    captions = [caption for caption, _ in found]
     text = text_encoder
     if text_encoder == "tiny":
         text = "text_encoder"
         build_tiny_t5(builder / text, captions, seed=0, max_tokens=tokens)
     codec = {"kind": "pixels"} if vae == "pixels" else {"kind": "vae", "path": vae}
     examples = (
-        Example(f"{i:09d}", _fit(picture, size), caption, {**meta, "source_key": key})
-        for i, (key, picture, caption, meta) in enumerate(_read(paths))
+        Example(f"{i:09d}", _fit(picture, size), caption, {**meta, "source_key": key}, label)
+        for i, (key, picture, caption, meta, label) in enumerate(_read(paths, classes))
     )
-    named = {"text": text, "tokens": tokens, "codec": codec, "side": size, "source": source}
+    named = {"text": text, "tokens": tokens, "codec": codec, "side": size, "source": source, "classes": classes}
     return _build(builder, folder, examples, len(captions), **named, vision=vision)
 
 
@@ -181,14 +191,29 @@ def _build(
     return index
 
 
-def _read(paths: list[Path]) -> Iterator[tuple[str, bytes, str, dict[str, Any]]]:
-    """(key, picture bytes, caption, json) of each captioned picture; nothing is decoded."""
+def _read(paths: list[Path], classes: int) -> Iterator[tuple[str, bytes, str, dict[str, Any], int | None]]:
+    """(key, picture bytes, caption, json, class) of each captioned or classified picture; nothing is decoded.
+
+    Raises UserError for a class number that is not below ``classes``.
+    """
     for path in paths:
         for sample in WebDataset(str(path), shardshuffle=False, empty_check=False):
             picture = next((sample[kind] for kind in ("png", "jpg", "jpeg", "webp") if kind in sample), None)
             caption = sample.get("txt", b"").decode("utf-8", errors="replace").strip()
-            if picture is not None and caption:
-                yield sample["__key__"], picture, caption, json.loads(sample.get("json", b"{}"))
+            label = (
+                _label(sample["cls"], classes, f"{sample['__key__']} of {path}")
+                if classes and "cls" in sample
+                else None
+            )
+            if picture is not None and (label is not None if classes else caption):
+                yield sample["__key__"], picture, caption, json.loads(sample.get("json", b"{}")), label
+
+
+def _label(data: bytes, classes: int, where: str) -> int:
+    text = data.decode("ascii", errors="replace").strip()
+    if not text.isdecimal() or int(text) >= classes:
+        raise UserError(f"{where} has class {text!r}, expected 0 to {classes - 1}: set --classes")
+    return int(text)
 
 
 def _fit(data: bytes, size: int) -> np.ndarray:

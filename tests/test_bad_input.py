@@ -245,3 +245,13 @@ def test_data_prep_refuses(capsys, tmp_path, dataset):
     assert main(["encode", str(tmp_path / "*.tar"), str(tmp_path / "out")]) == 2
     assert "names no files" in one_line(capsys)
     assert not (tmp_path / "out").exists()
+
+
+def test_overrides_may_follow_flags(config, capsys):
+    path = config()
+    assert run(["train", str(path), "train.steps=7", "--dry-run", "train.log_every=3"]) == 0
+    out = capsys.readouterr().out
+    assert "steps: 7" in out
+    assert "log_every: 3" in out
+    assert run(["train", str(path), "--dry-run", "--steps=7"]) == 2
+    assert "unrecognized arguments: --steps=7" in capsys.readouterr().err

@@ -5,6 +5,7 @@ Exit status 0: good; 1: a check failed; 2: the user's mistake, told in one line.
 
 from __future__ import annotations
 
+import argparse
 import os
 import sys
 from typing import NoReturn
@@ -23,7 +24,7 @@ def main() -> NoReturn:
 def run(arguments: list[str]) -> int:
     """Run one command; returns the exit status."""
     try:
-        parsed = _parser().parse_args(_without_launcher_flags(arguments))
+        parsed = _parse(_without_launcher_flags(arguments))
         return parsed.run(parsed)
     except UserError as error:
         if os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0":
@@ -32,6 +33,19 @@ def run(arguments: list[str]) -> int:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
+
+
+def _parse(arguments: list[str]) -> argparse.Namespace:
+    """Parse; overrides may stand between and after flags, where argparse takes no more positionals."""
+    parser = _parser()
+    parsed, left = parser.parse_known_args(arguments)
+    overrides = [item for item in left if "=" in item and not item.startswith("-") and hasattr(parsed, "overrides")]
+    unknown = [item for item in left if item not in overrides]
+    if unknown:
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}")
+    if overrides:
+        parsed.overrides = [*parsed.overrides, *overrides]
+    return parsed
 
 
 def _leave(status: int) -> int:

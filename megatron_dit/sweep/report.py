@@ -114,10 +114,13 @@ def draw(results: Sequence[Result], config: SweepConfig) -> list[Path]:
     written = []
     searched = [key for key in config.space if is_hyperparameter(key)]
     if "optimizer.lr" in searched:
-        figure = Figure(layout="constrained")
+        panels = len(config.space["mup.parametrization"].finite) if "mup.parametrization" in config.space else 1
+        figure = Figure(figsize=(4.6 * panels, 3.8), layout="constrained")
         draw_lr(figure, results, config)
         written.append(config.folder / "loss_by_lr.png")
         figure.savefig(written[-1], dpi=120)
+    if not searched:
+        return written
     figure = Figure(figsize=(4 * len(searched), 3.6), layout="constrained")
     panels = figure.subplots(1, len(searched), sharey=True, squeeze=False)[0]
     complete = [result for result in results if result.state == "complete"]
@@ -148,7 +151,6 @@ def draw_lr(figure: Any, results: Sequence[Result], config: SweepConfig) -> None
         if lr not in at or setting.loss < at[lr].loss:  # over the other hyperparameters: the best
             at[lr] = setting
     panels = list(dict.fromkeys(parametrization for parametrization, _ in sorted(found)))
-    figure.set_size_inches(4.6 * len(panels), 3.8)
     axes = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
     for (parametrization, heads), at in sorted(found.items()):
         panel = axes[panels.index(parametrization)]
@@ -164,6 +166,7 @@ def draw_lr(figure: Any, results: Sequence[Result], config: SweepConfig) -> None
         panel.plot(lrs[lowest], losses[lowest], "*", markersize=13, color=line.get_color())
     for panel, parametrization in zip(axes, panels, strict=True):
         panel.set_xscale("log", base=2)
+        panel.set_yscale("log")
         panel.set(title=parametrization, xlabel="base learning rate")
         panel.grid(alpha=0.3)
         panel.legend(fontsize=8)
