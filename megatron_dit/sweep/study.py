@@ -15,7 +15,7 @@ from typing import Any
 
 import optuna
 import torch
-from optuna.samplers import BaseSampler, PartialFixedSampler, RandomSampler, TPESampler
+from optuna.samplers import RandomSampler, TPESampler
 from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
 from optuna.storages.journal._file import BaseJournalFileLock
@@ -87,8 +87,7 @@ class Sweep:
         """The trial's files, its values asked for if nobody has. Raises UserError where they do not go together."""
         with Lock(self.config.folder / "ask.lock"):
             while len(trials := self._study.get_trials(deepcopy=False)) <= number:
-                self._study.sampler = self._sampler(len(trials))
-                self._study.ask(self.config.distributions())
+                self._ask(len(trials))
         params = dict(trials[number].params)
         files = TrialFiles(self.config.folder / "trials" / f"{number:04d}", params)
         config = self.config.trial_config(params, number)
@@ -98,17 +97,21 @@ class Sweep:
         )
         return files
 
-    def _sampler(self, number: int) -> BaseSampler:
-        # Seeded anew for each trial: a sampler's generator would start over with the process.
-        seed = (self.config.seed << 20) + number
-        if self.config.sampler == "random":
-            return RandomSampler(seed=seed)
-        if self.config.sampler == "tpe":
-            return TPESampler(seed=seed, constant_liar=True)
+    def _ask(self, number: int) -> None:
+        """Add trial ``number`` to the study."""
+        distributions = self.config.distributions()
+        if self.config.sampler != "grid":
+            # Seeded anew for each trial: a sampler's generator would start over with the process.
+            seed = (self.config.seed << 20) + number
+            tpe = self.config.sampler == "tpe"
+            self._study.sampler = TPESampler(seed=seed, constant_liar=True) if tpe else RandomSampler(seed=seed)
+            self._study.ask(distributions)
+            return
         # Optuna's GridSampler stops its study by itself, which only ``study.optimize`` allows.
         points = list(itertools.product(*(dimension.finite for dimension in self.config.space.values())))
         point = dict(zip(self.config.space, points[number], strict=True))
-        return PartialFixedSampler(point, RandomSampler(seed=seed))
+        trial = optuna.trial.create_trial(state=TrialState.RUNNING, params=point, distributions=distributions)
+        self._study.add_trial(trial)
 
     def _threads(self, asked: int) -> int:
         return asked or max(1, (os.cpu_count() or 1) // (self.config.parallel * self.config.procs))
