@@ -37,7 +37,7 @@ def print_table(params: Mapping[str, Param], config: Config) -> None:
     """Rows grouped over blocks, then tensors and elements of each role."""
     title = f"{config.model.arch}, width {config.model.width}, {config.mup.parametrization} parametrization"
     table = Table(title=title)
-    for column in ("parameter", "count", "role", "shape", "base", "init", "forward", "lr", "wd"):
+    for column in ("parameter", "count", "role", "shape", "base", "n", "init", "forward", "lr", "wd"):
         table.add_column(column, no_wrap=True)
     grouped: dict[tuple[str, ...], int] = {}
     for row in rows(params):
@@ -47,6 +47,7 @@ def print_table(params: Mapping[str, Param], config: Config) -> None:
             row["role"],
             "x".join(str(size) for size in row["shape"]),
             "x".join("-" if size is None else str(size) for size in row["base"]),
+            f"{row['width_multiplier']:g}",
             init,
             *(f"{row[name]:g}" for name in ("multiplier", "lr_multiplier", "weight_decay_multiplier")),
         )

@@ -32,11 +32,12 @@ def test_euler_ends_at_the_only_datum():
     torch.testing.assert_close(out, c)
 
 
+@pytest.mark.parametrize("betas", ["linear", "scaled_linear"])
 @pytest.mark.parametrize("solver", ["ddim", "dpm++"])
-def test_ddpm_solvers_map_noise_to_gaussian_data(solver):
+def test_ddpm_solvers_map_noise_to_gaussian_data(solver, betas):
     """Data N(0, s^2): the optimal ε is known, and the probability-flow ODE scales noise to s."""
     s = 0.5
-    scheduler = scheduler_for(small("pixart"), solver)
+    scheduler = scheduler_for(small("pixart", **{"objective.beta_schedule": betas}), solver)
     bar = scheduler.alphas_cumprod
 
     def epsilon(x, t):
@@ -183,3 +184,20 @@ def test_classes_are_drawn_by_number(dataset, tmp_path, capsys):
         assert run([words[0], str(tmp_path / "run"), *words[1:], "--out", str(tmp_path / "x.png")]) == 2
         assert len(capsys.readouterr().err.strip().splitlines()) == 1
     assert not (tmp_path / "x.png").exists()
+
+
+def test_uvit_draws_its_own_size_only(dataset, tmp_path, capsys):
+    path, run_dir = tmp_path / "c.yaml", tmp_path / "run"
+    path.write_text(yaml.safe_dump(small_dict("uvit", **{"data.path": str(dataset), "run_dir": str(run_dir)})))
+    assert run(["train", str(path)]) == 0
+    out = tmp_path / "grid.png"
+    words = ["sample", str(run_dir), "--prompt", "a red circle at the top left", "--steps", "3", "--out", str(out)]
+    assert run(words) == 0
+    assert Image.open(out).size[0] > 50
+    capsys.readouterr()
+    assert run([*words, "--size", "16x32"]) == 2
+    assert "uvit learns the positions" in capsys.readouterr().err
+    assert run(["train", str(path), "model.sample_size=32", f"run_dir={tmp_path / 'other'}"]) == 2
+    assert "uvit learns the positions of one size" in capsys.readouterr().err
+    assert run(["train", str(path), "model.depth=4", "--dry-run"]) == 2
+    assert "model.depth=4" in capsys.readouterr().err
