@@ -6,8 +6,10 @@ import fcntl
 import itertools
 import multiprocessing
 import os
+import signal
 import time
 from collections import deque
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -70,6 +72,9 @@ class Sweep:
     """
 
     def __init__(self, config: SweepConfig) -> None:
+        gpus, needed = torch.cuda.device_count(), config.parallel * config.procs
+        if 0 < gpus < needed:
+            raise UserError(f"parallel={config.parallel} * procs={config.procs} needs as many GPUs, here are {gpus}")
         open_folder(config)
         self.config = config
         optuna.logging.set_verbosity(optuna.logging.ERROR)
@@ -84,18 +89,11 @@ class Sweep:
     # --- what to try ----------------------------------------------------------------------------------
 
     def files(self, number: int) -> TrialFiles:
-        """The trial's files, its values asked for if nobody has. Raises UserError where they do not go together."""
+        """The trial's files, its values asked for if nobody has."""
         with Lock(self.config.folder / "ask.lock"):
             while len(trials := self._study.get_trials(deepcopy=False)) <= number:
                 self._ask(len(trials))
-        params = dict(trials[number].params)
-        files = TrialFiles(self.config.folder / "trials" / f"{number:04d}", params)
-        config = self.config.trial_config(params, number)
-        save_config(
-            replace(config, train=replace(config.train, threads=self._threads(config.train.threads))),
-            files.file(".yaml"),
-        )
-        return files
+        return TrialFiles(self.config.folder / "trials" / f"{number:04d}", dict(trials[number].params))
 
     def _ask(self, number: int) -> None:
         """Add trial ``number`` to the study."""
@@ -113,9 +111,6 @@ class Sweep:
         trial = optuna.trial.create_trial(state=TrialState.RUNNING, params=point, distributions=distributions)
         self._study.add_trial(trial)
 
-    def _threads(self, asked: int) -> int:
-        return asked or max(1, (os.cpu_count() or 1) // (self.config.parallel * self.config.procs))
-
     # --- trying it ------------------------------------------------------------------------------------
 
     def run(self, only: int | None = None) -> list[Result]:
@@ -126,53 +121,76 @@ class Sweep:
         results = {n: result for n in numbers if (result := self._stored(n)) is not None}
         for result in results.values():
             self._tell(result)
-        waiting = deque(n for n in numbers if n not in results)
         running: list[Running] = []
-        held_until: dict[int, float] = {}
-        with ProgressBar("sweep", len(numbers), len(results)) as bar:
-            while waiting or running:
-                free = set(range(self.config.parallel)) - {trial.slot for trial in running}
-                ready = [n for n in waiting if time.monotonic() >= held_until.get(n, 0.0)]
-                for slot, number in zip(sorted(free), ready, strict=False):
-                    waiting.remove(number)
-                    running.append(self._start(context, number, slot))
-                time.sleep(POLL_SECONDS)
-                for trial in list(running):
-                    if trial.process.is_alive():
-                        self._watch(trial)
-                        continue
-                    running.remove(trial)
-                    number = trial.files.number
-                    if trial.process.exitcode == INTERRUPTED:
-                        raise KeyboardInterrupt
-                    if trial.process.exitcode == TAKEN:
-                        held_until[number] = time.monotonic() + TAKEN_SECONDS
-                        waiting.append(number)
-                        continue
-                    results[number] = self._ended(trial)
-                    bar.advance(line_of(results[number]))
+        handler = signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C
+        try:
+            with ProgressBar("sweep", len(numbers), len(results)) as bar:
+                for result in self._until_done(context, [n for n in numbers if n not in results], running):
+                    results[result.number] = result
+                    bar.advance(line_of(result))
+        except KeyboardInterrupt:
+            for trial in running:  # they save and leave, and go on when the sweep does
+                trial.process.terminate()
+            for trial in running:
+                trial.process.join()
+            raise
+        finally:
+            signal.signal(signal.SIGTERM, handler)
         return [results[number] for number in sorted(results)]
+
+    def _until_done(self, context: Any, numbers: list[int], running: list[Running]) -> Iterator[Result]:
+        """Run the trials, ``parallel`` at a time; yields results as they come. ``running`` holds those under way."""
+        waiting = deque(numbers)
+        held_until: dict[int, float] = {}
+        while waiting or running:
+            free = set(range(self.config.parallel)) - {trial.slot for trial in running}
+            ready = [n for n in waiting if time.monotonic() >= held_until.get(n, 0.0)]
+            for slot, number in zip(sorted(free), ready, strict=False):
+                waiting.remove(number)
+                try:
+                    running.append(self._start(context, number, slot))
+                except UserError as error:  # values that do not go together
+                    yield self._refused(number, str(error))
+            time.sleep(POLL_SECONDS)
+            for trial in list(running):
+                if trial.process.is_alive():
+                    self._watch(trial)
+                    continue
+                running.remove(trial)
+                if trial.process.exitcode == INTERRUPTED:
+                    raise KeyboardInterrupt
+                if trial.process.exitcode == TAKEN:
+                    held_until[trial.files.number] = time.monotonic() + TAKEN_SECONDS
+                    waiting.append(trial.files.number)
+                    continue
+                yield self._ended(trial)
 
     def _stored(self, number: int) -> Result | None:
         return TrialFiles(self.config.folder / "trials" / f"{number:04d}", {}).result()
 
     def _start(self, context: Any, number: int, slot: int) -> Running:
-        files = self.files(number)
-        arguments = (files, self.config.procs, self.config.last, self.config.keep_checkpoints, self._devices(slot))
+        """Start a trial's process. Raises UserError where its values do not go together."""
+        files, devices = self.files(number), self._devices(slot)
+        config = self.config.trial_config(files.params, number)
+        threads = config.train.threads or max(1, (os.cpu_count() or 1) // (self.config.parallel * self.config.procs))
+        save_config(replace(config, train=replace(config.train, threads=threads)), files.file(".yaml"))
+        arguments = (files, self.config.procs, self.config.last, self.config.keep_checkpoints, devices)
         process = context.Process(target=run_trial, args=arguments)
         process.start()
         return Running(files, process, slot, time.monotonic())
 
+    def _refused(self, number: int, reason: str) -> Result:
+        files = self.files(number)
+        result = Result(number, files.params, "crashed", None, reason, steps=0, samples=0, seconds=0.0)
+        files.write(result)
+        self._tell(result)
+        return result
+
     def _devices(self, slot: int) -> str | None:
         """CUDA_VISIBLE_DEVICES of a slot: its own share of this machine's GPUs."""
-        count, procs = torch.cuda.device_count(), self.config.procs
-        if count == 0:
+        if torch.cuda.device_count() == 0:
             return None
-        if count < self.config.parallel * procs:
-            raise UserError(
-                f"parallel={self.config.parallel} * procs={procs} needs as many GPUs, this machine has {count}"
-            )
-        return ",".join(str(gpu) for gpu in range(slot * procs, (slot + 1) * procs))
+        return ",".join(str(gpu) for gpu in range(slot * self.config.procs, (slot + 1) * self.config.procs))
 
     def _ended(self, trial: Running) -> Result:
         """The result the trial wrote; one that died before it could has crashed."""

@@ -87,6 +87,34 @@ def test_divergence_and_crashes_are_results(dataset, tmp_path, capsys):
     assert not list((tmp_path / "sweep").rglob("checkpoints"))
 
 
+def test_values_that_do_not_go_together_are_a_result(dataset, tmp_path):
+    """Each is fine alone: three heads, and two tensor-parallel ranks of the base's four heads."""
+    space = {"model.heads": {"choice": [3, 4]}, "parallel.tensor": {"choice": [1, 2]}}
+    found = {
+        (r.params["model.heads"], r.params["parallel.tensor"]): r
+        for r in Sweep(load(SweepConfig, write_sweep(tmp_path, dataset, space))).run()
+    }
+    assert found[3, 1].state == found[4, 1].state == "complete"
+    assert found[3, 2].state == "crashed"
+    assert "model.heads=3 is not divisible by parallel.tensor=2" in found[3, 2].reason
+
+
+def test_a_stop_signal_saves_the_trials_and_the_sweep_goes_on(dataset, tmp_path):
+    path = write_sweep(tmp_path, dataset, {"optimizer.lr": {"choice": [2**-8]}}, base={"train.steps": 4000})
+    process = subprocess.Popen([sys.executable, "-m", "megatron_dit", "sweep", str(path)])
+    lines = tmp_path / "sweep" / "trials" / "0000" / "metrics.jsonl"
+    deadline = time.monotonic() + 200
+    while not (lines.is_file() and len(lines.read_text().splitlines()) > 5):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(timeout=60) == 130
+    assert not results_in(tmp_path / "sweep")
+    steps = [json.loads(line)["step"] for line in lines.read_text().splitlines()]
+    saved = sorted((tmp_path / "sweep" / "trials" / "0000" / "checkpoints").iterdir())[-1]
+    assert saved.name.endswith(str(steps[-1]))
+
+
 def test_a_process_that_dies_is_a_crash(dataset, tmp_path):
     sweep = Sweep(load(SweepConfig, write_sweep(tmp_path, dataset, {"optimizer.lr": {"log2": [-8, -7]}})))
     trial = sweep._start(multiprocessing.get_context("forkserver"), 0, 0)
