@@ -6,15 +6,17 @@ samples is the training FLOPs up to the factor 6 * tokens, which proxy and targe
 
 from __future__ import annotations
 
+import functools
 import math
 from collections import Counter
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 
-from megatron_dit.config import Config, config_from_dict, flatten, load, load_config
+from megatron_dit.config import Config, ModelConfig, config_from_dict, flatten, load, load_config
 from megatron_dit.errors import UserError
 from megatron_dit.models import build_unsharded
 from megatron_dit.mup.shapes import describe
@@ -62,8 +64,10 @@ class Cost:
         return terms[0] if len(terms) == 1 else "(" + " + ".join(terms) + ")"
 
 
-def parameters(config: Config) -> int:
-    return sum(math.prod(param.shape) for param in describe(build_unsharded, config).values())
+@functools.cache
+def parameters(model: ModelConfig) -> int:
+    with torch.device("meta"):
+        return sum(p.numel() for p in build_unsharded(model).parameters())
 
 
 def samples(config: Config) -> int:
@@ -85,7 +89,7 @@ def transfer(folder: Path, target: Config, target_path: str, out: Path) -> dict[
     _check_target(proxy, target)
     found = with_values(target, dict(chosen.hyperparameters))
     groups = group_lines(found)
-    cost = Cost(tuple(_run(config, result) for result in results), (parameters(found), samples(found)))
+    cost = Cost(tuple(_run(config, result) for result in results), (parameters(found.model), samples(found)))
     values = ", ".join(f"{key} = {report.show(value)}" for key, value in chosen.hyperparameters)
     header = [
         f"{target_path} with base hyperparameters from {folder}: {values}",
@@ -150,7 +154,7 @@ def print_plan(config: SweepConfig, target: str | None) -> dict[str, Any]:
     figures: dict[str, Any] = {"trials": config.count}
     if target is not None:
         goal = load_config(target)
-        cost = Cost(_planned(config), (parameters(goal), samples(goal)))
+        cost = Cost(_planned(config), (parameters(goal.model), samples(goal)))
         print("\n".join(cost.lines()))
         figures |= {"cost": cost.share, "cost_rounded": cost.rounded_share}
     return figures
@@ -160,12 +164,12 @@ def _planned(config: SweepConfig) -> tuple[tuple[int, int], ...]:
     """(parameters, samples) of every trial; a searched width counts evenly."""
     widths = config.space["model.heads"].finite if "model.heads" in config.space else [config.base.model.heads]
     proxies = [config.trial_config({"model.heads": heads}, 0) for heads in widths]
-    runs = [(parameters(proxy), samples(proxy)) for proxy in proxies]
+    runs = [(parameters(proxy.model), samples(proxy)) for proxy in proxies]
     return tuple(runs[number % len(runs)] for number in range(config.count))
 
 
 def _run(config: SweepConfig, result: Result) -> tuple[int, int]:
-    return parameters(config.trial_config(result.params, result.number)), result.samples
+    return parameters(config.trial_config(result.params, result.number).model), result.samples
 
 
 def _check_target(proxy: Config, target: Config) -> None:

@@ -111,7 +111,7 @@ class MupConfig:
 
     parametrization: str = "mup"
     init: str = "default"  # initial values: default (Kaiming normal) | dit | dit-mup | pixart | pixart-mup | uvit
-    init_std: InitStd = field(default_factory=lambda: InitStd())
+    init_std: InitStd = field(default_factory=InitStd)
     zero_output: bool = True  # the readout starts at zero; else at 1 / sqrt(base fan-in)
     zero_adaln: bool | None = None  # adaLN starts at zero (true), at 1 / sqrt(fan-in) (false), or as ``init`` has it
     coupled_decay: bool = True  # hidden weights decay with wd * n, so that lr * wd stays (package mup); else with wd
