@@ -13,6 +13,8 @@ from rich.table import Table
 from megatron_dit.config import Config
 from megatron_dit.mup.rules import Param
 
+WIDTH = 140  # of the table: on a narrow terminal its lines wrap, but nothing is cut
+
 
 def rows(params: Mapping[str, Param]) -> list[dict[str, Any]]:
     """One entry a parameter, with what the rules make of it."""
@@ -54,7 +56,7 @@ def print_table(params: Mapping[str, Param], config: Config) -> None:
         grouped[key] = grouped.get(key, 0) + 1
     for (name, *rest), count in grouped.items():
         table.add_row(name, str(count), *rest)
-    console = Console()
+    console = Console(width=WIDTH)
     console.print(table)
     for role in dict.fromkeys(param.role for param in params.values()):
         held = [math.prod(param.shape) for param in params.values() if param.role == role]
