@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -125,11 +126,20 @@ def open_folder(config: SweepConfig) -> None:
         difference = _difference(path, config) or first_difference(load_config(base), config.base, how_it_is_run)
         if difference is not None:
             raise UserError(f"{folder} holds another sweep ({difference}): set run_dir to a new folder")
-    elif folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+    elif folder.exists() and (not folder.is_dir() or any(not _ours(item) for item in folder.iterdir())):
         raise UserError(f"run_dir={folder} exists and is no sweep of ours: set run_dir to a new folder")
+    # Tasks of an array do this at once: every file appears whole, and sweep.yaml last.
     (folder / "trials").mkdir(parents=True, exist_ok=True)
-    save_config(config.base, base)
-    path.write_text(OmegaConf.to_yaml(OmegaConf.structured(config)))
+    part = folder / f"{os.getpid()}.part"
+    save_config(config.base, part)
+    part.replace(base)
+    part.write_text(OmegaConf.to_yaml(OmegaConf.structured(config)))
+    part.replace(path)
+
+
+def _ours(item: Path) -> bool:
+    """Whether it is what a sweep writes before its sweep.yaml."""
+    return item.name in ("trials", "base.yaml", "sweep.yaml") or item.suffix == ".part"
 
 
 def _difference(path: Path, config: SweepConfig) -> str | None:
