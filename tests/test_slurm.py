@@ -8,12 +8,15 @@ import socket
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import yaml
 
 from megatron_dit.checkpoint.load import open_checkpoint
+from megatron_dit.transfer import read_sweep
 from tests.configs import small_dict
+from tests.sweep.helpers import write_sweep
 
 NEEDED = ("srun", "slurmctld", "slurmd", "munged", "mungekey")
 missing = [name for name in NEEDED if shutil.which(name) is None]
@@ -100,3 +103,15 @@ def test_srun_trains_and_refuses(slurm, dataset, tmp_path):
     assert refused.returncode == 2
     assert refused.stderr.count("unknown key 'model.dept'") == 1
     assert "Traceback" not in refused.stderr
+
+
+def test_a_sweep_is_an_array_of_its_trials(slurm, dataset, tmp_path):
+    """launch/sweep.sbatch as it stands."""
+    path = write_sweep(tmp_path, dataset, {"optimizer.lr": {"log2": [-9, -8]}})
+    script = Path(__file__).parents[1] / "launch" / "sweep.sbatch"
+    words = ["sbatch", "--wait", "--array=0-1", f"--output={tmp_path}/%a.log", str(script), str(path)]
+    env = {**slurm, "PYTHON": sys.executable}
+    done = subprocess.run(words, capture_output=True, text=True, timeout=200, check=False, env=env)
+    logs = [log.read_text() for log in tmp_path.glob("*.log")]
+    assert done.returncode == 0, (done.stdout, done.stderr, *logs)
+    assert [result.state for result in read_sweep(tmp_path / "sweep")[1]] == ["complete", "complete"]
