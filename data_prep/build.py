@@ -19,7 +19,7 @@ from webdataset.compat import WebDataset
 from data_prep.tiny_t5 import build_tiny_t5
 from megatron_dit.data import scenes
 from megatron_dit.data.codec import open_codec
-from megatron_dit.data.shards import INDEX, SCENES, Index, write_index, write_shard
+from megatron_dit.data.shards import INDEX, SCENES, Index, class_number, write_index, write_shard
 from megatron_dit.data.text import TextEncoder
 from megatron_dit.data.vision import VisionEncoder
 from megatron_dit.errors import UserError
@@ -201,19 +201,12 @@ def _read(paths: list[Path], classes: int) -> Iterator[tuple[str, bytes, str, di
             picture = next((sample[kind] for kind in ("png", "jpg", "jpeg", "webp") if kind in sample), None)
             caption = sample.get("txt", b"").decode("utf-8", errors="replace").strip()
             label = (
-                _label(sample["cls"], classes, f"{sample['__key__']} of {path}")
+                class_number(sample["cls"], classes, f"{sample['__key__']} of {path}")
                 if classes and "cls" in sample
                 else None
             )
             if picture is not None and (label is not None if classes else caption):
                 yield sample["__key__"], picture, caption, json.loads(sample.get("json", b"{}")), label
-
-
-def _label(data: bytes, classes: int, where: str) -> int:
-    text = data.decode("ascii", errors="replace").strip()
-    if not text.isdecimal() or int(text) >= classes:
-        raise UserError(f"{where} has class {text!r}, expected 0 to {classes - 1}: set --classes")
-    return int(text)
 
 
 def _fit(data: bytes, size: int) -> np.ndarray:

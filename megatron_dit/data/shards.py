@@ -98,6 +98,14 @@ def check_shards(index: Index, shards: Iterable[Shard]) -> None:
             raise UserError(f"shard {path} holds {found} samples, its index says {shard.samples}: restore it")
 
 
+def class_number(data: bytes, classes: int, where: str) -> int:
+    """The number in a ``.cls`` member. Raises UserError, naming ``where``, for what is none below ``classes``."""
+    text = data.decode("ascii", errors="replace").strip()
+    if not text.isdecimal() or int(text) >= classes:
+        raise UserError(f"{where} has class {text!r}, expected 0 to {classes - 1}")
+    return int(text)
+
+
 class ShardReader:
     """Random access to the samples of one tar: its headers are read once, its members on demand."""
 
@@ -124,10 +132,7 @@ class ShardReader:
 
     def label(self, key: str, classes: int) -> int:
         """Raises UserError for what is no class number below ``classes``."""
-        text = self._read(key, "cls").decode("ascii", errors="replace").strip()
-        if not text.isdecimal() or int(text) >= classes:
-            raise UserError(f"sample {key} of shard {self.path} has class {text!r}, expected 0 to {classes - 1}")
-        return int(text)
+        return class_number(self._read(key, "cls"), classes, f"sample {key} of shard {self.path}")
 
     def _read(self, key: str, extension: str) -> bytes:
         place = self._members[key].get(extension)

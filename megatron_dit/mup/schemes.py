@@ -80,7 +80,6 @@ PRESETS: dict[str, dict[str, Scheme]] = {
         "patch_embed.weight": FAN_IN,
         "head.conv.weight": FAN_IN,
         "label_embed.table": _normal(1.0),
-        "*norm*.gain": KINDS["one"],
         "*.weight": _normal(0.02),
     },
 }

@@ -157,7 +157,8 @@ class Sweep:
                     self._watch(trial)
                     continue
                 running.remove(trial)
-                if trial.process.exitcode == INTERRUPTED:
+                # A signal that came before the run could handle it is no crash of the trial's.
+                if trial.process.exitcode in (INTERRUPTED, -signal.SIGTERM, -signal.SIGINT):
                     raise KeyboardInterrupt
                 if trial.process.exitcode == TAKEN:
                     held_until[trial.files.number] = time.monotonic() + TAKEN_SECONDS
