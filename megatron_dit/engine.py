@@ -5,8 +5,8 @@ from __future__ import annotations
 import contextlib
 import io
 import logging
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -27,9 +27,27 @@ from megatron_dit.optimizer import AdamWithEma, lr_factor, set_lr
 from megatron_dit.parallel.cpu import device
 from megatron_dit.parallel.layers import Backend
 from megatron_dit.parallel.masters import Masters, MasterShard
+from megatron_dit.parallel.recompute import Recompute
 from megatron_dit.parallel.topology import DeepSpeedMpu, Topology
+from megatron_dit.pipeline import Pipeline, attach
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+@dataclass
+class Losses:
+    """Mean losses of a step's micro-batches on this rank; a pipeline stage has those that are computed on it."""
+
+    objective: list[Tensor] = field(default_factory=list)
+    alignment: list[Tensor] = field(default_factory=list)
+
+    def means(self) -> list[float]:
+        return [float(torch.stack(values).mean()) if values else 0.0 for values in (self.objective, self.alignment)]
+
+
+def poisoned(loss: Tensor) -> Tensor:
+    """A loss that is not finite makes the gradient so on every rank, and the step is skipped by all."""
+    return loss * torch.where(torch.isfinite(loss.detach()), 1.0, float("nan"))
 
 
 @dataclass(frozen=True)
@@ -57,17 +75,20 @@ class Engine:
         self.config, self.topology = config, topology
         self.params: Mapping[str, Param] = describe(build_unsharded, config)
         ds_config = deepspeed_config(config, topology.data_size)
-        backend = Backend(config.model, config.parallel, topology)
+        recompute = Recompute(config.train.recompute, config.train.recompute_blocks or config.model.depth)
+        backend = Backend(config.model, config.parallel, topology, recompute)
         self._dtype, mpu = DTYPES[config.train.dtype], DeepSpeedMpu()
         sharded: Any = contextlib.nullcontext()
         if config.parallel.zero_stage == 3:
             # Left to itself Init partitions over all ranks, which mixes different tensor-parallel shards.
             group = topology.data_group
             sharded = deepspeed.zero.Init(data_parallel_group=group, config_dict_or_path=ds_config, mpu=mpu)
+        runs = config.block_runs()[topology.pipeline_rank :: topology.pipeline_size]
         with sharded, torch.device(device()):
-            model = build(config.model, backend)
-        set_multipliers(model, forward_multipliers(self.params))
-        groups = optimizer_groups(model.named_parameters(), self.params, config.optimizer)
+            model = build(config.model, backend, [i for run in runs for i in run])
+        held = {name: self.params[name] for name, _ in model.named_parameters()}
+        set_multipliers(model, forward_multipliers(held))
+        groups = optimizer_groups(model.named_parameters(), held, config.optimizer)
         self.optimizer = AdamWithEma(groups, config.optimizer, config.train.ema_decay)
         with contextlib.redirect_stdout(io.StringIO()):  # its optimizers print their memory use as they are built
             self._engine: Any = deepspeed.initialize(
@@ -78,6 +99,7 @@ class Engine:
         self.optimizer.create_state(self.masters.flats)
         self.step = 0
         self._objective = OBJECTIVES[config.objective.kind]
+        self._pipeline = Pipeline(model, config, topology, self._dtype) if topology.pipeline_size > 1 else None
 
     @property
     def groups(self) -> list[dict[str, Any]]:
@@ -133,64 +155,69 @@ class Engine:
         factor = lr_factor(self.step, config.optimizer, config.train.steps)
         set_lr(self.groups, factor)
         self.model.train()
-        total, aligned = torch.zeros((), device=device()), torch.zeros((), device=device())
+        losses = Losses()
         micro_batches = batch.split(config.train.micro_batch)
-        for i, micro in enumerate(micro_batches):
-            self._engine.set_gradient_accumulation_boundary(i == len(micro_batches) - 1)
-            loss, alignment = self.losses(micro.to(device()))
-            total += loss.detach() / len(micro_batches)
-            if alignment is not None:
-                aligned += alignment.detach() / len(micro_batches)
-                loss = loss + config.objective.repa_weight * alignment
-            # A loss that is not finite makes the gradient so on every rank, and the step is skipped by all.
-            poison = torch.where(torch.isfinite(loss.detach()), 1.0, float("nan"))
-            self._engine.backward(loss * poison)
+        if self._pipeline is None:
+            for i, micro in enumerate(micro_batches):
+                self._engine.set_gradient_accumulation_boundary(i == len(micro_batches) - 1)
+                self._engine.backward(self._loss(self._engine, micro, losses)[1])
+        else:
+            self._engine.set_gradient_accumulation_boundary(False)
+            self._pipeline.run(micro_batches, lambda chunk, micro: self._loss(chunk, micro, losses))
+            self._engine.set_gradient_accumulation_boundary(True)
+            self._engine.allreduce_gradients()
         norm, skipped = self._optimizer_step()
         self.step += 1
-        counts = total.new_tensor([float(len(batch.bad)), float(stop)])
-        figures = torch.cat([torch.stack([total, aligned]), counts])
-        if self.topology.world > 1:
-            dist.all_reduce(figures)
-        loss_sum, aligned_sum, bad, stops = figures.tolist()
+        loss, aligned, bad, stops = self._sum_over_ranks([*losses.means(), float(len(batch.bad)), float(stop)])
+        replicas = self.topology.world / self.topology.pipeline_size  # one stage has the loss, one the projector
         return StepMetrics(
-            loss=loss_sum / self.topology.world,
+            loss=loss / replicas,
             grad_norm=norm,
             lr=config.optimizer.lr * factor,
             skipped=skipped,
-            bad_samples=round(bad / self.topology.tensor_size),
+            bad_samples=round(bad * self.topology.data_size / self.topology.world),
             stop=stops > 0,
-            alignment=aligned_sum / self.topology.world if config.model.repa_block else None,
+            alignment=aligned / replicas if config.model.repa_block else None,
         )
 
     @torch.no_grad()
     def activations(self, batch: Batch) -> dict[str, float]:
         """Mean |x| of every named intermediate over the ranks' batches. Collective."""
         taps: Taps = {}
-        self.losses(batch.to(device()), taps)
-        sizes = torch.stack([tap.float().abs().mean() for tap in taps.values()])
-        if self.topology.world > 1:
-            dist.all_reduce(sizes)
-        return dict(zip(taps, (sizes / self.topology.world).tolist(), strict=True))
+        if self._pipeline is None:
+            self._loss(self._engine, batch, Losses(), taps)
+        else:
+            self._pipeline.run([batch], lambda chunk, b: self._loss(chunk, b, Losses(), taps), forward_only=True)
+        return self._mean_over_ranks({name: float(tap.float().abs().mean()) for name, tap in taps.items()})
 
-    def losses(self, batch: Batch, taps: Taps | None = None) -> tuple[Tensor, Tensor | None]:
-        """Means over a micro-batch on this rank: the objective's loss, and REPA's alignment loss where there is one.
+    def _loss(
+        self, model: Callable[..., Tensor], batch: Batch, losses: Losses, taps: Taps | None = None
+    ) -> tuple[Tensor, Tensor | None]:
+        """Run a micro-batch through the model, or a pipeline's chunk of it: (its output, the loss to minimise).
 
-        ``taps`` receives the model's intermediates.
+        The loss is None of a chunk that is not the last: REPA's is then attached to its output.
         """
-        repa = self.config.model.repa_block > 0
-        taps = {} if taps is None and repa else taps
-
-        def denoise(x_t: Tensor, t: Tensor) -> Tensor:
-            return self._engine(x_t.to(self._dtype), t, condition, taps)
-
-        condition = batch.condition.map(lambda x: x.to(self._dtype) if x.is_floating_point() else x)
+        repa, config = self.config.model.repa_block > 0, self.config.objective
+        seen: Taps | None = {} if repa or taps is not None else None
+        batch = batch.to(device())
         noised = Noised(u=batch.u, noise=batch.noise)
-        loss = self._objective(denoise, batch.latents, noised, self.config.objective).mean()
-        if not repa:
-            return loss, None
-        assert taps is not None
-        assert batch.features is not None
-        return loss, alignment_loss(taps["projection"], batch.features).mean()
+        x_t, t = self._objective.perturb(batch.latents, noised, config)
+        condition = batch.condition.map(lambda x: x.to(self._dtype) if x.is_floating_point() else x)
+        out = model(x_t.to(self._dtype), t, condition, seen)
+        if taps is not None:
+            taps.update(seen or {})
+        extra = None
+        if seen is not None and "projection" in seen:
+            assert batch.features is not None
+            alignment = alignment_loss(seen["projection"], batch.features).mean()
+            losses.alignment.append(alignment.detach())
+            extra = config.repa_weight * alignment
+        if getattr(model, "last", True):
+            loss = self._objective.loss(out, batch.latents, noised, config).mean()
+            losses.objective.append(loss.detach())
+            return out, poisoned(loss if extra is None else loss + extra)
+        micro_batches = self.config.train.global_batch // (self.topology.data_size * self.config.train.micro_batch)
+        return (out if extra is None else attach(out, poisoned(extra) / micro_batches)), None
 
     def _optimizer_step(self) -> tuple[float, bool]:
         """(global gradient norm before clipping, whether the step was skipped)."""
@@ -207,8 +234,9 @@ class Engine:
         for p, gradient in gradients:
             if getattr(p, "tensor_model_parallel", False) or self.topology.tensor_rank == 0:
                 square += gradient.float().square().sum()
-        if self.topology.tensor_size > 1:
-            dist.all_reduce(square, group=self.topology.tensor_group)
+        for group in (self.topology.tensor_group, self.topology.pipeline_group):
+            if group.size() > 1:
+                dist.all_reduce(square, group=group)
         norm = float(square.sqrt())
         finite = square.isfinite().item()
         clip = self.config.optimizer.grad_clip
@@ -222,3 +250,21 @@ class Engine:
                 gradient.mul_(scale)
         self._engine.step()
         return norm, False
+
+    def _sum_over_ranks(self, figures: Sequence[float]) -> list[float]:
+        total = torch.tensor(figures, dtype=torch.float64, device=device())
+        if self.topology.world > 1:
+            dist.all_reduce(total)
+        return total.tolist()
+
+    def _mean_over_ranks(self, figures: Mapping[str, float]) -> dict[str, float]:
+        """Means by name over the ranks that have it: pipeline stages have different ones."""
+        shares: list[Any] = [figures]
+        if self.topology.world > 1:
+            shares = [None] * self.topology.world
+            dist.all_gather_object(shares, dict(figures))
+        found: dict[str, list[float]] = {}
+        for share in shares:
+            for name, value in share.items():
+                found.setdefault(name, []).append(value)
+        return {name: sum(values) / len(values) for name, values in found.items()}

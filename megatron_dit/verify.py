@@ -42,16 +42,25 @@ class Layout:
     ranks: int
     tensor: int = 1
     sequence: bool = False
+    pipeline: int = 1
+    chunks: int = 1
     zero: int = 0
     accumulation: int = 1
+    recompute: str = "none"
 
     def overrides(self, config: Config) -> list[str]:
         """Overrides that give ``config`` this layout, with its own global batch."""
-        share = config.train.global_batch * self.tensor // (self.ranks * self.accumulation)
+        replicas = self.ranks // (self.tensor * self.pipeline)
+        share = max(1, config.train.global_batch // (replicas * self.accumulation))
         return [
             f"parallel.tensor={self.tensor}",
             f"parallel.sequence={str(self.sequence).lower()}",
+            f"parallel.pipeline={self.pipeline}",
+            f"parallel.chunks={self.chunks}",
+            "parallel.blocks=[]",
             f"parallel.zero_stage={self.zero}",
+            f"train.recompute={self.recompute}",
+            "train.recompute_blocks=0",
             f"train.micro_batch={share}",
         ]
 
@@ -66,6 +75,13 @@ LAYOUTS = {
     "tp2": Layout(2, tensor=2),
     "tp2-sp": Layout(2, tensor=2, sequence=True),
     "dp2-tp2-zero3": Layout(4, tensor=2, zero=3),
+    "pp2": Layout(2, pipeline=2, accumulation=4),
+    "pp2-interleaved": Layout(2, pipeline=2, chunks=2, accumulation=4),
+    "dp2-pp2-zero1": Layout(4, pipeline=2, zero=1, accumulation=4),
+    "tp2-pp2": Layout(4, tensor=2, pipeline=2, accumulation=4),
+    "tp2-sp-pp2": Layout(4, tensor=2, sequence=True, pipeline=2, accumulation=4),
+    "recompute-selective": Layout(1, recompute="selective"),
+    "recompute-full": Layout(1, recompute="full"),
 }
 
 

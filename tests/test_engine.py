@@ -168,11 +168,9 @@ def plain_pytorch(steps):
     norms = []
     for step in range(steps):
         b = batch(config, SOLO, step)
-
-        def denoise(x, t, b=b):
-            return model(x, t, b.condition)
-
-        OBJECTIVES["rectified_flow"](denoise, b.latents, Noised(b.u, b.noise), config.objective).mean().backward()
+        objective, noised = OBJECTIVES["rectified_flow"], Noised(b.u, b.noise)
+        prediction = model(*objective.perturb(b.latents, noised, config.objective), b.condition)
+        objective.loss(prediction, b.latents, noised, config.objective).mean().backward()
         norms.append(float(torch.nn.utils.clip_grad_norm_(model.parameters(), config.optimizer.grad_clip)))
         for group, peak in zip(optimizer.param_groups, peaks, strict=True):
             group["lr"] = peak * min(1.0, (step + 1) / config.optimizer.warmup_steps)

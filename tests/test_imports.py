@@ -18,7 +18,7 @@ FLOORS = [
     ["models"],
     ["objectives"],
     ["data"],
-    ["checkpoint"],
+    ["checkpoint", "pipeline"],
     ["engine"],
     ["run_folder"],
     ["trainer"],

@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Callable
+import struct
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from safetensors import SafetensorError
-from safetensors.torch import save_file
+import torch
+from torch import Tensor
 
 from megatron_dit.checkpoint.format import FORMAT, MANIFEST, STATE
 from megatron_dit.errors import UserError
@@ -53,7 +54,7 @@ def _together(part: Path, write: Callable[..., None] | None, *arguments: Any) ->
     try:
         if write is not None:
             write(*arguments)
-    except (OSError, SafetensorError) as caught:
+    except OSError as caught:
         error = UserError(f"checkpoint {part} cannot be written ({caught}): free space or change run_dir")
     agree(error)
 
@@ -72,35 +73,46 @@ def _commit(engine: Engine, part: Path, target: Path) -> None:
 
 def _write_share(engine: Engine, part: Path) -> None:
     topology = engine.topology
-    named = dict(engine.model.named_parameters())
-    tensors, starts = {}, {}
+    views, starts = {}, {}
     for number, (name, shard) in enumerate(engine.masters.shards.items()):
-        sharded = getattr(named[name], "tensor_model_parallel", False)
+        sharded = engine.params[name].dim is not None
         whole = engine.config.parallel.zero_stage == 0  # every data-parallel rank holds all of it: take turns
         if (topology.tensor_rank and not sharded) or (whole and number % topology.data_size != topology.data_rank):
             continue
         starts[name] = shard.start
         for key in (STATE, *STATE_KEYS):
-            tensors[f"{key}/{name}"] = engine.view(shard, key).cpu().clone()
-    if not tensors:
+            views[f"{key}/{name}"] = engine.view(shard, key)
+    if not views:
         return
     path = part / f"rank_{topology.rank:05d}.safetensors"
-    save_file(tensors, path, metadata={"tensor_rank": str(topology.tensor_rank), "starts": json.dumps(starts)})
+    write_safetensors(path, views, {"tensor_rank": str(topology.tensor_rank), "starts": json.dumps(starts)})
     _sync(path)
 
 
+def write_safetensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+    """Flat fp32 tensors to a safetensors file, one at a time: the package's own writer first copies them all.
+
+    The format: the header's length (8 bytes), the header (JSON), the tensors' bytes.
+    """
+    header: dict[str, Any] = {"__metadata__": dict(metadata)}
+    end = 0
+    for name, tensor in tensors.items():
+        assert tensor.dtype == torch.float32
+        header[name] = {"dtype": "F32", "shape": list(tensor.shape), "data_offsets": [end, end + tensor.nbytes]}
+        end += tensor.nbytes
+    encoded = json.dumps(header).encode()
+    encoded += b" " * (-len(encoded) % 8)
+    with path.open("wb") as file:
+        file.write(struct.pack("<Q", len(encoded)) + encoded)
+        for tensor in tensors.values():
+            file.write(tensor.detach().contiguous().cpu().numpy().data)
+
+
 def _write_manifest(engine: Engine, part: Path) -> None:
-    named = dict(engine.model.named_parameters())
-    params = {}
-    for name, param in engine.params.items():
-        p = named[name]
-        sharded = getattr(p, "tensor_model_parallel", False)
-        params[name] = {
-            "shape": param.shape,
-            "dim": p.partition_dim if sharded else None,  # pyright: ignore[reportAttributeAccessIssue]
-            "pieces": p.partition_stride if sharded else 1,  # pyright: ignore[reportAttributeAccessIssue]
-            "role": param.role,
-        }
+    params = {
+        name: {"shape": param.shape, "dim": param.dim, "pieces": param.pieces, "role": param.role}
+        for name, param in engine.params.items()
+    }
     manifest = {
         "format": FORMAT,
         "step": engine.step,

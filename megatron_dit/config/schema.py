@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from dataclasses import dataclass, field
 
@@ -193,10 +194,24 @@ class DataConfig:
 class ParallelConfig:
     tensor: int = 1  # ranks that share each layer
     sequence: bool = False  # shard tokens between the tensor-parallel regions too
+    pipeline: int = 1  # ranks that share the blocks, each a stage
+    chunks: int = 1  # runs of blocks a stage has; 2 or more: Megatron's interleaved schedule, else 1F1B
+    blocks: list[int] = field(default_factory=list)  # blocks of each run, in the model's order; empty: even
     zero_stage: int = 0  # DeepSpeed ZeRO: 0 none, 1 optimizer, 2 + gradients, 3 + weights
 
     def __post_init__(self) -> None:
-        at_least("parallel.tensor", self.tensor, 1)
+        for name in ("tensor", "pipeline", "chunks"):
+            at_least(f"parallel.{name}", getattr(self, name), 1)
+        check(
+            self.chunks == 1 or self.pipeline > 1,
+            f"parallel.chunks={self.chunks} needs parallel.pipeline of at least 2: leave it out",
+        )
+        check(
+            self.pipeline == 1 or self.zero_stage < 2,
+            f"parallel.zero_stage={self.zero_stage} with parallel.pipeline={self.pipeline}: stages 2 and 3 reduce "
+            "gradients or gather weights anew for every micro-batch in flight; use parallel.zero_stage=1 with the "
+            f"pipeline, or parallel.zero_stage={self.zero_stage} with parallel.tensor and parallel.pipeline=1",
+        )
         check(self.zero_stage in (0, 1, 2, 3), f"parallel.zero_stage={self.zero_stage}: expected one of 0, 1, 2, 3")
         check(
             not self.sequence or self.tensor > 1,
@@ -210,6 +225,8 @@ class TrainConfig:
     global_batch: int  # samples per optimizer step, over all ranks
     micro_batch: int  # samples per rank and forward pass; the rest is gradient accumulation
     dtype: str = "fp32"  # of weights and activations: fp32 | bf16 (masters, moments and EMA are always fp32)
+    recompute: str = "none"  # in the backward pass: none | selective (pointwise functions) | full (whole blocks)
+    recompute_blocks: int = 0  # the first blocks, as many, are recomputed; 0: all
     ema_decay: float = 0.9999
     max_skipped_steps: int = 10  # non-finite steps in a row after which the run stops
     log_every: int = 10
@@ -219,6 +236,8 @@ class TrainConfig:
         for name in ("steps", "global_batch", "micro_batch", "max_skipped_steps", "log_every"):
             at_least(f"train.{name}", getattr(self, name), 1)
         choice("train.dtype", self.dtype, ("fp32", "bf16"))
+        choice("train.recompute", self.recompute, ("none", "selective", "full"))
+        at_least("train.recompute_blocks", self.recompute_blocks, 0)
         at_least("train.threads", self.threads, 0)
         check(0 <= self.ema_decay < 1, f"train.ema_decay={self.ema_decay}: expected a number in [0, 1)")
 
@@ -280,6 +299,18 @@ class Config:
             f"model.text_tokens={model.text_tokens} is not divisible by parallel.tensor={tensor}, which "
             "parallel.sequence=true needs: change model.text_tokens or set parallel.sequence=false",
         )
+        runs = self.parallel.pipeline * self.parallel.chunks
+        check(
+            runs <= model.depth,
+            f"model.depth={model.depth} blocks are fewer than parallel.pipeline={self.parallel.pipeline} * "
+            f"parallel.chunks={self.parallel.chunks} = {runs}: choose fewer stages or chunks",
+        )
+        blocks = self.parallel.blocks
+        check(
+            not blocks or (len(blocks) == runs and sum(blocks) == model.depth and min(blocks) >= 1),
+            f"parallel.blocks={blocks}: expected {runs} positive numbers (parallel.pipeline * parallel.chunks) "
+            f"that add up to model.depth={model.depth}, or leave it out",
+        )
         expected = OBJECTIVE_OF[model.arch]
         check(
             self.objective.kind == expected,
@@ -294,21 +325,38 @@ class Config:
     def data_parallel(self, world_size: int) -> int:
         """Number of data-parallel ranks among ``world_size``.
 
-        Raises UserError where the ranks do not divide into tensor-parallel groups, or the global batch
-        not into data-parallel ranks times micro-batches.
+        Raises UserError where the ranks do not divide into tensor- and pipeline-parallel groups, or the global
+        batch not into data-parallel ranks times micro-batches.
         """
-        tensor, batch, micro = self.parallel.tensor, self.train.global_batch, self.train.micro_batch
+        parallel, batch, micro = self.parallel, self.train.global_batch, self.train.micro_batch
+        model_ranks = parallel.tensor * parallel.pipeline
+        product = f"parallel.tensor={parallel.tensor}"
+        if parallel.pipeline > 1:
+            product += f" * parallel.pipeline={parallel.pipeline} = {model_ranks}"
         check(
-            world_size % tensor == 0,
-            f"{world_size} ranks are not divisible by parallel.tensor={tensor}: start a multiple of {tensor} ranks",
+            world_size % model_ranks == 0,
+            f"{world_size} ranks are not divisible by {product}: start a multiple of {model_ranks} ranks",
         )
-        ranks = world_size // tensor
+        ranks = world_size // model_ranks
         check(
             batch % (ranks * micro) == 0,
             f"train.global_batch={batch} is not divisible by {ranks} data-parallel ranks * "
             f"train.micro_batch={micro} = {ranks * micro}: change one of them",
         )
+        micro_batches = batch // (ranks * micro)
+        check(
+            parallel.chunks == 1 or micro_batches % parallel.pipeline == 0,
+            f"{micro_batches} micro-batches are not divisible by parallel.pipeline={parallel.pipeline}, which the "
+            "interleaved schedule of parallel.chunks needs: change train.micro_batch or set parallel.chunks=1",
+        )
         return ranks
+
+    def block_runs(self) -> list[range]:
+        """The blocks of each run in the model's order: run r is chunk r // pipeline of stage r % pipeline."""
+        depth, runs = self.model.depth, self.parallel.pipeline * self.parallel.chunks
+        counts = self.parallel.blocks or [(r + 1) * depth // runs - r * depth // runs for r in range(runs)]
+        ends = list(itertools.accumulate(counts))
+        return [range(end - count, end) for end, count in zip(ends, counts, strict=True)]
 
 
 OBJECTIVE_OF = {"dit": "ddpm", "mmdit": "rectified_flow", "pixart": "ddpm", "uvit": "ddpm"}

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -28,12 +30,13 @@ class Mlp(nn.Module):
 
     def __init__(self, backend: Backend, width: int, hidden: int, approximate: str = "tanh") -> None:
         super().__init__()
-        self.approximate = approximate
+        self.backend = backend
+        self.activation = partial(F.gelu, approximate=approximate)
         self.fc1 = backend.column(width, hidden)
         self.fc2 = backend.row(hidden, width)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.fc2(F.gelu(self.fc1(x), approximate=self.approximate))
+        return self.fc2(self.backend.recompute.pointwise(self.activation, self.fc1(x)))
 
 
 class TimestepEmbedder(nn.Module):

@@ -10,7 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from megatron_dit.config import ModelConfig
-from megatron_dit.models.blocks import Mlp, ModulatedHead, Projector, Taps, TimestepEmbedder, modulate, split_heads
+from megatron_dit.models.base import DiffusionTransformer, State
+from megatron_dit.models.blocks import Mlp, ModulatedHead, Taps, TimestepEmbedder, modulate, split_heads
 from megatron_dit.models.condition import Condition
 from megatron_dit.models.embed import centred_positions, patchify, position_grid, unpatchify
 from megatron_dit.parallel.layers import Backend
@@ -25,6 +26,7 @@ class Stream(nn.Module):
     def __init__(self, backend: Backend, config: ModelConfig, last: bool) -> None:
         super().__init__()
         width, self.head_dim = config.width, config.head_dim
+        self.backend = backend
         self.parts = 2 if last else 6
         self.modulation = backend.gathered(width, self.parts * width, init="adaln")
         self.qkv = backend.column(width, 3 * width, pieces=3)
@@ -36,14 +38,15 @@ class Stream(nn.Module):
     def project(self, x: Tensor, c: Tensor) -> tuple[Tensor, Tensor, Tensor, tuple[Tensor, ...]]:
         """x (S, B, D), c (B, D) after SiLU -> q, k, v (S', B, H, d) with all tokens, and what modulates later."""
         shift, scale, *later = self.modulation(c).chunk(self.parts, dim=-1)
-        q, k, v = split_heads(self.qkv(modulate(x, shift, scale)), 3, self.head_dim)
+        modulated = self.backend.recompute.pointwise(modulate, x, shift, scale)
+        q, k, v = split_heads(self.qkv(modulated), 3, self.head_dim)
         return self.q_norm(q), self.k_norm(k), v, tuple(later)
 
     def finish(self, x: Tensor, attended: Tensor, later: tuple[Tensor, ...]) -> Tensor:
         """Residual updates from the attention's output (S', B, H * d) and the MLP."""
         gate, mlp_shift, mlp_scale, mlp_gate = later
         x = x + gate * self.out(attended)
-        return x + mlp_gate * self.mlp(modulate(x, mlp_shift, mlp_scale))
+        return x + mlp_gate * self.mlp(self.backend.recompute.pointwise(modulate, x, mlp_shift, mlp_scale))
 
 
 class MMDiTBlock(nn.Module):
@@ -66,47 +69,49 @@ class MMDiTBlock(nn.Module):
         return image, text
 
 
-class MMDiT(nn.Module):
-    def __init__(self, config: ModelConfig, backend: Backend) -> None:
-        super().__init__()
-        self.config, self.backend = config, backend
+class MMDiT(DiffusionTransformer):
+    """State: patches (S, B, D), text (T, B, D), conditioning after SiLU (1, B, D).
+
+    ``condition`` with text: masked tokens are zeroed but still attended to, and a dropped text is all zeros.
+    """
+
+    def build_embedders(self) -> None:
+        backend, config = self.backend, self.config
         self.patch_embed = backend.linear(config.in_channels * config.patch_size**2, config.width)
         self.time_embed = TimestepEmbedder(backend, config.width)
         self.text_embed = backend.linear(config.text_dim, config.width)
-        self.blocks = nn.ModuleList(
-            MMDiTBlock(backend, config, last=i == config.depth - 1) for i in range(config.depth)
-        )
-        self.head = ModulatedHead(backend, config)
-        self.projector = Projector(backend, config) if config.repa_block else None
 
-    def forward(self, x: Tensor, t: Tensor, condition: Condition, taps: Taps | None = None) -> Tensor:
-        """Velocity of the flow.
+    def build_block(self, i: int) -> nn.Module:
+        return MMDiTBlock(self.backend, self.config, last=i == self.config.depth - 1)
 
-        x (B, C, H, W) latents, H and W multiples of the patch; t (B,) in [0, 1000]; ``condition`` with text:
-        masked tokens are zeroed but still attended to, and a dropped text is all zeros. Returns (B, C, H, W).
-        ``taps`` receives the intermediates by name.
-        """
-        height, width = x.shape[-2:]
+    def build_head(self) -> None:
+        self.head = ModulatedHead(self.backend, self.config)
+
+    def embed(self, x: Tensor, t: Tensor, condition: Condition, taps: Taps | None) -> State:
         text, mask = condition.words()
         text = text * (mask & ~condition.dropped[:, None]).to(text.dtype)[..., None]
         image = self.patch_embed(patchify(x, self.config.patch_size)) + self._positions(x)[:, None]
-        c = self.time_embed(t)
-        patches = len(image)
         image = self.backend.shard_tokens(image)
-        context = self.backend.shard_tokens(self.text_embed(text.transpose(0, 1)))
+        text = self.backend.shard_tokens(self.text_embed(text.transpose(0, 1)))
+        c = self.time_embed(t)
         if taps is not None:
-            taps.update(image=image, text=context, conditioning=c)
-        c = F.silu(c)
-        for i, block in enumerate(self.blocks):
-            image, context = block(image, context, c)
-            if taps is not None:
-                taps.update({f"blocks.{i}.image": image, f"blocks.{i}.text": context})
-                if self.projector is not None:
-                    self.projector.tap(taps, i, image, patches)
-        out = unpatchify(self.head(image, c), self.config.patch_size, height, width)
-        if taps is not None:
-            taps["output"] = out
-        return out
+            taps.update(image=image, text=text, conditioning=c)
+        return image, text, F.silu(c)[None]
+
+    def step(self, i: int, state: State, condition: Condition) -> State:
+        image, text, c = state
+        return *self.blocks[str(i)](image, text, c[0]), c
+
+    def tap(self, taps: Taps, i: int, state: State) -> None:
+        taps.update({f"blocks.{i}.image": state[0], f"blocks.{i}.text": state[1]})
+
+    def readout(self, state: State, height: int, width: int) -> Tensor:
+        image, _, c = state
+        return unpatchify(self.head(image, c[0]), self.config.patch_size, height, width)
+
+    def lengths(self, i: int, patches: int) -> list[int]:
+        share = self.backend.share_of_tokens
+        return [share(patches), share(self.config.text_tokens), 1]
 
     def _positions(self, x: Tensor) -> Tensor:
         config = self.config

@@ -7,10 +7,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from megatron_dit.config import ModelConfig
+from megatron_dit.models.base import DiffusionTransformer, State
 from megatron_dit.models.blocks import (
     CaptionEmbedder,
     Mlp,
-    Projector,
     Taps,
     TimestepEmbedder,
     layer_norm,
@@ -32,8 +32,8 @@ class ModulationTable(nn.Module):
         set_init(self.table, "table")
 
     def forward(self, t: Tensor) -> tuple[Tensor, ...]:
-        """t (B, parts, D) or (B, 1, D) -> ``parts`` vectors (B, D)."""
-        return (self.backend.seen_by_tokens(self.table) + t).unbind(1)
+        """t (parts, B, D) or (1, B, D) -> ``parts`` vectors (B, D)."""
+        return (self.backend.seen_by_tokens(self.table)[:, None] + t).unbind(0)
 
 
 class PixArtBlock(nn.Module):
@@ -50,14 +50,15 @@ class PixArtBlock(nn.Module):
         self.mlp = Mlp(backend, width, config.mlp_ratio * width)
 
     def forward(self, x: Tensor, text: Tensor, t: Tensor, mask: Tensor) -> Tensor:
-        """x (S, B, D), text (T, B, D), t (B, 6, D), mask (B, 1, 1, T) bool -> (S, B, D)."""
+        """x (S, B, D), text (T, B, D), t (6, B, D), mask (B, 1, 1, T) bool -> (S, B, D)."""
         shift, scale, gate, mlp_shift, mlp_scale, mlp_gate = self.modulation(t)
-        q, k, v = split_heads(self.qkv(modulate(x, shift, scale)), 3, self.head_dim)
+        pointwise = self.backend.recompute.pointwise
+        q, k, v = split_heads(self.qkv(pointwise(modulate, x, shift, scale)), 3, self.head_dim)
         x = x + gate * self.out(self.backend.attention(q, k, v, self.scale))
         (q,) = split_heads(self.cross_q(x), 1, self.head_dim)
         k, v = split_heads(self.cross_kv(text), 2, self.head_dim)
         x = x + self.cross_out(self.backend.attention(q, k, v, self.scale, mask))
-        return x + mlp_gate * self.mlp(modulate(x, mlp_shift, mlp_scale))
+        return x + mlp_gate * self.mlp(pointwise(modulate, x, mlp_shift, mlp_scale))
 
 
 class Head(nn.Module):
@@ -70,7 +71,8 @@ class Head(nn.Module):
         self.linear = backend.linear(config.width, config.patch_size**2 * config.out_channels, init="readout")
 
     def forward(self, x: Tensor, t: Tensor) -> Tensor:
-        shift, scale = self.modulation(t[:, None])
+        """x (S, B, D), t (1, B, D)."""
+        shift, scale = self.modulation(t)
         x = layer_norm(x) * (1 + scale) + shift
         return self.linear(self.backend.gather_tokens(x))
 
@@ -87,47 +89,47 @@ class NullCaption(nn.Module):
         return torch.where(dropped[:, None, None], self.table.to(text.dtype), text)
 
 
-class PixArt(nn.Module):
-    def __init__(self, config: ModelConfig, backend: Backend) -> None:
-        super().__init__()
-        self.config, self.backend = config, backend
-        width = config.width
+class PixArt(DiffusionTransformer):
+    """State: patches (S, B, D), text (T, B, D), modulation (6, B, D), the timestep's embedding (1, B, D).
+
+    ``condition`` with text: masked tokens are not attended to, and a dropped text is the learned null caption,
+    unmasked; t in [0, 1000).
+    """
+
+    def build_embedders(self) -> None:
+        backend, config, width = self.backend, self.config, self.config.width
         self.patch_embed = backend.linear(config.in_channels * config.patch_size**2, width)
         self.time_embed = TimestepEmbedder(backend, width)
         self.time_modulation = backend.gathered(width, 6 * width)
         self.null_caption = NullCaption(config.text_tokens, config.text_dim)
         self.text_embed = CaptionEmbedder(backend, config.text_dim, width)
-        self.blocks = nn.ModuleList(PixArtBlock(backend, config) for _ in range(config.depth))
-        self.head = Head(backend, config)
-        self.projector = Projector(backend, config) if config.repa_block else None
 
-    def forward(self, x: Tensor, t: Tensor, condition: Condition, taps: Taps | None = None) -> Tensor:
-        """ε and the variance's interpolation.
+    def build_block(self, i: int) -> nn.Module:
+        return PixArtBlock(self.backend, self.config)
 
-        x (B, C, H, W) latents, H and W multiples of the patch; t (B,) in [0, 1000); ``condition`` with text:
-        masked tokens are not attended to, and a dropped text is the learned null caption, unmasked.
-        Returns (B, 2C, H, W). ``taps`` receives the intermediates by name.
-        """
-        height, width = x.shape[-2:]
-        text, mask = condition.words()
-        text = self.null_caption(text, condition.dropped)
-        mask = (mask | condition.dropped[:, None])[:, None, None]  # (B, 1, 1, T)
+    def build_head(self) -> None:
+        self.head = Head(self.backend, self.config)
+
+    def embed(self, x: Tensor, t: Tensor, condition: Condition, taps: Taps | None) -> State:
+        text = self.null_caption(condition.words()[0], condition.dropped)
         image = self.patch_embed(patchify(x, self.config.patch_size)) + interpolated_grid(self.config, x)[:, None]
-        c = self.time_embed(t)
-        t6 = self.time_modulation(F.silu(c)).view(len(x), 6, -1)
-        context = self.text_embed(text.transpose(0, 1))
-        patches = len(image)
         image = self.backend.shard_tokens(image)
+        text = self.text_embed(text.transpose(0, 1))
+        c = self.time_embed(t)
+        t6 = self.time_modulation(F.silu(c)).view(len(x), 6, -1).transpose(0, 1)
         if taps is not None:
-            taps.update(image=image, text=context, conditioning=c, modulation=t6)
-        for i, block in enumerate(self.blocks):
-            image = block(image, context, t6, mask)
-            if taps is not None:
-                taps[f"blocks.{i}"] = image
-                if self.projector is not None:
-                    self.projector.tap(taps, i, image, patches)
+            taps.update(image=image, text=text, conditioning=c, modulation=t6)
+        return image, text, t6, c[None]
+
+    def step(self, i: int, state: State, condition: Condition) -> State:
+        image, text, t6, c = state
+        mask = condition.words()[1] | condition.dropped[:, None]  # (B, T)
+        return self.blocks[str(i)](image, text, t6, mask[:, None, None]), text, t6, c
+
+    def readout(self, state: State, height: int, width: int) -> Tensor:
+        image, _, _, c = state
         features = self.head(image, self.backend.seen_by_tokens(c))
-        out = unpatchify(features, self.config.patch_size, height, width)
-        if taps is not None:
-            taps["output"] = out[:, : self.config.in_channels]  # ε: see coord_check on the variance
-        return out
+        return unpatchify(features, self.config.patch_size, height, width)
+
+    def lengths(self, i: int, patches: int) -> list[int]:
+        return [self.backend.share_of_tokens(patches), self.config.text_tokens, 6, 1]

@@ -6,7 +6,8 @@ import torch
 from torch import Tensor, nn
 
 from megatron_dit.config import ModelConfig
-from megatron_dit.models.blocks import LabelEmbedder, Mlp, Projector, Taps, split_heads
+from megatron_dit.models.base import DiffusionTransformer, State
+from megatron_dit.models.blocks import LabelEmbedder, Mlp, Taps, split_heads
 from megatron_dit.models.condition import Condition
 from megatron_dit.models.embed import patchify, timestep_features, unpatchify
 from megatron_dit.parallel.layers import Backend, set_init
@@ -51,11 +52,15 @@ class Head(nn.Module):
         return self.conv(unpatchify(x, self.config.patch_size, height, width))
 
 
-class UViT(nn.Module):
-    def __init__(self, config: ModelConfig, backend: Backend) -> None:
-        super().__init__()
-        self.config, self.backend = config, backend
-        width = config.width
+class UViT(DiffusionTransformer):
+    """State: tokens (S, B, D), then the outputs of the first half's blocks that the second half still needs.
+
+    x of the side ``sample_size`` (positions are learned). ``condition`` with labels, or with text: masked tokens are
+    zeroed but still attended to, and a dropped text is all zeros; t in [0, 1000).
+    """
+
+    def build_embedders(self) -> None:
+        backend, config, width = self.backend, self.config, self.config.width
         self.patch_embed = backend.linear(config.in_channels * config.patch_size**2, width)
         if config.num_classes:
             self.label_embed = LabelEmbedder(config.num_classes, width)
@@ -63,39 +68,40 @@ class UViT(nn.Module):
             self.text_embed = backend.linear(config.text_dim, width)
         self.positions = nn.Parameter(torch.empty(config.tokens, width))
         set_init(self.positions, "table")
-        half = config.depth // 2
-        self.blocks = nn.ModuleList(UViTBlock(backend, config, skip=i > half) for i in range(config.depth))
-        self.head = Head(backend, config)
-        self.projector = Projector(backend, config) if config.repa_block else None
 
-    def forward(self, x: Tensor, t: Tensor, condition: Condition, taps: Taps | None = None) -> Tensor:
-        """ε.
+    def build_block(self, i: int) -> nn.Module:
+        return UViTBlock(self.backend, self.config, skip=i > self.half)
 
-        x (B, C, H, W) latents of the side ``sample_size`` (positions are learned); t (B,) in [0, 1000);
-        ``condition`` with labels, or with text: masked tokens are zeroed but still attended to, and a dropped text
-        is all zeros. Returns (B, C, H, W). ``taps`` receives the intermediates by name.
-        """
-        height, width = x.shape[-2:]
+    def build_head(self) -> None:
+        self.head = Head(self.backend, self.config)
+
+    @property
+    def half(self) -> int:
+        """The middle block's number."""
+        return self.config.depth // 2
+
+    def embed(self, x: Tensor, t: Tensor, condition: Condition, taps: Taps | None) -> State:
         patches = self.patch_embed(patchify(x, self.config.patch_size))
         time = timestep_features(t, self.config.width).to(x.dtype)[None]
         tokens = torch.cat([time, self._condition(condition), patches]) + self.positions[:, None]
         tokens = self.backend.shard_tokens(tokens)
         if taps is not None:
             taps["tokens"] = tokens
-        half = len(self.blocks) // 2
-        skipped: list[Tensor] = []
-        for i, block in enumerate(self.blocks):
-            tokens = block(tokens, skipped.pop() if i > half else None)
-            if i < half:
-                skipped.append(tokens)
-            if taps is not None:
-                taps[f"blocks.{i}"] = tokens
-                if self.projector is not None:
-                    self.projector.tap(taps, i, tokens, len(patches))
-        out = self.head(tokens, len(patches), height, width)
-        if taps is not None:
-            taps["output"] = out
-        return out
+        return (tokens,)
+
+    def step(self, i: int, state: State, condition: Condition) -> State:
+        tokens, *skips = state
+        if i > self.half:
+            return self.blocks[str(i)](tokens, skips[-1]), *skips[:-1]
+        kept = [*skips, tokens] if i else skips  # block i - 1's output comes back in block depth - i
+        return self.blocks[str(i)](tokens), *kept
+
+    def readout(self, state: State, height: int, width: int) -> Tensor:
+        return self.head(state[0], height * width // self.config.patch_size**2, height, width)
+
+    def lengths(self, i: int, patches: int) -> list[int]:
+        skips = i if i <= self.half else self.config.depth - 1 - i
+        return [self.backend.share_of_tokens(self.config.tokens)] * (1 + skips)
 
     def _condition(self, condition: Condition) -> Tensor:
         """(1, B, D) of a label, or (T, B, D) of a text."""

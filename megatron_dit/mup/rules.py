@@ -38,6 +38,8 @@ class Param:
     base: tuple[int | None, ...]  # base shape; None where the dimension does not grow with width
     init_kind: str  # what its layer marked it with: a key of schemes.KINDS
     mup: MupConfig
+    dim: int | None = None  # the dimension that tensor parallelism cuts, each of ``pieces`` equal parts of it
+    pieces: int = 1
 
     @property
     def role(self) -> str:

@@ -28,7 +28,7 @@ def describe(build: Callable[[ModelConfig], nn.Module], config: Config) -> dict[
     else:
         base = _grown(build, config)
     return {
-        name: Param(name=name, shape=shapes[name], base=base[name], init_kind=_init_kind(p), mup=config.mup)
+        name: Param(name=name, shape=shapes[name], base=base[name], mup=config.mup, **_marks(p))
         for name, p in target.items()
     }
 
@@ -51,5 +51,11 @@ def _grown(build: Callable[[ModelConfig], nn.Module], config: Config) -> dict[st
     }
 
 
-def _init_kind(p: Any) -> str:
-    return p.init_kind
+def _marks(p: Any) -> dict[str, Any]:
+    """What its layer marked a parameter with."""
+    cut = getattr(p, "tensor_model_parallel", False)
+    return {
+        "init_kind": p.init_kind,
+        "dim": p.partition_dim if cut else None,
+        "pieces": p.partition_stride if cut else 1,
+    }

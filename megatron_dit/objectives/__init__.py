@@ -1,16 +1,13 @@
-"""Training losses by name: small functions of (model, x, randomness)."""
+"""Training objectives by name: small functions of (x, randomness) and of the model's prediction."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
-from torch import Tensor
-
-from megatron_dit.config import ObjectiveConfig
 from megatron_dit.objectives import ddpm, rectified_flow
-from megatron_dit.objectives.base import Denoiser, Noised
+from megatron_dit.objectives.base import Noised, Objective
 
-Objective = Callable[[Denoiser, Tensor, Noised, ObjectiveConfig], Tensor]
-OBJECTIVES: dict[str, Objective] = {"rectified_flow": rectified_flow.loss, "ddpm": ddpm.loss}
+OBJECTIVES: dict[str, Objective] = {
+    "rectified_flow": Objective(rectified_flow.perturb, rectified_flow.loss),
+    "ddpm": Objective(ddpm.perturb, ddpm.loss),
+}
 
-__all__ = ["OBJECTIVES", "Denoiser", "Noised", "Objective"]
+__all__ = ["OBJECTIVES", "Noised", "Objective"]

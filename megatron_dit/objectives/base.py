@@ -1,4 +1,4 @@
-"""What every objective is a function of."""
+"""What every objective is made of."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-Denoiser = Callable[[Tensor, Tensor], Tensor]  # (x_t (B, C, H, W) fp32, t (B,) in [0, 1000]) -> prediction
+from megatron_dit.config import ObjectiveConfig
 
 
 @dataclass(frozen=True)
@@ -16,3 +16,15 @@ class Noised:
 
     u: Tensor  # (B,) fp64 uniform in (0, 1): the quantile of t
     noise: Tensor  # (B, C, H, W) fp32 standard normal
+
+
+@dataclass(frozen=True)
+class Objective:
+    """Two functions around the model, so that a pipeline's first stage runs one and its last the other.
+
+    ``perturb(x, noised, config)``: latents (B, C, H, W) to the model's inputs, x_t alike and t (B,) in [0, 1000].
+    ``loss(prediction, x, noised, config)``: the model's output to a loss per sample (B,).
+    """
+
+    perturb: Callable[[Tensor, Noised, ObjectiveConfig], tuple[Tensor, Tensor]]
+    loss: Callable[[Tensor, Tensor, Noised, ObjectiveConfig], Tensor]

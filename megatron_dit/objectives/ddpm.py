@@ -10,7 +10,7 @@ from diffusers.schedulers import DDPMScheduler
 from torch import Tensor
 
 from megatron_dit.config import ObjectiveConfig
-from megatron_dit.objectives.base import Denoiser, Noised
+from megatron_dit.objectives.base import Noised
 
 STEPS = 1000
 SCHEDULES = {  # DDPM's, and Stable Diffusion's (linear in the root), by diffusers' names
@@ -46,24 +46,32 @@ def sample_t(u: Tensor) -> Tensor:
     return (u * STEPS).long().clamp_(max=STEPS - 1)
 
 
-def loss(model: Denoiser, x: Tensor, noised: Noised, config: ObjectiveConfig) -> Tensor:
+def perturb(x: Tensor, noised: Noised, config: ObjectiveConfig) -> tuple[Tensor, Tensor]:
+    """The forward process (DDPM eq. 4): x_t (B, C, H, W) and the integer t (B,)."""
+    t = sample_t(noised.u)
+    alpha_bar = _at(t, config)["alpha_bar"]
+    return alpha_bar.sqrt() * x + (1 - alpha_bar).sqrt() * noised.noise, t
+
+
+def loss(prediction: Tensor, x: Tensor, noised: Noised, config: ObjectiveConfig) -> Tensor:
     """Per-sample mean squared error of ε, with a learned range plus the bound's term that trains the variance alone.
 
-    x (B, C, H, W); the model returns ε (B, C, H, W) (DDPM, eq. 14), or ε and v (B, 2C, H, W): Improved DDPM, eq. 16,
-    with the bound in bits per dimension and its mean detached, as DiT. Returns (B,).
+    The model predicts ε (B, C, H, W) (DDPM, eq. 14), or ε and v (B, 2C, H, W): Improved DDPM, eq. 16, with the bound
+    in bits per dimension and its mean detached, as DiT. Returns (B,).
     """
-    t = sample_t(noised.u)
-    table = {
-        name: values.to(x.device)[t].float()[:, None, None, None]
-        for name, values in tables(config.beta_schedule).items()
-    }
-    x_t = table["alpha_bar"].sqrt() * x + (1 - table["alpha_bar"]).sqrt() * noised.noise
-    prediction = model(x_t, t).float()
+    prediction = prediction.float()
     epsilon, v = prediction[:, : x.shape[1]], prediction[:, x.shape[1] :]
     mse = (epsilon - noised.noise).square().flatten(1).mean(1)
     if v.shape[1] == 0:
         return mse
-    return mse + variational_term(x, x_t, t, epsilon.detach(), v, table)
+    x_t, t = perturb(x, noised, config)
+    return mse + variational_term(x, x_t, t, epsilon.detach(), v, _at(t, config))
+
+
+def _at(t: Tensor, config: ObjectiveConfig) -> dict[str, Tensor]:
+    """The tables' fp32 values at t (B,): (B, 1, 1, 1) each."""
+    values = tables(config.beta_schedule).items()
+    return {name: value.to(t.device)[t].float()[:, None, None, None] for name, value in values}
 
 
 def variational_term(x: Tensor, x_t: Tensor, t: Tensor, epsilon: Tensor, v: Tensor, table: dict[str, Tensor]) -> Tensor:

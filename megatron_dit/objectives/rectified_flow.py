@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from megatron_dit.config import ObjectiveConfig
-from megatron_dit.objectives.base import Denoiser, Noised
+from megatron_dit.objectives.base import Noised
 
 
 def sample_t(u: Tensor, config: ObjectiveConfig) -> Tensor:
@@ -20,10 +20,13 @@ def shift_t(t: Tensor, shift: float) -> Tensor:
     return shift * t / (1 + (shift - 1) * t)
 
 
-def loss(model: Denoiser, x: Tensor, noised: Noised, config: ObjectiveConfig) -> Tensor:
-    """Per-sample mean squared error of the velocity ``noise - x`` (eq. 13): x (B, C, H, W) -> (B,)."""
+def perturb(x: Tensor, noised: Noised, config: ObjectiveConfig) -> tuple[Tensor, Tensor]:
+    """The straight path from data to noise (eq. 13): x_t (B, C, H, W) and 1000 t (B,)."""
     t = sample_t(noised.u, config).to(torch.float32)
     expanded = t[:, None, None, None]
-    x_t = (1 - expanded) * x + expanded * noised.noise
-    velocity = model(x_t, 1000 * t)
+    return (1 - expanded) * x + expanded * noised.noise, 1000 * t
+
+
+def loss(velocity: Tensor, x: Tensor, noised: Noised, config: ObjectiveConfig) -> Tensor:
+    """Per-sample mean squared error of the velocity ``noise - x`` (eq. 13): (B, C, H, W) -> (B,)."""
     return (velocity.float() - (noised.noise - x)).square().flatten(1).mean(1)

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
+from torch.overrides import TorchFunctionMode
 
 
 def device() -> torch.device:
@@ -17,3 +20,13 @@ def let_megatron_run_on_cpu() -> None:
     """
     if not torch.cuda.is_available():
         torch.cuda.current_device = lambda: torch.device("cpu")  # pyright: ignore[reportAttributeAccessIssue]
+
+
+class CudaMeansCpu(TorchFunctionMode):
+    """Context in which tensors asked for on ``cuda`` are made on the CPU, as Megatron-core's schedules ask."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if str(kwargs.get("device", "")).startswith("cuda"):
+            kwargs = {**kwargs, "device": "cpu"}
+        return func(*args, **kwargs)

@@ -25,6 +25,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
 from megatron_dit.config import ModelConfig, ParallelConfig
+from megatron_dit.parallel.recompute import Recompute
 from megatron_dit.parallel.topology import SOLO, Topology
 
 
@@ -172,9 +173,11 @@ class Conv(nn.Conv2d):
 class Backend:
     """Megatron-core's local layers for one model and one topology."""
 
-    def __init__(self, model: ModelConfig, parallel: ParallelConfig, topology: Topology) -> None:
+    def __init__(
+        self, model: ModelConfig, parallel: ParallelConfig, topology: Topology, recompute: Recompute | None = None
+    ) -> None:
         assert topology.tensor_size == parallel.tensor
-        self.topology = topology
+        self.topology, self.recompute = topology, recompute or Recompute()
         self.config = TransformerConfig(
             num_layers=model.depth,
             hidden_size=model.width,
@@ -231,6 +234,10 @@ class Backend:
         if not self.sharded_config.sequence_parallel:
             return x
         return scatter_to_sequence_parallel_region(x, group=self.topology.tensor_group)
+
+    def share_of_tokens(self, tokens: int) -> int:
+        """How many of ``tokens`` :meth:`shard_tokens` leaves on this rank."""
+        return tokens // self.topology.tensor_size if self.sharded_config.sequence_parallel else tokens
 
     def gather_tokens(self, x: Tensor) -> Tensor:
         """Inverse of :meth:`shard_tokens`, for what every rank then computes alike (the head)."""

@@ -28,12 +28,14 @@ class SoloGroup:
 
 @dataclass(frozen=True)
 class Topology:
-    """This rank's place. Tensor-parallel ranks are neighbours (the fastest links), then data-parallel ones."""
+    """This rank's place. Tensor-parallel ranks are neighbours (the fastest links), then data-parallel ones, and
+    pipeline stages, which exchange least, are farthest apart."""
 
     rank: int = 0
     world: int = 1
     tensor_group: Any = field(default_factory=SoloGroup)
     data_group: Any = field(default_factory=SoloGroup)
+    pipeline_group: Any = field(default_factory=SoloGroup)
 
     @property
     def tensor_rank(self) -> int:
@@ -50,6 +52,14 @@ class Topology:
     @property
     def data_size(self) -> int:
         return self.data_group.size()
+
+    @property
+    def pipeline_rank(self) -> int:
+        return self.pipeline_group.rank()
+
+    @property
+    def pipeline_size(self) -> int:
+        return self.pipeline_group.size()
 
 
 SOLO = Topology()
@@ -126,12 +136,18 @@ def build_topology(config: Config) -> Topology:
     config.data_parallel(dist.get_world_size())
     if parallel_state.is_initialized():
         parallel_state.destroy_model_parallel()
-    parallel_state.initialize_model_parallel(tensor_model_parallel_size=config.parallel.tensor)
+    parallel = config.parallel
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=parallel.tensor,
+        pipeline_model_parallel_size=parallel.pipeline,
+        virtual_pipeline_model_parallel_size=parallel.chunks if parallel.chunks > 1 else None,
+    )
     return Topology(
         rank=dist.get_rank(),
         world=dist.get_world_size(),
         tensor_group=parallel_state.get_tensor_model_parallel_group(),
         data_group=parallel_state.get_data_parallel_group(),
+        pipeline_group=parallel_state.get_pipeline_model_parallel_group(),
     )
 
 

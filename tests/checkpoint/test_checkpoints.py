@@ -20,6 +20,8 @@ LAYOUTS = {
     "dp2-zero2": (2, {"parallel.zero_stage": 2}),
     "dp2-zero3": (2, {"parallel.zero_stage": 3}),
     "tp2-sp": (2, {"parallel.tensor": 2, "parallel.sequence": True}),
+    "tp2-pp2": (4, {"parallel.tensor": 2, "parallel.pipeline": 2, "train.micro_batch": 2}),
+    "dp2-pp2-zero1": (4, {"parallel.pipeline": 2, "parallel.zero_stage": 1, "train.micro_batch": 2}),
     "dp2-tp2-zero3": (4, {"parallel.tensor": 2, "parallel.zero_stage": 3}),
 }
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import zlib
 from pathlib import Path
 
 import pytest
+import yaml
 
 from megatron_dit import verify
 from megatron_dit.verify import LAYOUTS, REFERENCE, Layout
@@ -13,12 +15,19 @@ from tests.configs import ARCHITECTURES, small
 KINDS = [*ARCHITECTURES, "uvit-class"]
 
 
+def deep(arch):
+    """Enough blocks for four runs. In a batch of eight the variational term of another seed may be ill-conditioned:
+    then the norms of one process, with and without gradient accumulation, differ by 1e-4."""
+    depth = 5 if arch.startswith("uvit") else 4
+    return {"model.depth": depth, "seed": 2, "optimizer.warmup_steps": 30}
+
+
 def trace(arch, layout, data, scratch, fault=None, **overrides):
     """Runs in the pool's ranks."""
     base = small(arch, **{"data.path": str(data), **overrides})
     values = dict(item.split("=") for item in layout.overrides(base))
-    config = small(arch, **{"data.path": str(data), **overrides, **{k: _parse(v) for k, v in values.items()}})
-    folder = Path(scratch) / f"{arch}-{abs(hash(layout))}-{fault}"
+    config = small(arch, **{"data.path": str(data), **overrides, **{k: yaml.safe_load(v) for k, v in values.items()}})
+    folder = Path(scratch) / f"{arch}-{zlib.crc32(repr(layout).encode())}-{fault}"
     if fault is None:
         return verify.first_steps(config, folder)
     from megatron_dit.parallel.layers import Backend
@@ -31,8 +40,9 @@ def trace(arch, layout, data, scratch, fault=None, **overrides):
         setattr(Backend, fault, right)
 
 
-def _parse(text):
-    return {"true": True, "false": False}.get(text) if text in ("true", "false") else int(text)
+def traced(arch, data, scratch, overrides):
+    """Runs in the pool's ranks: the first steps of a config as it is."""
+    return verify.first_steps(small(arch, **{"data.path": str(data), **overrides}), Path(scratch) / "checkpoints")
 
 
 @pytest.fixture(scope="module")
@@ -41,14 +51,31 @@ def reference(pool, dataset, tmp_path_factory):
     return {arch: pool.run(1, trace, arch, REFERENCE, dataset, scratch)[0] for arch in KINDS}
 
 
+@pytest.fixture(scope="module")
+def deep_reference(pool, dataset, tmp_path_factory):
+    scratch = tmp_path_factory.mktemp("deep")
+    return {arch: pool.run(1, trace, arch, REFERENCE, dataset, scratch, **deep(arch))[0] for arch in KINDS}
+
+
 @pytest.mark.parametrize("arch", KINDS)
 @pytest.mark.parametrize("name", LAYOUTS)
-def test_layout_equals_one_process(pool, dataset, tmp_path, reference, arch, name):
+def test_layout_equals_one_process(pool, dataset, tmp_path, reference, deep_reference, arch, name):
     layout = LAYOUTS[name]
-    found = pool.run(layout.ranks, trace, arch, layout, dataset, tmp_path)[0]
-    result = verify.compare(name, found, reference[arch])
+    staged = layout.pipeline > 1
+    overrides = deep(arch) if staged else {}
+    found = pool.run(layout.ranks, trace, arch, layout, dataset, tmp_path, **overrides)[0]
+    result = verify.compare(name, found, (deep_reference if staged else reference)[arch])
     assert result.good, result
     assert len(found.losses) == 10
+
+
+@pytest.mark.parametrize("arch", ["mmdit", "uvit"])
+def test_uneven_blocks_equal_one_process(pool, dataset, tmp_path, deep_reference, arch):
+    config = {**deep(arch), "parallel.pipeline": 2, "train.micro_batch": 2}
+    config["parallel.blocks"] = [1, config["model.depth"] - 1]
+    found = pool.run(2, traced, arch, dataset, tmp_path, config)[0]
+    result = verify.compare("uneven", found, deep_reference[arch])
+    assert result.good, result
 
 
 @pytest.mark.parametrize(
@@ -68,9 +95,12 @@ def test_verify_sees_a_gradient_that_is_not_summed(pool, dataset, tmp_path, refe
     assert not result.good
 
 
-@pytest.mark.parametrize("layout", [LAYOUTS["dp2-zero0"], LAYOUTS["dp2-zero1"], LAYOUTS["dp2-zero3"]])
-def test_bf16_follows_fp32(pool, dataset, tmp_path, reference, layout):
-    found = pool.run(2, trace, "mmdit", layout, dataset, tmp_path, None, **{"train.dtype": "bf16"})[0]
-    for a, b in zip(found.losses, reference["mmdit"].losses, strict=True):
+@pytest.mark.parametrize("name", ["dp2-zero0", "dp2-zero1", "dp2-zero3", "pp2", "dp2-pp2-zero1", "recompute-full"])
+def test_bf16_follows_fp32(pool, dataset, tmp_path, deep_reference, name):
+    layout, overrides = LAYOUTS[name], {**deep("mmdit"), "train.dtype": "bf16"}
+    found = pool.run(layout.ranks, trace, "mmdit", layout, dataset, tmp_path, None, **overrides)[0]
+    for a, b in zip(found.losses, deep_reference["mmdit"].losses, strict=True):
         assert abs(a - b) / b < 0.02
-    assert found.losses != reference["mmdit"].losses
+    for a, b in zip(found.norms, deep_reference["mmdit"].norms, strict=True):
+        assert abs(a - b) / b < 0.05
+    assert found.losses != deep_reference["mmdit"].losses

@@ -1,0 +1,105 @@
+"""What a pipeline cuts: every model is ``embed``, numbered blocks, and ``readout``.
+
+Between blocks a model is a :data:`State`: tensors (n, B, D) of tokens, whatever later blocks need. Packed end to
+end they are the one tensor that pipeline stages hand on, so a stage has no replicated parameters.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from megatron_dit.config import ModelConfig
+from megatron_dit.models.blocks import Projector, Taps
+from megatron_dit.models.condition import Condition
+from megatron_dit.parallel.layers import Backend
+
+State = tuple[Tensor, ...]
+
+
+class DiffusionTransformer(nn.Module, ABC):
+    """A model, or the share of it that has ``blocks`` (global numbers), which are also their names.
+
+    The share with block 0 has the embedders, the one with the last block the head, and the one with block
+    ``repa_block`` REPA's projector.
+    """
+
+    def __init__(self, config: ModelConfig, backend: Backend, blocks: Sequence[int] | None = None) -> None:
+        super().__init__()
+        self.config, self.backend = config, backend
+        numbers = range(config.depth) if blocks is None else blocks
+        self.first, self.last = 0 in numbers, config.depth - 1 in numbers
+        if self.first:
+            self.build_embedders()
+        self.blocks = nn.ModuleDict({str(i): self.build_block(i) for i in numbers})
+        if self.last:
+            self.build_head()
+        self.projector = Projector(backend, config) if config.repa_block - 1 in numbers else None
+
+    @abstractmethod
+    def build_embedders(self) -> None: ...
+
+    @abstractmethod
+    def build_block(self, i: int) -> nn.Module: ...
+
+    @abstractmethod
+    def build_head(self) -> None: ...
+
+    @abstractmethod
+    def embed(self, x: Tensor, t: Tensor, condition: Condition, taps: Taps | None) -> State:
+        """The state before block 0; arguments as :meth:`forward`'s."""
+
+    @abstractmethod
+    def step(self, i: int, state: State, condition: Condition) -> State:
+        """Block ``i``."""
+
+    @abstractmethod
+    def readout(self, state: State, height: int, width: int) -> Tensor:
+        """The prediction (B, out_channels, H, W) from the state after the last block."""
+
+    @abstractmethod
+    def lengths(self, i: int, patches: int) -> list[int]:
+        """Tokens n of each tensor of the state after block ``i``, of a picture of ``patches`` tokens."""
+
+    def tap(self, taps: Taps, i: int, state: State) -> None:
+        """Add the state after block ``i`` to ``taps``."""
+        taps[f"blocks.{i}"] = state[0]
+
+    def forward(
+        self,
+        x: Tensor,
+        t: Tensor,
+        condition: Condition,
+        taps: Taps | None = None,
+        blocks: range | None = None,
+        received: Tensor | None = None,
+    ) -> Tensor:
+        """The prediction (B, out_channels, H, W): velocity (MMDiT), ε, or ε and the variance's interpolation.
+
+        x (B, C, H, W) latents, H and W multiples of the patch; t (B,) in [0, 1000]. ``taps`` receives the
+        intermediates by name. A pipeline's chunk runs ``blocks`` on the packed state it ``received`` and, where
+        they are not the last, returns the packed state (N, B, D).
+        """
+        blocks = range(self.config.depth) if blocks is None else blocks
+        height, width = x.shape[-2:]
+        patches = height * width // self.config.patch_size**2
+        if received is None:
+            state = self.embed(x, t, condition, taps)
+        else:
+            state = received[: sum(lengths := self.lengths(blocks.start - 1, patches))].split(lengths)
+        for i in blocks:
+            state = self.backend.recompute.block(i, self.step, state, condition)
+            if taps is not None:
+                self.tap(taps, i, state)
+                if self.projector is not None:
+                    self.projector.tap(taps, i, state[0], patches)
+        if blocks.stop < self.config.depth:
+            return torch.cat(state)
+        out = self.readout(state, height, width)
+        if taps is not None:
+            # ε alone of ε and the variance: see coord_check.
+            taps["output"] = out[:, : self.config.in_channels]
+        return out
