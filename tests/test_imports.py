@@ -14,7 +14,7 @@ FLOORS = [
     ["errors"],
     ["config"],
     ["mup"],
-    ["parallel", "optimizer", "progress"],
+    ["parallel", "optimizer", "progress", "devices"],
     ["models"],
     ["objectives"],
     ["data"],

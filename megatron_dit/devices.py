@@ -1,0 +1,47 @@
+"""Peak FLOP/s of devices, the denominator of MFU."""
+
+from __future__ import annotations
+
+import re
+
+import torch
+
+# Dense TFLOP/s (without structured sparsity, which NVIDIA's headline figures include) at boost clock, products
+# accumulated in fp32: fp32 on the CUDA cores, the others on tensor cores. By torch.cuda.get_device_name without
+# "NVIDIA ", matched whole: a laptop's, a slice (MIG) or a cut-down variant of a chip has another peak.
+PEAKS: dict[str, dict[str, float]] = {
+    # GB200 NVL72 and HGX B200 pages: figures with sparsity, halved, of one GPU.
+    r"GB200": {"fp32": 80, "tf32": 1250, "bf16": 2500, "fp8": 5000},
+    r"B200": {"fp32": 75, "tf32": 1125, "bf16": 2250, "fp8": 4500},
+    # H200 and H100 datasheets; the GH200 datasheet gives its GPU the H100 SXM's figures.
+    r"H200|H100 \d+GB HBM3|GH200 \d+GB?( HBM3e)?": {"fp32": 67, "tf32": 494.5, "bf16": 989.5, "fp8": 1979},
+    r"H100 PCIe": {"fp32": 51, "tf32": 378, "bf16": 756.5, "fp8": 1513},
+    r"H[12]00 NVL": {"fp32": 60, "tf32": 417.5, "bf16": 835.5, "fp8": 1670.5},
+    # A100 and A40 datasheets, which are silent on fp8: these chips have none.
+    r"A100-(SXM4|PCIE)-\d+GB|A100 80GB PCIe": {"fp32": 19.5, "tf32": 156, "bf16": 312},
+    r"A40": {"fp32": 37.4, "tf32": 74.8, "bf16": 149.7},
+    # Ampere GA102 whitepaper, appendices A and C.
+    r"RTX A6000": {"fp32": 38.7, "tf32": 77.4, "bf16": 154.8},
+    r"GeForce RTX 3090": {"fp32": 35.6, "tf32": 35.6, "bf16": 71},
+    # L40S and L40 datasheets; Ada whitepaper, appendix A.
+    r"L40S": {"fp32": 91.6, "tf32": 183, "bf16": 362.05, "fp8": 733},
+    r"L40": {"fp32": 90.5, "tf32": 90.5, "bf16": 181.05, "fp8": 362},
+    r"GeForce RTX 4090": {"fp32": 82.6, "tf32": 82.6, "bf16": 165.2, "fp8": 330.3},
+}
+
+
+def peak_flops(name: str, precision: str) -> float | None:
+    """Peak FLOP/s of the device that CUDA calls ``name``, in fp32, tf32, bf16 or fp8; None where it is not known."""
+    for pattern, peaks in PEAKS.items():
+        if re.fullmatch(pattern, name.removeprefix("NVIDIA ")):
+            return 1e12 * peaks[precision] if precision in peaks else None
+    return None
+
+
+def device_peak(precision: str) -> float | None:
+    """:func:`peak_flops` of this process's device; None on a CPU. Where torch may, it multiplies fp32 in tf32."""
+    if not torch.cuda.is_available():
+        return None
+    if precision == "fp32" and torch.get_float32_matmul_precision() != "highest":
+        precision = "tf32"
+    return peak_flops(torch.cuda.get_device_name(), precision)
