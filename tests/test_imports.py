@@ -25,7 +25,7 @@ FLOORS = [
     ["sampling", "launch"],
     ["evaluation"],
     ["sweep"],
-    ["verify", "coord_check", "transfer"],
+    ["verify", "coord_check", "transfer", "bench"],
     ["cli"],
     ["__main__"],
 ]

@@ -1,14 +1,16 @@
-"""train, verify."""
+"""train, verify, bench."""
 
 from __future__ import annotations
 
 import argparse
 import math
+import os
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megatron_dit.cli.common import add_command, check_ranks, config_arguments, ranks_argument, start_ranks, write_json
+from megatron_dit.errors import UserError
 
 if TYPE_CHECKING:  # imports of torch take seconds: each command imports what it needs
     from megatron_dit.config import Config
@@ -45,6 +47,19 @@ def add_commands(commands: Any) -> None:
         _verify_layout,
     )
     layout.add_argument("folder", type=Path)
+
+    bench = add_command(
+        commands,
+        "bench",
+        "Time training steps on random weights and data: samples/s, MFU, memory.",
+        "megatron-dit bench configs/dit/xl2-mup.yaml train.global_batch=64 train.micro_batch=64",
+        _bench,
+    )
+    config_arguments(bench)
+    ranks_argument(bench)
+    bench.add_argument("--steps", type=int, default=20, help="steps to time")
+    bench.add_argument("--warmup", type=int, default=5, help="steps before them")
+    bench.add_argument("--diffusers", action="store_true", help="in turn with a plain diffusers model of the same size")
 
 
 def _train(arguments: argparse.Namespace) -> int:
@@ -96,5 +111,35 @@ def _verify_layout(arguments: argparse.Namespace) -> int:
     from megatron_dit.verify import verify_layout
 
     verify_layout(arguments.folder)
+    disconnect()
+    return 0
+
+
+def _bench(arguments: argparse.Namespace) -> int:
+    import torch
+
+    from megatron_dit.config import load_config
+
+    config = load_config(arguments.config, arguments.overrides)
+    check_ranks(arguments)
+    for name, least in (("steps", 2), ("warmup", 1)):
+        if getattr(arguments, name) < least:
+            raise UserError(f"--{name} {getattr(arguments, name)}: expected at least {least}")
+    if arguments.procs > 1:
+        flags = ["--steps", str(arguments.steps), "--warmup", str(arguments.warmup)]
+        return start_ranks(arguments, config, ["bench", *flags, *(["--diffusers"] if arguments.diffusers else [])])
+    from megatron_dit.bench.measure import measure
+    from megatron_dit.parallel.topology import disconnect
+
+    try:
+        found = measure(config, arguments.steps, arguments.warmup, arguments.diffusers)
+    except torch.OutOfMemoryError as error:
+        raise UserError(
+            f"train.micro_batch={config.train.micro_batch} does not fit: lower it, or share the model out by "
+            f"parallel.zero_stage and parallel.tensor ({str(error).splitlines()[0]})"
+        ) from None
+    if os.environ.get("RANK", "0") == "0":
+        found.print(arguments.config)
+    write_json(arguments, found.figures())
     disconnect()
     return 0

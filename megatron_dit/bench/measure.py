@@ -1,0 +1,242 @@
+"""Time training steps on random weights and random data of a config's shapes."""
+
+from __future__ import annotations
+
+import math
+import resource
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from rich.console import Console
+from rich.table import Table
+
+from megatron_dit.bench.plain import PlainTraining, check_plain
+from megatron_dit.config import Config
+from megatron_dit.data.stream import Batch
+from megatron_dit.devices import device_peak
+from megatron_dit.engine import Engine
+from megatron_dit.errors import UserError
+from megatron_dit.models.condition import Condition
+from megatron_dit.models.flops import model_flops
+from megatron_dit.parallel.cpu import device
+from megatron_dit.parallel.topology import build_topology, connect
+from megatron_dit.progress import ProgressBar
+from megatron_dit.trainer import use_threads
+
+GIB = 2**30
+
+
+@dataclass(frozen=True)
+class Times:
+    """Seconds of each step."""
+
+    seconds: tuple[float, ...]
+
+    @property
+    def median(self) -> float:
+        return statistics.median(self.seconds)
+
+    @property
+    def quartiles(self) -> tuple[float, float]:
+        """The first and the third."""
+        low, _, high = statistics.quantiles(self.seconds, n=4, method="inclusive")
+        return low, high
+
+    def __str__(self) -> str:
+        low, high = self.quartiles
+        return f"{1e3 * self.median:.1f} ms (quartiles {1e3 * low:.1f} to {1e3 * high:.1f}, {len(self.seconds)} steps)"
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """What training steps took."""
+
+    device: str  # as CUDA names it, or cpu
+    devices: int
+    precision: str
+    parameters: int
+    global_batch: int
+    sample_flops: int  # model FLOPs of one sample, forward and backward
+    peak_flops: float | None  # FLOP/s of one device; None where it is not known
+    peak_memory: int  # bytes, of the rank that took most: allocated on a GPU, resident on a CPU
+    skipped_steps: int  # with a loss or gradient that was not finite: these had no optimizer step
+    times: Times
+    diffusers: Times | None  # of the plain model, in turn with ours
+
+    @property
+    def samples_per_second(self) -> float:
+        return self.global_batch / self.times.median
+
+    @property
+    def flops_per_second(self) -> float:
+        """Of one device: the model's, so that recompute, which takes time, lowers it."""
+        return self.sample_flops * self.samples_per_second / self.devices
+
+    @property
+    def mfu(self) -> float | None:
+        return None if self.peak_flops is None else self.flops_per_second / self.peak_flops
+
+    @property
+    def speedup(self) -> float | None:
+        """Median step time of the plain model over ours."""
+        return None if self.diffusers is None else self.diffusers.median / self.times.median
+
+    def figures(self) -> dict[str, Any]:
+        """For ``--json``."""
+        derived = {
+            "step_seconds": self.times.median,
+            "samples_per_second": self.samples_per_second,
+            "tflops_per_device": self.flops_per_second / 1e12,
+            "mfu": self.mfu,
+            "peak_memory_gib": self.peak_memory / GIB,
+            "diffusers_step_seconds": None if self.diffusers is None else self.diffusers.median,
+            "speedup": self.speedup,
+        }
+        return {**derived, **asdict(self)}
+
+    def print(self, title: str) -> None:
+        rows = {
+            "device": f"{self.devices} x {self.device}, {self.precision}",
+            "parameters": f"{self.parameters:,}",
+            "global batch": str(self.global_batch),
+            "step": str(self.times),
+            "samples/s": f"{self.samples_per_second:.1f}",
+            "TFLOP/s per device": f"{self.flops_per_second / 1e12:.3g}",
+            "MFU": "this device's peak is not known" if self.mfu is None else f"{100 * self.mfu:.1f}%",
+            "peak memory": f"{self.peak_memory / GIB:.2f} GiB",
+        }
+        if self.skipped_steps:
+            rows["skipped steps"] = f"{self.skipped_steps}: not finite, so without the optimizer's time"
+        if self.diffusers is not None:
+            rows["diffusers, step"] = str(self.diffusers)
+            rows["diffusers' time / ours"] = f"{self.speedup:.2f}"
+        table = Table(title=title, show_header=False)
+        for row in rows.items():
+            table.add_row(*row)
+        Console(width=110).print(table)
+
+
+def measure(config: Config, steps: int, warmup: int, diffusers: bool) -> Measurement:
+    """Time ``steps`` training steps after ``warmup`` others. Collective.
+
+    ``diffusers``: and as many of a plain diffusers model, in turn with ours.
+    """
+    connect()
+    world = dist.get_world_size()
+    if diffusers:
+        check_plain(config.model)
+        if world > 1:
+            raise UserError(f"--diffusers with {world} ranks: the plain model trains on one, leave --procs out")
+    topology = build_topology(config)
+    use_threads(config)
+    torch.manual_seed(config.seed)
+    engine = Engine(config, topology)
+    fill(engine)
+    batch = random_batch(config, config.train.global_batch // topology.data_size)
+    skipped = 0
+
+    def ours() -> None:
+        nonlocal skipped
+        skipped += engine.train_step(batch).skipped
+
+    times: dict[str, list[float]] = {"ours": [], "diffusers": []}
+    with ProgressBar("bench", warmup + steps, show=topology.rank == 0) as bar:
+        _reset_peak_memory()
+        for _ in range(warmup):
+            _timed(ours)
+            bar.advance("warm-up")
+        memory = _peak_memory()
+        turns = {"ours": ours}
+        if diffusers:
+            plain = PlainTraining(config)
+            turns["diffusers"] = lambda: plain.step(batch)
+            for _ in range(warmup):
+                _timed(turns["diffusers"])
+        for _ in range(steps):
+            for name, step in turns.items():
+                times[name].append(_timed(step))
+            bar.advance(f"{times['ours'][-1]:.3f} s")
+    model = config.model
+    return Measurement(
+        device=torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+        devices=world,
+        precision=config.train.dtype,
+        parameters=sum(math.prod(param.shape) for param in engine.params.values()),
+        global_batch=config.train.global_batch,
+        sample_flops=model_flops(model, model.sample_size, model.sample_size).total.model,
+        peak_flops=device_peak(config.train.dtype),
+        peak_memory=memory,
+        skipped_steps=skipped,
+        times=Times(tuple(times["ours"])),
+        diffusers=Times(tuple(times["diffusers"])) if diffusers else None,
+    )
+
+
+@torch.no_grad()
+def fill(engine: Engine) -> None:
+    """Small random weights, drawn where they live.
+
+    ``Engine.initialise`` draws every tensor whole on the CPU, which takes minutes for billions of weights, and starts
+    gates at zero; products of zeros draw less power and so run faster than those of a model in training.
+    """
+    for shard in engine.masters.shards.values():
+        engine.view(shard, "master").normal_(std=0.02)
+    engine.masters.publish()
+
+
+def random_batch(config: Config, size: int) -> Batch:
+    """``size`` samples of the config's shapes, as the data stream gives them."""
+    model = config.model
+    latents = torch.randn(size, model.in_channels, model.sample_size, model.sample_size)
+    dropped = torch.rand(size) < config.data.caption_dropout
+    if model.num_classes:
+        condition = Condition(dropped, label=torch.randint(model.num_classes, (size,)))
+    else:
+        text = torch.randn(size, model.text_tokens, model.text_dim)
+        condition = Condition(dropped, text, torch.ones(size, model.text_tokens, dtype=torch.bool))
+    patches = (model.sample_size // model.patch_size) ** 2
+    batch = Batch(
+        latents=latents,
+        condition=condition,
+        u=torch.rand(size, dtype=torch.float64).clamp(1e-9, 1 - 1e-9),
+        noise=torch.randn_like(latents),
+        bad=(),
+        features=torch.randn(size, patches, model.repa_dim) if model.repa_block else None,
+    )
+    return batch.pin_memory() if torch.cuda.is_available() else batch
+
+
+def _timed(step: Callable[[], None]) -> float:
+    _wait()
+    start = time.perf_counter()
+    step()
+    _wait()
+    return time.perf_counter() - start
+
+
+def _wait() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def _reset_peak_memory() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+
+
+def _peak_memory() -> int:
+    """Bytes of the rank that took most. Collective."""
+    if torch.cuda.is_available():
+        peak = torch.cuda.max_memory_allocated()
+    else:
+        unit = 1 if sys.platform == "darwin" else 1024
+        peak = unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    most = torch.tensor(peak, device=device())
+    dist.all_reduce(most, op=dist.ReduceOp.MAX)
+    return int(most)

@@ -1,0 +1,148 @@
+"""The same model from diffusers, trained as diffusers' scripts do: what our step is measured against.
+
+Weights are fp32 and, where the config says bf16, products bf16 by autocast; torch's fused AdamW; a mean squared error.
+There is no EMA.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from diffusers import DiTTransformer2DModel, PixArtTransformer2DModel, SD3Transformer2DModel
+from torch import Tensor, nn
+
+from megatron_dit.config import Config, ModelConfig
+from megatron_dit.data.stream import Batch
+from megatron_dit.errors import UserError
+from megatron_dit.parallel.cpu import device
+
+
+def check_plain(model: ModelConfig) -> None:
+    """Raise UserError for what diffusers has not."""
+    if model.arch not in MODELS:
+        raise UserError(f"--diffusers with model.arch={model.arch}: expected one of {', '.join(MODELS)}")
+    if model.repa_block:
+        raise UserError("--diffusers with REPA: diffusers has none, add model.repa_block=0 model.repa_dim=0")
+    if model.mlp_ratio != 4:
+        raise UserError(f"--diffusers with model.mlp_ratio={model.mlp_ratio}: diffusers' models have 4, set that")
+
+
+class PlainTraining:
+    """Model and optimizer on this process's device; ``check_plain`` has passed."""
+
+    def __init__(self, config: Config) -> None:
+        model, optimizer = config.model, config.optimizer
+        self._config = config
+        build, self._predict = MODELS[model.arch]
+        with torch.device(device()):
+            self.model = build(model)
+        self.model.train()
+        self._optimizer = torch.optim.AdamW(
+            self.model.parameters(),
+            lr=optimizer.lr,
+            betas=(optimizer.beta1, optimizer.beta2),
+            eps=optimizer.eps,
+            weight_decay=optimizer.weight_decay,
+            fused=True,
+        )
+
+    def step(self, batch: Batch) -> None:
+        """Forward, backward and optimizer step on the whole batch, in the config's micro-batches."""
+        train, clip = self._config.train, self._config.optimizer.grad_clip
+        micro_batches = batch.split(train.micro_batch)
+        for micro in micro_batches:
+            on_device = micro.to(device())
+            with torch.autocast(device().type, torch.bfloat16, enabled=train.dtype == "bf16"):
+                prediction = self._predict(self.model, on_device)
+            # Of a learned variance, which our loss trains too, only ε.
+            loss = F.mse_loss(prediction.float()[:, : self._config.model.in_channels], on_device.noise)
+            (loss / len(micro_batches)).backward()
+        if clip > 0:
+            nn.utils.clip_grad_norm_(self.model.parameters(), clip)
+        self._optimizer.step()
+        self._optimizer.zero_grad()
+
+
+def _build_dit(config: ModelConfig) -> nn.Module:
+    return DiTTransformer2DModel(
+        num_attention_heads=config.heads,
+        attention_head_dim=config.head_dim,
+        in_channels=config.in_channels,
+        out_channels=config.out_channels,
+        num_layers=config.depth,
+        sample_size=config.sample_size,
+        patch_size=config.patch_size,
+        num_embeds_ada_norm=config.num_classes,
+        norm_eps=1e-6,
+    )
+
+
+def _dit(model: nn.Module, batch: Batch) -> Tensor:
+    return model(_noised(batch), timestep=_timesteps(batch), class_labels=batch.condition.label).sample
+
+
+def _build_pixart(config: ModelConfig) -> nn.Module:
+    return PixArtTransformer2DModel(
+        num_attention_heads=config.heads,
+        attention_head_dim=config.head_dim,
+        in_channels=config.in_channels,
+        out_channels=config.out_channels,
+        num_layers=config.depth,
+        cross_attention_dim=config.width,
+        sample_size=config.sample_size,
+        patch_size=config.patch_size,
+        caption_channels=config.text_dim,
+        use_additional_conditions=False,
+    )
+
+
+def _pixart(model: nn.Module, batch: Batch) -> Tensor:
+    text, mask = batch.condition.words()
+    return model(
+        _noised(batch), encoder_hidden_states=text, timestep=_timesteps(batch), encoder_attention_mask=mask
+    ).sample
+
+
+POOLED_TEXT = 16  # SD3's second text input, which ours has not: kept small
+
+
+def _build_mmdit(config: ModelConfig) -> nn.Module:
+    return SD3Transformer2DModel(
+        sample_size=config.sample_size,
+        patch_size=config.patch_size,
+        in_channels=config.in_channels,
+        num_layers=config.depth,
+        attention_head_dim=config.head_dim,
+        num_attention_heads=config.heads,
+        joint_attention_dim=config.text_dim,
+        caption_projection_dim=config.width,
+        pooled_projection_dim=POOLED_TEXT,
+        out_channels=config.out_channels,
+        pos_embed_max_size=config.sample_size // config.patch_size,
+        qk_norm="rms_norm",
+    )
+
+
+def _mmdit(model: nn.Module, batch: Batch) -> Tensor:
+    text, _ = batch.condition.words()
+    pooled = text.new_zeros(len(text), POOLED_TEXT)
+    return model(
+        _noised(batch), encoder_hidden_states=text, pooled_projections=pooled, timestep=_timesteps(batch)
+    ).sample
+
+
+def _noised(batch: Batch) -> Tensor:
+    return batch.latents + batch.noise
+
+
+def _timesteps(batch: Batch) -> Tensor:
+    return (1000 * batch.u).long()
+
+
+MODELS: dict[str, tuple[Callable[[ModelConfig], nn.Module], Callable[[nn.Module, Batch], Tensor]]] = {
+    "dit": (_build_dit, _dit),
+    "pixart": (_build_pixart, _pixart),
+    "mmdit": (_build_mmdit, _mmdit),
+}

@@ -1,0 +1,139 @@
+"""The bench command: arithmetic in closed form, FLOPs against torch's count of a step, sizes of the plain models."""
+
+from __future__ import annotations
+
+import json
+import time
+
+import pytest
+import torch
+import yaml
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from megatron_dit.bench import measure
+from megatron_dit.bench.measure import Measurement, Times
+from megatron_dit.bench.plain import POOLED_TEXT, PlainTraining
+from megatron_dit.cli import run
+from megatron_dit.engine import Engine
+from megatron_dit.models import build_unsharded
+from megatron_dit.mup.shapes import describe
+from megatron_dit.parallel.topology import build_topology, connect
+from tests.configs import ARCHITECTURES, small, small_dict
+
+REPA = {"model.repa_block": 1, "model.repa_dim": 24}
+PLAIN = ["dit", "mmdit", "pixart"]
+
+
+def written(folder, arch, **overrides):
+    path = folder / "config.yaml"
+    path.write_text(yaml.safe_dump(small_dict(arch, **{"train.threads": 1, **overrides})))
+    return str(path)
+
+
+def bench(config, folder, *flags):
+    figures = folder / "figures.json"
+    assert run(["bench", config, "--steps", "4", "--warmup", "1", "--json", str(figures), *flags]) == 0
+    return json.loads(figures.read_text())
+
+
+def test_arithmetic():
+    found = Measurement(
+        device="x", devices=4, precision="bf16", parameters=7, global_batch=30, sample_flops=10**12,
+        peak_flops=100e12, peak_memory=3 * 2**30, skipped_steps=0, times=Times((0.4, 0.5, 0.6, 0.5, 9.0)),
+        diffusers=Times((0.7, 0.8, 1.0)),
+    )  # fmt: skip
+    assert found.times.median == 0.5
+    assert found.times.quartiles == (0.5, 0.6)
+    assert found.samples_per_second == 60
+    assert found.flops_per_second == pytest.approx(15e12)
+    assert found.mfu == pytest.approx(0.15)
+    assert found.speedup == pytest.approx(1.6)
+    assert found.figures()["peak_memory_gib"] == 3
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_flops_equal_what_torch_counts_of_a_step(arch):
+    connect()
+    config = small(arch, **REPA, **{"train.threads": 1})
+    engine = Engine(config, build_topology(config))
+    measure.fill(engine)
+    batch = measure.random_batch(config, config.train.global_batch)
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+        metrics = engine.train_step(batch)
+    assert not metrics.skipped
+    found = measure.measure(config, steps=2, warmup=1, diffusers=False)
+    assert config.train.global_batch * found.sample_flops == counter.get_total_flops()
+
+
+def test_command_writes_its_figures(tmp_path, capsys, monkeypatch):
+    config = written(tmp_path, "mmdit")
+    slow = Engine.train_step
+
+    def train_step(self, *arguments):
+        time.sleep(0.05)
+        return slow(self, *arguments)
+
+    monkeypatch.setattr(Engine, "train_step", train_step)
+    monkeypatch.setattr(measure, "device_peak", lambda precision: {"fp32": 1e9}[precision])
+    found = bench(config, tmp_path)
+    assert len(found["times"]["seconds"]) == 4
+    assert found["step_seconds"] > 0.05
+    assert found["mfu"] == pytest.approx(8 * found["sample_flops"] / found["step_seconds"] / 1e9)
+    assert 0 < found["peak_memory_gib"] < 100
+    assert (found["devices"], found["skipped_steps"], found["speedup"]) == (1, 0, None)
+    assert f"{100 * found['mfu']:.1f}%" in capsys.readouterr().out
+
+
+def test_two_ranks_share_the_batch(tmp_path):
+    found = bench(written(tmp_path, "dit", **{"parallel.zero_stage": 1}), tmp_path, "--procs", "2")
+    assert (found["devices"], found["device"], found["mfu"]) == (2, "cpu", None)
+    assert found["samples_per_second"] == pytest.approx(8 / found["step_seconds"])
+    per_device = found["sample_flops"] * found["samples_per_second"] / 2
+    assert 1e12 * found["tflops_per_device"] == pytest.approx(per_device)
+
+
+@pytest.mark.parametrize("arch", PLAIN)
+def test_beside_diffusers(tmp_path, arch):
+    found = bench(written(tmp_path, arch), tmp_path, "--diffusers")
+    assert len(found["diffusers"]["seconds"]) == 4
+    assert found["speedup"] == pytest.approx(found["diffusers_step_seconds"] / found["step_seconds"])
+
+
+@pytest.mark.parametrize("arch", PLAIN)
+def test_the_plain_model_is_as_large_as_ours(arch):
+    config = small(arch)
+    model = config.model
+    d = model.width
+    embedder = (256 + 1) * d + (d + 1) * d
+    more = {
+        "dit": (model.depth - 1) * (embedder + (model.num_classes + 1) * d),  # embedders in every block
+        "pixart": -model.text_tokens * model.text_dim,  # no learned null caption
+        "mmdit": (POOLED_TEXT + 1) * d + (d + 1) * d,  # pooled text
+    }[arch]
+    ours = sum(torch.Size(param.shape).numel() for param in describe(build_unsharded, config).values())
+    plain = PlainTraining(config)
+    assert sum(p.numel() for p in plain.model.parameters()) == ours + more
+    before = [p.detach().clone() for p in plain.model.parameters()]
+    plain.step(measure.random_batch(config, config.train.global_batch))
+    assert sum(not torch.equal(p, old) for p, old in zip(plain.model.parameters(), before, strict=True)) > 20
+
+
+def test_mistakes_are_told(tmp_path, capsys, monkeypatch):
+    def told(words, arch, *arguments, **overrides):
+        assert run(["bench", written(tmp_path, arch, **overrides), *arguments]) == 2
+        line = capsys.readouterr().err.strip()
+        assert words in line
+        assert "\n" not in line
+
+    told("--steps 1", "dit", "--steps", "1")
+    told("--warmup 0", "dit", "--warmup", "0")
+    told("model.arch=uvit", "uvit", "--diffusers")
+    told("diffusers has none", "mmdit", "--diffusers", **REPA)
+    told("model.mlp_ratio=2", "mmdit", "--diffusers", **{"model.mlp_ratio": 2})
+
+    def full(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB\nmore")
+
+    monkeypatch.setattr(Engine, "train_step", full)
+    told("train.micro_batch=4 does not fit", "mmdit")
