@@ -1,0 +1,145 @@
+"""The GPU check with a stand-in for the GPU: a Python that makes up tests and figures. Report and exit status."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from benchmarks.gpu_report import COLUMNS, Run, fp8_speedup, read_runs, row, write_report
+
+ROOT = Path(__file__).parents[2]
+FIGURES = {
+    "parameters": 2_021_277_632, "global_batch": 128, "step_seconds": 0.5, "samples_per_second": 256.0,
+    "tflops_per_device": 413.2, "mfu": 0.4177, "peak_memory_gib": 81.26, "speedup": None,
+}  # fmt: skip
+TESTS = """<testsuites><testsuite>
+<testcase classname="tests.a" name="one"/><testcase classname="tests.a" name="two"/>
+<testcase classname="tests.a" name="three"><failure message="no"/></testcase>
+<testcase classname="tests.a" name="four"><error message="no"/></testcase>
+<testcase classname="tests.a" name="five"><skipped message="no fp4"/></testcase>
+</testsuite></testsuites>"""
+
+# Stands for python3: pytest as FAIL says, bench by the name of its figures, and the report for real.
+STAND_IN = """#!/usr/bin/env bash
+if [[ $* == *"-m pytest"* ]]; then
+    echo "$@ $DS_ACCELERATOR" >>"$CALLS"
+    for word in "$@"; do [[ $word == --junitxml=* ]] && echo "$TESTS" >"${word#*=}"; done
+    exit "$FAIL"
+fi
+if [[ $1 != -m ]]; then exec "$REAL" "$@"; fi
+echo "$@" >>"$CALLS"
+for ((i = 1; i <= $#; i++)); do [[ ${!i} == --json ]] && next=$((i + 1)) && out=${!next}; done
+case $out in
+*mmdit-18b.bf16.none.json) echo "Traceback" && echo "error: does not fit | at all" && exit 2 ;;
+*mmdit-18b.fp8.none.json) exit 3 ;;
+*pixart.fp8.full.json) echo first && echo last && exit 1 ;;
+*mmdit-2b.fp8.*) echo "${FIGURES/0.5/0.4}" >"$out" ;;
+*.diffusers.json) echo "${FIGURES/null/1.25}" >"$out" ;;
+*) echo "$FIGURES" >"$out" ;;
+esac
+"""
+
+
+def check(folder, *arguments, fail=0, **environment):
+    stand_in = folder / "python"
+    stand_in.write_text(STAND_IN)
+    stand_in.chmod(0o755)
+    paths = {"PYTHON": stand_in, "REAL": sys.executable, "CALLS": folder / "calls"}
+    paths |= {"RESULTS": folder / "results", "RUNS": folder / "runs"}
+    made_up = {"FIGURES": json.dumps(FIGURES), "TESTS": TESTS, "FAIL": fail, **environment}
+    done = subprocess.run(
+        [str(ROOT / "benchmarks" / "gpu_check.sh"), *arguments],
+        env={**os.environ, **{key: str(value) for key, value in {**paths, **made_up}.items()}},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    calls = (folder / "calls").read_text().splitlines() if (folder / "calls").exists() else []
+    return done, calls
+
+
+def report(folder):
+    return json.loads((folder / "results" / "gpu.json").read_text()), (folder / "results" / "gpu.md").read_text()
+
+
+def test_everything_is_run_and_reported(tmp_path):
+    done, calls = check(tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "-m pytest -m gpu" in calls[0]
+    assert calls[0].endswith("cuda")
+    assert len(calls) == 1 + 4 * 2 * 2 + 3
+    figures, text = report(tmp_path)
+    assert done.stdout.strip().endswith(text.strip())
+    assert figures["tests"]["passed"] == 2
+    assert figures["tests"]["failed"] == ["tests.a::three", "tests.a::four"]
+    assert "2 passed, 2 failed, 1 skipped" in text
+    assert "- skipped: tests.a::five: no fp4" in text
+    errors = {f"{r['model']}.{r['precision']}.{r['recompute']}": r["error"] for r in figures["runs"] if r["error"]}
+    assert errors == {
+        "mmdit-18b.bf16.none": "error: does not fit | at all",
+        "mmdit-18b.fp8.none": "exit status 3",
+        "pixart.fp8.full": "last",
+    }
+    lines = [line for line in text.splitlines() if line.startswith("|")]
+    assert len(lines) == 2 + 19
+    assert all(line.count("|") == len(COLUMNS) + 1 for line in lines)
+    assert "| mmdit-2b | 2.02B | 128 | bf16 | none | 500.0 | 256.0 | 413 | 41.8% | 81.3 |  |  |" in lines
+    assert "| mmdit-2b | 2.02B | 128 | fp8 | none | 400.0 | 256.0 | 413 | 41.8% | 81.3 | 1.25 |  |" in lines
+    assert any(line.startswith("| dit-xl2 ") and "beside diffusers" in line and "| 1.25 |" in line for line in lines)
+    assert set(figures["environment"]) >= {"date", "GPU", "torch", "deepspeed", "megatron-core", "transformer-engine"}
+
+
+def test_a_failed_test_fails_the_check_and_ends_nothing(tmp_path):
+    done, calls = check(tmp_path, fail=1)
+    assert done.returncode == 1
+    assert len(calls) == 1 + 19
+    assert len(report(tmp_path)[0]["runs"]) == 19
+
+
+def test_parts(tmp_path):
+    done, calls = check(tmp_path, "tests", fail=1)
+    assert (done.returncode, len(calls)) == (1, 1)
+    assert report(tmp_path)[0]["runs"] == []
+    done, calls = check(tmp_path, "bench")
+    assert (done.returncode, len(calls)) == (0, 1 + 19)
+    figures, _ = report(tmp_path)
+    assert figures["tests"]["passed"] == 2  # the tests' part's
+    assert len(figures["runs"]) == 19
+
+
+def test_an_unknown_part_is_told(tmp_path):
+    done, calls = check(tmp_path, "test")
+    assert (done.returncode, calls) == (2, [])
+    assert "part 'test': expected tests or bench" in done.stderr
+
+
+def test_what_the_budget_does_not_reach_is_said(tmp_path):
+    done, calls = check(tmp_path, "bench", BUDGET=-1)
+    assert done.returncode == 0
+    assert not calls
+    figures, text = report(tmp_path)
+    assert {run["error"] for run in figures["runs"]} == {"not run: -1 s were over"}
+    assert "Tests: not run" in text
+
+
+def made(precision, seconds, recompute="none", error=None):
+    figures = {} if error else {**FIGURES, "step_seconds": seconds}
+    return Run("m", precision, recompute, diffusers=False, error=error, figures=figures)
+
+
+def test_fp8_beside_bf16():
+    bf16, fp8, full = made("bf16", 0.6), made("fp8", 0.4), made("bf16", 0.9, "full")
+    assert fp8_speedup(fp8, [full, bf16, fp8]) == pytest.approx(1.5)
+    assert fp8_speedup(bf16, [bf16, fp8]) is None
+    assert fp8_speedup(fp8, [full, made("bf16", 0, error="e"), fp8]) is None
+    assert row(made("fp8", 0, error="a|b"), [])[5] == "failed: a/b"
+
+
+def test_without_a_single_run(tmp_path):
+    assert read_runs(tmp_path) == []
+    assert "Tests: not run" in write_report({"GPU": "none"}, tmp_path, tmp_path)
