@@ -28,7 +28,7 @@ SIZES = {
     "pixart/target": (611_347_616, 610.9e6),
     "pixart/original": (611_347_616, 610.9e6),
     "mmdit/proxy": (181_635_648, 0.18e9),  # with REPA's projector
-    "mmdit/target": (17_859_518_016, 17.9e9),
+    "mmdit/18b": (17_859_518_016, 17.9e9),
 }
 
 

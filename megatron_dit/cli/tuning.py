@@ -60,7 +60,7 @@ def add_commands(commands: Any) -> None:
         commands,
         "transfer",
         "Write the target's config with a sweep's best base hyperparameters.",
-        "megatron-dit transfer runs/sweep configs/mmdit/target.yaml --out runs/target.yaml",
+        "megatron-dit transfer runs/sweep configs/mmdit/18b.yaml --out runs/target.yaml",
         _transfer,
     )
     transfer.add_argument("sweep", help="folder of a sweep")
