@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from megatron_dit.config import Config, deepspeed_config
 from megatron_dit.data.stream import Batch
+from megatron_dit.errors import UserError
 from megatron_dit.models import build, build_unsharded
 from megatron_dit.models.blocks import Taps
 from megatron_dit.mup.groups import optimizer_groups
@@ -23,12 +24,12 @@ from megatron_dit.mup.rules import Param
 from megatron_dit.mup.shapes import describe
 from megatron_dit.objectives import OBJECTIVES, Noised
 from megatron_dit.objectives.repa import alignment_loss
-from megatron_dit.optimizer import AdamWithEma, lr_factor, set_lr
+from megatron_dit.optimizer import AdamW, AdamWithEma, choose, lr_factor, set_lr
 from megatron_dit.parallel.cpu import device
 from megatron_dit.parallel.layers import Backend
 from megatron_dit.parallel.masters import Masters, MasterShard
 from megatron_dit.parallel.recompute import Recompute
-from megatron_dit.parallel.topology import DeepSpeedMpu, Topology
+from megatron_dit.parallel.topology import DeepSpeedMpu, Topology, agree
 from megatron_dit.pipeline import Pipeline, attach
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -89,7 +90,7 @@ class Engine:
         held = {name: self.params[name] for name, _ in model.named_parameters()}
         set_multipliers(model, forward_multipliers(held))
         groups = optimizer_groups(model.named_parameters(), held, config.optimizer)
-        self.optimizer = AdamWithEma(groups, config.optimizer, config.train.ema_decay)
+        self.optimizer = AdamWithEma(groups, config.optimizer, config.train.ema_decay, _agreed_adamw(config))
         with contextlib.redirect_stdout(io.StringIO()):  # its optimizers print their memory use as they are built
             self._engine: Any = deepspeed.initialize(
                 model=model, optimizer=self.optimizer, config=ds_config, mpu=mpu, dist_init_required=False
@@ -130,12 +131,11 @@ class Engine:
     def resume_at(self, step: int, adam_steps: float) -> None:
         """Continue at ``step``, the moments being ``adam_steps`` old (skipped steps do not age them)."""
         self.step = step
-        for flat in self.masters.flats:
-            self.optimizer.state[flat]["step"].fill_(adam_steps)
+        self.optimizer.resume_at(round(adam_steps))
 
     @property
-    def adam_steps(self) -> float:
-        return float(self.optimizer.state[self.masters.flats[0]]["step"])
+    def adam_steps(self) -> int:
+        return self.optimizer.age
 
     def view(self, shard: MasterShard, key: str) -> Tensor:
         """This rank's flat fp32 range of a master (``key`` "master") or of an optimizer state."""
@@ -168,6 +168,7 @@ class Engine:
             self._engine.allreduce_gradients()
         norm, skipped = self._optimizer_step()
         self.step += 1
+        self.optimizer.age += not skipped
         loss, aligned, bad, stops = self._sum_over_ranks([*losses.means(), float(len(batch.bad)), float(stop)])
         replicas = self.topology.world / self.topology.pipeline_size  # one stage has the loss, one the projector
         return StepMetrics(
@@ -224,8 +225,10 @@ class Engine:
         if self.config.parallel.zero_stage == 0:
             return self._unsharded_step()
         self._engine.step()
-        norm = float(self._engine.get_global_grad_norm())
-        return norm, bool(self._engine.optimizer.overflow)
+        norm, skipped = float(self._engine.get_global_grad_norm()), bool(self._engine.optimizer.overflow)
+        if skipped:
+            self.masters.drop_gradients()
+        return norm, skipped
 
     def _unsharded_step(self) -> tuple[float, bool]:
         """Stage 0: the clipping and skipping that DeepSpeed's ZeRO optimizers do by themselves."""
@@ -268,3 +271,15 @@ class Engine:
             for name, value in share.items():
                 found.setdefault(name, []).append(value)
         return {name: sum(values) / len(values) for name, values in found.items()}
+
+
+def _agreed_adamw(config: Config) -> AdamW:
+    """The AdamW of every rank; where one lacks it, all raise. Collective."""
+    adamw, error = None, None
+    try:
+        adamw = choose(config.optimizer)
+    except UserError as caught:
+        error = caught
+    agree(error)
+    assert adamw is not None
+    return adamw

@@ -46,6 +46,7 @@ def train(config: Config) -> dict[str, Any]:
     with ProgressBar("train", config.train.steps, start, show=first) as bar:
         for line in [*torn, *([f"resumed {run.path} at step {start}"] if reader else [])]:
             bar.say(line)
+        bar.say(f"optimizer: {engine.optimizer.title}")
         skipped_in_a_row = 0
         for batch in stream:
             metrics = engine.train_step(batch, stop=stop_signal.asked)
@@ -66,7 +67,14 @@ def train(config: Config) -> dict[str, Any]:
     if logger:
         run.close()
     last = logged[0] if logged else {}
-    return {"run": str(run.path), "finished": engine.step == config.train.steps, **last, "step": engine.step}
+    finished = engine.step == config.train.steps
+    return {
+        "run": str(run.path),
+        "optimizer": engine.optimizer.title,
+        "finished": finished,
+        **last,
+        "step": engine.step,
+    }
 
 
 def _prepare(config: Config, rank: int, world: int) -> tuple[RunFolder, Index]:

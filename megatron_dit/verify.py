@@ -160,7 +160,7 @@ def verify(path: str, overrides: Sequence[str], names: Sequence[str], steps: int
     unknown = next((name for name in names if name not in LAYOUTS), None)
     if unknown is not None:
         raise UserError(f"layout {unknown!r}: expected some of {', '.join(LAYOUTS)}")
-    forced = [*overrides, "train.dtype=fp32"]
+    forced = [*overrides, "train.dtype=fp32", "optimizer.offload=false"]  # which stage 0 does not have
     base = load_config(path, forced)
     read_index(base.data.path)
     layouts = {"reference": REFERENCE, **{name: LAYOUTS[name] for name in names}}

@@ -20,6 +20,9 @@ def deepspeed_config(config: Config, data_parallel: int) -> dict[str, Any]:
         "zero_optimization": {"stage": stage, "memory_efficient_linear": False},
         "steps_per_print": 2**31 - 1,
     }
+    if config.optimizer.offload:
+        result["zero_optimization"]["offload_optimizer"] = {"device": "cpu"}
+        result["zero_force_ds_cpu_optimizer"] = False  # ours holds a DeepSpeedCPUAdam and is none itself
     if bf16:
         result["bf16"] = {"enabled": True, "check_grad_overflow": True}
         if stage:

@@ -162,10 +162,17 @@ class OptimizerConfig:
     warmup_steps: int = 0
     schedule: str = "constant"  # after warm-up: constant | cosine
     final_lr_ratio: float = 0.0  # cosine: lr at the last step / peak lr
+    fused: str = "auto"  # whose AdamW: apex | te | deepspeed | torch; auto: the first that is there (CPU: torch)
+    offload: bool = False  # ZeRO 1, 2, 3: masters, moments and EMA on the CPU, stepped by DeepSpeed's CPU AdamW
 
     def __post_init__(self) -> None:
         check(self.lr > 0 and math.isfinite(self.lr), f"optimizer.lr={self.lr}: expected a positive finite number")
         choice("optimizer.schedule", self.schedule, ("constant", "cosine"))
+        choice("optimizer.fused", self.fused, ("auto", "apex", "te", "deepspeed", "torch"))
+        check(
+            not self.offload or self.fused == "auto",
+            f"optimizer.fused={self.fused!r}: optimizer.offload=true has its own AdamW, leave optimizer.fused out",
+        )
         for name in ("weight_decay", "grad_clip", "warmup_steps", "final_lr_ratio"):
             at_least(f"optimizer.{name}", getattr(self, name), 0)
         for name in ("beta1", "beta2"):
@@ -298,6 +305,10 @@ class Config:
             not self.parallel.sequence or model.arch != "mmdit" or model.text_tokens % tensor == 0,
             f"model.text_tokens={model.text_tokens} is not divisible by parallel.tensor={tensor}, which "
             "parallel.sequence=true needs: change model.text_tokens or set parallel.sequence=false",
+        )
+        check(
+            not self.optimizer.offload or self.parallel.zero_stage > 0,
+            "optimizer.offload=true with parallel.zero_stage=0: only ZeRO can offload, set the stage to 1, 2 or 3",
         )
         runs = self.parallel.pipeline * self.parallel.chunks
         check(

@@ -69,6 +69,14 @@ class Masters:
         else:
             zero.update_lp_params()
 
+    def drop_gradients(self) -> None:
+        """Forget the gradients of a skipped step.
+
+        DeepSpeed does, but for offload in bf16 at stages 1 and 2, which would add the next step's to them.
+        """
+        if getattr(self._zero, "cpu_offload", False):  # stages 1 and 2 alone have it
+            self._zero.averaged_gradients.update(dict.fromkeys(self._zero.averaged_gradients))
+
     def _map_whole(self) -> None:
         """Stage 0: the parameter itself, or the fp32 copy DeepSpeed's bf16 wrapper steps on."""
         zero = self._zero

@@ -1,0 +1,376 @@
+"""AdamW of every library against torch's plain one, in every ZeRO stage; what is refused; what is said."""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import replace
+
+import pytest
+import torch
+import yaml
+from torch.optim.adamw import adamw as functional_adamw
+
+from megatron_dit.errors import UserError
+from megatron_dit.optimizer import AdamWithEma, adamw, choose
+from tests.configs import small, small_dict
+from tests.mup.test_against_mup import package_groups
+from tests.test_engine import batch, poisoned, start
+from tests.test_resume import finish
+
+STEPS, SKIPPED = 20, 4
+# eps above the gradients' rounding, which Adam would turn into steps of full size; and a beta2 at which
+# 1 - beta2 ** age keeps its digits in fp32, in which DeepSpeed's kernels compute it.
+SETTINGS = {"heads": 8, "base_heads": 2, "optimizer.eps": 1e-5, "optimizer.beta2": 0.99}
+TOLERANCE = 1e-5
+NONE = {}
+DEEPSPEED = {"optimizer.fused": "deepspeed"}
+OFFLOAD = {"optimizer.offload": True}
+COUNTS_IN_GROUP = {"optimizer.fused": "apex"}  # a stand-in, see below
+LIBRARIES = [*adamw.AVAILABLE, "offload"]
+
+
+def implementation(name):
+    return adamw.OFFLOADED if name == "offload" else adamw.AVAILABLE[name]
+
+
+def skip_if_absent(name):
+    reason = implementation(name).absent()
+    if reason:
+        pytest.skip(f"{implementation(name).title} is not there: {reason}")
+
+
+@pytest.fixture(scope="module")
+def compiled():
+    """Compile DeepSpeed's optimizers once, before ranks ask for them."""
+    for name in ("deepspeed", "offload"):
+        skip_if_absent(name)
+        implementation(name).build([{"params": [torch.nn.Parameter(torch.zeros(1))]}])
+
+
+# --- alone ------------------------------------------------------------------------------------------
+
+
+def gradients(step, shapes, device):
+    g = torch.Generator().manual_seed(step)
+    return [torch.randn(shape, generator=g).to(device) for shape in shapes]
+
+
+def new(name, device, shapes=((40, 30), (7,), (50,))):
+    """An optimizer of two groups, its parameters, and their initial values."""
+    g = torch.Generator().manual_seed(99)
+    params = [torch.nn.Parameter(torch.randn(shape, generator=g).to(device)) for shape in shapes]
+    groups = [
+        {"params": params[:2], "lr": 1e-2, "weight_decay": 0.1},
+        {"params": params[2:], "lr": 1e-3, "weight_decay": 0.4},
+    ]
+    config = small("mmdit").optimizer
+    optimizer = AdamWithEma(groups, config, ema_decay=0.9, adamw=implementation(name))
+    optimizer.create_state(params)
+    return optimizer, params, [p.detach().clone() for p in params]
+
+
+def run(optimizer, params, steps):
+    for step in steps:
+        for p, gradient in zip(params, gradients(step, [p.shape for p in params], params[0].device), strict=True):
+            p.grad = gradient
+        optimizer.step()
+        optimizer.age += 1
+
+
+@pytest.mark.parametrize("name", LIBRARIES)
+def test_a_library_steps_as_plain_adamw_and_resumes(name):
+    """Twenty steps in one go, and ten by a first optimizer and ten by a second that got its states."""
+    skip_if_absent(name)
+    device = "cuda" if torch.cuda.is_available() and name != "offload" else "cpu"
+    optimizer, params, initial = new(name, device)
+    expected = [torch.nn.Parameter(p.clone()) for p in initial]
+    plain = torch.optim.AdamW(
+        [
+            {"params": expected[:2], "lr": 1e-2, "weight_decay": 0.1},
+            {"params": expected[2:], "lr": 1e-3, "weight_decay": 0.4},
+        ],
+        foreach=False,
+        fused=False,
+    )
+    ema = initial
+    for step in range(STEPS):
+        for p, gradient in zip(expected, gradients(step, [p.shape for p in expected], device), strict=True):
+            p.grad = gradient
+        plain.step()
+        ema = [0.9 * old + 0.1 * p.detach() for old, p in zip(ema, expected, strict=True)]
+
+    run(optimizer, params, range(STEPS))
+    first, moved, _ = new(name, device)
+    run(first, moved, range(10))
+    second, resumed, _ = new(name, device)
+    for old, p in zip(moved, resumed, strict=True):
+        p.data.copy_(old.data)
+        for key in ("exp_avg", "exp_avg_sq", "ema"):
+            second.state[p][key].copy_(first.state[old][key])
+    second.resume_at(first.age)
+    run(second, resumed, range(10, STEPS))
+    for found, states in ((params, optimizer.state), (resumed, second.state)):
+        for p, want, average in zip(found, expected, ema, strict=True):
+            assert (p - want).norm() <= 1e-6 * want.norm()
+            assert (states[p]["ema"] - average).norm() <= 1e-6 * average.norm()
+
+
+# --- in the engine ----------------------------------------------------------------------------------
+
+
+class CountsInGroup(torch.optim.Optimizer):
+    """Keeps its age as Apex and Transformer Engine do, which need a GPU: one number a group, older with each call.
+
+    Apex reads the first tensor of every group; Transformer Engine ages empty groups too.
+    """
+
+    def __init__(self, groups):
+        super().__init__(groups, {})
+
+    def step(self):
+        for group in self.param_groups:
+            group["step"] = group.get("step", 0) + 1
+            assert group["params"][0].dtype == torch.float32
+            params = [p for p in group["params"] if p.grad is not None]
+            states = [self.state[p] for p in params]
+            functional_adamw(
+                params,
+                [p.grad for p in params],
+                [state["exp_avg"] for state in states],
+                [state["exp_avg_sq"] for state in states],
+                [],
+                [torch.tensor(group["step"] - 1.0) for _ in params],
+                foreach=False,
+                amsgrad=False,
+                beta1=group["betas"][0],
+                beta2=group["betas"][1],
+                lr=group["lr"],
+                weight_decay=group["weight_decay"],
+                eps=group["eps"],
+                maximize=False,
+            )
+
+
+def with_stand_in(config):
+    """An engine whose Apex is the stand-in and, at stage 3, whose groups are several sub-groups each."""
+    import megatron_dit.engine as engine_room
+
+    def small_sub_groups(config, ranks):
+        result = made(config, ranks)
+        result["zero_optimization"]["sub_group_size"] = 2000
+        return result
+
+    stand_in = adamw.AdamW("stand-in", CountsInGroup, lambda: None)
+    real, made = adamw.AVAILABLE["apex"], engine_room.deepspeed_config
+    try:
+        adamw.AVAILABLE["apex"], engine_room.deepspeed_config = stand_in, small_sub_groups
+        return start(config)
+    finally:
+        adamw.AVAILABLE["apex"], engine_room.deepspeed_config = real, made
+
+
+def train(layout, first, steps, folder, source):
+    """Steps ``first`` to ``steps``, one skipped for its gradient, from a checkpoint if one is given, and a save."""
+    from pathlib import Path
+
+    from megatron_dit.checkpoint.load import newest, restore
+    from megatron_dit.checkpoint.save import save
+
+    config = small("mmdit", **SETTINGS, **layout)
+    engine = (with_stand_in if config.optimizer.fused == "apex" else start)(config)
+    if source:
+        restore(engine, newest(Path(source))[0])
+    for step in range(first, steps):
+        engine.train_step(batch(config, engine.topology, step, float("nan") if step == SKIPPED else None))
+    save(engine, Path(folder))
+    on_cpu = all(flat.is_cpu and engine.optimizer.state[flat]["ema"].is_cpu for flat in engine.masters.flats)
+    return engine.adam_steps, engine.optimizer.title, on_cpu
+
+
+@pytest.fixture(scope="module")
+def expected():
+    """Weights after the same steps by autograd and the package mup around torch's plain AdamW."""
+    import mup
+
+    from megatron_dit.models import build_unsharded
+    from megatron_dit.mup.init import forward_multipliers, initial_value, set_multipliers
+    from megatron_dit.mup.shapes import describe
+    from megatron_dit.objectives import OBJECTIVES, Noised
+    from megatron_dit.parallel.topology import SOLO, connect
+
+    connect()
+    config = small("mmdit", **SETTINGS)
+    _, model = package_groups(config)
+    params = describe(build_unsharded, config)
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            p.copy_(initial_value(params[name], config.seed))
+    set_multipliers(model, forward_multipliers(params))
+    optimizer = mup.MuAdamW(
+        model.parameters(),
+        lr=config.optimizer.lr,
+        betas=(config.optimizer.beta1, config.optimizer.beta2),
+        eps=config.optimizer.eps,
+        weight_decay=config.optimizer.weight_decay,
+        foreach=False,
+        fused=False,
+    )
+    peaks = [group["lr"] for group in optimizer.param_groups]
+    assert len(set(peaks)) == 2
+    for step in range(STEPS):
+        if step == SKIPPED:
+            continue
+        b = batch(config, SOLO, step)
+
+        def denoise(x, t, b=b):
+            return model(x, t, b.condition)
+
+        OBJECTIVES["rectified_flow"](denoise, b.latents, Noised(b.u, b.noise), config.objective).mean().backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), config.optimizer.grad_clip)
+        for group, peak in zip(optimizer.param_groups, peaks, strict=True):
+            group["lr"] = peak * min(1.0, (step + 1) / config.optimizer.warmup_steps)
+        optimizer.step()
+        optimizer.zero_grad()
+    return {name: p.detach() for name, p in model.named_parameters()}
+
+
+def greatest_difference(folder, expected):
+    from megatron_dit.checkpoint.load import open_checkpoint
+
+    reader = open_checkpoint(folder / f"step_{STEPS:08d}")
+    return max(float((reader.full("master", name) - value).norm() / value.norm()) for name, value in expected.items())
+
+
+@pytest.mark.parametrize(
+    ("ranks", "stage", "library"),
+    [
+        (1, 0, NONE),
+        (1, 0, DEEPSPEED),
+        *[(2, stage, library) for library in (DEEPSPEED, OFFLOAD, COUNTS_IN_GROUP) for stage in (1, 2, 3)],
+    ],
+)
+def test_every_stage_steps_as_plain_pytorch(pool, compiled, expected, tmp_path, ranks, stage, library):
+    layout = {"parallel.zero_stage": stage, **library}
+    for age, _, on_cpu in pool.run(ranks, train, layout, 0, STEPS, str(tmp_path), None):
+        assert age == STEPS - 1
+        assert on_cpu
+    assert greatest_difference(tmp_path, expected) <= TOLERANCE
+
+
+def test_a_run_goes_on_in_other_stages_with_other_libraries(pool, compiled, expected, tmp_path):
+    layouts = [
+        (2, {"parallel.zero_stage": 3, **OFFLOAD}),
+        (1, DEEPSPEED),
+        (2, {"parallel.zero_stage": 3, **COUNTS_IN_GROUP}),
+        (2, {"parallel.zero_stage": 1, **OFFLOAD}),
+        (2, {"parallel.tensor": 2}),
+    ]
+    source, share = None, STEPS // len(layouts)
+    for number, (ranks, layout) in enumerate(layouts):
+        target = tmp_path / str(number)
+        pool.run(ranks, train, layout, number * share, (number + 1) * share, str(target), source)
+        source = str(target)
+    assert greatest_difference(target, expected) <= TOLERANCE
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+@pytest.mark.parametrize(("stage", "library"), [(0, DEEPSPEED), *[(stage, OFFLOAD) for stage in (1, 2, 3)]])
+def test_non_finite_steps_do_not_age(pool, compiled, stage, library, dtype):
+    layout = {"parallel.zero_stage": stage, "train.dtype": dtype, **library}
+    for outcomes in pool.run(2, poisoned, layout):
+        assert outcomes == [
+            (False, False, True, 1),
+            (True, True, True, 0),
+            (True, True, True, 0),
+            (False, False, True, 1),
+        ]
+
+
+# --- the choice -------------------------------------------------------------------------------------
+
+
+def config_of(**keys):
+    return small("mmdit", **{f"optimizer.{key}": value for key, value in keys.items()}).optimizer
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="of a machine without a GPU")
+def test_without_a_gpu():
+    assert choose(config_of()).title == "torch.optim.AdamW(fused=True)"
+    for name in ("apex", "te"):
+        with pytest.raises(UserError) as error:
+            choose(config_of(fused=name))
+        message = str(error.value)
+        assert f"optimizer.fused='{name}'" in message
+        assert "GPUs only" in message
+        assert message.endswith("torch")
+        assert "\n" not in message
+
+
+def test_another_program_called_apex_is_not_imported(monkeypatch, tmp_path):
+    (tmp_path / "apex").mkdir()
+    (tmp_path / "apex" / "__init__.py").write_text("raise SystemExit('imported')")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setitem(sys.modules, "amp_C", None)  # what the other program lacks
+    assert "amp_C" in adamw.AVAILABLE["apex"].absent()
+
+
+def test_auto_takes_the_first_that_waits_for_no_compiler(monkeypatch):
+    def stub(absent, **keywords):
+        return adamw.AdamW("stub", lambda groups: None, lambda: absent, **keywords)
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    compiles = stub(None, automatic=lambda: False)
+    there, later = stub(None), stub(None)
+    kinds = {"apex": stub("no module"), "deepspeed": compiles, "te": there, "torch": later}
+    monkeypatch.setattr(adamw, "AVAILABLE", kinds)
+    assert choose(config_of()) is there
+    assert choose(config_of(fused="deepspeed")) is compiles
+
+
+def test_no_compiler_is_told(monkeypatch):
+    monkeypatch.setattr(adamw, "PROGRAMS", "")
+    for keys in ({"fused": "deepspeed"}, {"offload": True}):
+        with pytest.raises(UserError, match="ninja is not on PATH"):
+            choose(replace(config_of(), **keys))
+
+
+def test_refused_by_the_config():
+    with pytest.raises(UserError, match="expected one of auto, apex, te, deepspeed, torch"):
+        config_of(fused="fast")
+    with pytest.raises(UserError, match="has its own AdamW"):
+        small("mmdit", **{"parallel.zero_stage": 1, "optimizer.offload": True, "optimizer.fused": "torch"})
+    with pytest.raises(UserError, match=r"optimizer.offload=true with parallel.zero_stage=0"):
+        config_of(offload=True)
+
+
+def lacks_on_one_rank(config):
+    import torch.distributed as dist
+
+    from megatron_dit.engine import Engine
+    from megatron_dit.parallel.topology import build_topology
+
+    if dist.get_rank() == 0:
+        adamw.AVAILABLE["apex"] = adamw.AVAILABLE["torch"]
+    try:
+        Engine(config, build_topology(config))
+    finally:
+        adamw.AVAILABLE["apex"] = adamw.AdamW("apex.optimizers.FusedAdam", adamw._apex, adamw._absent_apex)
+
+
+def test_one_rank_without_it_is_told_by_all(pool):
+    for outcome in pool.outcomes(2, lacks_on_one_rank, small("mmdit", **COUNTS_IN_GROUP)):
+        assert "apex.optimizers.FusedAdam is not there" in outcome.user_error
+
+
+def test_a_run_says_which_and_may_change_it(compiled, dataset, tmp_path):
+    values = {"data.path": str(dataset), "run_dir": str(tmp_path / "run"), "train.steps": 2}
+    path, figures = tmp_path / "config.yaml", tmp_path / "figures.json"
+    path.write_text(yaml.safe_dump(small_dict("mmdit", **values)))
+    out = finish(path, 1, "optimizer.fused=deepspeed", "--json", str(figures))
+    assert "optimizer: deepspeed.ops.adam.FusedAdam" in out
+    assert json.loads(figures.read_text())["optimizer"] == "deepspeed.ops.adam.FusedAdam"
+    out = finish(path, 2, "train.steps=4", "optimizer.offload=true", "parallel.zero_stage=2")
+    assert "resumed" in out
+    assert "optimizer: deepspeed.ops.adam.DeepSpeedCPUAdam" in out
