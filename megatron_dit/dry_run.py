@@ -6,9 +6,9 @@ torch's fake process group answers every collective at once with nothing, so val
 from __future__ import annotations
 
 import math
+import os
 import time
-from dataclasses import asdict, dataclass, fields
-from typing import Any
+from dataclasses import asdict, dataclass
 
 import torch.distributed as dist
 from rich.console import Console
@@ -20,7 +20,9 @@ from megatron_dit.config.schema import check
 from megatron_dit.engine import Engine
 from megatron_dit.memory import StateBytes, state_bytes
 from megatron_dit.models.flops import model_flops
-from megatron_dit.parallel.topology import Topology, build_topology
+from megatron_dit.parallel.topology import build_topology
+
+GIB = 2**30
 
 
 @dataclass(frozen=True)
@@ -36,13 +38,13 @@ class Share:
     blocks: list[int]
     held: StateBytes  # counted on the rank as it was built
     expected: StateBytes  # by arithmetic on the parameters' shapes
-    stage_flops: list[float]  # of a training step for one sample, by pipeline stage
-    bubble: float  # share of the pipeline's time in which a stage waits at the start and end of a step
+    stage_flops: list[int]  # of a training step for one sample, by pipeline stage
+    bubble: float  # share of a step in which a pipeline stage waits, were the stages equal
     seconds: float
 
     @property
     def imbalance(self) -> float:
-        """The busiest pipeline stage's FLOPs over the mean: what the split costs."""
+        """The busiest pipeline stage's FLOPs over the mean: how much longer the split makes a step."""
         return max(self.stage_flops) * len(self.stage_flops) / sum(self.stage_flops)
 
 
@@ -52,25 +54,53 @@ def dry_run(config: Config, world: int, rank: int) -> Share:
     check(0 <= rank < world, f"--rank {rank}: expected 0 to {world - 1}")
     started = time.monotonic()
     data_parallel = config.data_parallel(world)
-    assert fake_pg
+    os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed asks for it
     dist.init_process_group("fake", store=fake_pg.FakeStore(), rank=rank, world_size=world)
-    try:
-        topology = build_topology(config)
-        engine = Engine(config, topology)
-        held = engine.masters.state_bytes(engine.optimizer)
-        params = list(engine.params.values())
-        return Share(
-            parameters=sum(math.prod(param.shape) for param in params),
-            world=world,
-            rank=rank,
-            tensor_rank=topology.tensor_rank,
-            data_rank=topology.data_rank,
-            pipeline_rank=topology.pipeline_rank,
-            blocks=[i for run in config.block_runs()[topology.pipeline_rank :: topology.pipeline_size] for i in run],
-            held=held,
-            expected=state_bytes(config, params, data_parallel, topology.pipeline_rank),
-            **balance(config, data_parallel),
-            seconds=time.monotonic() - started,
+    topology = build_topology(config)
+    engine = Engine(config, topology)
+    params = list(engine.params.values())
+    stages = [config.block_runs()[stage :: topology.pipeline_size] for stage in range(topology.pipeline_size)]
+    flops = model_flops(config.model, config.model.sample_size, config.model.sample_size)
+    micro_batches = config.train.global_batch // (data_parallel * config.train.micro_batch)
+    waiting = (topology.pipeline_size - 1) / config.parallel.chunks  # in micro-batches (arXiv 2104.04473, 2.2)
+    return Share(
+        parameters=sum(math.prod(param.shape) for param in params),
+        world=world,
+        rank=rank,
+        tensor_rank=topology.tensor_rank,
+        data_rank=topology.data_rank,
+        pipeline_rank=topology.pipeline_rank,
+        blocks=[i for run in stages[topology.pipeline_rank] for i in run],
+        held=engine.held_bytes(),
+        expected=state_bytes(config, params, data_parallel, topology.pipeline_rank),
+        stage_flops=[sum(flops.stage(run).model for run in runs) for runs in stages],
+        bubble=waiting / (waiting + micro_batches),
+        seconds=time.monotonic() - started,
+    )
+
+
+def print_share(config: Config, share: Share) -> None:
+    """A table of the bytes, and of a pipeline how even its stages are."""
+    parallel = config.parallel
+    table = Table(
+        title=f"rank {share.rank} of {share.world}: tensor {share.tensor_rank} of {parallel.tensor}, "
+        f"data {share.data_rank} of {share.world // (parallel.tensor * parallel.pipeline)}, "
+        f"pipeline {share.pipeline_rank} of {parallel.pipeline}, ZeRO {parallel.zero_stage}",
+        min_width=90,
+    )
+    for column in ("", "bytes held", "GiB", "by arithmetic"):
+        table.add_column(column, justify="right" if column else "left")
+    expected = {**asdict(share.expected), "total": share.expected.total}
+    for name, count in {**asdict(share.held), "total": share.held.total}.items():
+        differs = "" if expected[name] == count else " DIFFERS"
+        table.add_row(name, f"{count:,}", f"{count / GIB:.3f}", f"{expected[name]:,}{differs}")
+    console = Console(width=110)
+    console.print(f"{share.parameters:,} parameters ({share.parameters / 1e9:.1f}B); blocks {share.blocks} here")
+    console.print(table)
+    if parallel.pipeline > 1:
+        shares = ", ".join(f"{flops / sum(share.stage_flops):.1%}" for flops in share.stage_flops)
+        console.print(
+            f"FLOPs of the pipeline's stages: {shares}; the busiest has {share.imbalance:.3f} times the mean; "
+            f"a stage waits {share.bubble:.1%} of a step"
         )
-    finally:
-        dist.destroy_process_group()
+    console.print(f"built in {share.seconds:.0f} s; activations and communication buffers are not in it")

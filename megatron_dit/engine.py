@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from megatron_dit.config import Config, deepspeed_config
 from megatron_dit.data.stream import Batch
 from megatron_dit.errors import UserError
+from megatron_dit.memory import StateBytes
 from megatron_dit.models import build, build_unsharded
 from megatron_dit.models.blocks import Taps
 from megatron_dit.mup.groups import optimizer_groups
@@ -140,6 +141,13 @@ class Engine:
     def view(self, shard: MasterShard, key: str) -> Tensor:
         """This rank's flat fp32 range of a master (``key`` "master") or of an optimizer state."""
         return shard.master() if key == "master" else shard.state(self.optimizer, key)
+
+    def held_bytes(self) -> StateBytes:
+        """What this rank holds, counted."""
+        weights, gradients, masters = self.masters.held_bytes()
+        states = [self.optimizer.state[flat] for flat in self.masters.flats]
+        moments = sum(state[key].nbytes for state in states for key in ("exp_avg", "exp_avg_sq"))
+        return StateBytes(weights, gradients, masters, moments, sum(state["ema"].nbytes for state in states))
 
     def _write(self, shard: MasterShard, key: str, local: Tensor) -> None:
         self.view(shard, key).copy_(local.reshape(-1)[shard.start : shard.start + shard.numel])

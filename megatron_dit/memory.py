@@ -38,8 +38,9 @@ def stage_params(config: Config, params: Iterable[Param], stage: int) -> list[Pa
 def _block(config: Config, name: str) -> int:
     """The block a parameter stays with: embedders with the first, the head with the last, REPA's projector its own."""
     part, _, rest = name.partition(".")
-    last = config.model.depth - 1
-    return int(rest.partition(".")[0]) if part == "blocks" else {"head": last, "projector": config.model.repa_block - 1}.get(part, 0)
+    if part == "blocks":
+        return int(rest.partition(".")[0])
+    return {"head": config.model.depth - 1, "projector": config.model.repa_block - 1}.get(part, 0)
 
 
 def state_bytes(config: Config, params: Iterable[Param], data_parallel: int, stage: int = 0) -> StateBytes:

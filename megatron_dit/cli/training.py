@@ -28,6 +28,8 @@ def add_commands(commands: Any) -> None:
     config_arguments(train)
     ranks_argument(train)
     train.add_argument("--dry-run", action="store_true", help="print the resolved config and what is made from it")
+    train.add_argument("--world", type=int, metavar="N", help="with --dry-run: build the share of one of N ranks")
+    train.add_argument("--rank", type=int, metavar="R", help="with --world: the rank (0)")
 
     verify = add_command(
         commands,
@@ -67,6 +69,8 @@ def _train(arguments: argparse.Namespace) -> int:
 
     config = load_config(arguments.config, arguments.overrides)
     check_ranks(arguments)
+    if arguments.world is not None or arguments.rank is not None:
+        return _share(arguments, config)
     if arguments.dry_run:
         return _dry_run(arguments, config)
     if arguments.procs > 1:
@@ -95,6 +99,17 @@ def _dry_run(arguments: argparse.Namespace, config: Config) -> int:
     print(yaml.safe_dump(figures, sort_keys=False).rstrip())
     write_json(arguments, figures)
     return 0
+
+
+def _share(arguments: argparse.Namespace, config: Config) -> int:
+    from megatron_dit.dry_run import dry_run, print_share
+
+    if not arguments.dry_run or arguments.world is None:
+        raise UserError("--world N, and --rank R with it, are of --dry-run: add what is missing, or leave them out")
+    share = dry_run(config, arguments.world, arguments.rank or 0)
+    print_share(config, share)
+    write_json(arguments, {**asdict(share), "imbalance": share.imbalance})
+    return 0 if share.held == share.expected else 1
 
 
 def _verify(arguments: argparse.Namespace) -> int:

@@ -24,7 +24,8 @@ def deepspeed_config(config: Config, data_parallel: int) -> dict[str, Any]:
         result["zero_optimization"]["offload_optimizer"] = {"device": "cpu"}
         result["zero_force_ds_cpu_optimizer"] = False  # ours holds a DeepSpeedCPUAdam and is none itself
     if bf16:
-        result["bf16"] = {"enabled": True, "check_grad_overflow": True}
+        # Each gradient goes to fp32 as it is ready: a pipeline's micro-batches would else add up in bf16.
+        result["bf16"] = {"enabled": True, "check_grad_overflow": True, "immediate_grad_update": True}
         if stage:
             result["data_types"] = {"grad_accum_dtype": "fp32"}
     return result

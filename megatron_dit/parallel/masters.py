@@ -49,8 +49,36 @@ class Masters:
 
     @property
     def flats(self) -> list[Tensor]:
-        """Every tensor the optimizer steps on, once each."""
-        return list({id(shard.flat): shard.flat for shard in self.shards.values()}.values())
+        """Every tensor the optimizer steps on, once each, be it all padding."""
+        if self._stage == 0:
+            return list(self._masters.values())
+        return list(self._zero.fp32_partitioned_groups_flat if self._stage == 3 else self._partitions)
+
+    def held_bytes(self) -> tuple[int, int, int]:
+        """Bytes on this rank of the weights that compute, the gradients, and the fp32 masters beside the weights.
+
+        Gradients are those of a step's micro-batches added up, which stages 0 to 2 only hold during a step.
+        """
+        zero, fp32 = self._zero, torch.float32.itemsize
+        if self._stage == 3:
+            weights, gradients = zero.fp16_partitioned_groups_flat, zero.grad_partitions_flat_buffer.nbytes
+        elif self._stage == 0:
+            weights = list(self._masters)
+            gradients = sum(p.nbytes for p in weights)
+        else:
+            weights = getattr(zero, "bit16_groups_flat", None) or zero.bf16_groups_flat
+            groups = getattr(zero, "bit16_groups", None) or zero.bf16_groups
+            whole = sum(p.numel() for group in groups for p in group)
+            gradients = fp32 * (whole if self._stage == 1 else sum(flat.numel() for flat in self.flats))
+        own = {tensor.data_ptr() for tensor in weights}
+        masters = sum(flat.nbytes for flat in self.flats if flat.data_ptr() not in own)
+        return sum(tensor.nbytes for tensor in weights), gradients, masters
+
+    @property
+    def _partitions(self) -> list[Tensor]:
+        """Stages 1 and 2: this rank's share of each group."""
+        zero = self._zero
+        return getattr(zero, "single_partition_of_fp32_groups", None) or zero.fp32_groups_flat_partition
 
     @torch.no_grad()
     def publish(self) -> None:
@@ -100,10 +128,8 @@ class Masters:
         return MasterShard(start=ours.start, numel=ours.numel, flat=flat, offset=address.start)
 
     def _flat_of(self, fragment: Tensor) -> Tensor:
-        zero = self._zero
-        flats = getattr(zero, "single_partition_of_fp32_groups", None) or zero.fp32_groups_flat_partition
         storage = fragment.untyped_storage().data_ptr()
-        return next(flat for flat in flats if flat.untyped_storage().data_ptr() == storage)
+        return next(flat for flat in self._partitions if flat.untyped_storage().data_ptr() == storage)
 
     def _partition(self, p: nn.Parameter) -> MasterShard:
         """Stage 3: every parameter cut evenly over the data-parallel ranks, the last share padded."""
