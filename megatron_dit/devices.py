@@ -1,8 +1,10 @@
-"""Peak FLOP/s of devices, the denominator of MFU."""
+"""Peak FLOP/s of devices, the denominator of MFU, and what they hold."""
 
 from __future__ import annotations
 
 import re
+import resource
+import sys
 
 import torch
 
@@ -45,3 +47,11 @@ def device_peak(precision: str) -> float | None:
     if precision == "fp32" and torch.get_float32_matmul_precision() != "highest":
         precision = "tf32"
     return peak_flops(torch.cuda.get_device_name(), precision)
+
+
+def peak_memory() -> int:
+    """Bytes that this process took at most: allocated on a GPU, resident on a CPU."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    unit = 1 if sys.platform == "darwin" else 1024
+    return unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

@@ -19,6 +19,7 @@ from megatron_dit.errors import UserError
 from megatron_dit.memory import StateBytes
 from megatron_dit.models import build, build_unsharded
 from megatron_dit.models.blocks import Taps
+from megatron_dit.monitor import StepMonitor
 from megatron_dit.mup.groups import optimizer_groups
 from megatron_dit.mup.init import forward_multipliers, initial_value, set_multipliers, shard_of
 from megatron_dit.mup.rules import Param
@@ -47,6 +48,11 @@ class Losses:
         return [float(torch.stack(values).mean()) if values else 0.0 for values in (self.objective, self.alignment)]
 
 
+def sizes(taps: Taps) -> dict[str, float]:
+    """Mean |x| of intermediates."""
+    return {name: float(tap.detach().float().abs().mean()) for name, tap in taps.items()}
+
+
 def poisoned(loss: Tensor) -> Tensor:
     """A loss that is not finite makes the gradient so on every rank, and the step is skipped by all."""
     return loss * torch.where(torch.isfinite(loss.detach()), 1.0, float("nan"))
@@ -63,6 +69,7 @@ class StepMetrics:
     bad_samples: int  # samples that could not be read, over all ranks
     stop: bool  # some rank was asked to stop
     alignment: float | None  # REPA's loss, mean over the global batch; None without REPA
+    monitors: dict[str, float]  # activations, gradient norms, update sizes; empty unless asked for
 
 
 class Engine:
@@ -99,6 +106,7 @@ class Engine:
         self.model: nn.Module = self._engine.module
         self.masters = Masters(self._engine, config.parallel.zero_stage)
         self.optimizer.create_state(self.masters.flats)
+        self._monitor = StepMonitor(self.params, self.masters, topology)
         self.step = 0
         self._objective = OBJECTIVES[config.objective.kind]
         self._pipeline = Pipeline(model, config, topology, self._dtype) if topology.pipeline_size > 1 else None
@@ -157,7 +165,7 @@ class Engine:
 
     # --- one step -----------------------------------------------------------------------------------
 
-    def train_step(self, batch: Batch, stop: bool = False) -> StepMetrics:
+    def train_step(self, batch: Batch, stop: bool = False, monitor: bool = False) -> StepMetrics:
         """Forward, backward and optimizer step on this rank's share of the global batch. Collective."""
         config = self.config
         factor = lr_factor(self.step, config.optimizer, config.train.steps)
@@ -165,28 +173,35 @@ class Engine:
         self.model.train()
         losses = Losses()
         micro_batches = batch.split(config.train.micro_batch)
+        taps: Taps | None = {} if monitor else None
+        self.optimizer.observer = self._monitor.observe if monitor else None
+
+        def loss(model: Callable[..., Tensor], micro: Batch) -> tuple[Tensor, Tensor | None]:
+            return self._loss(model, micro, losses, taps if micro is micro_batches[0] else None)
+
         if self._pipeline is None:
             for i, micro in enumerate(micro_batches):
                 self._engine.set_gradient_accumulation_boundary(i == len(micro_batches) - 1)
-                self._engine.backward(self._loss(self._engine, micro, losses)[1])
+                self._engine.backward(loss(self._engine, micro)[1])
         else:
             self._engine.set_gradient_accumulation_boundary(False)
-            self._pipeline.run(micro_batches, lambda chunk, micro: self._loss(chunk, micro, losses))
+            self._pipeline.run(micro_batches, loss)
             self._engine.set_gradient_accumulation_boundary(True)
             self._engine.allreduce_gradients()
         norm, skipped = self._optimizer_step()
         self.step += 1
         self.optimizer.age += not skipped
-        loss, aligned, bad, stops = self._sum_over_ranks([*losses.means(), float(len(batch.bad)), float(stop)])
+        loss_sum, aligned, bad, stops = self._sum_over_ranks([*losses.means(), float(len(batch.bad)), float(stop)])
         replicas = self.topology.world / self.topology.pipeline_size  # one stage has the loss, one the projector
         return StepMetrics(
-            loss=loss / replicas,
+            loss=loss_sum / replicas,
             grad_norm=norm,
             lr=config.optimizer.lr * factor,
             skipped=skipped,
             bad_samples=round(bad * self.topology.data_size / self.topology.world),
             stop=stops > 0,
             alignment=aligned / replicas if config.model.repa_block else None,
+            monitors={} if taps is None or skipped else self._monitors(taps, norm),
         )
 
     @torch.no_grad()
@@ -197,7 +212,13 @@ class Engine:
             self._loss(self._engine, batch, Losses(), taps)
         else:
             self._pipeline.run([batch], lambda chunk, b: self._loss(chunk, b, Losses(), taps), forward_only=True)
-        return self._mean_over_ranks({name: float(tap.float().abs().mean()) for name, tap in taps.items()})
+        return self._mean_over_ranks(sizes(taps))
+
+    def _monitors(self, taps: Taps, norm: float) -> dict[str, float]:
+        clip = self.config.optimizer.grad_clip
+        figures = self._monitor.figures(min(1.0, clip / norm) if clip else 1.0)
+        activations = {f"activation/{name}": size for name, size in self._mean_over_ranks(sizes(taps)).items()}
+        return {**activations, **figures}
 
     def _loss(
         self, model: Callable[..., Tensor], batch: Batch, losses: Losses, taps: Taps | None = None

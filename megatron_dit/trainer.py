@@ -15,8 +15,11 @@ from megatron_dit.checkpoint.save import prune, save
 from megatron_dit.config import Config
 from megatron_dit.data.shards import Index, check_shards, read_index
 from megatron_dit.data.stream import batches
+from megatron_dit.devices import device_peak, peak_memory
 from megatron_dit.engine import Engine, StepMetrics
 from megatron_dit.errors import UserError
+from megatron_dit.models.flops import model_flops
+from megatron_dit.monitor import SpikeDetector
 from megatron_dit.parallel.topology import agree, build_topology, connect
 from megatron_dit.progress import ProgressBar
 from megatron_dit.run_folder import RunFolder
@@ -42,14 +45,16 @@ def train(config: Config) -> dict[str, Any]:
     else:
         restore(engine, reader)
     first = topology.rank == 0
-    logger = Logger(run, config, start) if first else None
+    logger = Logger(run, config, start, topology.world) if first else None
     with ProgressBar("train", config.train.steps, start, show=first) as bar:
         for line in [*torn, *([f"resumed {run.path} at step {start}"] if reader else [])]:
             bar.say(line)
         bar.say(f"optimizer: {engine.optimizer.title}")
         skipped_in_a_row = 0
         for batch in stream:
-            metrics = engine.train_step(batch, stop=stop_signal.asked)
+            every = config.train.monitor_every
+            monitor = bool(every) and (engine.step + 1) % every == 0
+            metrics = engine.train_step(batch, stop=stop_signal.asked, monitor=monitor)
             skipped_in_a_row = skipped_in_a_row + 1 if metrics.skipped else 0
             if logger:
                 bar.advance(logger.log(engine.step, metrics))
@@ -105,11 +110,16 @@ def _check_health(config: Config, step: int, metrics: StepMetrics, skipped: int,
 class Logger:
     """Means over ``log_every`` steps into the run's folder; rank 0 only."""
 
-    def __init__(self, run: RunFolder, config: Config, step: int) -> None:
+    def __init__(self, run: RunFolder, config: Config, step: int, devices: int) -> None:
         self._run, self._config = run, config
         run.open(step)
         self._losses: list[float] = []
-        self._skipped = 0
+        self._skipped, self._spikes = 0, 0
+        self._detector = SpikeDetector()
+        side = config.model.sample_size
+        self._sample_flops = model_flops(config.model, side, side).total.model
+        self._peak = device_peak(config.train.dtype)
+        self._devices = devices
         self._rate = 0.0
         self._since = time.monotonic()
 
@@ -118,9 +128,10 @@ class Logger:
         self._skipped += metrics.skipped
         if not metrics.skipped:
             self._losses.append(metrics.loss)
+            self._spikes += self._detector.spikes(metrics.loss)
         # The first step is the untrained model's loss.
         due = step in (1, self._config.train.steps) or step % self._config.train.log_every == 0
-        if not (due or metrics.skipped or metrics.stop):
+        if not (due or metrics.skipped or metrics.stop or metrics.monitors):
             return self._text(metrics)
         now = time.monotonic()
         steps = len(self._losses) + metrics.skipped
@@ -132,11 +143,20 @@ class Logger:
             "lr": metrics.lr,
             "samples_per_second": self._rate,
             "skipped_steps": self._skipped,
+            "loss_spikes": self._spikes,
+            **self._speed(),
             **({} if metrics.alignment is None else {"alignment": metrics.alignment}),
+            **metrics.monitors,
         }
         self._run.log(step, figures)
         self._losses, self._since = [], now
         return self._text(metrics)
+
+    def _speed(self) -> dict[str, float]:
+        """Model FLOP/s of a device, their share of its peak where that is known, and rank 0's memory."""
+        flops = self._sample_flops * self._rate / self._devices
+        mfu = {} if self._peak is None else {"mfu": flops / self._peak}
+        return {"tflops_per_device": flops / 1e12, **mfu, "memory_gib": peak_memory() / 2**30}
 
     def _text(self, metrics: StepMetrics) -> str:
         skipped = f" skipped {self._skipped}" if self._skipped else ""

@@ -18,7 +18,7 @@ FLOORS = [
     ["models"],
     ["objectives"],
     ["data"],
-    ["checkpoint", "pipeline", "memory"],
+    ["checkpoint", "pipeline", "memory", "monitor"],
     ["engine"],
     ["run_folder"],
     ["trainer"],

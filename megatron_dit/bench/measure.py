@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import math
-import resource
 import statistics
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -19,7 +17,7 @@ from rich.table import Table
 from megatron_dit.bench.plain import PlainTraining, check_plain
 from megatron_dit.config import Config
 from megatron_dit.data.stream import Batch
-from megatron_dit.devices import device_peak
+from megatron_dit.devices import device_peak, peak_memory
 from megatron_dit.engine import Engine
 from megatron_dit.errors import UserError
 from megatron_dit.models.condition import Condition
@@ -232,11 +230,6 @@ def _reset_peak_memory() -> None:
 
 def _peak_memory() -> int:
     """Bytes of the rank that took most. Collective."""
-    if torch.cuda.is_available():
-        peak = torch.cuda.max_memory_allocated()
-    else:
-        unit = 1 if sys.platform == "darwin" else 1024
-        peak = unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    most = torch.tensor(peak, device=device())
+    most = torch.tensor(peak_memory(), device=device())
     dist.all_reduce(most, op=dist.ReduceOp.MAX)
     return int(most)

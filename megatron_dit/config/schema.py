@@ -237,6 +237,7 @@ class TrainConfig:
     ema_decay: float = 0.9999
     max_skipped_steps: int = 10  # non-finite steps in a row after which the run stops
     log_every: int = 10
+    monitor_every: int = 100  # steps between activations, gradient norms and update sizes in the metrics; 0: never
     threads: int = 0  # CPU threads per rank; 0: the cores shared out among this host's ranks
 
     def __post_init__(self) -> None:
@@ -246,6 +247,7 @@ class TrainConfig:
         choice("train.recompute", self.recompute, ("none", "selective", "full"))
         at_least("train.recompute_blocks", self.recompute_blocks, 0)
         at_least("train.threads", self.threads, 0)
+        at_least("train.monitor_every", self.monitor_every, 0)
         check(0 <= self.ema_decay < 1, f"train.ema_decay={self.ema_decay}: expected a number in [0, 1)")
 
 

@@ -11,6 +11,8 @@ from torch import Tensor
 from megatron_dit.config import OptimizerConfig
 from megatron_dit.optimizer.adamw import AdamW
 
+Observer = Callable[[Tensor, dict[str, Any], dict[str, Tensor], int], None]  # (tensor, group, state, its age)
+
 STATE_KEYS = ("exp_avg", "exp_avg_sq", "ema")  # what a checkpoint holds beside the masters
 
 
@@ -32,6 +34,7 @@ class AdamWithEma(torch.optim.Optimizer):
         self._adam = adamw.build(self.param_groups)
         self.state = self._adam.state
         self.ema_decay = ema_decay
+        self.observer: Observer | None = None  # told of every tensor stepped on
         self.age = 0
 
     def create_state(self, flats: Iterable[Tensor]) -> None:
@@ -63,6 +66,8 @@ class AdamWithEma(torch.optim.Optimizer):
             for p in group["params"]:
                 if p.grad is not None:
                     self.state[p]["ema"].lerp_(p, 1 - self.ema_decay)
+                    if self.observer is not None:
+                        self.observer(p, group, self.state[p], self.age + 1)
 
     def _tell_age(self, group: dict[str, Any]) -> None:
         """Write the age where the library reads it before it adds one.

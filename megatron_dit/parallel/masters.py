@@ -23,12 +23,13 @@ class MasterShard:
     offset: int  # where the range begins in ``flat``
 
     def master(self) -> Tensor:
-        return self._view(self.flat.detach())
+        return self.of(self.flat.detach())
 
     def state(self, optimizer: torch.optim.Optimizer, key: str) -> Tensor:
-        return self._view(optimizer.state[self.flat][key])
+        return self.of(optimizer.state[self.flat][key])
 
-    def _view(self, tensor: Tensor) -> Tensor:
+    def of(self, tensor: Tensor) -> Tensor:
+        """The parameter's range of a tensor that is laid out as ``flat``."""
         return tensor.reshape(-1).narrow(0, self.offset, self.numel)
 
 
@@ -46,6 +47,11 @@ class Masters:
             shard = find(p)
             if shard is not None and shard.numel > 0:
                 self.shards[name] = shard
+
+    @property
+    def whole(self) -> bool:
+        """Whether every data-parallel rank holds all of it."""
+        return self._stage == 0
 
     @property
     def flats(self) -> list[Tensor]:

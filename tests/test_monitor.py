@@ -1,0 +1,99 @@
+"""Monitors against plain PyTorch, in layouts that shard what they sum."""
+
+from __future__ import annotations
+
+import math
+import random
+
+import pytest
+import torch
+
+from megatron_dit.monitor import SpikeDetector
+from tests.configs import small
+from tests.test_engine import batch, start
+
+OPTIONS = {"model.depth": 2, "optimizer.weight_decay": 0.1, "optimizer.eps": 1e-4}
+STEPS = 3
+
+
+def monitored(layout):
+    """Runs in the pool's ranks."""
+    config = small("mmdit", heads=8, base_heads=2, **OPTIONS, **layout)
+    engine = start(config)
+    for step in range(STEPS):
+        metrics = engine.train_step(batch(config, engine.topology, step), monitor=step == STEPS - 1)
+        assert bool(metrics.monitors) == (step == STEPS - 1)
+    return metrics.monitors
+
+
+def plain():
+    """The same by autograd on the unsharded model, torch's AdamW and differences of weights."""
+    from megatron_dit.models import build_unsharded
+    from megatron_dit.mup.groups import optimizer_groups
+    from megatron_dit.mup.init import forward_multipliers, initial_value, set_multipliers
+    from megatron_dit.mup.shapes import describe
+    from megatron_dit.objectives import OBJECTIVES, Noised
+    from megatron_dit.optimizer import lr_factor, set_lr
+    from megatron_dit.parallel.topology import SOLO, connect
+
+    connect()
+    config = small("mmdit", heads=8, base_heads=2, **OPTIONS)
+    model, params = build_unsharded(config.model), describe(build_unsharded, config)
+    named = dict(model.named_parameters())
+    with torch.no_grad():
+        for name, p in named.items():
+            p.copy_(initial_value(params[name], config.seed))
+    set_multipliers(model, forward_multipliers(params))
+    optimizer = torch.optim.AdamW(optimizer_groups(named.items(), params, config.optimizer), eps=1e-4)
+    objective = OBJECTIVES["rectified_flow"]
+    for step in range(STEPS):
+        b = batch(config, SOLO, step)
+        noised, taps = Noised(b.u, b.noise), {}
+        out = model(*objective.perturb(b.latents, noised, config.objective), b.condition, taps)
+        objective.loss(out, b.latents, noised, config.objective).mean().backward()
+        norms = {}
+        for name, p in named.items():
+            words = name.split(".")
+            part = ".".join(words[:2]) if words[0] == "blocks" else words[0]
+            norms[part] = math.hypot(norms.get(part, 0.0), float(p.grad.norm()))
+        torch.nn.utils.clip_grad_norm_(model.parameters(), config.optimizer.grad_clip)
+        set_lr(optimizer.param_groups, lr_factor(step, config.optimizer, config.train.steps))
+        before = {name: p.detach().clone() for name, p in named.items()}
+        optimizer.step()
+        optimizer.zero_grad()
+    found = {f"grad_norm/{part}": norm for part, norm in norms.items()}
+    for role in {param.role for param in params.values()}:
+        of_role = [name for name in named if params[name].role == role]
+        update = math.hypot(*(float((named[name] - before[name]).norm()) for name in of_role))
+        found[f"update_ratio/{role}"] = update / math.hypot(*(float(before[name].norm()) for name in of_role))
+    return found, {name: float(tap.abs().mean()) for name, tap in taps.items()}
+
+
+@pytest.mark.parametrize(
+    ("ranks", "layout"),
+    [
+        (1, {"train.micro_batch": 8}),
+        (2, {"train.micro_batch": 4}),
+        (2, {"train.micro_batch": 4, "parallel.zero_stage": 1}),
+        (2, {"train.micro_batch": 4, "parallel.zero_stage": 3}),
+        (4, {"train.micro_batch": 8, "parallel.tensor": 2, "parallel.pipeline": 2, "parallel.zero_stage": 1}),
+    ],
+)
+def test_monitors_equal_plain_pytorch(pool, ranks, layout):
+    found = pool.run(ranks, monitored, layout)[0]
+    expected, activations = plain()
+    for name, value in expected.items():
+        assert found[name] == pytest.approx(value, rel=1e-4), name
+    for name, value in activations.items():
+        assert found[f"activation/{name}"] == pytest.approx(value, rel=1e-4), name
+    assert found.keys() == expected.keys() | {f"activation/{name}" for name in activations}
+
+
+def test_a_spike_is_told_and_noise_is_not():
+    rng = random.Random(0)
+    detector = SpikeDetector()
+    losses = [1 + 3 * 0.99**i + rng.gauss(0, 0.05) for i in range(1000)]
+    assert not any(detector.spikes(loss) for loss in losses)
+    assert detector.spikes(2.0)
+    assert not detector.spikes(1.1)
+    assert detector.spikes(2.0)  # the first spike did not become the measure
