@@ -27,8 +27,8 @@ from megatron_dit.mup.shapes import describe
 from megatron_dit.objectives import OBJECTIVES, Noised
 from megatron_dit.objectives.repa import alignment_loss
 from megatron_dit.optimizer import AdamW, AdamWithEma, choose, lr_factor, set_lr
+from megatron_dit.parallel.backends import open_backend
 from megatron_dit.parallel.cpu import device
-from megatron_dit.parallel.layers import Backend
 from megatron_dit.parallel.masters import Masters, MasterShard
 from megatron_dit.parallel.recompute import Recompute
 from megatron_dit.parallel.topology import DeepSpeedMpu, Topology, agree
@@ -84,8 +84,7 @@ class Engine:
         self.config, self.topology = config, topology
         self.params: Mapping[str, Param] = describe(build_unsharded, config)
         ds_config = deepspeed_config(config, topology.data_size)
-        recompute = Recompute(config.train.recompute, config.train.recompute_blocks or config.model.depth)
-        backend = Backend(config.model, config.parallel, topology, recompute)
+        self._backend = open_backend(config, topology)
         self._dtype, mpu = DTYPES[config.train.dtype], DeepSpeedMpu()
         sharded: Any = contextlib.nullcontext()
         if config.parallel.zero_stage == 3:
@@ -94,7 +93,7 @@ class Engine:
             sharded = deepspeed.zero.Init(data_parallel_group=group, config_dict_or_path=ds_config, mpu=mpu)
         runs = config.block_runs()[topology.pipeline_rank :: topology.pipeline_size]
         with sharded, torch.device(device()):
-            model = build(config.model, backend, [i for run in runs for i in run])
+            model = build(config.model, self._backend, [i for run in runs for i in run])
         held = {name: self.params[name] for name, _ in model.named_parameters()}
         set_multipliers(model, forward_multipliers(held))
         groups = optimizer_groups(model.named_parameters(), held, config.optimizer)
@@ -233,7 +232,8 @@ class Engine:
         noised = Noised(u=batch.u, noise=batch.noise)
         x_t, t = self._objective.perturb(batch.latents, noised, config)
         condition = batch.condition.map(lambda x: x.to(self._dtype) if x.is_floating_point() else x)
-        out = model(x_t.to(self._dtype), t, condition, seen)
+        with self._backend.precision():
+            out = model(x_t.to(self._dtype), t, condition, seen)
         if taps is not None:
             taps.update(seen or {})
         extra = None

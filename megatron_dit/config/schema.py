@@ -205,8 +205,10 @@ class ParallelConfig:
     chunks: int = 1  # runs of blocks a stage has; 2 or more: Megatron's interleaved schedule, else 1F1B
     blocks: list[int] = field(default_factory=list)  # blocks of each run, in the model's order; empty: even
     zero_stage: int = 0  # DeepSpeed ZeRO: 0 none, 1 optimizer, 2 + gradients, 3 + weights
+    backend: str = "auto"  # of the hidden layers: te | local; auto: te where it is there, on a GPU, in bf16
 
     def __post_init__(self) -> None:
+        choice("parallel.backend", self.backend, ("auto", "te", "local"))
         for name in ("tensor", "pipeline", "chunks"):
             at_least(f"parallel.{name}", getattr(self, name), 1)
         check(
@@ -234,6 +236,8 @@ class TrainConfig:
     dtype: str = "fp32"  # of weights and activations: fp32 | bf16 (masters, moments and EMA are always fp32)
     recompute: str = "none"  # in the backward pass: none | selective (pointwise functions) | full (whole blocks)
     recompute_blocks: int = 0  # the first blocks, as many, are recomputed; 0: all
+    fp8: str = "none"  # GEMMs of the hidden linears, on Transformer Engine: none | delayed | current | blockwise
+    fp8_format: str = "hybrid"  # hybrid: e4m3, gradients e5m2 | e4m3: gradients too
     ema_decay: float = 0.9999
     max_skipped_steps: int = 10  # non-finite steps in a row after which the run stops
     log_every: int = 10
@@ -246,6 +250,12 @@ class TrainConfig:
         choice("train.dtype", self.dtype, ("fp32", "bf16"))
         choice("train.recompute", self.recompute, ("none", "selective", "full"))
         at_least("train.recompute_blocks", self.recompute_blocks, 0)
+        choice("train.fp8", self.fp8, ("none", "delayed", "current", "blockwise"))
+        choice("train.fp8_format", self.fp8_format, ("hybrid", "e4m3"))
+        check(
+            self.fp8 == "none" or self.dtype == "bf16",
+            f"train.fp8={self.fp8} and train.dtype={self.dtype}: what is not FP8 must be bf16, set train.dtype=bf16",
+        )
         at_least("train.threads", self.threads, 0)
         at_least("train.monitor_every", self.monitor_every, 0)
         check(0 <= self.ema_decay < 1, f"train.ema_decay={self.ema_decay}: expected a number in [0, 1)")
@@ -334,6 +344,44 @@ class Config:
             self.sampling.solver in allowed,
             f"sampling.solver={self.sampling.solver!r}: {self.objective.kind} has {', '.join(allowed)}",
         )
+        if self.train.fp8 != "none":
+            check(
+                self.parallel.backend != "local",
+                f"train.fp8={self.train.fp8} and parallel.backend=local: FP8 is Transformer Engine's, "
+                "set parallel.backend=te or train.fp8=none",
+            )
+            check(
+                model.width // tensor % FP8_MULTIPLE == 0,
+                f"model.heads * model.head_dim / parallel.tensor = {model.width // tensor}: "
+                f"train.fp8={self.train.fp8} needs a multiple of {FP8_MULTIPLE}",
+            )
+            self.check_fp8_tokens(model.sample_size, model.sample_size)
+
+    def check_fp8_tokens(self, height: int, width: int) -> None:
+        """Raise UserError where FP8 cannot multiply the tokens that a rank has of latents of this size, or of a text.
+
+        They are a leading dimension in the weight gradient's GEMM. Blocks that sequence-parallel ranks gather must be
+        whole on each.
+        """
+        model, micro, fp8 = self.model, self.train.micro_batch, self.train.fp8
+        if fp8 == "none":
+            return
+        shards = self.parallel.tensor if self.parallel.sequence else 1
+        multiple = 128 if fp8 == "blockwise" and shards > 1 else FP8_MULTIPLE
+        patches = height * width // model.patch_size**2
+        sequences = {
+            "dit": {"picture": patches // shards},
+            "mmdit": {"picture": patches // shards, "text": model.text_tokens // shards},
+            "pixart": {"picture": patches // shards, "text": model.text_tokens},
+            "uvit": {"sequence": (patches + 1 + (model.text_tokens or 1)) // shards},
+        }[model.arch]
+        for name, tokens in sequences.items():
+            check(
+                tokens * micro % multiple == 0,
+                f"{tokens} tokens of the {name} on a rank * train.micro_batch={micro} = {tokens * micro}: "
+                f"train.fp8={fp8} needs a multiple of {multiple}, choose train.micro_batch a multiple of "
+                f"{multiple // math.gcd(multiple, tokens)}",
+            )
 
     def data_parallel(self, world_size: int) -> int:
         """Number of data-parallel ranks among ``world_size``.
@@ -372,5 +420,6 @@ class Config:
         return [range(end - count, end) for end, count in zip(ends, counts, strict=True)]
 
 
+FP8_MULTIPLE = 16  # of every dimension of an FP8 GEMM (cuBLAS wants rows of 16 bytes)
 OBJECTIVE_OF = {"dit": "ddpm", "mmdit": "rectified_flow", "pixart": "ddpm", "uvit": "ddpm"}
 SOLVERS_OF = {"rectified_flow": ("euler",), "ddpm": ("dpm++", "ddim")}

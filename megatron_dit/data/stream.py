@@ -236,3 +236,4 @@ def check_fit(index: Index, config: Config) -> None:
                 f"bucket {shard.bucket} of {index.folder} has {tokens} tokens, not divisible by "
                 f"parallel.tensor={config.parallel.tensor}: set parallel.sequence=false"
             )
+        config.check_fp8_tokens(*shard.bucket)

@@ -6,8 +6,8 @@ import warnings
 
 import torch
 
-# Both tell, on every import, of optional GPU packages that are not there.
-warnings.filterwarnings("ignore", module=r"megatron\.core")
+# They tell, on every import or for every layer, of options that we do not use and packages that are not there.
+warnings.filterwarnings("ignore", module=r"megatron\.core|transformer_engine")
 logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
 
 if not torch.cuda.is_available():

@@ -7,6 +7,7 @@ tokens outside attention and MLP. Weights carry Megatron's ``tensor_model_parall
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, cast
 
 import torch
@@ -97,13 +98,10 @@ class TokenwiseLinear(ColumnLinear):
 
     def __init__(self, backend: Backend, inputs: int, outputs: int) -> None:
         super().__init__(backend, inputs, outputs, pieces=1, sharded_input=True)
-        self.exchange = backend.sharded_config.sequence_parallel
+        self.backend = backend
 
     def forward(self, x: Tensor) -> Tensor:
-        out = super().forward(x)
-        if not self.exchange:
-            return gather_from_tensor_model_parallel_region(out, group=self.tp_group)
-        return all_to_all_hp2sp(out, group=self.tp_group).view(*x.shape[:2], -1)
+        return self.backend.whole_outputs(super().forward(x))
 
 
 class RowLinear(RowParallelLinear):
@@ -228,6 +226,17 @@ class Backend:
         q, k, v = (x.permute(1, 2, 0, 3) for x in (q, k, v))  # (B, H, S, d)
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
         return out.permute(2, 0, 1, 3).flatten(2)  # (S, B, H * d)
+
+    def precision(self) -> AbstractContextManager[Any]:
+        """The context that a model's forward pass runs in."""
+        return nullcontext()
+
+    def whole_outputs(self, x: Tensor) -> Tensor:
+        """(S, B, D / ranks) of all tokens, as column-parallel layers return them -> this rank's tokens (S', B, D)."""
+        group = self.topology.tensor_group
+        if not self.sharded_config.sequence_parallel:
+            return gather_from_tensor_model_parallel_region(x, group=group)
+        return all_to_all_hp2sp(x, group=group).view(-1, x.shape[1], x.shape[2] * group.size())
 
     def shard_tokens(self, x: Tensor) -> Tensor:
         """(S, B, D) whole -> this rank's tokens under sequence parallelism."""

@@ -1,0 +1,295 @@
+"""The Transformer Engine backend without a GPU: the layers it makes, and what is refused. On a GPU: test_te_gpu."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+import types
+from dataclasses import dataclass, replace
+from unittest import mock
+
+import pytest
+import torch
+
+from megatron_dit import verify
+from megatron_dit.errors import UserError
+from megatron_dit.parallel.backends import open_backend
+from megatron_dit.parallel.layers import Backend
+from megatron_dit.parallel.topology import SOLO
+from megatron_dit.verify import REFERENCE, Layout
+from tests.child import in_child
+from tests.configs import ARCHITECTURES, small
+from tests.parallel.te_on_cpu import te_on_cpu
+from tests.parallel.test_layouts import trace
+
+KINDS = [*ARCHITECTURES, "uvit-class"]
+FP8 = {"train.dtype": "bf16", "train.fp8": "current"}
+
+
+def reason_against_te():
+    """Why Transformer Engine, which is installed, cannot be imported; None where it can."""
+    try:
+        import transformer_engine.pytorch
+    except (ImportError, OSError) as error:
+        return str(error)
+    assert transformer_engine.pytorch
+    return None
+
+
+@pytest.fixture(scope="module")
+def te_is_here():
+    if importlib.util.find_spec("transformer_engine") is None:
+        pytest.skip("Transformer Engine is not installed")
+    reason = in_child(reason_against_te)
+    if reason is not None:
+        pytest.skip(f"Transformer Engine cannot be imported: {reason}")
+
+
+# --- its layers beside the local backend's ----------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Made:
+    """What a backend made of a model, as far as the rest of the program looks at it."""
+
+    parameters: dict  # shape, dtype, μP's and Megatron's marks by name
+    buffers: list
+    filled: list  # parameters that were written to
+    hidden: dict  # module that the class of each hidden linear comes from
+
+
+def looked_at(model):
+    import transformer_engine.pytorch as te
+
+    from megatron_dit.parallel.layers import ColumnLinear, GatheredLinear, RowLinear
+
+    marks = ("init_kind", "tensor_model_parallel", "partition_dim", "partition_stride")
+    linears = {n: m for n, m in model.named_modules() if isinstance(m, (ColumnLinear, RowLinear, te.Linear))}
+    named = dict(model.named_parameters())
+    return Made(
+        parameters={
+            name: (tuple(p.shape), p.dtype, p.requires_grad, *(getattr(p, mark, None) for mark in marks))
+            for name, p in named.items()
+        },
+        buffers=[name for name, _ in model.named_buffers()],
+        filled=[name for name, p in named.items() if not p.isnan().all()],
+        hidden={name: type(m).__module__ for name, m in linears.items() if not isinstance(m, GatheredLinear)},
+    )
+
+
+def make_all():
+    """By architecture: (Made locally, Made with TE) at TP 1 and at TP 2, and the μP description from each backend.
+
+    For a process of its own, which must look as if it had a GPU.
+    """
+    torch.cuda.is_available = lambda: True
+    # New tensors are NaN, so that a value tells that somebody filled it.
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    import torch.distributed as dist
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    from megatron_dit.models import build, build_unsharded
+    from megatron_dit.mup.shapes import describe
+    from megatron_dit.parallel.te import TeBackend
+    from megatron_dit.parallel.topology import Topology
+
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=2)
+    pair = Topology(world=2, tensor_group=dist.group.WORLD)
+    result = {}
+    for arch in KINDS:
+        for topology in (SOLO, pair):
+            config = small(arch, **{"parallel.tensor": topology.world, "parallel.sequence": topology is pair})
+            local = build(config.model, Backend(config.model, config.parallel, topology))
+            result[arch, topology.world] = looked_at(local), looked_at(build(config.model, TeBackend(config, topology)))
+        config = small(arch)
+        result[arch, "roles"] = (
+            describe(build_unsharded, config),
+            describe(lambda model, config=config: build(model, TeBackend(replace(config, model=model), SOLO)), config),
+        )
+    return result
+
+
+@pytest.fixture(scope="module")
+def made(te_is_here):
+    return in_child(make_all, DS_ACCELERATOR="cpu")
+
+
+@pytest.mark.parametrize("arch", KINDS)
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_parameters_equal_the_local_backends(made, arch, ranks):
+    local, te = made[arch, ranks]
+    assert te.parameters == local.parameters
+    assert te.buffers == local.buffers
+    assert te.filled == local.filled == []  # mup.init alone gives values
+    assert te.hidden.keys() == local.hidden.keys()
+    assert set(local.hidden.values()) == {"megatron_dit.parallel.layers"}
+    assert set(te.hidden.values()) == {"megatron_dit.parallel.te"}
+
+
+@pytest.mark.parametrize("arch", KINDS)
+def test_roles_equal_the_local_backends(made, arch):
+    local, te = made[arch, "roles"]
+    assert te == local
+    assert {param.role for param in te.values()} >= {"input", "hidden", "output", "vector"}
+
+
+# --- its layers in every layout, on the CPU ---------------------------------------------------------
+
+
+def te_trace(*args):
+    """``test_layouts.trace`` on Transformer Engine's layers; runs in the pool's ranks."""
+    from megatron_dit import engine
+    from megatron_dit.parallel.te import TeBackend
+
+    with te_on_cpu(), mock.patch.object(engine, "open_backend", TeBackend):
+        return trace(*args)
+
+
+@pytest.fixture(scope="module")
+def reference(te_is_here, pool, dataset, tmp_path_factory):
+    """Traces of the local backend in one process."""
+    scratch = tmp_path_factory.mktemp("reference")
+    return {arch: pool.run(1, trace, arch, REFERENCE, dataset, scratch)[0] for arch in KINDS}
+
+
+@pytest.mark.parametrize("arch", KINDS)
+@pytest.mark.parametrize(
+    "layout",
+    [Layout(1), Layout(2, zero=3), Layout(2, tensor=2), Layout(4, tensor=2, sequence=True, zero=3)],
+    ids=["one", "zero3", "tp2", "tp2-sp-zero3"],
+)
+def test_layout_equals_the_local_backend(pool, dataset, tmp_path, reference, arch, layout):
+    found = pool.run(layout.ranks, te_trace, arch, layout, dataset, tmp_path)[0]
+    result = verify.compare("te", found, reference[arch])
+    assert result.good, result
+
+
+def test_a_row_bias_whose_gradient_is_not_summed_is_seen(pool, dataset, tmp_path, reference):
+    layout = Layout(2, tensor=2, sequence=True)
+    found = pool.run(2, te_trace, "pixart", layout, dataset, tmp_path, "seen_by_tokens")[0]
+    assert not verify.compare("faulty", found, reference["pixart"]).good
+
+
+# --- what is refused --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("arch", "overrides", "words"),
+    [
+        ("mmdit", {"parallel.backend": "apex"}, ["parallel.backend='apex'", "auto, te, local"]),
+        ("mmdit", {**FP8, "train.fp8": "mx"}, ["train.fp8='mx'", "none, delayed, current, blockwise"]),
+        ("mmdit", {**FP8, "train.fp8_format": "e5m2"}, ["train.fp8_format='e5m2'", "hybrid, e4m3"]),
+        ("mmdit", {"train.fp8": "current"}, ["train.fp8=current", "train.dtype=bf16"]),
+        ("mmdit", {**FP8, "parallel.backend": "local"}, ["parallel.backend=local", "train.fp8=none"]),
+        ("mmdit", {**FP8, "heads": 3, "base_heads": 3}, ["= 24", "multiple of 16"]),
+        ("mmdit", {**FP8, "parallel.tensor": 4}, ["/ parallel.tensor = 8", "multiple of 16"]),
+        ("dit", {**FP8, "model.patch_size": 8}, None),  # 4 tokens * 4
+        ("dit", {**FP8, "model.patch_size": 8, "train.micro_batch": 2}, ["4 tokens of the picture", "multiple of 4"]),
+        ("mmdit", {**FP8, "model.text_tokens": 6}, ["6 tokens of the text", "= 24", "multiple of 8"]),
+        ("pixart", {**FP8, "model.text_tokens": 6}, ["6 tokens of the text", "= 24", "multiple of 8"]),
+        ("uvit", FP8, None),  # (16 patches + 1 + 23 of text) * 4
+        ("uvit-class", FP8, ["18 tokens of the sequence", "= 72", "multiple of 8"]),  # 16 patches + time + class
+        ("uvit-class", {**FP8, "train.micro_batch": 8}, None),
+        # A rank has half the picture's tokens, and all of PixArt-α's text.
+        ("pixart", {**FP8, "parallel.tensor": 2, "parallel.sequence": True, "train.micro_batch": 2}, None),
+        (
+            "pixart",
+            {**FP8, "parallel.tensor": 2, "parallel.sequence": True, "train.micro_batch": 1},
+            ["8 tokens of the picture", "multiple of 2"],
+        ),
+        # Gathered blocks must be whole.
+        (
+            "dit",
+            {**FP8, "train.fp8": "blockwise", "parallel.tensor": 2, "parallel.sequence": True},
+            ["8 tokens of the picture", "multiple of 128", "multiple of 16"],
+        ),
+    ],
+)
+def test_config(arch, overrides, words):
+    if words is None:
+        assert small(arch, **overrides).train.fp8 == "current"
+        return
+    with pytest.raises(UserError) as refusal:
+        small(arch, **overrides)
+    for word in words:
+        assert word in str(refusal.value)
+    assert "\n" not in str(refusal.value)
+
+
+def test_a_bucket_that_fp8_cannot_take_is_refused_with_the_data():
+    config = small("dit", **FP8)
+    config.check_fp8_tokens(16, 32)
+    with pytest.raises(UserError, match=r"6 tokens of the picture .* = 24: train\.fp8=current .* multiple of 8"):
+        config.check_fp8_tokens(8, 12)
+    small("dit").check_fp8_tokens(8, 12)
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    """A machine that seems to have a GPU of ``capability``, with or without Transformer Engine."""
+
+    def pretend(capability, importable):
+        te = types.ModuleType("transformer_engine.pytorch") if importable else None
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA A100-SXM4-80GB")
+        monkeypatch.setitem(sys.modules, "transformer_engine", te and types.ModuleType("transformer_engine"))
+        monkeypatch.setitem(sys.modules, "transformer_engine.pytorch", te)
+
+    return pretend
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        ({"parallel.backend": "te"}, ["parallel.backend=te", "no CUDA device", "parallel.backend=local"]),
+        (FP8, ["train.fp8=current", "no CUDA device", "train.fp8=none"]),
+    ],
+)
+def test_te_without_a_gpu_is_refused(monkeypatch, overrides, words):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(UserError) as refusal:
+        open_backend(small("mmdit", **overrides), SOLO)
+    for word in words:
+        assert word in str(refusal.value)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        ({"parallel.backend": "te"}, ["parallel.backend=te", "cannot be imported", "parallel.backend=local"]),
+        (FP8, ["train.fp8=current", "cannot be imported", "train.fp8=none"]),
+    ],
+)
+def test_te_that_is_not_installed_is_refused(gpu, overrides, words):
+    gpu((9, 0), importable=False)
+    with pytest.raises(UserError) as refusal:
+        open_backend(small("mmdit", **overrides), SOLO)
+    for word in words:
+        assert word in str(refusal.value)
+    assert "\n" not in str(refusal.value)
+
+
+@pytest.mark.parametrize(
+    ("fp8", "capability", "needed"),
+    [("delayed", (8, 0), "8.9"), ("current", (8, 0), "8.9"), ("blockwise", (8, 9), "9.0")],
+)
+def test_fp8_on_a_gpu_without_it_is_refused(gpu, fp8, capability, needed):
+    gpu(capability, importable=True)
+    with pytest.raises(UserError) as refusal:
+        open_backend(small("mmdit", **{**FP8, "train.fp8": fp8}), SOLO)
+    for word in (f"train.fp8={fp8}", needed, "A100", "{}.{}".format(*capability), "train.fp8=none", "bf16"):
+        assert word in str(refusal.value)
+
+
+def test_auto_is_local_where_transformer_engine_is_not_or_would_not_help(gpu, monkeypatch):
+    bf16 = small("mmdit", **{"train.dtype": "bf16"})
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.cuda, "is_available", lambda: False)
+        assert type(open_backend(bf16, SOLO)) is Backend
+    gpu((9, 0), importable=False)
+    assert type(open_backend(bf16, SOLO)) is Backend
+    gpu((9, 0), importable=True)
+    assert type(open_backend(small("mmdit"), SOLO)) is Backend
+    assert type(open_backend(small("mmdit", **{"train.dtype": "bf16", "parallel.backend": "local"}), SOLO)) is Backend
