@@ -1,0 +1,183 @@
+"""Transformer Engine on a GPU: bf16 against the local backend; FP8 against bf16, with every recipe and under ZeRO-3."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+
+from data_prep.build import demo
+from tests.child import in_child
+from tests.configs import ARCHITECTURES, small
+
+pytestmark = [pytest.mark.gpu, pytest.mark.slow]
+
+CUDA = {"DS_ACCELERATOR": "cuda"}  # the tests' own processes have DeepSpeed on the CPU
+KINDS = [*ARCHITECTURES, "uvit-class"]
+RECIPES = ["delayed", "current", "blockwise"]
+PROXY = Path(__file__).parents[2] / "configs" / "mmdit" / "proxy.yaml"
+
+
+def wide(arch, **overrides):
+    """Width 256, 64 tokens of the picture, 16 samples: sizes that FP8 takes, in bf16."""
+    batch = {"train.global_batch": 16, "train.micro_batch": 16}
+    return small(arch, **{"model.head_dim": 64, "model.patch_size": 2, "train.dtype": "bf16", **batch, **overrides})
+
+
+# --- one pass, layer by layer -----------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Difference:
+    """Relative differences |a - b| / |b|."""
+
+    output: float
+    gradient: float  # of all parameters as one vector
+    worst: tuple[float, str]  # of one parameter's gradient, and its name
+    cast: bool  # all linears of Transformer Engine ran in FP8
+
+
+def last_pass(config, backend, count):
+    """(output, gradients by name, model) of the last of ``count`` equal passes: delayed scaling looks at the others."""
+    from megatron_dit.models import build, build_unsharded
+    from megatron_dit.mup.init import forward_multipliers, initial_value, set_multipliers
+    from megatron_dit.mup.shapes import describe
+    from megatron_dit.parallel.cpu import device
+    from megatron_dit.parallel.topology import SOLO
+    from megatron_dit.verify import disturbed
+    from tests.test_engine import batch
+
+    params = describe(build_unsharded, config)
+    with torch.device(device()):
+        model = build(config.model, backend)
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            # A little noise on all weights: a gate at zero would hide what is behind it.
+            p.copy_(initial_value(params[name], config.seed).lerp(disturbed(params[name], config.seed), 0.1))
+    set_multipliers(model, forward_multipliers(params))
+    model.bfloat16()
+    inputs = batch(config, SOLO, 0).to(device())
+    condition = inputs.condition.map(lambda x: x.bfloat16() if x.is_floating_point() else x)
+    out, cotangent = None, None
+    for _ in range(count):
+        model.zero_grad()
+        with backend.precision():
+            out = model(inputs.latents.bfloat16(), 1000 * inputs.u, condition)
+        if cotangent is None:
+            cotangent = torch.randn(out.shape, generator=torch.Generator().manual_seed(0)).to(out)
+        out.backward(cotangent)
+    return out.detach().float(), {name: p.grad.float() for name, p in model.named_parameters()}, model
+
+
+def against_local(configs, count=1):
+    """Each config's backend, which is Transformer Engine's, against the local one in bf16."""
+    from megatron_dit.parallel.backends import open_backend
+    from megatron_dit.parallel.layers import Backend
+    from megatron_dit.parallel.topology import build_topology, connect
+
+    connect()
+    result = []
+    for config in configs:
+        topology = build_topology(config)
+        backend = open_backend(config, topology)
+        assert type(backend).__name__ == "TeBackend"
+        expected, gradients, _ = last_pass(config, Backend(config.model, config.parallel, topology), 1)
+        out, found, model = last_pass(config, backend, count)
+        gap = {name: (found[name] - gradient).norm() for name, gradient in gradients.items()}
+        size = {name: gradient.norm() for name, gradient in gradients.items()}
+        result.append(
+            Difference(
+                output=float((out - expected).norm() / expected.norm()),
+                gradient=float(torch.stack([*gap.values()]).norm() / torch.stack([*size.values()]).norm()),
+                worst=max((float(gap[name] / size[name].clamp_min(1e-6)), name) for name in gap),
+                cast=all(m.fp8 for m in model.modules() if type(m).__module__ == "megatron_dit.parallel.te"),
+            )
+        )
+    return result
+
+
+@pytest.mark.parametrize("arch", KINDS)
+def test_bf16_equals_the_local_backend(arch):
+    [found] = in_child(against_local, [wide(arch)], **CUDA)
+    assert found.output <= 1e-2, found
+    assert found.gradient <= 1e-2, found
+    assert found.worst[0] <= 1e-1, found
+    assert not found.cast
+
+
+@pytest.mark.parametrize("arch", KINDS)
+def test_fp8_is_near_bf16_but_not_it(arch):
+    asked = [{"train.fp8": fp8, "train.fp8_format": form} for fp8 in RECIPES for form in ("hybrid", "e4m3")]
+    differences = in_child(against_local, [wide(arch, **keys) for keys in asked], 4, **CUDA)
+    for keys, found in zip(asked, differences, strict=True):
+        assert found.cast, keys
+        assert found.output <= 1e-1, (keys, found)
+        assert found.gradient <= 1e-1, (keys, found)
+        assert 3e-2 <= found.worst[0] <= 5e-1, (keys, found)
+
+
+# --- training ---------------------------------------------------------------------------------------
+
+
+def steps(config, count):
+    """Losses and gradient norms of the first steps on random batches."""
+    from megatron_dit.parallel.topology import connect
+    from tests.test_engine import batch, start
+
+    connect()
+    engine = start(config)
+    metrics = [engine.train_step(batch(config, engine.topology, step)) for step in range(count)]
+    assert not any(m.skipped for m in metrics)
+    return [m.loss for m in metrics], [m.grad_norm for m in metrics]
+
+
+@pytest.mark.parametrize("fp8", RECIPES)
+@pytest.mark.parametrize("micro_batch", [16, 4])
+def test_fp8_under_zero3_equals_it_without(fp8, micro_batch):
+    """ZeRO-3 frees a weight between forward and backward, and steps change it: no stale FP8 copy may be used."""
+    layout = {"train.fp8": fp8, "train.micro_batch": micro_batch}
+    losses, norms = in_child(steps, wide("mmdit", **layout), 10, **CUDA)
+    sharded_losses, sharded_norms = in_child(steps, wide("mmdit", **layout, **{"parallel.zero_stage": 3}), 10, **CUDA)
+    assert sharded_losses == pytest.approx(losses, rel=1e-2)
+    assert sharded_norms == pytest.approx(norms, rel=1e-1)
+
+
+def final_loss(overrides):
+    """Mean loss of the last 100 of 500 steps of the 0.18B MMDiT on the embedded pictures."""
+    from megatron_dit.config import load_config
+    from megatron_dit.data.shards import read_index
+    from megatron_dit.data.stream import batches
+    from megatron_dit.parallel.topology import connect
+    from tests.test_engine import start
+
+    data = ["model.in_channels=3", "model.sample_size=16", "model.text_dim=64", "model.text_tokens=16"]
+    no_repa = ["model.repa_block=0", "model.repa_dim=0"]
+    course = ["train.steps=500", "train.global_batch=256", "train.micro_batch=256", "optimizer.warmup_steps=50"]
+    config = load_config(PROXY, [*data, *no_repa, *course, "optimizer.schedule=cosine", "data.workers=0", *overrides])
+    connect()
+    engine = start(config)
+    stream = batches(read_index(config.data.path), config, 0, 0, 1)
+    losses = [engine.train_step(batch).loss for batch in stream]
+    return sum(losses[-100:]) / 100
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory):
+    """Folder of 20,000 embedded pictures."""
+    folder = tmp_path_factory.mktemp("te") / "scenes"
+    demo(folder, 20_000, seed=0)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def bf16_loss(pictures):
+    return in_child(final_loss, [f"data.path={pictures}"], **CUDA)
+
+
+@pytest.mark.parametrize("fp8", RECIPES)
+def test_fp8_trains_as_bf16(pictures, bf16_loss, fp8):
+    found = in_child(final_loss, [f"data.path={pictures}", f"train.fp8={fp8}"], **CUDA)
+    assert found == pytest.approx(bf16_loss, rel=1e-2)
+    assert found != bf16_loss
