@@ -30,7 +30,6 @@ from megatron_dit.optimizer import AdamW, AdamWithEma, choose, lr_factor, set_lr
 from megatron_dit.parallel.backends import open_backend
 from megatron_dit.parallel.cpu import device
 from megatron_dit.parallel.masters import Masters, MasterShard
-from megatron_dit.parallel.recompute import Recompute
 from megatron_dit.parallel.topology import DeepSpeedMpu, Topology, agree
 from megatron_dit.pipeline import Pipeline, attach
 

@@ -253,6 +253,11 @@ class TrainConfig:
         choice("train.fp8", self.fp8, ("none", "delayed", "current", "blockwise"))
         choice("train.fp8_format", self.fp8_format, ("hybrid", "e4m3"))
         check(
+            self.fp8 != "delayed" or self.recompute != "full",
+            "train.fp8=delayed with train.recompute=full: a block that runs twice would count twice in the scales' "
+            "history; set train.fp8=current or train.recompute=selective",
+        )
+        check(
             self.fp8 == "none" or self.dtype == "bf16",
             f"train.fp8={self.fp8} and train.dtype={self.dtype}: what is not FP8 must be bf16, set train.dtype=bf16",
         )

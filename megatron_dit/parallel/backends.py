@@ -26,7 +26,8 @@ def open_backend(config: Config, topology: Topology) -> Backend:
     if missing and fp8 != "none":
         raise UserError(f"train.fp8={fp8} needs Transformer Engine, but {missing}: set train.fp8=none")
     if local or missing:
-        return Backend(config.model, config.parallel, topology)
+        train = config.train
+        return Backend(config.model, config.parallel, topology, train.recompute, train.recompute_blocks)
     check_gpu(fp8)
     from megatron_dit.parallel.te import TeBackend
 

@@ -172,10 +172,16 @@ class Backend:
     """Megatron-core's local layers for one model and one topology."""
 
     def __init__(
-        self, model: ModelConfig, parallel: ParallelConfig, topology: Topology, recompute: Recompute | None = None
+        self,
+        model: ModelConfig,
+        parallel: ParallelConfig,
+        topology: Topology,
+        recompute: str = "none",
+        recompute_blocks: int = 0,
     ) -> None:
         assert topology.tensor_size == parallel.tensor
-        self.topology, self.recompute = topology, recompute or Recompute()
+        self.topology = topology
+        self.recompute = Recompute(recompute, recompute_blocks or model.depth, self.precision)
         self.config = TransformerConfig(
             num_layers=model.depth,
             hidden_size=model.width,

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -15,12 +16,15 @@ from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint
 
+KEEP_INPUTS: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": False}  # nothing here is random
+
 
 class Recompute:
     """Runs blocks of a model under a policy; blocks from number ``blocks`` on keep everything."""
 
-    def __init__(self, mode: str = "none", blocks: int = 0) -> None:
-        self._mode, self._blocks = mode, blocks
+    def __init__(self, mode: str, blocks: int, precision: Callable[[], AbstractContextManager[Any]]) -> None:
+        """``precision`` gives the context in which a block that runs anew must run."""
+        self._mode, self._blocks, self._precision = mode, blocks, precision
         self._recipes: dict[int, _Recipe] | None = None  # by address, while a block runs selectively
 
     def block(self, i: int, step: Callable[..., Any], *arguments: Any) -> Any:
@@ -28,7 +32,7 @@ class Recompute:
         if self._mode == "none" or i >= self._blocks or not torch.is_grad_enabled():
             return step(i, *arguments)
         if self._mode == "full":
-            return checkpoint(step, i, *arguments, use_reentrant=False, preserve_rng_state=False)
+            return checkpoint(step, i, *arguments, **KEEP_INPUTS, context_fn=lambda: (nullcontext(), self._precision()))
         self._recipes = {}
         try:
             with saved_tensors_hooks(self._pack, _unpack):
@@ -40,7 +44,7 @@ class Recompute:
         """``function(*inputs)``, not kept by a block that runs selectively."""
         if self._recipes is None:
             return function(*inputs)
-        out = checkpoint(function, *inputs, use_reentrant=False, preserve_rng_state=False)
+        out = checkpoint(function, *inputs, **KEEP_INPUTS)
         assert isinstance(out, Tensor)
         self._recipes[out.data_ptr()] = _Recipe(function, inputs, weakref.ref(out))
         return out

@@ -108,11 +108,12 @@ class TeBackend(Backend):
     """Layers of one model on Transformer Engine; the same parameters as :class:`Backend`'s by name, shape and role."""
 
     def __init__(self, config: Config, topology: Topology) -> None:
-        super().__init__(config.model, config.parallel, topology)
+        train = config.train
+        super().__init__(config.model, config.parallel, topology, train.recompute, train.recompute_blocks)
         self.te_group = topology.tensor_group if topology.tensor_size > 1 else None
         self.sharded_weights = config.parallel.zero_stage == 3
-        fp8 = config.train.fp8
-        self.recipe = None if fp8 == "none" else RECIPES[fp8](fp8_format=FORMATS[config.train.fp8_format])
+        fp8 = train.fp8
+        self.recipe = None if fp8 == "none" else RECIPES[fp8](fp8_format=FORMATS[train.fp8_format])
         # Delayed scaling agrees on the scales of a layer among all ranks that hold it: left to itself, TE asks every
         # rank there is, those of other pipeline stages too.
         self.amax_group = parallel_state.get_amax_reduction_group() if fp8 == "delayed" else None

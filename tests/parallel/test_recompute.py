@@ -10,7 +10,6 @@ from megatron_dit.config import ParallelConfig
 from megatron_dit.models import build
 from megatron_dit.models.condition import Condition
 from megatron_dit.parallel.layers import Backend
-from megatron_dit.parallel.recompute import Recompute
 from megatron_dit.parallel.topology import SOLO, connect
 from tests.configs import ARCHITECTURES, small
 
@@ -20,7 +19,7 @@ def forward_and_backward(arch, mode="none", blocks=3):
     connect()
     config = small(arch, **{"model.depth": 3}).model
     torch.manual_seed(0)
-    model = build(config, Backend(config, ParallelConfig(), SOLO, Recompute(mode, blocks)))
+    model = build(config, Backend(config, ParallelConfig(), SOLO, mode, blocks))
     for p in model.parameters():
         torch.nn.init.normal_(p, std=0.1)
     x, t = torch.randn(8, 3, 16, 16), torch.rand(8) * 999
