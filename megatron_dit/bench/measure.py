@@ -57,7 +57,7 @@ class Measurement:
 
     device: str  # as CUDA names it, or cpu
     devices: int
-    precision: str
+    precision: str  # fp32 | bf16 | fp8, whose peak MFU is of
     parameters: int
     global_batch: int
     sample_flops: int  # model FLOPs of one sample, forward and backward
@@ -160,15 +160,16 @@ def measure(config: Config, steps: int, warmup: int, diffusers: bool) -> Measure
             for name, step in turns.items():
                 times[name].append(_timed(step))
             bar.advance(f"{times['ours'][-1]:.3f} s")
-    model = config.model
+    model, train = config.model, config.train
+    precision = train.dtype if train.fp8 == "none" else "fp8"
     return Measurement(
         device=torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
         devices=world,
-        precision=config.train.dtype,
+        precision=precision,
         parameters=sum(math.prod(param.shape) for param in engine.params.values()),
-        global_batch=config.train.global_batch,
+        global_batch=train.global_batch,
         sample_flops=model_flops(model, model.sample_size, model.sample_size).total.model,
-        peak_flops=device_peak(config.train.dtype),
+        peak_flops=device_peak(precision),
         peak_memory=memory,
         skipped_steps=skipped,
         times=Times(tuple(times["ours"])),

@@ -10,7 +10,7 @@ from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
-from diffusers import DiTTransformer2DModel, PixArtTransformer2DModel, SD3Transformer2DModel
+from diffusers import DiTTransformer2DModel, ModelMixin, PixArtTransformer2DModel, SD3Transformer2DModel
 from torch import Tensor, nn
 
 from megatron_dit.config import Config, ModelConfig
@@ -38,6 +38,8 @@ class PlainTraining:
         build, self._predict = MODELS[model.arch]
         with torch.device(device()):
             self.model = build(model)
+        if config.train.recompute == "full":
+            self.model.enable_gradient_checkpointing()
         self.model.train()
         self._optimizer = torch.optim.AdamW(
             self.model.parameters(),
@@ -65,7 +67,7 @@ class PlainTraining:
         self._optimizer.zero_grad()
 
 
-def _build_dit(config: ModelConfig) -> nn.Module:
+def _build_dit(config: ModelConfig) -> ModelMixin:
     return DiTTransformer2DModel(
         num_attention_heads=config.heads,
         attention_head_dim=config.head_dim,
@@ -83,7 +85,7 @@ def _dit(model: nn.Module, batch: Batch) -> Tensor:
     return model(_noised(batch), timestep=_timesteps(batch), class_labels=batch.condition.label).sample
 
 
-def _build_pixart(config: ModelConfig) -> nn.Module:
+def _build_pixart(config: ModelConfig) -> ModelMixin:
     return PixArtTransformer2DModel(
         num_attention_heads=config.heads,
         attention_head_dim=config.head_dim,
@@ -108,7 +110,7 @@ def _pixart(model: nn.Module, batch: Batch) -> Tensor:
 POOLED_TEXT = 16  # SD3's second text input, which ours has not: kept small
 
 
-def _build_mmdit(config: ModelConfig) -> nn.Module:
+def _build_mmdit(config: ModelConfig) -> ModelMixin:
     return SD3Transformer2DModel(
         sample_size=config.sample_size,
         patch_size=config.patch_size,
@@ -141,7 +143,7 @@ def _timesteps(batch: Batch) -> Tensor:
     return (1000 * batch.u).long()
 
 
-MODELS: dict[str, tuple[Callable[[ModelConfig], nn.Module], Callable[[nn.Module, Batch], Tensor]]] = {
+MODELS: dict[str, tuple[Callable[[ModelConfig], ModelMixin], Callable[[nn.Module, Batch], Tensor]]] = {
     "dit": (_build_dit, _dit),
     "pixart": (_build_pixart, _pixart),
     "mmdit": (_build_mmdit, _mmdit),

@@ -150,8 +150,8 @@ def _bench(arguments: argparse.Namespace) -> int:
         found = measure(config, arguments.steps, arguments.warmup, arguments.diffusers)
     except torch.OutOfMemoryError as error:
         raise UserError(
-            f"train.micro_batch={config.train.micro_batch} does not fit: lower it, or share the model out by "
-            f"parallel.zero_stage and parallel.tensor ({str(error).splitlines()[0]})"
+            f"train.micro_batch={config.train.micro_batch} does not fit: lower it, set train.recompute=full, or "
+            f"share the model out by parallel.zero_stage and parallel.tensor ({str(error).splitlines()[0]})"
         ) from None
     if os.environ.get("RANK", "0") == "0":
         found.print(arguments.config)

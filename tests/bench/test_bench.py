@@ -17,6 +17,7 @@ from megatron_dit.bench.plain import POOLED_TEXT, PlainTraining
 from megatron_dit.cli import run
 from megatron_dit.engine import Engine
 from megatron_dit.models import build_unsharded
+from megatron_dit.models.flops import model_flops
 from megatron_dit.mup.shapes import describe
 from megatron_dit.parallel.topology import build_topology, connect
 from tests.configs import ARCHITECTURES, small, small_dict
@@ -52,10 +53,11 @@ def test_arithmetic():
     assert found.figures()["peak_memory_gib"] == 3
 
 
+@pytest.mark.parametrize("recompute", ["none", "selective", "full"])
 @pytest.mark.parametrize("arch", ARCHITECTURES)
-def test_flops_equal_what_torch_counts_of_a_step(arch):
+def test_flops_equal_what_torch_counts_of_a_step(arch, recompute):
     connect()
-    config = small(arch, **REPA, **{"train.threads": 1})
+    config = small(arch, **REPA, **{"train.threads": 1, "train.recompute": recompute})
     engine = Engine(config, build_topology(config))
     measure.fill(engine)
     batch = measure.random_batch(config, config.train.global_batch)
@@ -63,7 +65,10 @@ def test_flops_equal_what_torch_counts_of_a_step(arch):
         metrics = engine.train_step(batch)
     assert not metrics.skipped
     found = measure.measure(config, steps=2, warmup=1, diffusers=False)
-    assert config.train.global_batch * found.sample_flops == counter.get_total_flops()
+    again = config.model.depth if recompute == "full" else 0
+    flops = model_flops(config.model, 16, 16, again).total
+    assert found.sample_flops == flops.model
+    assert config.train.global_batch * flops.hardware == counter.get_total_flops()
 
 
 def test_command_writes_its_figures(tmp_path, capsys, monkeypatch):
@@ -93,9 +98,10 @@ def test_two_ranks_share_the_batch(tmp_path):
     assert 1e12 * found["tflops_per_device"] == pytest.approx(per_device)
 
 
+@pytest.mark.parametrize("recompute", ["none", "full"])
 @pytest.mark.parametrize("arch", PLAIN)
-def test_beside_diffusers(tmp_path, arch):
-    found = bench(written(tmp_path, arch), tmp_path, "--diffusers")
+def test_beside_diffusers(tmp_path, arch, recompute):
+    found = bench(written(tmp_path, arch, **{"train.recompute": recompute}), tmp_path, "--diffusers")
     assert len(found["diffusers"]["seconds"]) == 4
     assert found["speedup"] == pytest.approx(found["diffusers_step_seconds"] / found["step_seconds"])
 

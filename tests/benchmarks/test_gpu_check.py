@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks.gpu_report import COLUMNS, Run, fp8_speedup, read_runs, row, write_report
+from megatron_dit.config import load_config
 
 ROOT = Path(__file__).parents[2]
 FIGURES = {
@@ -92,6 +93,15 @@ def test_everything_is_run_and_reported(tmp_path):
     assert "| mmdit-2b | 2.02B | 128 | fp8 | none | 400.0 | 256.0 | 413 | 41.8% | 81.3 | 1.25 |  |" in lines
     assert any(line.startswith("| dit-xl2 ") and "beside diffusers" in line and "| 1.25 |" in line for line in lines)
     assert set(figures["environment"]) >= {"date", "GPU", "torch", "deepspeed", "megatron-core", "transformer-engine"}
+
+
+def test_every_run_has_a_valid_config(tmp_path):
+    _, calls = check(tmp_path, "bench")
+    for call in calls:
+        path, *overrides = call.split(" bench ")[1].split(" --steps")[0].split()
+        config = load_config(ROOT / path, overrides)
+        assert config.data_parallel(1) == 1
+        assert (config.train.fp8 == "none") == (".bf16." in call)
 
 
 def test_a_failed_test_fails_the_check_and_ends_nothing(tmp_path):
