@@ -93,6 +93,9 @@ class Engine:
         runs = config.block_runs()[topology.pipeline_rank :: topology.pipeline_size]
         with sharded, torch.device(device()):
             model = build(config.model, self._backend, [i for run in runs for i in run])
+        if config.train.compile:
+            for block in model.blocks.values():
+                block.compile()
         held = {name: self.params[name] for name, _ in model.named_parameters()}
         set_multipliers(model, forward_multipliers(held))
         groups = optimizer_groups(model.named_parameters(), held, config.optimizer)

@@ -19,7 +19,14 @@ T = TypeVar("T")
 
 # What a run may change when it is started again in its folder: how it is run, not what it computes.
 RESUMABLE = ("run_dir", "data.path", "data.workers", "parallel", "train.micro_batch", "train.steps")
-RESUMABLE += ("train.recompute", "train.recompute_blocks", "train.log_every", "train.monitor_every", "train.threads")
+RESUMABLE += (
+    "train.recompute",
+    "train.recompute_blocks",
+    "train.compile",
+    "train.log_every",
+    "train.monitor_every",
+    "train.threads",
+)
 RESUMABLE += ("train.max_skipped_steps", "checkpoint", "sampling", "optimizer.fused", "optimizer.offload")
 
 

@@ -238,6 +238,7 @@ class TrainConfig:
     recompute_blocks: int = 0  # the first blocks, as many, are recomputed; 0: all
     fp8: str = "none"  # GEMMs of the hidden linears, on Transformer Engine: none | delayed | current | blockwise
     fp8_format: str = "hybrid"  # hybrid: e4m3, gradients e5m2 | e4m3: gradients too
+    compile: bool = False  # torch.compile of the blocks
     ema_decay: float = 0.9999
     max_skipped_steps: int = 10  # non-finite steps in a row after which the run stops
     log_every: int = 10
@@ -250,6 +251,11 @@ class TrainConfig:
         choice("train.dtype", self.dtype, ("fp32", "bf16"))
         choice("train.recompute", self.recompute, ("none", "selective", "full"))
         at_least("train.recompute_blocks", self.recompute_blocks, 0)
+        check(
+            not self.compile or self.recompute != "selective",
+            "train.compile=true with train.recompute=selective: the compiler recomputes pointwise functions by itself; "
+            "set train.recompute to none or full",
+        )
         choice("train.fp8", self.fp8, ("none", "delayed", "current", "blockwise"))
         choice("train.fp8_format", self.fp8_format, ("hybrid", "e4m3"))
         check(
