@@ -155,23 +155,31 @@ def hash_weights(reader: CheckpointReader) -> str:
     return digest.hexdigest()
 
 
-def verify(path: str, overrides: Sequence[str], names: Sequence[str], steps: int) -> list[Comparison]:
-    """Run the reference and each named layout in processes of their own; prints a table."""
-    unknown = next((name for name in names if name not in LAYOUTS), None)
+def verify(path: str, overrides: Sequence[str], names: Sequence[str] | None, steps: int) -> list[Comparison]:
+    """Run the reference and each named layout in processes of their own; prints a table.
+
+    ``names`` None: all, but for those that the model cannot have, which are told.
+    """
+    unknown = next((name for name in names or () if name not in LAYOUTS), None)
     if unknown is not None:
         raise UserError(f"layout {unknown!r}: expected some of {', '.join(LAYOUTS)}")
     # Stage 0 cannot offload; Transformer Engine multiplies fp32 in TF32, whose differences exceed the tolerance.
     forced = [*overrides, "train.dtype=fp32", "optimizer.offload=false", "train.fp8=none", "parallel.backend=local"]
     base = load_config(path, forced)
     read_index(base.data.path)
-    layouts = {"reference": REFERENCE, **{name: LAYOUTS[name] for name in names}}
+    configs, impossible = {}, {}
+    for name, layout in {"reference": REFERENCE, **{name: LAYOUTS[name] for name in names or LAYOUTS}}.items():
+        try:
+            configs[name] = load_config(path, [*forced, f"train.steps={steps}", *layout.overrides(base)])
+            configs[name].data_parallel(layout.ranks)
+        except UserError as error:
+            if names or layout is REFERENCE:
+                raise
+            impossible[name] = str(error)
+            configs.pop(name, None)
+    layouts = {name: LAYOUTS.get(name, REFERENCE) for name in configs}
     traces: dict[str, Trace] = {}
     with tempfile.TemporaryDirectory() as scratch, ProgressBar("verify", len(layouts)) as bar:
-        configs = {}
-        for name, layout in layouts.items():
-            config = load_config(path, [*forced, f"train.steps={steps}", *layout.overrides(base)])
-            config.data_parallel(layout.ranks)
-            configs[name] = config
         for name, layout in layouts.items():
             folder = Path(scratch) / name
             folder.mkdir()
@@ -181,8 +189,11 @@ def verify(path: str, overrides: Sequence[str], names: Sequence[str], steps: int
                 raise UserError(f"layout {name} ended with status {status}: see its message above")
             traces[name] = Trace(**json.loads((folder / "trace.json").read_text()))
             bar.advance(name)
-    results = [compare(name, traces[name], traces["reference"]) for name in names]
-    _print(results, traces["reference"], steps)
+    reference = traces.pop("reference")
+    results = [compare(name, trace, reference) for name, trace in traces.items()]
+    _print(results, reference, steps)
+    for name, reason in impossible.items():
+        print(f"{name} not run: {reason}")
     return results
 
 

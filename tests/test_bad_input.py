@@ -50,6 +50,8 @@ def one_line(capsys):
         ("parallel.pipeline=3", ["model.depth=2", "parallel.pipeline=3"]),
         ("parallel.chunks=2", ["parallel.chunks=2", "parallel.pipeline"]),
         ("parallel.blocks=[1,2]", ["parallel.blocks=[1, 2]", "model.depth=2"]),
+        ("train.compile=true train.recompute=selective", ["train.compile=true", "none or full"]),
+        ("train.compile=true parallel.zero_stage=3", ["train.compile=true", "ZeRO 0, 1 or 2"]),
         ("train.recompute=some", ["train.recompute='some'", "selective"]),
         ("parallel.sequence=true", ["parallel.sequence=true", "parallel.tensor"]),
         ("train.micro_batch=3", ["train.global_batch=8", "3"]),
@@ -67,7 +69,7 @@ def one_line(capsys):
 def test_refused_in_one_line(config, capsys, tmp_path, override, words):
     path = config()
     extra = ["train.micro_batch=6000"] if "6000" in override else []
-    assert run(["train", str(path), override, *extra]) == 2
+    assert run(["train", str(path), *override.split(), *extra]) == 2
     line = one_line(capsys)
     for word in words:
         assert word in line, line

@@ -16,10 +16,11 @@ from megatron_dit.checkpoint.load import open_checkpoint
 from tests.configs import small_dict
 
 BIN = Path(sys.executable).parent
+ROOT = Path(__file__).parents[1]
 
 
 def launched(words, folder):
-    env = {**os.environ, "PATH": f"{BIN}:{os.environ['PATH']}", "HOME": str(folder)}
+    env = {**os.environ, "MASTER_PORT": "29872", "PATH": f"{BIN}:{os.environ['PATH']}", "HOME": str(folder)}
     done = subprocess.run(words, capture_output=True, text=True, timeout=240, check=False, env=env)
     assert done.returncode == 0, done.stdout + done.stderr
 
@@ -37,12 +38,13 @@ def test_launchers_give_the_same_weights(dataset, tmp_path):
     def words(name):
         return ["train", str(config), f"run_dir={tmp_path / name}", "train.steps=4"]
 
+    hosts = tmp_path / "hosts"
+    hosts.write_text("localhost slots=2\n")
     starts = {
         "procs": [sys.executable, "-m", "megatron_dit", *words("procs"), "--procs", "2"],
         "torchrun": [str(BIN / "torchrun"), "--nproc-per-node=2", "--master-port=29871", "--module", "megatron_dit",
                      *words("torchrun")],
-        "deepspeed": [str(BIN / "deepspeed"), "--num_gpus", "2", "--master_port", "29872", "--module", "megatron_dit",
-                      *words("deepspeed")],
+        "deepspeed": [str(ROOT / "launch/train.sh"), str(hosts), *words("deepspeed")[1:]],
     }  # fmt: skip
     for command in starts.values():
         launched(command, tmp_path)

@@ -113,9 +113,9 @@ def _share(arguments: argparse.Namespace, config: Config) -> int:
 
 
 def _verify(arguments: argparse.Namespace) -> int:
-    from megatron_dit.verify import LAYOUTS, verify
+    from megatron_dit.verify import verify
 
-    names = arguments.layouts.split(",") if arguments.layouts else list(LAYOUTS)
+    names = arguments.layouts.split(",") if arguments.layouts else None
     results = verify(arguments.config, arguments.overrides, names, arguments.steps)
     write_json(arguments, {row.layout: {**asdict(row), "good": row.good} for row in results})
     return 0 if all(row.good for row in results) else 1

@@ -17,7 +17,15 @@ def deepspeed_config(config: Config, data_parallel: int) -> dict[str, Any]:
         "gradient_clipping": config.optimizer.grad_clip if stage else 0.0,
         "zero_allow_untested_optimizer": True,
         # memory_efficient_linear would replace torch.nn.functional.linear for the whole process.
-        "zero_optimization": {"stage": stage, "memory_efficient_linear": False},
+        "zero_optimization": {
+            "stage": stage,
+            "memory_efficient_linear": False,
+            # At stage 1 gradients are reduced once a step, after the last backward pass.
+            "overlap_comm": config.parallel.overlap and stage >= 2,
+            "reduce_bucket_size": config.parallel.bucket,
+            "allgather_bucket_size": config.parallel.bucket,
+            "stage3_prefetch_bucket_size": config.parallel.prefetch,
+        },
         "steps_per_print": 2**31 - 1,
     }
     if config.optimizer.offload:

@@ -205,6 +205,9 @@ class ParallelConfig:
     chunks: int = 1  # runs of blocks a stage has; 2 or more: Megatron's interleaved schedule, else 1F1B
     blocks: list[int] = field(default_factory=list)  # blocks of each run, in the model's order; empty: even
     zero_stage: int = 0  # DeepSpeed ZeRO: 0 none, 1 optimizer, 2 + gradients, 3 + weights
+    overlap: bool = True  # ZeRO 2, 3: reduce and gather while computing, for 4.5 buckets of memory
+    bucket: int = 200_000_000  # ZeRO: elements reduced at a time; smaller takes less memory, larger fewer messages
+    prefetch: int = 50_000_000  # ZeRO 3: elements of weights gathered ahead of their use
     backend: str = "auto"  # of the hidden layers: te | local; auto: te where it is there, on a GPU, in bf16
 
     def __post_init__(self) -> None:
@@ -221,6 +224,8 @@ class ParallelConfig:
             "gradients or gather weights anew for every micro-batch in flight; use parallel.zero_stage=1 with the "
             f"pipeline, or parallel.zero_stage={self.zero_stage} with parallel.tensor and parallel.pipeline=1",
         )
+        at_least("parallel.bucket", self.bucket, 1)
+        at_least("parallel.prefetch", self.prefetch, 0)
         check(self.zero_stage in (0, 1, 2, 3), f"parallel.zero_stage={self.zero_stage}: expected one of 0, 1, 2, 3")
         check(
             not self.sequence or self.tensor > 1,
@@ -328,6 +333,11 @@ class Config:
             not self.parallel.sequence or model.arch != "mmdit" or model.text_tokens % tensor == 0,
             f"model.text_tokens={model.text_tokens} is not divisible by parallel.tensor={tensor}, which "
             "parallel.sequence=true needs: change model.text_tokens or set parallel.sequence=false",
+        )
+        check(
+            not self.train.compile or self.parallel.zero_stage < 3,
+            "train.compile=true with parallel.zero_stage=3: gathering weights breaks every compiled block to pieces; "
+            "set train.compile=false or use ZeRO 0, 1 or 2",
         )
         check(
             not self.optimizer.offload or self.parallel.zero_stage > 0,
