@@ -222,11 +222,9 @@ def expected():
         if step == SKIPPED:
             continue
         b = batch(config, SOLO, step)
-
-        def denoise(x, t, b=b):
-            return model(x, t, b.condition)
-
-        OBJECTIVES["rectified_flow"](denoise, b.latents, Noised(b.u, b.noise), config.objective).mean().backward()
+        objective, noised = OBJECTIVES["rectified_flow"], Noised(b.u, b.noise)
+        prediction = model(*objective.perturb(b.latents, noised, config.objective), b.condition)
+        objective.loss(prediction, b.latents, noised, config.objective).mean().backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), config.optimizer.grad_clip)
         for group, peak in zip(optimizer.param_groups, peaks, strict=True):
             group["lr"] = peak * min(1.0, (step + 1) / config.optimizer.warmup_steps)
@@ -248,6 +246,7 @@ def greatest_difference(folder, expected):
         (1, 0, NONE),
         (1, 0, DEEPSPEED),
         *[(2, stage, library) for library in (DEEPSPEED, OFFLOAD, COUNTS_IN_GROUP) for stage in (1, 2, 3)],
+        (4, 1, {**OFFLOAD, "parallel.pipeline": 2, "train.micro_batch": 2}),
     ],
 )
 def test_every_stage_steps_as_plain_pytorch(pool, compiled, expected, tmp_path, ranks, stage, library):
