@@ -26,7 +26,7 @@ from megatron_dit.mup.rules import Param
 from megatron_dit.mup.shapes import describe
 from megatron_dit.objectives import OBJECTIVES, Noised
 from megatron_dit.objectives.repa import alignment_loss
-from megatron_dit.optimizer import AdamW, AdamWithEma, choose, lr_factor, set_lr
+from megatron_dit.optimizer import AdamW, AdamWithEma, averages, choose, lr_factor, set_lr
 from megatron_dit.parallel.backends import open_backend
 from megatron_dit.parallel.cpu import device
 from megatron_dit.parallel.masters import Masters, MasterShard
@@ -99,7 +99,7 @@ class Engine:
         held = {name: self.params[name] for name, _ in model.named_parameters()}
         set_multipliers(model, forward_multipliers(held))
         groups = optimizer_groups(model.named_parameters(), held, config.optimizer)
-        self.optimizer = AdamWithEma(groups, config.optimizer, config.train.ema_decay, _agreed_adamw(config))
+        self.optimizer = AdamWithEma(groups, config.optimizer, averages(config.train), _agreed_adamw(config))
         with contextlib.redirect_stdout(io.StringIO()):  # its optimizers print their memory use as they are built
             self._engine: Any = deepspeed.initialize(
                 model=model, optimizer=self.optimizer, config=ds_config, mpu=mpu, dist_init_required=False
@@ -120,17 +120,18 @@ class Engine:
     # --- state from outside -------------------------------------------------------------------------
 
     def initialise(self) -> None:
-        """Fill the weights by (seed, global name) and set the EMA to them."""
+        """Fill the weights by (seed, global name) and set their averages to them."""
         self.load({"master": lambda name: initial_value(self.params[name], self.config.seed)})
         for shard in self.masters.shards.values():
-            shard.state(self.optimizer, "ema").copy_(shard.master())
+            for name in averages(self.config.train):
+                shard.state(self.optimizer, name).copy_(shard.master())
 
     @torch.no_grad()
     def load(self, sources: Mapping[str, Callable[[str], Tensor]]) -> None:
         """Write masters and optimizer states from full tensors by global name. Collective.
 
-        ``sources`` maps ``master``, ``exp_avg``, ``exp_avg_sq`` or ``ema`` to a function that returns a
-        parameter's full fp32 tensor; one tensor at a time is held.
+        ``sources`` maps ``master`` or a state (``state_keys``) to a function that returns a parameter's full
+        fp32 tensor; one tensor at a time is held.
         """
         named = dict(self.model.named_parameters())
         for key, full in sources.items():
@@ -156,7 +157,8 @@ class Engine:
         weights, gradients, masters = self.masters.held_bytes()
         states = [self.optimizer.state[flat] for flat in self.masters.flats]
         moments = sum(state[key].nbytes for state in states for key in ("exp_avg", "exp_avg_sq"))
-        return StateBytes(weights, gradients, masters, moments, sum(state["ema"].nbytes for state in states))
+        ema = sum(state[name].nbytes for state in states for name in averages(self.config.train))
+        return StateBytes(weights, gradients, masters, moments, ema)
 
     def _write(self, shard: MasterShard, key: str, local: Tensor) -> None:
         self.view(shard, key).copy_(local.reshape(-1)[shard.start : shard.start + shard.numel])

@@ -22,7 +22,7 @@ class StateBytes:
     gradients: int  # accumulated over micro-batches
     masters: int  # fp32 copies of the weights that the optimizer steps on; 0 where it steps on the weights
     moments: int
-    ema: int
+    ema: int  # all averages of the weights
 
     @property
     def total(self) -> int:
@@ -46,15 +46,16 @@ def _block(config: Config, name: str) -> int:
 def state_bytes(config: Config, params: Iterable[Param], data_parallel: int, stage: int = 0) -> StateBytes:
     """Bytes of a rank of pipeline stage ``stage``. Padding is in it: ranks hold equal shares."""
     zero, item = config.parallel.zero_stage, ITEM_BYTES[config.train.dtype]
+    averages = FP32 * (1 + len(config.train.ema_sigma_rel))
     params = stage_params(config, params, stage)
     local = {p.name: math.prod(p.shape) // (config.parallel.tensor if p.dim is not None else 1) for p in params}
     whole = sum(local.values())
     if zero == 0:
         masters = FP32 * whole if item != FP32 else 0
-        return StateBytes(item * whole, item * whole, masters, 2 * FP32 * whole, FP32 * whole)
+        return StateBytes(item * whole, item * whole, masters, 2 * FP32 * whole, averages * whole)
     if zero == 3:
         share = sum(math.ceil(count / data_parallel) for count in local.values())
-        return StateBytes(item * share, FP32 * share, FP32 * share, 2 * FP32 * share, FP32 * share)
+        return StateBytes(item * share, FP32 * share, FP32 * share, 2 * FP32 * share, averages * share)
     groups: dict[tuple[float, float], int] = {}
     for param in params:
         key = (param.lr_multiplier, config.optimizer.weight_decay * param.weight_decay_multiplier)
@@ -63,4 +64,4 @@ def state_bytes(config: Config, params: Iterable[Param], data_parallel: int, sta
     padded = sum(math.ceil(count / unit) * unit for count in groups.values())
     share = padded // data_parallel
     gradients = FP32 * (whole if zero == 1 else share)
-    return StateBytes(item * padded, gradients, FP32 * share, 2 * FP32 * share, FP32 * share)
+    return StateBytes(item * padded, gradients, FP32 * share, 2 * FP32 * share, averages * share)

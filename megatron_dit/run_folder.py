@@ -11,6 +11,7 @@ from megatron_dit.errors import UserError
 
 CONFIG = "config.yaml"
 METRICS = "metrics.jsonl"
+SNAPSHOTS = "ema"  # the averages of train.ema_sigma_rel every checkpoint.ema_every steps
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
@@ -27,6 +28,7 @@ class RunFolder:
         """Raises UserError where the folder holds another run, or something that is no run."""
         self.path = Path(config.run_dir)
         self.checkpoints = self.path / "checkpoints"
+        self.snapshots = self.path / SNAPSHOTS
         self._config = config
         saved = self.path / CONFIG
         if saved.is_file():

@@ -20,6 +20,7 @@ from megatron_dit.engine import Engine, StepMetrics
 from megatron_dit.errors import UserError
 from megatron_dit.models.flops import model_flops
 from megatron_dit.monitor import SpikeDetector
+from megatron_dit.optimizer import power_averages
 from megatron_dit.parallel.topology import agree, build_topology, connect
 from megatron_dit.progress import ProgressBar
 from megatron_dit.run_folder import RunFolder
@@ -59,6 +60,8 @@ def train(config: Config) -> dict[str, Any]:
             if logger:
                 bar.advance(logger.log(engine.step, metrics))
             _check_health(config, engine.step, metrics, skipped_in_a_row, batch.bad)
+            if _snapshot_is_due(config, engine.step):  # before the checkpoint that a killed run resumes from
+                save(engine, run.snapshots, list(power_averages(config.train)))
             done = metrics.stop or engine.step == config.train.steps
             if done or engine.step % config.checkpoint.every == 0:
                 save(engine, run.checkpoints)
@@ -71,13 +74,13 @@ def train(config: Config) -> dict[str, Any]:
     logged = run.metrics()[-1:] if logger else []
     if logger:
         run.close()
-    last = logged[0] if logged else {}
+    figures = logged[0] if logged else {}
     finished = engine.step == config.train.steps
     return {
         "run": str(run.path),
         "optimizer": engine.optimizer.title,
         "finished": finished,
-        **last,
+        **figures,
         "step": engine.step,
     }
 
@@ -94,6 +97,11 @@ def _prepare(config: Config, rank: int, world: int) -> tuple[RunFolder, Index]:
     agree(error)
     assert prepared is not None
     return prepared
+
+
+def _snapshot_is_due(config: Config, step: int) -> bool:
+    every = config.checkpoint.ema_every
+    return every > 0 and (step % every == 0 or step == config.train.steps)
 
 
 def _check_health(config: Config, step: int, metrics: StepMetrics, skipped: int, bad: tuple[str, ...]) -> None:

@@ -1,9 +1,9 @@
 """What a checkpoint holds, and how its full tensors are put together again.
 
 ``step_00001000/manifest.json`` beside one ``rank_00000.safetensors`` per writing rank. A rank's file has
-flat fp32 ranges of tensor-parallel shards under ``KEY/NAME`` (KEY: master, exp_avg, exp_avg_sq, ema) and,
-in its metadata, where each NAME's range begins and of which shard it is. So a checkpoint of any layout
-opens in any other.
+flat fp32 ranges of tensor-parallel shards under ``KEY/NAME`` (KEY: master, exp_avg, exp_avg_sq, ema, and ema_0, ...
+of ``train.ema_sigma_rel``; the manifest's ``states`` says which) and, in its metadata, where each NAME's range begins
+and of which shard it is. So a checkpoint of any layout opens in any other.
 """
 
 from __future__ import annotations
@@ -75,8 +75,15 @@ class CheckpointReader:
         if extra is not None:
             raise UserError(f"{self.folder} is a checkpoint of another architecture: the model has no {extra}")
 
+    @property
+    def states(self) -> list[str]:
+        """What is held of every parameter; checkpoints of before there was a choice do not say."""
+        return self.manifest.get("states", [STATE, "exp_avg", "exp_avg_sq", "ema"])
+
     def full(self, key: str, name: str) -> Tensor:
-        """The full fp32 tensor of a parameter's master, moment or EMA."""
+        """The full fp32 tensor of a parameter's master, moment or average."""
+        if key not in self.states:
+            raise UserError(f"{self.folder} holds no {key}: it has {', '.join(self.states)}")
         param = self.manifest["params"][name]
         shape, dim = list(param["shape"]), param["dim"]
         shards = 1 if dim is None else self.manifest["layout"]["tensor"]

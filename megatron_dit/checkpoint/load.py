@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from megatron_dit.checkpoint.format import MANIFEST, STATE, CheckpointReader, Torn
 from megatron_dit.checkpoint.save import PREFIX
 from megatron_dit.errors import UserError
-from megatron_dit.optimizer import STATE_KEYS
+from megatron_dit.optimizer import state_keys
 
 if TYPE_CHECKING:
     from megatron_dit.engine import Engine
@@ -45,7 +45,7 @@ def open_checkpoint(path: str | Path) -> CheckpointReader:
 
 
 def restore(engine: Engine, reader: CheckpointReader) -> None:
-    """Masters, moments, EMA and step, into whatever layout the engine has. Collective."""
+    """Masters, moments, averages and step, into whatever layout the engine has. Collective."""
     reader.check({name: param.shape for name, param in engine.params.items()})
-    engine.load({key: partial(reader.full, key) for key in (STATE, *STATE_KEYS)})
+    engine.load({key: partial(reader.full, key) for key in (STATE, *state_keys(engine.config.train))})
     engine.resume_at(reader.step, reader.manifest["adam_steps"])

@@ -6,7 +6,7 @@ import json
 import os
 import shutil
 import struct
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,7 +17,7 @@ from torch import Tensor
 from megatron_dit.checkpoint.format import FORMAT, MANIFEST, STATE
 from megatron_dit.errors import UserError
 from megatron_dit.mup.init import forward_multipliers
-from megatron_dit.optimizer import STATE_KEYS
+from megatron_dit.optimizer import state_keys
 from megatron_dit.parallel.topology import agree
 
 if TYPE_CHECKING:
@@ -30,14 +30,18 @@ def step_folder(folder: Path, step: int) -> Path:
     return folder / f"{PREFIX}{step:08d}"
 
 
-def save(engine: Engine, folder: Path) -> Path:
-    """Write ``folder/step_N`` of the engine's state. Collective; every rank raises if one cannot write."""
+def save(engine: Engine, folder: Path, keys: Sequence[str] = ()) -> Path:
+    """Write ``folder/step_N``: masters and every state, or ``keys`` of them alone.
+
+    Collective; every rank raises if one cannot write.
+    """
+    keys = keys or (STATE, *state_keys(engine.config.train))
     target = step_folder(folder, engine.step)
     part = target.with_suffix(".part")
     first = engine.topology.rank == 0
     _together(part, _make_folder if first else None, part)
-    _together(part, _write_share, engine, part)
-    _together(part, _commit if first else None, engine, part, target)
+    _together(part, _write_share, engine, part, keys)
+    _together(part, _commit if first else None, engine, part, target, keys)
     return target
 
 
@@ -64,14 +68,14 @@ def _make_folder(part: Path) -> None:
     part.mkdir(parents=True)
 
 
-def _commit(engine: Engine, part: Path, target: Path) -> None:
-    _write_manifest(engine, part)
+def _commit(engine: Engine, part: Path, target: Path, keys: Sequence[str]) -> None:
+    _write_manifest(engine, part, keys)
     shutil.rmtree(target, ignore_errors=True)
     part.replace(target)
     _sync(target.parent)
 
 
-def _write_share(engine: Engine, part: Path) -> None:
+def _write_share(engine: Engine, part: Path, keys: Sequence[str]) -> None:
     topology = engine.topology
     views, starts = {}, {}
     for number, (name, shard) in enumerate(engine.masters.shards.items()):
@@ -80,7 +84,7 @@ def _write_share(engine: Engine, part: Path) -> None:
         if (topology.tensor_rank and not sharded) or (whole and number % topology.data_size != topology.data_rank):
             continue
         starts[name] = shard.start
-        for key in (STATE, *STATE_KEYS):
+        for key in keys:
             views[f"{key}/{name}"] = engine.view(shard, key)
     if not views:
         return
@@ -108,7 +112,7 @@ def write_safetensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mappi
             file.write(tensor.detach().contiguous().cpu().numpy().data)
 
 
-def _write_manifest(engine: Engine, part: Path) -> None:
+def _write_manifest(engine: Engine, part: Path, keys: Sequence[str]) -> None:
     params = {
         name: {"shape": param.shape, "dim": param.dim, "pieces": param.pieces, "role": param.role}
         for name, param in engine.params.items()
@@ -117,6 +121,7 @@ def _write_manifest(engine: Engine, part: Path) -> None:
         "format": FORMAT,
         "step": engine.step,
         "adam_steps": engine.adam_steps,
+        "states": list(keys),
         "config": asdict(engine.config),
         "layout": {"world": engine.topology.world, **asdict(engine.config.parallel)},
         "params": params,

@@ -18,6 +18,11 @@ def choice(key: str, value: str, allowed: tuple[str, ...]) -> None:
     check(value in allowed, f"{key}={value!r}: expected one of {', '.join(allowed)}")
 
 
+def check_sigma_rel(key: str, value: float) -> None:
+    """Width of a power-function average: 1/sqrt(12) is the plain mean of all steps, wider ones forget the last."""
+    check(0 < value <= 12**-0.5, f"{key}={value}: expected numbers in (0, 0.2886]")
+
+
 def at_least(key: str, value: float, least: float) -> None:
     check(value >= least, f"{key}={value}: expected at least {least}")
 
@@ -245,6 +250,8 @@ class TrainConfig:
     fp8_format: str = "hybrid"  # hybrid: e4m3, gradients e5m2 | e4m3: gradients too
     compile: bool = False  # torch.compile of the blocks
     ema_decay: float = 0.9999
+    # Power-function averages beside it, in (0, 0.2886], such as [0.05, 0.1]: post-hoc EMA (EDM2, arXiv 2312.02696).
+    ema_sigma_rel: list[float] = field(default_factory=list)
     max_skipped_steps: int = 10  # non-finite steps in a row after which the run stops
     log_every: int = 10
     monitor_every: int = 100  # steps between activations, gradient norms and update sizes in the metrics; 0: never
@@ -275,16 +282,24 @@ class TrainConfig:
         at_least("train.threads", self.threads, 0)
         at_least("train.monitor_every", self.monitor_every, 0)
         check(0 <= self.ema_decay < 1, f"train.ema_decay={self.ema_decay}: expected a number in [0, 1)")
+        for width in self.ema_sigma_rel:
+            check_sigma_rel("train.ema_sigma_rel", width)
+        check(
+            len(set(self.ema_sigma_rel)) == len(self.ema_sigma_rel),
+            f"train.ema_sigma_rel={self.ema_sigma_rel}: expected different numbers",
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
 class CheckpointConfig:
     every: int = 1000  # steps between checkpoints; the last step is always saved
     keep: int = 2  # newest checkpoints kept
+    ema_every: int = 0  # steps between snapshots of the averages of train.ema_sigma_rel, all kept; 0: none
 
     def __post_init__(self) -> None:
         at_least("checkpoint.every", self.every, 1)
         at_least("checkpoint.keep", self.keep, 1)
+        at_least("checkpoint.ema_every", self.ema_every, 0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -354,6 +369,11 @@ class Config:
             not blocks or (len(blocks) == runs and sum(blocks) == model.depth and min(blocks) >= 1),
             f"parallel.blocks={blocks}: expected {runs} positive numbers (parallel.pipeline * parallel.chunks) "
             f"that add up to model.depth={model.depth}, or leave it out",
+        )
+        check(
+            not self.checkpoint.ema_every or bool(self.train.ema_sigma_rel),
+            f"checkpoint.ema_every={self.checkpoint.ema_every} saves the averages of train.ema_sigma_rel: set it, for "
+            "example to [0.05, 0.1]",
         )
         expected = OBJECTIVE_OF[model.arch]
         check(

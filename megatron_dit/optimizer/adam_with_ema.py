@@ -1,8 +1,8 @@
-"""AdamW that keeps an exponential moving average of what it steps on."""
+"""AdamW that keeps moving averages of what it steps on."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -10,14 +10,13 @@ from torch import Tensor
 
 from megatron_dit.config import OptimizerConfig
 from megatron_dit.optimizer.adamw import AdamW
+from megatron_dit.optimizer.averages import Decay
 
 Observer = Callable[[Tensor, dict[str, Any], dict[str, Tensor], int], None]  # (tensor, group, state, its age)
 
-STATE_KEYS = ("exp_avg", "exp_avg_sq", "ema")  # what a checkpoint holds beside the masters
-
 
 class AdamWithEma(torch.optim.Optimizer):
-    """AdamW of any library. The EMA is one more optimizer state, so every ZeRO stage shards it as the rest.
+    """AdamW of any library. ``averages`` are optimizer states too, so every ZeRO stage shards them as the rest.
 
     It holds the library's optimizer instead of deriving from it, so that DeepSpeed treats all alike: at stage 0
     in bf16 its wrapper would flatten the groups of a FusedAdam. The two share groups and state.
@@ -26,25 +25,27 @@ class AdamWithEma(torch.optim.Optimizer):
     calls ours once a group (stages 1, 2) or sub-group (stage 3), or not at all when it skips the step.
     """
 
-    def __init__(self, groups: list[dict[str, Any]], config: OptimizerConfig, ema_decay: float, adamw: AdamW) -> None:
+    def __init__(
+        self, groups: list[dict[str, Any]], config: OptimizerConfig, averages: Mapping[str, Decay], adamw: AdamW
+    ) -> None:
         betas = (config.beta1, config.beta2)
         defaults = {"lr": config.lr, "betas": betas, "eps": config.eps, "weight_decay": config.weight_decay}
         super().__init__(groups, defaults)
         self.title, self._counts_steps = adamw.title, adamw.counts_steps
         self._adam = adamw.build(self.param_groups)
         self.state = self._adam.state
-        self.ema_decay = ema_decay
+        self._averages = averages
         self.observer: Observer | None = None  # told of every tensor stepped on
         self.age = 0
 
     def create_state(self, flats: Iterable[Tensor]) -> None:
-        """Zero moments and the EMA equal to the weights, for the tensors DeepSpeed has us step on."""
+        """Zero moments and averages equal to the weights, for the tensors DeepSpeed has us step on."""
         for flat in flats:
             self.state[flat] = {
                 "step": _counter(flat, self.age),
                 "exp_avg": torch.zeros_like(flat),
                 "exp_avg_sq": torch.zeros_like(flat),
-                "ema": flat.detach().clone(),
+                **{name: flat.detach().clone() for name in self._averages},
             }
 
     def resume_at(self, age: int) -> None:
@@ -62,10 +63,12 @@ class AdamWithEma(torch.optim.Optimizer):
             self.create_state(p for p in group["params"] if not self.state[p])
             self._tell_age(group)
         self._adam.step()
+        shares = {name: 1 - decay(self.age + 1) for name, decay in self._averages.items()}
         for group in self._adam.param_groups:
             for p in group["params"]:
                 if p.grad is not None:
-                    self.state[p]["ema"].lerp_(p, 1 - self.ema_decay)
+                    for name, share in shares.items():
+                        self.state[p][name].lerp_(p, share)
                     if self.observer is not None:
                         self.observer(p, group, self.state[p], self.age + 1)
 

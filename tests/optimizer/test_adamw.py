@@ -65,7 +65,7 @@ def new(name, device, shapes=((40, 30), (7,), (50,))):
         {"params": params[2:], "lr": 1e-3, "weight_decay": 0.4},
     ]
     config = small("mmdit").optimizer
-    optimizer = AdamWithEma(groups, config, ema_decay=0.9, adamw=implementation(name))
+    optimizer = AdamWithEma(groups, config, {"ema": lambda step: 0.9}, implementation(name))
     optimizer.create_state(params)
     return optimizer, params, [p.detach().clone() for p in params]
 

@@ -1,0 +1,127 @@
+"""Post-hoc EMA of a run: snapshots, their combination, and a checkpoint that draws."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+import yaml
+
+from checkpoints_tools.__main__ import main
+from checkpoints_tools.ema import reconstruct
+from megatron_dit.checkpoint.load import open_checkpoint
+from megatron_dit.cli import run as command_line
+from megatron_dit.errors import UserError
+from megatron_dit.optimizer.averages import gamma_of
+from tests.configs import small_dict
+from tests.optimizer.test_averages import shares
+from tests.test_resume import finish
+
+STEPS = 24
+
+
+@pytest.fixture(scope="module")
+def trained(dataset, tmp_path_factory):
+    """A run on two ZeRO-2 ranks that keeps every step, with snapshots every 4 and at the last."""
+    folder = tmp_path_factory.mktemp("ema")
+    values = {
+        "data.path": str(dataset),
+        "run_dir": str(folder / "run"),
+        "train.steps": STEPS - 2,
+        "train.ema_sigma_rel": [0.05, 0.1],
+        "checkpoint.ema_every": 4,
+        "checkpoint.every": 1,
+        "checkpoint.keep": STEPS,
+        "parallel.zero_stage": 2,
+    }
+    path = folder / "config.yaml"
+    path.write_text(yaml.safe_dump(small_dict("mmdit", **values)))
+    finish(path, 2)
+    finish(path, 2, f"train.steps={STEPS}", "checkpoint.keep=24")
+    return path, folder / "run"
+
+
+def test_snapshots_hold_the_averages_alone_and_are_all_kept(trained):
+    _, run = trained
+    snapshots = sorted((run / "ema").iterdir())
+    assert [int(path.name[5:]) for path in snapshots] == [4, 8, 12, 16, 20, 22, 24]
+    for path in snapshots:
+        snapshot, checkpoint = open_checkpoint(path), open_checkpoint(run / "checkpoints" / path.name)
+        assert snapshot.states == ["ema_0", "ema_1"]
+        for name in snapshot.manifest["params"]:
+            assert torch.equal(snapshot.full("ema_1", name), checkpoint.full("ema_1", name))
+
+
+@pytest.mark.parametrize(("key", "width", "step"), [("ema_0", 0.05, None), ("ema_1", 0.1, 16)])
+def test_a_stored_average_comes_back(trained, tmp_path, key, width, step):
+    _, run = trained
+    figures = reconstruct(run, width, step, tmp_path / "out")
+    assert figures["step"] == (step or STEPS)
+    out, stored = open_checkpoint(tmp_path / "out"), open_checkpoint(run / "ema" / f"step_{step or STEPS:08d}")
+    for name in stored.manifest["params"]:
+        expected = stored.full(key, name)
+        assert (out.full("ema", name) - expected).norm() <= 1e-6 * expected.norm()
+
+
+def test_another_width_is_near_the_average_of_all_steps(trained, tmp_path, capsys):
+    """Within 2% of the distance between the two stored averages; from 7 snapshots of a run this short."""
+    _, run = trained
+    arguments = ["ema", str(run), "--sigma-rel", "0.08", "--out", str(tmp_path / "out")]
+    assert main([*arguments, "--json", str(tmp_path / "figures.json")]) == 0
+    figures = json.loads((tmp_path / "figures.json").read_text())
+    assert (figures["step"], figures["averages"]) == (STEPS, 14)
+    assert "0.08 at step 24 from 14 averages" in capsys.readouterr().out
+    steps = [open_checkpoint(run / "checkpoints" / f"step_{step:08d}") for step in range(1, STEPS + 1)]
+    out = open_checkpoint(tmp_path / "out")
+    error = distance = 0.0
+    for name in out.manifest["params"]:
+        weighed = zip(shares(gamma_of(0.08), STEPS, STEPS), steps, strict=True)
+        expected = sum(float(share) * reader.full("master", name).double() for share, reader in weighed)
+        error += float((out.full("ema", name) - expected).square().sum())
+        distance += float((steps[-1].full("ema_0", name) - steps[-1].full("ema_1", name)).square().sum())
+    assert error**0.5 <= 0.02 * distance**0.5
+
+
+def test_files_are_bounded(trained, tmp_path, monkeypatch):
+    _, run = trained
+    reconstruct(run, 0.08, None, tmp_path / "one")
+    monkeypatch.setattr("checkpoints_tools.ema.FILE_BYTES", 20_000)
+    reconstruct(run, 0.08, None, tmp_path / "many")
+    one, many = open_checkpoint(tmp_path / "one"), open_checkpoint(tmp_path / "many")
+    assert len(one.manifest["files"]) == 1
+    assert len(many.manifest["files"]) > 3
+    for name in one.manifest["params"]:
+        assert torch.equal(one.full("ema", name), many.full("ema", name))
+
+
+def test_what_was_written_draws(trained, tmp_path, capsys):
+    _, run = trained
+    out = tmp_path / "out"
+    reconstruct(run, 0.07, None, out)
+    drawing = ["sample", str(out), "--prompt", "a red circle", "--steps", "2", "--out", str(tmp_path / "grid.png")]
+    assert command_line(drawing) == 0
+    assert (tmp_path / "grid.png").is_file()
+    assert command_line([*drawing, "--raw"]) == 2
+    assert "holds no master: it has ema" in capsys.readouterr().err
+    assert main(["inspect", str(out)]) == 0
+
+
+def test_another_list_is_another_run(trained):
+    path, _ = trained
+    with pytest.raises(AssertionError, match=r"train.ema_sigma_rel is \[0.05, 0.1\] there and \[0.05\] here"):
+        finish(path, 1, "train.ema_sigma_rel=[0.05]")
+
+
+def test_refused(trained, tmp_path):
+    _, run = trained
+    for width, step, out, message in [
+        (0.3, None, "out", r"--sigma-rel=0.3: expected numbers in"),
+        (0.08, 5, "out", "--step 5: expected a step with a snapshot, one of 4, 8, 12"),
+        (0.08, None, "", "exists: give a new folder"),
+    ]:
+        with pytest.raises(UserError, match=message):
+            reconstruct(run, width, step, tmp_path / out)
+    with pytest.raises(UserError, match="has no snapshots: set"):
+        reconstruct(tmp_path, 0.08, None, tmp_path / "out")
+    assert main(["ema", str(run), "--sigma-rel", "0.08"]) == 2
