@@ -15,7 +15,7 @@ from torch import Tensor
 from megatron_dit.checkpoint.format import MANIFEST, CheckpointReader, Torn
 from megatron_dit.checkpoint.save import PREFIX, write_safetensors
 from megatron_dit.config import ParallelConfig, config_from_dict
-from megatron_dit.config.schema import check_sigma_rel
+from megatron_dit.config.checks import check_sigma_rel
 from megatron_dit.errors import UserError
 from megatron_dit.optimizer import power_averages
 from megatron_dit.optimizer.averages import Profile, combination, gamma_of

@@ -16,7 +16,7 @@ from rich.table import Table
 from torch.testing._internal.distributed import fake_pg
 
 from megatron_dit.config import Config
-from megatron_dit.config.schema import check
+from megatron_dit.config.checks import check
 from megatron_dit.engine import Engine
 from megatron_dit.memory import StateBytes, state_bytes
 from megatron_dit.models.flops import model_flops

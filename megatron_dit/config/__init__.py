@@ -14,15 +14,12 @@ from megatron_dit.config.load import (
     load_config,
     save_config,
 )
-from megatron_dit.config.schema import (
-    OBJECTIVE_OF,
+from megatron_dit.config.model import OBJECTIVE_OF, ModelConfig, MupConfig, ObjectiveConfig
+from megatron_dit.config.schema import Config
+from megatron_dit.config.training import (
     SOLVERS_OF,
     CheckpointConfig,
-    Config,
     DataConfig,
-    ModelConfig,
-    MupConfig,
-    ObjectiveConfig,
     OptimizerConfig,
     ParallelConfig,
     SamplingConfig,

@@ -12,7 +12,8 @@ import yaml
 from omegaconf import OmegaConf, flag_override
 from omegaconf.errors import ConfigKeyError, MissingMandatoryValue, OmegaConfBaseException
 
-from megatron_dit.config.schema import Config, check
+from megatron_dit.config.checks import check
+from megatron_dit.config.schema import Config
 from megatron_dit.errors import UserError
 
 T = TypeVar("T")

@@ -15,7 +15,7 @@ from omegaconf import OmegaConf
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
 
 from megatron_dit.config import RESUMABLE, Config, first_difference, flatten, load_config, save_config
-from megatron_dit.config.schema import at_least, check, choice
+from megatron_dit.config.checks import at_least, check, choice
 from megatron_dit.errors import UserError
 
 Params = dict[str, Any]  # dotted key -> value, of one trial

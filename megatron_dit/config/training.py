@@ -1,0 +1,172 @@
+"""The keys of how a model is trained: optimizer, data, layout, checkpoints; and how it is sampled."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+
+from megatron_dit.config.checks import at_least, check, check_sigma_rel, choice
+
+SOLVERS_OF = {"rectified_flow": ("euler",), "ddpm": ("dpm++", "ddim")}
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimizerConfig:
+    """AdamW; ``lr`` and ``weight_decay`` are the base values that μP scales group by group."""
+
+    lr: float
+    beta1: float = 0.9
+    beta2: float = 0.999
+    eps: float = 1e-8
+    weight_decay: float = 0.0
+    grad_clip: float = 0.0  # greatest global gradient norm; 0: no clipping
+    warmup_steps: int = 0
+    schedule: str = "constant"  # after warm-up: constant | cosine
+    final_lr_ratio: float = 0.0  # cosine: lr at the last step / peak lr
+    fused: str = "auto"  # whose AdamW: apex | te | deepspeed | torch; auto: the first that is there (CPU: torch)
+    offload: bool = False  # ZeRO 1, 2, 3: masters, moments and EMA on the CPU, stepped by DeepSpeed's CPU AdamW
+
+    def __post_init__(self) -> None:
+        check(self.lr > 0 and math.isfinite(self.lr), f"optimizer.lr={self.lr}: expected a positive finite number")
+        choice("optimizer.schedule", self.schedule, ("constant", "cosine"))
+        choice("optimizer.fused", self.fused, ("auto", "apex", "te", "deepspeed", "torch"))
+        check(
+            not self.offload or self.fused == "auto",
+            f"optimizer.fused={self.fused!r}: optimizer.offload=true has its own AdamW, leave optimizer.fused out",
+        )
+        for name in ("weight_decay", "grad_clip", "warmup_steps", "final_lr_ratio"):
+            at_least(f"optimizer.{name}", getattr(self, name), 0)
+        for name in ("beta1", "beta2"):
+            value = getattr(self, name)
+            check(0 <= value < 1, f"optimizer.{name}={value}: expected a number in [0, 1)")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    path: str  # folder written by python -m data_prep
+    caption_dropout: float = 0.1  # share of captions replaced by the null text (classifier-free guidance)
+    repa_encoder: str = ""  # REPA: DINOv2 folder or hub name, run on the fly; empty: features are in the shards
+    workers: int = 0  # loader processes per rank
+    shuffle_shards: int = 16  # samples are shuffled within this many shards at a time
+
+    def __post_init__(self) -> None:
+        check(
+            0 <= self.caption_dropout <= 1,
+            f"data.caption_dropout={self.caption_dropout}: expected a number in [0, 1]",
+        )
+        at_least("data.workers", self.workers, 0)
+        at_least("data.shuffle_shards", self.shuffle_shards, 1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ParallelConfig:
+    tensor: int = 1  # ranks that share each layer
+    sequence: bool = False  # shard tokens between the tensor-parallel regions too
+    pipeline: int = 1  # ranks that share the blocks, each a stage
+    chunks: int = 1  # runs of blocks a stage has; 2 or more: Megatron's interleaved schedule, else 1F1B
+    blocks: list[int] = field(default_factory=list)  # blocks of each run, in the model's order; empty: even
+    zero_stage: int = 0  # DeepSpeed ZeRO: 0 none, 1 optimizer, 2 + gradients, 3 + weights
+    overlap: bool = True  # ZeRO 2, 3: reduce and gather while computing, for 4.5 buckets of memory
+    bucket: int = 200_000_000  # ZeRO: elements reduced at a time; smaller takes less memory, larger fewer messages
+    prefetch: int = 50_000_000  # ZeRO 3: elements of weights gathered ahead of their use
+    backend: str = "auto"  # of the hidden layers: te | local; auto: te where it is there, on a GPU, in bf16
+
+    def __post_init__(self) -> None:
+        choice("parallel.backend", self.backend, ("auto", "te", "local"))
+        for name in ("tensor", "pipeline", "chunks"):
+            at_least(f"parallel.{name}", getattr(self, name), 1)
+        check(
+            self.chunks == 1 or self.pipeline > 1,
+            f"parallel.chunks={self.chunks} needs parallel.pipeline of at least 2: leave it out",
+        )
+        check(
+            self.pipeline == 1 or self.zero_stage < 2,
+            f"parallel.zero_stage={self.zero_stage} with parallel.pipeline={self.pipeline}: stages 2 and 3 reduce "
+            "gradients or gather weights anew for every micro-batch in flight; use parallel.zero_stage=1 with the "
+            f"pipeline, or parallel.zero_stage={self.zero_stage} with parallel.tensor and parallel.pipeline=1",
+        )
+        at_least("parallel.bucket", self.bucket, 1)
+        at_least("parallel.prefetch", self.prefetch, 0)
+        check(self.zero_stage in (0, 1, 2, 3), f"parallel.zero_stage={self.zero_stage}: expected one of 0, 1, 2, 3")
+        check(
+            not self.sequence or self.tensor > 1,
+            "parallel.sequence=true needs parallel.tensor of at least 2: it shards over the tensor-parallel ranks",
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    steps: int  # optimizer steps in all
+    global_batch: int  # samples per optimizer step, over all ranks
+    micro_batch: int  # samples per rank and forward pass; the rest is gradient accumulation
+    dtype: str = "fp32"  # of weights and activations: fp32 | bf16 (masters, moments and EMA are always fp32)
+    recompute: str = "none"  # in the backward pass: none | selective (pointwise functions) | full (whole blocks)
+    recompute_blocks: int = 0  # the first blocks, as many, are recomputed; 0: all
+    fp8: str = "none"  # GEMMs of the hidden linears, on Transformer Engine: none | delayed | current | blockwise
+    fp8_format: str = "hybrid"  # hybrid: e4m3, gradients e5m2 | e4m3: gradients too
+    compile: bool = False  # torch.compile of the blocks
+    ema_decay: float = 0.9999
+    # Power-function averages beside it, in (0, 0.2886], such as [0.05, 0.1]: post-hoc EMA (EDM2, arXiv 2312.02696).
+    ema_sigma_rel: list[float] = field(default_factory=list)
+    max_skipped_steps: int = 10  # non-finite steps in a row after which the run stops
+    log_every: int = 10
+    monitor_every: int = 100  # steps between activations, gradient norms and update sizes in the metrics; 0: never
+    threads: int = 0  # CPU threads per rank; 0: the cores shared out among this host's ranks
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "global_batch", "micro_batch", "max_skipped_steps", "log_every"):
+            at_least(f"train.{name}", getattr(self, name), 1)
+        choice("train.dtype", self.dtype, ("fp32", "bf16"))
+        choice("train.recompute", self.recompute, ("none", "selective", "full"))
+        at_least("train.recompute_blocks", self.recompute_blocks, 0)
+        check(
+            not self.compile or self.recompute != "selective",
+            "train.compile=true with train.recompute=selective: the compiler recomputes pointwise functions by itself; "
+            "set train.recompute to none or full",
+        )
+        choice("train.fp8", self.fp8, ("none", "delayed", "current", "blockwise"))
+        choice("train.fp8_format", self.fp8_format, ("hybrid", "e4m3"))
+        check(
+            self.fp8 != "delayed" or self.recompute != "full",
+            "train.fp8=delayed with train.recompute=full: a block that runs twice would count twice in the scales' "
+            "history; set train.fp8=current or train.recompute=selective",
+        )
+        check(
+            self.fp8 == "none" or self.dtype == "bf16",
+            f"train.fp8={self.fp8} and train.dtype={self.dtype}: what is not FP8 must be bf16, set train.dtype=bf16",
+        )
+        at_least("train.threads", self.threads, 0)
+        at_least("train.monitor_every", self.monitor_every, 0)
+        check(0 <= self.ema_decay < 1, f"train.ema_decay={self.ema_decay}: expected a number in [0, 1)")
+        for width in self.ema_sigma_rel:
+            check_sigma_rel("train.ema_sigma_rel", width)
+        check(
+            len(set(self.ema_sigma_rel)) == len(self.ema_sigma_rel),
+            f"train.ema_sigma_rel={self.ema_sigma_rel}: expected different numbers",
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointConfig:
+    every: int = 1000  # steps between checkpoints; the last step is always saved
+    keep: int = 2  # newest checkpoints kept
+    ema_every: int = 0  # steps between snapshots of the averages of train.ema_sigma_rel, all kept; 0: none
+
+    def __post_init__(self) -> None:
+        at_least("checkpoint.every", self.every, 1)
+        at_least("checkpoint.keep", self.keep, 1)
+        at_least("checkpoint.ema_every", self.ema_every, 0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplingConfig:
+    """What ``megatron-dit sample`` and ``evaluate`` do unless told otherwise."""
+
+    solver: str = "auto"  # euler (rectified_flow); dpm++ | ddim (ddpm); auto: the objective's first
+    steps: int = 30
+    guidance: float = 3.0  # classifier-free guidance scale; 1: none
+
+    def __post_init__(self) -> None:
+        choice("sampling.solver", self.solver, ("auto", "euler", "dpm++", "ddim"))
+        at_least("sampling.steps", self.steps, 1)
+        at_least("sampling.guidance", self.guidance, 1)
