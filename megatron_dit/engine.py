@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,7 +15,6 @@ from torch import Tensor, nn
 
 from megatron_dit.config import Config, deepspeed_config
 from megatron_dit.data.stream import Batch
-from megatron_dit.errors import UserError
 from megatron_dit.memory import StateBytes
 from megatron_dit.models import build, build_unsharded
 from megatron_dit.models.blocks import Taps
@@ -26,11 +25,11 @@ from megatron_dit.mup.rules import Param
 from megatron_dit.mup.shapes import describe
 from megatron_dit.objectives import OBJECTIVES, Noised
 from megatron_dit.objectives.repa import alignment_loss
-from megatron_dit.optimizer import AdamW, AdamWithEma, averages, choose, lr_factor, set_lr
+from megatron_dit.optimizer import AdamWithEma, averages, choose, lr_factor, set_lr
 from megatron_dit.parallel.backends import open_backend
 from megatron_dit.parallel.cpu import device
 from megatron_dit.parallel.masters import Masters, MasterShard
-from megatron_dit.parallel.topology import DeepSpeedMpu, Topology, agree
+from megatron_dit.parallel.topology import DeepSpeedMpu, Topology, agreed, mean_over_ranks, sum_over_ranks
 from megatron_dit.pipeline import Pipeline, attach
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -99,7 +98,9 @@ class Engine:
         held = {name: self.params[name] for name, _ in model.named_parameters()}
         set_multipliers(model, forward_multipliers(held))
         groups = optimizer_groups(model.named_parameters(), held, config.optimizer)
-        self.optimizer = AdamWithEma(groups, config.optimizer, averages(config.train), _agreed_adamw(config))
+        self.optimizer = AdamWithEma(
+            groups, config.optimizer, averages(config.train), agreed(lambda: choose(config.optimizer))
+        )
         with contextlib.redirect_stdout(io.StringIO()):  # its optimizers print their memory use as they are built
             self._engine: Any = deepspeed.initialize(
                 model=model, optimizer=self.optimizer, config=ds_config, mpu=mpu, dist_init_required=False
@@ -194,7 +195,7 @@ class Engine:
         norm, skipped = self._optimizer_step()
         self.step += 1
         self.optimizer.age += not skipped
-        loss_sum, aligned, bad, stops = self._sum_over_ranks([*losses.means(), float(len(batch.bad)), float(stop)])
+        loss_sum, aligned, bad, stops = sum_over_ranks([*losses.means(), float(len(batch.bad)), float(stop)])
         replicas = self.topology.world / self.topology.pipeline_size  # one stage has the loss, one the projector
         return StepMetrics(
             loss=loss_sum / replicas,
@@ -215,12 +216,12 @@ class Engine:
             self._loss(self._engine, batch, Losses(), taps)
         else:
             self._pipeline.run([batch], lambda chunk, b: self._loss(chunk, b, Losses(), taps), forward_only=True)
-        return self._mean_over_ranks(sizes(taps))
+        return mean_over_ranks(sizes(taps))
 
     def _monitors(self, taps: Taps, norm: float) -> dict[str, float]:
         clip = self.config.optimizer.grad_clip
         figures = self._monitor.figures(min(1.0, clip / norm) if clip else 1.0)
-        activations = {f"activation/{name}": size for name, size in self._mean_over_ranks(sizes(taps)).items()}
+        activations = {f"activation/{name}": size for name, size in mean_over_ranks(sizes(taps)).items()}
         return {**activations, **figures}
 
     def _loss(
@@ -286,33 +287,3 @@ class Engine:
                 gradient.mul_(scale)
         self._engine.step()
         return norm, False
-
-    def _sum_over_ranks(self, figures: Sequence[float]) -> list[float]:
-        total = torch.tensor(figures, dtype=torch.float64, device=device())
-        if self.topology.world > 1:
-            dist.all_reduce(total)
-        return total.tolist()
-
-    def _mean_over_ranks(self, figures: Mapping[str, float]) -> dict[str, float]:
-        """Means by name over the ranks that have it: pipeline stages have different ones."""
-        shares: list[Any] = [figures]
-        if self.topology.world > 1:
-            shares = [None] * self.topology.world
-            dist.all_gather_object(shares, dict(figures))
-        found: dict[str, list[float]] = {}
-        for share in shares:
-            for name, value in share.items():
-                found.setdefault(name, []).append(value)
-        return {name: sum(values) / len(values) for name, values in found.items()}
-
-
-def _agreed_adamw(config: Config) -> AdamW:
-    """The AdamW of every rank; where one lacks it, all raise. Collective."""
-    adamw, error = None, None
-    try:
-        adamw = choose(config.optimizer)
-    except UserError as caught:
-        error = caught
-    agree(error)
-    assert adamw is not None
-    return adamw

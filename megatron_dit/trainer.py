@@ -21,7 +21,7 @@ from megatron_dit.errors import UserError
 from megatron_dit.models.flops import model_flops
 from megatron_dit.monitor import SpikeDetector
 from megatron_dit.optimizer import power_averages
-from megatron_dit.parallel.topology import agree, build_topology, connect
+from megatron_dit.parallel.topology import agree, agreed, build_topology, connect
 from megatron_dit.progress import ProgressBar
 from megatron_dit.run_folder import RunFolder
 
@@ -36,7 +36,7 @@ def train(config: Config) -> dict[str, Any]:
     connect()
     topology = build_topology(config)
     use_threads(config)
-    run, index = _prepare(config, topology.rank, topology.world)
+    run, index = agreed(lambda: _prepare(config, topology.rank, topology.world))
     reader, torn = newest(run.checkpoints)
     start = reader.step if reader else 0
     stream = batches(index, config, start, topology.data_rank, topology.data_size)
@@ -86,17 +86,10 @@ def train(config: Config) -> dict[str, Any]:
 
 
 def _prepare(config: Config, rank: int, world: int) -> tuple[RunFolder, Index]:
-    """The run's folder and the data's index, checked on every rank; each rank checks its share of the shards."""
-    error, prepared = None, None
-    try:
-        run, index = RunFolder(config), read_index(config.data.path)
-        check_shards(index, index.shards[rank::world])
-        prepared = run, index
-    except UserError as caught:
-        error = caught
-    agree(error)
-    assert prepared is not None
-    return prepared
+    """The run's folder and the data's index; each rank checks its share of the shards."""
+    run, index = RunFolder(config), read_index(config.data.path)
+    check_shards(index, index.shards[rank::world])
+    return run, index
 
 
 def _snapshot_is_due(config: Config, step: int) -> bool:

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import datetime
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
 
 from megatron_dit.config import Config
 from megatron_dit.errors import UserError
-from megatron_dit.parallel.cpu import let_megatron_run_on_cpu
+from megatron_dit.parallel.cpu import device, let_megatron_run_on_cpu
+
+T = TypeVar("T")
 
 
 class SoloGroup:
@@ -166,3 +168,33 @@ def agree(error: Exception | None) -> None:
     first = next((message for message in messages if message is not None), None)
     if first is not None:
         raise UserError(first)
+
+
+def agreed(function: Callable[[], T]) -> T:
+    """``function()``; where it raises a UserError on one rank, all raise it. Collective."""
+    result, error = None, None
+    try:
+        result = function()
+    except UserError as caught:
+        error = caught
+    agree(error)
+    return cast(T, result)
+
+
+def sum_over_ranks(figures: Sequence[float]) -> list[float]:
+    """Collective."""
+    total = torch.tensor(figures, dtype=torch.float64, device=device())
+    if dist.get_world_size() > 1:
+        dist.all_reduce(total)
+    return total.tolist()
+
+
+def mean_over_ranks(figures: Mapping[str, float]) -> dict[str, float]:
+    """Means by name over the ranks that have it: pipeline stages have different ones. Collective."""
+    shares: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(shares, dict(figures))
+    found: dict[str, list[float]] = {}
+    for share in shares:
+        for name, value in share.items():
+            found.setdefault(name, []).append(value)
+    return {name: sum(values) / len(values) for name, values in found.items()}
