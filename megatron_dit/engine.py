@@ -98,9 +98,8 @@ class Engine:
         held = {name: self.params[name] for name, _ in model.named_parameters()}
         set_multipliers(model, forward_multipliers(held))
         groups = optimizer_groups(model.named_parameters(), held, config.optimizer)
-        self.optimizer = AdamWithEma(
-            groups, config.optimizer, averages(config.train), agreed(lambda: choose(config.optimizer))
-        )
+        adamw = agreed(lambda: choose(config.optimizer))
+        self.optimizer = AdamWithEma(groups, config.optimizer, averages(config.train), adamw)
         with contextlib.redirect_stdout(io.StringIO()):  # its optimizers print their memory use as they are built
             self._engine: Any = deepspeed.initialize(
                 model=model, optimizer=self.optimizer, config=ds_config, mpu=mpu, dist_init_required=False
