@@ -9,6 +9,7 @@ import math
 import os
 import time
 from dataclasses import asdict, dataclass
+from pathlib import Path
 
 import torch.distributed as dist
 from rich.console import Console
@@ -17,6 +18,8 @@ from torch.testing._internal.distributed import fake_pg
 
 from megatron_dit.config import Config
 from megatron_dit.config.checks import check
+from megatron_dit.data.shards import read_index
+from megatron_dit.data.stream import check_fit
 from megatron_dit.engine import Engine
 from megatron_dit.memory import StateBytes, state_bytes
 from megatron_dit.models.flops import model_flops
@@ -49,11 +52,16 @@ class Share:
 
 
 def dry_run(config: Config, world: int, rank: int) -> Share:
-    """Build the share of ``rank`` of ``world``. Raises UserError for what the job's start would refuse."""
+    """Build the share of ``rank`` of ``world``. Raises UserError for what the job's start would refuse.
+
+    The data are checked where they are on this machine.
+    """
     check(world >= 1, f"--world {world}: expected at least 1")
     check(0 <= rank < world, f"--rank {rank}: expected 0 to {world - 1}")
     started = time.monotonic()
     data_parallel = config.data_parallel(world)
+    if Path(config.data.path).exists():
+        check_fit(read_index(config.data.path), config)
     os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed asks for it
     dist.init_process_group("fake", store=fake_pg.FakeStore(), rank=rank, world_size=world)
     topology = build_topology(config)
@@ -103,4 +111,6 @@ def print_share(config: Config, share: Share) -> None:
             f"FLOPs of the pipeline's stages: {shares}; the busiest has {share.imbalance:.3f} times the mean; "
             f"a stage waits {share.bubble:.1%} of a step"
         )
+    if not Path(config.data.path).exists():
+        console.print(f"data.path={config.data.path} is not on this machine: not checked")
     console.print(f"built in {share.seconds:.0f} s; activations and communication buffers are not in it")

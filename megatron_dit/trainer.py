@@ -119,7 +119,7 @@ class Logger:
         self._detector = SpikeDetector()
         side = config.model.sample_size
         self._sample_flops = model_flops(config.model, side, side).total.model
-        self._peak = device_peak(config.train.dtype)
+        self._peak = device_peak("fp8" if config.train.fp8 != "none" else config.train.dtype)
         self._devices = devices
         self._rate = 0.0
         self._since = time.monotonic()

@@ -115,3 +115,19 @@ def test_a_sweep_is_an_array_of_its_trials(slurm, dataset, tmp_path):
     logs = [log.read_text() for log in tmp_path.glob("*.log")]
     assert done.returncode == 0, (done.stdout, done.stderr, *logs)
     assert [result.state for result in read_sweep(tmp_path / "sweep")[1]] == ["complete", "complete"]
+
+
+def test_train_sbatch_as_it_stands(slurm, dataset, tmp_path):
+    """Two nodes of one task, without GPUs; the two are a pipeline's stages."""
+    config = tmp_path / "config.yaml"
+    values = small_dict("mmdit", **{"data.path": str(dataset), "run_dir": str(tmp_path / "run"), "train.steps": 3})
+    config.write_text(yaml.safe_dump(values))
+    script = Path(__file__).parents[1] / "launch" / "train.sbatch"
+    flags = ["--wait", "--nodes=2", "--ntasks-per-node=1", "--gpus-per-node=0", f"--output={tmp_path}/log"]
+    words = ["sbatch", *flags, str(script), str(config), "parallel.pipeline=2", "train.micro_batch=2"]
+    address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}  # n0 and n1 are no hosts
+    env = {**slurm, "PYTHON": sys.executable, **address}
+    done = subprocess.run(words, capture_output=True, text=True, timeout=200, check=False, env=env)
+    assert done.returncode == 0, (done.stdout, done.stderr, (tmp_path / "log").read_text())
+    reader = open_checkpoint(tmp_path / "run")
+    assert (reader.step, reader.manifest["layout"]["pipeline"]) == (3, 2)
