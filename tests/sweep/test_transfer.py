@@ -85,12 +85,12 @@ def size_of(path):
 
 def test_costs_of_the_papers_searches(tmp_path):
     """5 * 0.04B * 5 epochs / (0.61B * 30 epochs) = 5.46%; for MMDiT 80 * 0.18B * 30K / (17.9B * 200K) steps."""
-    for arch, by_hand in (
-        ("pixart", 5 * 0.04 * 5 / (0.61 * 30)),
-        ("mmdit", 80 * 0.18 * 30_000 / (17.86 * 200_000)),
+    for arch, target, by_hand in (
+        ("pixart", "target", 5 * 0.04 * 5 / (0.61 * 30)),
+        ("mmdit", "18b", 80 * 0.18 * 30_000 / (17.86 * 200_000)),
     ):
         figures = tmp_path / f"{arch}.json"
-        goal = str(CONFIGS / arch / "target.yaml")
+        goal = str(CONFIGS / arch / f"{target}.yaml")
         words = ["sweep", str(CONFIGS / arch / "sweep.yaml"), "--dry-run", "--target", goal, "--json", str(figures)]
         assert run([word.replace(str(CONFIGS.parent) + "/", "") for word in words]) == 0
         assert json.loads(figures.read_text())["cost_rounded"] == pytest.approx(by_hand, rel=1e-6)
