@@ -210,12 +210,22 @@ class Engine:
     @torch.no_grad()
     def activations(self, batch: Batch) -> dict[str, float]:
         """Mean |x| of every named intermediate over the ranks' batches. Collective."""
-        taps: Taps = {}
+        found: dict[str, list[float]] = {}
+
+        def forward(model: Callable[..., Tensor], micro: Batch) -> tuple[Tensor, Tensor | None]:
+            taps: Taps = {}
+            out = self._loss(model, micro, Losses(), taps)
+            for name, size in sizes(taps).items():
+                found.setdefault(name, []).append(size)
+            return out
+
+        micro_batches = batch.split(self.config.train.micro_batch)
         if self._pipeline is None:
-            self._loss(self._engine, batch, Losses(), taps)
+            for micro in micro_batches:
+                forward(self._engine, micro)
         else:
-            self._pipeline.run([batch], lambda chunk, b: self._loss(chunk, b, Losses(), taps), forward_only=True)
-        return mean_over_ranks(sizes(taps))
+            self._pipeline.run(micro_batches, forward, forward_only=True)
+        return mean_over_ranks({name: sum(values) / len(values) for name, values in found.items()})
 
     def _monitors(self, taps: Taps, norm: float) -> dict[str, float]:
         clip = self.config.optimizer.grad_clip

@@ -89,6 +89,21 @@ def test_monitors_equal_plain_pytorch(pool, ranks, layout):
     assert found.keys() == expected.keys() | {f"activation/{name}" for name in activations}
 
 
+def activations(layout):
+    """Runs in the pool's ranks."""
+    config = small("uvit", **{"model.depth": 5, **layout})
+    engine = start(config)
+    return engine.activations(batch(config, engine.topology, 0))
+
+
+def test_activations_do_not_depend_on_the_pipeline(pool):
+    (expected,) = pool.run(1, activations, {"train.micro_batch": 8})
+    for chunks in (1, 2):
+        layout = {"parallel.pipeline": 2, "parallel.chunks": chunks, "train.micro_batch": 2}
+        assert pool.run(2, activations, layout)[1] == pytest.approx(expected, rel=1e-5)
+    assert len(expected) == 5 + 2  # blocks, tokens, output
+
+
 def test_a_spike_is_told_and_noise_is_not():
     rng = random.Random(0)
     detector = SpikeDetector()
