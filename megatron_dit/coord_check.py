@@ -17,8 +17,7 @@ from pathlib import Path
 import numpy as np
 
 from megatron_dit.config import Config
-from megatron_dit.data.shards import read_index
-from megatron_dit.data.stream import batches
+from megatron_dit.data.stream import batches, read_data
 from megatron_dit.engine import Engine
 from megatron_dit.parallel.topology import build_topology, connect
 from megatron_dit.trainer import use_threads
@@ -85,7 +84,7 @@ def _measure(config: Config) -> list[tuple[int, str, float]]:
     topology = build_topology(config)
     engine = Engine(config, topology)
     engine.initialise()
-    stream = list(batches(read_index(config.data.path), config, 0, topology.data_rank, topology.data_size))
+    stream = list(batches(read_data(config.data), config, 0, topology.data_rank, topology.data_size))
     rows = []
     for step, batch in enumerate([*stream, None]):
         rows += [(step, name, size) for name, size in engine.activations(stream[0]).items()]

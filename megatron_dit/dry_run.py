@@ -18,8 +18,8 @@ from torch.testing._internal.distributed import fake_pg
 
 from megatron_dit.config import Config
 from megatron_dit.config.checks import check
-from megatron_dit.data.shards import read_index
-from megatron_dit.data.stream import check_fit
+from megatron_dit.data.fit import check_fit
+from megatron_dit.data.stream import read_data
 from megatron_dit.engine import Engine
 from megatron_dit.memory import StateBytes, state_bytes
 from megatron_dit.models.flops import model_flops
@@ -61,7 +61,7 @@ def dry_run(config: Config, world: int, rank: int) -> Share:
     started = time.monotonic()
     data_parallel = config.data_parallel(world)
     if Path(config.data.path).exists():
-        check_fit(read_index(config.data.path), config)
+        check_fit(read_data(config.data), config)
     os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed asks for it
     dist.init_process_group("fake", store=fake_pg.FakeStore(), rank=rank, world_size=world)
     topology = build_topology(config)

@@ -14,7 +14,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from megatron_dit.config import Config, deepspeed_config
-from megatron_dit.data.stream import Batch
+from megatron_dit.data.batch import Batch
+from megatron_dit.data.tar import CAUSES
 from megatron_dit.memory import StateBytes
 from megatron_dit.models import build, build_unsharded
 from megatron_dit.models.blocks import Taps
@@ -64,7 +65,7 @@ class StepMetrics:
     grad_norm: float  # global, before clipping; inf where it was not finite
     lr: float  # base learning rate after the schedule
     skipped: bool  # loss or gradient not finite: weights, moments and EMA untouched
-    bad_samples: int  # samples that could not be read, over all ranks
+    bad_samples: dict[str, int]  # samples that could not be read and had no part in it, by cause
     stop: bool  # some rank was asked to stop
     alignment: float | None  # REPA's loss, mean over the global batch; None without REPA
     monitors: dict[str, float]  # activations, gradient norms, update sizes; empty unless asked for
@@ -109,6 +110,8 @@ class Engine:
         self.optimizer.create_state(self.masters.flats)
         self._monitor = StepMonitor(self.params, self.masters, topology)
         self.step = 0
+        self.bad_samples: dict[str, int] = {}  # that could not be read since the run began, by cause
+        self.data: dict[str, str] = {}  # what the data are, kept in checkpoints
         self._objective = OBJECTIVES[config.objective.kind]
         self._pipeline = Pipeline(model, config, topology, self._dtype) if topology.pipeline_size > 1 else None
 
@@ -194,16 +197,27 @@ class Engine:
         norm, skipped = self._optimizer_step()
         self.step += 1
         self.optimizer.age += not skipped
-        loss_sum, aligned, bad, stops = sum_over_ranks([*losses.means(), float(len(batch.bad)), float(stop)])
-        replicas = self.topology.world / self.topology.pipeline_size  # one stage has the loss, one the projector
+        causes = [cause for cause, _ in batch.bad]
+        counts = [float(causes.count(cause)) for cause in CAUSES]
+        loss_sum, aligned, stops, *bad = sum_over_ranks([*losses.means(), float(stop), *counts])
+        # One stage has the loss, one the projector; bad samples, seen by every stage and shard, weigh nothing.
+        bad_samples = {
+            cause: round(count * self.topology.data_size / self.topology.world)
+            for cause, count in zip(CAUSES, bad, strict=True)
+            if count
+        }
+        for cause, count in bad_samples.items():
+            self.bad_samples[cause] = self.bad_samples.get(cause, 0) + count
+        good = 1 - sum(bad_samples.values()) / config.train.global_batch
+        replicas = self.topology.world / self.topology.pipeline_size * good
         return StepMetrics(
-            loss=loss_sum / replicas,
+            loss=loss_sum / replicas if good else float("nan"),
             grad_norm=norm,
             lr=config.optimizer.lr * factor,
             skipped=skipped,
-            bad_samples=round(bad * self.topology.data_size / self.topology.world),
+            bad_samples=bad_samples,
             stop=stops > 0,
-            alignment=aligned / replicas if config.model.repa_block else None,
+            alignment=aligned / replicas if config.model.repa_block and good else None,
             monitors={} if taps is None or skipped else self._monitors(taps, norm),
         )
 
@@ -253,11 +267,11 @@ class Engine:
         extra = None
         if seen is not None and "projection" in seen:
             assert batch.features is not None
-            alignment = alignment_loss(seen["projection"], batch.features).mean()
+            alignment = (alignment_loss(seen["projection"], batch.features) * batch.weight).mean()
             losses.alignment.append(alignment.detach())
             extra = config.repa_weight * alignment
         if getattr(model, "last", True):
-            loss = self._objective.loss(out, batch.latents, noised, config).mean()
+            loss = (self._objective.loss(out, batch.latents, noised, config) * batch.weight).mean()
             losses.objective.append(loss.detach())
             return out, poisoned(loss if extra is None else loss + extra)
         micro_batches = self.config.train.global_batch // (self.topology.data_size * self.config.train.micro_batch)

@@ -14,7 +14,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
 from megatron_dit.config import Config
-from megatron_dit.data.stream import Batch
+from megatron_dit.data.batch import Batch
 from megatron_dit.models import DiffusionTransformer
 from megatron_dit.parallel.cpu import CudaMeansCpu
 from megatron_dit.parallel.topology import Topology

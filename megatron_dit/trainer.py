@@ -10,18 +10,20 @@ from typing import Any
 
 import torch
 
+from megatron_dit.checkpoint.format import CheckpointReader
 from megatron_dit.checkpoint.load import newest, restore
 from megatron_dit.checkpoint.save import prune, save
 from megatron_dit.config import Config
-from megatron_dit.data.shards import Index, check_shards, read_index
-from megatron_dit.data.stream import batches
+from megatron_dit.data.fit import check_same, identity
+from megatron_dit.data.health import DataHealth, check_shards
+from megatron_dit.data.stream import batches, read_data
 from megatron_dit.devices import device_peak, peak_memory
 from megatron_dit.engine import Engine, StepMetrics
 from megatron_dit.errors import UserError
 from megatron_dit.models.flops import model_flops
 from megatron_dit.monitor import SpikeDetector
 from megatron_dit.optimizer import power_averages
-from megatron_dit.parallel.topology import agree, agreed, build_topology, connect
+from megatron_dit.parallel.topology import agreed, build_topology, connect
 from megatron_dit.progress import ProgressBar
 from megatron_dit.run_folder import RunFolder
 
@@ -36,21 +38,23 @@ def train(config: Config) -> dict[str, Any]:
     connect()
     topology = build_topology(config)
     use_threads(config)
-    run, index = agreed(lambda: _prepare(config, topology.rank, topology.world))
+    run, data = agreed(lambda: (RunFolder(config), read_data(config.data)))
+    notes = check_shards(data, config.data, topology.rank, topology.world)
     reader, torn = newest(run.checkpoints)
     start = reader.step if reader else 0
-    stream = batches(index, config, start, topology.data_rank, topology.data_size)
+    stream = batches(data, config, start, topology.data_rank, topology.data_size)
     engine = Engine(config, topology)
+    engine.data = identity(data)
     if reader is None:
         engine.initialise()
     else:
-        restore(engine, reader)
+        notes += [*torn, *_resume(engine, reader), f"resumed {run.path} at step {start}"]
     first = topology.rank == 0
-    logger = Logger(run, config, start, topology.world) if first else None
+    logger = Logger(run, config, engine, topology.world) if first else None
+    health = DataHealth(config)
     with ProgressBar("train", config.train.steps, start, show=first) as bar:
-        for line in [*torn, *([f"resumed {run.path} at step {start}"] if reader else [])]:
+        for line in [*notes, f"optimizer: {engine.optimizer.title}"]:
             bar.say(line)
-        bar.say(f"optimizer: {engine.optimizer.title}")
         skipped_in_a_row = 0
         for batch in stream:
             every = config.train.monitor_every
@@ -59,7 +63,9 @@ def train(config: Config) -> dict[str, Any]:
             skipped_in_a_row = skipped_in_a_row + 1 if metrics.skipped else 0
             if logger:
                 bar.advance(logger.log(engine.step, metrics))
-            _check_health(config, engine.step, metrics, skipped_in_a_row, batch.bad)
+            _check_health(config, engine.step, metrics, skipped_in_a_row)
+            for line in health.check(metrics.bad_samples, batch.bad):
+                bar.say(line)
             if _snapshot_is_due(config, engine.step):  # before the checkpoint that a killed run resumes from
                 save(engine, run.snapshots, list(power_averages(config.train)))
             done = metrics.stop or engine.step == config.train.steps
@@ -85,11 +91,11 @@ def train(config: Config) -> dict[str, Any]:
     }
 
 
-def _prepare(config: Config, rank: int, world: int) -> tuple[RunFolder, Index]:
-    """The run's folder and the data's index; each rank checks its share of the shards."""
-    run, index = RunFolder(config), read_index(config.data.path)
-    check_shards(index, index.shards[rank::world])
-    return run, index
+def _resume(engine: Engine, reader: CheckpointReader) -> list[str]:
+    """Restore the checkpoint; lines to say. Raises UserError where the data are not the run's."""
+    changed = check_same(reader.manifest["data"], engine.data)
+    restore(engine, reader)
+    return [changed] if changed else []
 
 
 def _snapshot_is_due(config: Config, step: int) -> bool:
@@ -97,23 +103,21 @@ def _snapshot_is_due(config: Config, step: int) -> bool:
     return every > 0 and (step % every == 0 or step == config.train.steps)
 
 
-def _check_health(config: Config, step: int, metrics: StepMetrics, skipped: int, bad: tuple[str, ...]) -> None:
-    """Stop on every rank after too many skipped steps, or when a sample could not be read."""
+def _check_health(config: Config, step: int, metrics: StepMetrics, skipped: int) -> None:
+    """Stop on every rank after too many skipped steps."""
     if skipped >= config.train.max_skipped_steps:
         raise UserError(
             f"loss or gradient was not finite in {skipped} steps in a row up to step {step} (loss {metrics.loss}): "
             "lower optimizer.lr, raise optimizer.warmup_steps or set optimizer.grad_clip"
         )
-    if metrics.bad_samples:
-        agree(UserError(bad[0]) if bad else None)
 
 
 class Logger:
     """Means over ``log_every`` steps into the run's folder; rank 0 only."""
 
-    def __init__(self, run: RunFolder, config: Config, step: int, devices: int) -> None:
-        self._run, self._config = run, config
-        run.open(step)
+    def __init__(self, run: RunFolder, config: Config, engine: Engine, devices: int) -> None:
+        self._run, self._config, self._bad_samples = run, config, engine.bad_samples
+        run.open(engine.step)
         self._losses: list[float] = []
         self._skipped, self._spikes = 0, 0
         self._detector = SpikeDetector()
@@ -145,6 +149,7 @@ class Logger:
             "samples_per_second": self._rate,
             "skipped_steps": self._skipped,
             "loss_spikes": self._spikes,
+            **{f"bad_samples/{cause}": count for cause, count in self._bad_samples.items()},
             **self._speed(),
             **({} if metrics.alignment is None else {"alignment": metrics.alignment}),
             **metrics.monitors,

@@ -23,8 +23,7 @@ from torch import Tensor
 from megatron_dit.checkpoint.format import STATE, CheckpointReader
 from megatron_dit.checkpoint.save import save
 from megatron_dit.config import Config, MupConfig, load_config, save_config
-from megatron_dit.data.shards import read_index
-from megatron_dit.data.stream import batches
+from megatron_dit.data.stream import batches, read_data
 from megatron_dit.engine import Engine
 from megatron_dit.errors import UserError
 from megatron_dit.launch import run_ranks
@@ -131,7 +130,7 @@ def first_steps(config: Config, folder: Path) -> Trace | None:
     initial = hash_weights(CheckpointReader(save(engine, folder))) if topology.rank == 0 else save(engine, folder)
     engine.load({STATE: lambda name: disturbed(engine.params[name], config.seed)})
     losses, norms = [], []
-    for batch in batches(read_index(config.data.path), config, 0, topology.data_rank, topology.data_size):
+    for batch in batches(read_data(config.data), config, 0, topology.data_rank, topology.data_size):
         metrics = engine.train_step(batch)
         losses.append(metrics.loss)
         norms.append(metrics.grad_norm)
@@ -166,7 +165,7 @@ def verify(path: str, overrides: Sequence[str], names: Sequence[str] | None, ste
     # Stage 0 cannot offload; Transformer Engine multiplies fp32 in TF32, whose differences exceed the tolerance.
     forced = [*overrides, "train.dtype=fp32", "optimizer.offload=false", "train.fp8=none", "parallel.backend=local"]
     base = load_config(path, forced)
-    read_index(base.data.path)
+    read_data(base.data)
     configs, impossible = {}, {}
     for name, layout in {"reference": REFERENCE, **{name: LAYOUTS[name] for name in names or LAYOUTS}}.items():
         try:

@@ -18,7 +18,7 @@ WIDE = {"heads": 8, "base_heads": 2}
 
 def batch(config, topology, step, bad_value=None):
     """The same random global batch on every layout; each rank takes its share."""
-    from megatron_dit.data.stream import Batch
+    from megatron_dit.data.batch import Batch
     from megatron_dit.models.condition import Condition
 
     size, model = config.train.global_batch, config.model
@@ -35,7 +35,7 @@ def batch(config, topology, step, bad_value=None):
         condition=Condition(dropped, label=label) if model.num_classes else Condition(dropped, text, mask),
         u=torch.rand(size, generator=g).double(),
         noise=torch.randn(latents.shape, generator=g),
-        bad=(),
+        weight=torch.ones(size),
     )
     share = size // topology.data_size
     rows = slice(topology.data_rank * share, (topology.data_rank + 1) * share)

@@ -16,7 +16,7 @@ from rich.table import Table
 
 from megatron_dit.bench.plain import PlainTraining, check_plain
 from megatron_dit.config import Config
-from megatron_dit.data.stream import Batch
+from megatron_dit.data.batch import Batch
 from megatron_dit.devices import device_peak, peak_memory
 from megatron_dit.engine import Engine
 from megatron_dit.errors import UserError
@@ -205,7 +205,7 @@ def random_batch(config: Config, size: int) -> Batch:
         condition=condition,
         u=torch.rand(size, dtype=torch.float64).clamp(1e-9, 1 - 1e-9),
         noise=torch.randn_like(latents),
-        bad=(),
+        weight=torch.ones(size),
         features=torch.randn(size, patches, model.repa_dim) if model.repa_block else None,
     )
     return batch.pin_memory() if torch.cuda.is_available() else batch

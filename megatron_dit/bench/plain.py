@@ -14,7 +14,7 @@ from diffusers import DiTTransformer2DModel, ModelMixin, PixArtTransformer2DMode
 from torch import Tensor, nn
 
 from megatron_dit.config import Config, ModelConfig
-from megatron_dit.data.stream import Batch
+from megatron_dit.data.batch import Batch
 from megatron_dit.errors import UserError
 from megatron_dit.parallel.cpu import device
 

@@ -49,3 +49,4 @@ def restore(engine: Engine, reader: CheckpointReader) -> None:
     reader.check({name: param.shape for name, param in engine.params.items()})
     engine.load({key: partial(reader.full, key) for key in (STATE, *state_keys(engine.config.train))})
     engine.resume_at(reader.step, reader.manifest["adam_steps"])
+    engine.bad_samples.update(reader.manifest["bad_samples"])

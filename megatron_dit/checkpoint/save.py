@@ -122,6 +122,8 @@ def _write_manifest(engine: Engine, part: Path, keys: Sequence[str]) -> None:
         "step": engine.step,
         "adam_steps": engine.adam_steps,
         "states": list(keys),
+        "data": engine.data,
+        "bad_samples": engine.bad_samples,
         "config": asdict(engine.config),
         "layout": {"world": engine.topology.world, **asdict(engine.config.parallel)},
         "params": params,

@@ -43,11 +43,15 @@ class OptimizerConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
-    path: str  # folder written by python -m data_prep
+    path: str  # folder written by python -m data_prep, or its URL (s3://, gs://, https://, ...)
+    mix: dict[str, float] = field(default_factory=dict)  # further folders, each with its share of the steps
     caption_dropout: float = 0.1  # share of captions replaced by the null text (classifier-free guidance)
     repa_encoder: str = ""  # REPA: DINOv2 folder or hub name, run on the fly; empty: features are in the shards
     workers: int = 0  # loader processes per rank
-    shuffle_shards: int = 16  # samples are shuffled within this many shards at a time
+    shuffle_shards: int = 4  # samples of a lane are shuffled within this many shards at a time
+    max_bad_share: float = 0.1  # of the samples of the last 100 steps that could not be read, above which the run stops
+    cache: str = ""  # folder on this host for the shards of a URL
+    cache_gib: float = 200.0  # bound of that folder
 
     def __post_init__(self) -> None:
         check(
@@ -55,6 +59,15 @@ class DataConfig:
             f"data.caption_dropout={self.caption_dropout}: expected a number in [0, 1]",
         )
         at_least("data.workers", self.workers, 0)
+        check(0 <= self.max_bad_share < 1, f"data.max_bad_share={self.max_bad_share}: expected a number in [0, 1)")
+        for folder, share in self.mix.items():
+            check(0.001 <= share < 1, f"data.mix: {folder} has share {share}, expected a number from 0.001 to below 1")
+        total = sum(self.mix.values())
+        check(total < 0.9995, f"data.mix: shares add up to {total}, expected less than 1: data.path has the rest")
+        check(self.path not in self.mix, f"data.mix: {self.path} is data.path, which has the rest of the steps")
+        remote = next((folder for folder in (self.path, *self.mix) if "://" in folder), None)
+        check(remote is None or bool(self.cache), f"{remote} is a URL: set data.cache to a folder on this host")
+        check(self.cache_gib > 0, f"data.cache_gib={self.cache_gib}: expected a positive number")
         at_least("data.shuffle_shards", self.shuffle_shards, 1)
 
 

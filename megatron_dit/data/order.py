@@ -1,55 +1,120 @@
-"""The sample order: a function of (seed, step) alone, whatever ranks and workers read it."""
+"""The sample order: a function of (seed, step) alone, whatever ranks and workers read it.
+
+Each dataset's epoch goes over its buckets in proportion to their sizes, a global batch of one bucket at a step. Within
+a bucket the shards are permuted and laid end to end, the samples of each permuted; the sequence is cut into ``lanes``
+of equal length, and every global batch takes the same number of samples from each lane, at the same places of the
+batch. So a rank reads its own lanes alone, a few shards at a time, while a batch is drawn from all over the data.
+Within a lane samples are shuffled again, over windows of a few shards. Nothing is held but the list of shards and one
+epoch's list of buckets, whatever the number of samples.
+"""
 
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 
 import numpy as np
 
 from megatron_dit.data.shards import Index
+from megatron_dit.data.shuffle import key_of, shuffle
 from megatron_dit.errors import UserError
 
+LANES = 256  # at most: more ranks than that share lanes with their neighbours
+BLOCK = 1024  # steps in which every dataset of a mixture has its exact share
 
-class SampleOrder:
-    """Global batches of (shard, sample) pairs.
 
-    An epoch permutes each bucket's shards, shuffles the samples within ``window`` shards at a time, cuts
-    the bucket's sequence into global batches and permutes the batches of all buckets. A bucket's tail that
-    fills no batch is left out of that epoch; the next epoch's order leaves out others.
+class DatasetOrder:
+    """One dataset's batches, numbered from 0 over all epochs.
+
+    A bucket's tail that fills no global batch is left out of an epoch; another epoch leaves out others. ``left_out``
+    counts the samples of buckets that are smaller than a global batch and never come.
     """
 
-    def __init__(self, index: Index, seed: int, global_batch: int, window: int) -> None:
-        self._index, self._seed, self._batch, self._window = index, seed, global_batch, window
-        self._buckets: dict[tuple[int, int], list[int]] = {}
+    def __init__(self, index: Index, key: Sequence[int], global_batch: int, window: int) -> None:
+        self._key, self._batch = tuple(key), global_batch
+        shards: dict[tuple[int, int], list[int]] = {}
         for number, shard in enumerate(index.shards):
-            self._buckets.setdefault(shard.bucket, []).append(number)
-        sizes = [sum(index.shards[i].samples for i in shards) for shards in self._buckets.values()]
-        self.batches_per_epoch = sum(size // global_batch for size in sizes)
+            shards.setdefault(shard.bucket, []).append(number)
+        self._samples = np.array([shard.samples for shard in index.shards])
+        self._shards = [np.array(numbers) for numbers in shards.values()]
+        sizes = np.array([self._samples[numbers].sum() for numbers in self._shards])
+        self._batches = sizes // global_batch  # of an epoch, by bucket
+        self._windows = [max(1, window * int(self._samples[numbers].max())) for numbers in self._shards]
+        self._lanes = next(n for n in range(min(LANES, global_batch), 0, -1) if global_batch % n == 0)
+        self.batches_per_epoch = int(self._batches.sum())
+        self.left_out = int(sizes[self._batches == 0].sum())
         if not self.batches_per_epoch:
             raise UserError(
                 f"train.global_batch={global_batch} is larger than any bucket of {index.folder} "
-                f"(largest: {max(sizes)} samples): lower it or prepare more data"
+                f"(largest: {sizes.max()} samples): lower it or prepare more data"
             )
-        self._epoch = functools.lru_cache(maxsize=2)(self._shuffle)
+        self._epoch = functools.lru_cache(maxsize=2)(self._buckets)
+        self._sequence = functools.lru_cache(maxsize=2 * len(self._shards))(self._shard_sequence)
 
-    def batch(self, step: int) -> np.ndarray:
-        """(global_batch, 2) of (shard number, sample number) for optimizer step ``step`` (from 0)."""
-        epoch, position = divmod(step, self.batches_per_epoch)
-        return self._epoch(epoch)[position]
+    def _buckets(self, epoch: int) -> np.ndarray:
+        """The bucket of each batch of an epoch."""
+        rng = np.random.Generator(np.random.Philox(int(key_of(*self._key, 0, epoch))))
+        return rng.permutation(np.repeat(np.arange(len(self._batches), dtype=np.int16), self._batches))
 
-    def _shuffle(self, epoch: int) -> np.ndarray:
-        rng = np.random.Generator(np.random.Philox(key=[self._seed, epoch]))
-        batches = []
-        for shards in self._buckets.values():
-            order = rng.permutation(shards)
-            pieces = []
-            for start in range(0, len(order), self._window):
-                window = [
-                    np.stack([np.full(n := self._index.shards[i].samples, i), np.arange(n)], axis=1)
-                    for i in order[start : start + self._window]
-                ]
-                pieces.append(rng.permutation(np.concatenate(window)))
-            sequence = np.concatenate(pieces)
-            count = len(sequence) // self._batch
-            batches.append(sequence[: count * self._batch].reshape(count, self._batch, 2))
-        return rng.permutation(np.concatenate(batches))
+    def _shard_sequence(self, epoch: int, bucket: int) -> tuple[np.ndarray, np.ndarray]:
+        """A bucket's shards in an epoch's order, and where each ends in their sequence of samples."""
+        rng = np.random.Generator(np.random.Philox(int(key_of(*self._key, 1, epoch, bucket))))
+        order = rng.permutation(self._shards[bucket])
+        return order, np.cumsum(self._samples[order])
+
+    def batch(self, number: int, places: slice) -> np.ndarray:
+        """(places, 2) of (shard number, sample number) of batch ``number``, at some places of the global batch."""
+        epoch, position = divmod(number, self.batches_per_epoch)
+        buckets = self._epoch(epoch)
+        bucket = int(buckets[position])
+        turn = int((buckets[:position] == bucket).sum())
+        order, ends = self._sequence(epoch, bucket)
+        lane, slot = np.divmod(np.arange(self._batch)[places], self._batch // self._lanes)
+        length = int(self._batches[bucket]) * (self._batch // self._lanes)
+        at = turn * (self._batch // self._lanes) + slot  # in the lane
+        # Windows begin at another place in each lane, so that not all lanes need new shards at the same step.
+        window = min(self._windows[bucket], length)
+        phase = lane * window // self._lanes
+        number_of_window = (at + phase) // window
+        begin = np.maximum(0, number_of_window * window - phase)
+        stop = np.minimum(length, (number_of_window + 1) * window - phase)
+        keys = key_of(*self._key, 2, epoch, bucket, lane, number_of_window)
+        sequence = lane * length + begin + shuffle(at - begin, stop - begin, keys)
+        turn_of_shard = np.searchsorted(ends, sequence, side="right")
+        shard = order[turn_of_shard]
+        offset = sequence - (ends[turn_of_shard] - self._samples[shard])
+        sample = shuffle(offset, self._samples[shard], key_of(*self._key, 3, epoch, shard))
+        return np.stack([shard, sample], axis=1)
+
+
+class SampleOrder:
+    """Batches of a dataset, or of several, each with its share of the steps.
+
+    ``shares`` are by dataset, beyond the first, which has the rest; every 1,024 steps hold each in its exact share.
+    """
+
+    def __init__(
+        self, indexes: Sequence[Index], shares: Sequence[float], seed: int, global_batch: int, window: int
+    ) -> None:
+        assert len(indexes) == len(shares) + 1
+        self._seed = seed
+        self.datasets = [DatasetOrder(index, (seed, i), global_batch, window) for i, index in enumerate(indexes)]
+        counts = [round(share * BLOCK) for share in shares]
+        self._ends = np.cumsum([BLOCK - sum(counts), *counts])  # of each dataset's turns, in a block of steps
+
+    def dataset(self, step: int) -> tuple[int, int]:
+        """(the dataset that has ``step``, how many steps it had before)."""
+        if len(self.datasets) == 1:
+            return 0, step
+        block, position = divmod(step, BLOCK)
+        turns = shuffle(np.arange(position + 1), BLOCK, key_of(self._seed, 4, block))
+        chosen = np.searchsorted(self._ends, turns, side="right")
+        number = int(chosen[-1])
+        per_block = self._ends[number] - (self._ends[number - 1] if number else 0)
+        return number, int(block * per_block + (chosen[:-1] == number).sum())
+
+    def batch(self, step: int, places: slice = slice(None)) -> np.ndarray:
+        """(places, 3) of (dataset, shard, sample) of step ``step`` (from 0), at some places of its global batch."""
+        number, turn = self.dataset(step)
+        found = self.datasets[number].batch(turn, places)
+        return np.insert(found, 0, number, axis=1)

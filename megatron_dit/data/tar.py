@@ -43,7 +43,7 @@ CAUSES = (
 )
 
 
-class BadSample(Exception):  # noqa: N818
+class BadSample(Exception):
     """A sample or shard that cannot be used; ``cause`` is one of CAUSES."""
 
     def __init__(self, cause: str, text: str) -> None:

@@ -163,8 +163,7 @@ def agree(error: Exception | None) -> None:
         if error is not None:
             raise error
         return
-    messages: list[str | None] = [None] * dist.get_world_size()
-    dist.all_gather_object(messages, None if error is None else str(error))
+    messages = gather(None if error is None else str(error))
     first = next((message for message in messages if message is not None), None)
     if first is not None:
         raise UserError(first)
@@ -181,6 +180,13 @@ def agreed(function: Callable[[], T]) -> T:
     return cast(T, result)
 
 
+def gather(value: T) -> list[T]:
+    """Every rank's value, in their order. Collective."""
+    values: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
 def sum_over_ranks(figures: Sequence[float]) -> list[float]:
     """Collective."""
     total = torch.tensor(figures, dtype=torch.float64, device=device())
@@ -191,10 +197,8 @@ def sum_over_ranks(figures: Sequence[float]) -> list[float]:
 
 def mean_over_ranks(figures: Mapping[str, float]) -> dict[str, float]:
     """Means by name over the ranks that have it: pipeline stages have different ones. Collective."""
-    shares: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(shares, dict(figures))
     found: dict[str, list[float]] = {}
-    for share in shares:
+    for share in gather(dict(figures)):
         for name, value in share.items():
             found.setdefault(name, []).append(value)
     return {name: sum(values) / len(values) for name, values in found.items()}

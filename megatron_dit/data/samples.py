@@ -1,0 +1,216 @@
+"""Samples by their place in the order: read, checked, and given their randomness; then batches of them."""
+
+from __future__ import annotations
+
+import time
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from megatron_dit.config import Config
+from megatron_dit.data.batch import Batch
+from megatron_dit.data.shards import Index
+from megatron_dit.data.store import open_store
+from megatron_dit.data.tar import BadSample, ShardReader, parse_array
+from megatron_dit.data.text import pad
+from megatron_dit.models.condition import Condition
+
+Place = tuple[int, int, int, int, int]  # (step, position in the global batch, dataset, shard, sample)
+
+OPEN_SHARDS = 256  # files kept open by a worker
+RETRY_SECONDS = 60.0  # before a shard that could not be had is asked for again
+
+
+@dataclass(frozen=True)
+class Sample:
+    key: str
+    latent: np.ndarray
+    u: float
+    drop: float
+    noise: np.ndarray
+    text: np.ndarray | None = None
+    ids: np.ndarray | None = None
+    label: int = 0
+    features: np.ndarray | None = None
+    bad: tuple[str, str] | None = None  # (cause, text)
+
+
+class Samples(Dataset[Sample]):
+    """Random access by :data:`Place`; a sample that cannot be read says so and is otherwise zeros.
+
+    All randomness comes from (seed, step, position): the noise, t's quantile, what is dropped, which of several captions
+    is taken, and the draw from a VAE's posterior, anew each epoch.
+    """
+
+    def __init__(self, data: Sequence[Index], config: Config) -> None:
+        self._data, self._config = data, config
+        self._shards = Shards(data, config)
+        online, model = bool(config.data.text_encoder), config.model
+        text = () if model.num_classes else ("captions.npy", "ids.npy" if online else "text.npy")
+        self._text = None if model.num_classes else text[-1]
+        self._has_features = bool(model.repa_block) and not config.data.repa_encoder
+        self._wanted = ("latent.npy", "std.npy", *text, *(["features.npy"] if self._has_features else []))
+        self._wanted += ("cls",) if model.num_classes else ()
+
+    def __getitem__(self, place: Place) -> Sample:
+        step, position, dataset, number, sample = (int(x) for x in place)
+        shard = self._data[dataset].shards[number]
+        shape = (self._data[dataset].channels, *shard.bucket)
+        rng = np.random.Generator(np.random.Philox(key=[self._config.seed, step], counter=[0, 0, 0, position + 1]))
+        u, drop = rng.random(2)
+        u = min(max(u, 1e-9), 1 - 1e-9)  # a quantile of t: 0 and 1 themselves stand for infinities
+        noise = rng.standard_normal(shape, dtype=np.float32)
+        try:
+            key, members = self._shards.open(dataset, number).read(sample, self._wanted)
+            return self._parse(f"{self._data[dataset].path(shard.file)}/{key}", members, shape, rng, u, drop, noise)
+        except BadSample as error:
+            key = f"{self._data[dataset].path(shard.file)}/{sample}"
+            return Sample(key, np.zeros(shape), u, drop, noise, bad=(error.cause, str(error)))
+
+    def _parse(
+        self,
+        where: str,
+        members: dict[str, bytes],
+        shape: tuple[int, ...],
+        rng: np.random.Generator,
+        u: float,
+        drop: float,
+        noise: np.ndarray,
+    ) -> Sample:
+        def array(name: str, expected: tuple[int | None, ...]) -> np.ndarray:
+            """The member, of an ``expected`` shape (None: any size), finite. Raises BadSample."""
+            if name not in members:
+                raise BadSample("missing_member", f"{where} has no {name}: prepare the data again")
+            found = parse_array(members[name], f"{where}: {name}")
+            sizes = zip(found.shape, expected, strict=False)
+            if len(found.shape) != len(expected) or any(e not in (None, size) for size, e in sizes):
+                raise BadSample("wrong_shape", f"{where}: {name} is {found.shape}, expected {expected}")
+            if found.dtype.kind == "f" and not np.isfinite(found).all():
+                raise BadSample("not_finite", f"{where}: {name} is not finite")
+            return found
+
+        model = self._config.model
+        latent = array("latent.npy", shape)
+        if "std.npy" in members:
+            draw = rng.standard_normal(shape, dtype=np.float32)
+            latent = latent.astype(np.float32) + array("std.npy", shape) * draw
+        features, label, text, ids = None, 0, None, None
+        if self._has_features:
+            features = array("features.npy", (shape[1] * shape[2] // model.patch_size**2, model.repa_dim))
+        if model.num_classes:
+            label = _class_number(members, model.num_classes, where)
+        else:
+            captions = array("captions.npy", (None, 2))
+            assert self._text is not None
+            tokens = array(self._text, (None,) if self._text == "ids.npy" else (None, model.text_dim))
+            if not len(captions) or captions[:, 0].sum() != len(tokens):
+                raise BadSample("wrong_shape", f"{where}: {self._text} has {len(tokens)} tokens, not its captions'")
+            tokens = _one_of(captions, tokens, rng)
+            text, ids = (None, tokens) if self._text == "ids.npy" else (tokens, None)
+        return Sample(where, latent, u, drop, noise, text, ids, label, features)
+
+    def collate(self, samples: list[Sample]) -> Batch:
+        model = self._config.model
+        features = None
+        if self._has_features:
+            height, width = samples[0].latent.shape[1:]
+            blank = np.zeros((height * width // model.patch_size**2, model.repa_dim))
+            features = _stack([blank if sample.features is None else sample.features for sample in samples])
+        ids = ()
+        if self._text == "ids.npy":
+            ids = tuple(np.zeros(0, dtype=np.int32) if sample.ids is None else sample.ids for sample in samples)
+        return Batch(
+            latents=_stack([sample.latent for sample in samples]),
+            condition=self._condition(samples),
+            u=torch.tensor([sample.u for sample in samples], dtype=torch.float64),
+            noise=_stack([sample.noise for sample in samples]),
+            weight=torch.tensor([float(sample.bad is None) for sample in samples]),
+            features=features,
+            keys=tuple(sample.key for sample in samples),
+            bad=tuple(sample.bad for sample in samples if sample.bad is not None),
+            ids=ids,
+        )
+
+    def _condition(self, samples: list[Sample]) -> Condition:
+        dropped = torch.tensor([sample.drop < self._config.data.caption_dropout for sample in samples])
+        model = self._config.model
+        if model.num_classes:
+            return Condition(dropped, label=torch.tensor([sample.label for sample in samples]))
+        if self._text == "ids.npy":
+            return Condition(dropped)
+        blank = np.zeros((0, model.text_dim))
+        return with_text(
+            dropped,
+            [_tensor(blank if sample.text is None else sample.text) for sample in samples],
+            model.text_tokens,
+        )
+
+
+def with_text(dropped: Tensor, features: Sequence[Tensor], tokens: int) -> Condition:
+    """The condition of captions' features (tokens, dim), padded; a caption of no tokens is the null caption."""
+    text, mask = pad(features, tokens)
+    return Condition(dropped | ~mask.any(1), text, mask)
+
+
+class Shards:
+    """The open shards of several datasets, the longest unused closed first."""
+
+    def __init__(self, data: Sequence[Index], config: Config) -> None:
+        self._data = data
+        self._stores = [open_store(index, config.data) for index in data]
+        self._open: OrderedDict[tuple[int, int], ShardReader] = OrderedDict()
+        self._failed: dict[tuple[int, int], tuple[float, BadSample]] = {}
+
+    def open(self, dataset: int, number: int) -> ShardReader:
+        """Raises BadSample where the shard is missing or torn, deleted since it was opened among it."""
+        place = dataset, number
+        reader = self._open.get(place)
+        if reader is not None and not reader.deleted:
+            self._open.move_to_end(place)
+            return reader
+        if reader is not None:
+            self._open.pop(place).close()
+        since, error = self._failed.get(place, (0.0, None))
+        if error is not None and time.monotonic() - since < RETRY_SECONDS:
+            raise error
+        index = self._data[dataset]
+        shard = index.shards[number]
+        try:
+            self._open[place] = reader = ShardReader(self._stores[dataset].path(shard), shard, index.members)
+        except BadSample as failure:
+            self._failed[place] = time.monotonic(), failure
+            raise
+        self._failed.pop(place, None)
+        if len(self._open) > OPEN_SHARDS:
+            self._open.popitem(last=False)[1].close()
+        return reader
+
+
+def _class_number(members: dict[str, bytes], classes: int, where: str) -> int:
+    text = members.get("cls", b"").decode("ascii", errors="replace").strip()
+    if not text.isdecimal() or int(text) >= classes:
+        raise BadSample("wrong_class", f"{where} has class {text!r}, expected 0 to {classes - 1}")
+    return int(text)
+
+
+def _one_of(captions: np.ndarray, tokens: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """The tokens of one caption, drawn by weight."""
+    if len(captions) == 1:
+        return tokens
+    chances = np.cumsum(captions[:, 1])
+    chosen = int(np.searchsorted(chances, rng.random() * chances[-1], side="right"))
+    ends = np.cumsum(captions[:, 0]).astype(int)
+    return tokens[ends[chosen] - int(captions[chosen, 0]) : ends[chosen]]
+
+
+def _tensor(array: np.ndarray) -> Tensor:
+    return torch.from_numpy(np.asarray(array, dtype=np.float32))
+
+
+def _stack(arrays: Sequence[np.ndarray]) -> Tensor:
+    return _tensor(np.stack(arrays))
