@@ -3,48 +3,74 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cached_property
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from megatron_dit.data.identity import weights_sha256
 from megatron_dit.errors import UserError
 
 
 class TextEncoder:
-    """A T5 encoder with its tokenizer, in evaluation mode."""
+    """A T5 encoder with its tokenizer, in evaluation mode; it runs in ``dtype``."""
 
-    def __init__(self, name: str, max_tokens: int, device: torch.device | None = None) -> None:
-        """Raises UserError where ``name`` is neither a folder nor to be had from a hub."""
+    def __init__(
+        self, name: str, max_tokens: int, device: torch.device | None = None, dtype: torch.dtype = torch.float32
+    ) -> None:
+        """Raises UserError where ``name`` is neither a folder nor to be had from a hub, or has pickled weights."""
         from transformers import AutoTokenizer, T5EncoderModel, logging
         from transformers.utils.logging import disable_progress_bar
 
         logging.set_verbosity_error()
         disable_progress_bar()
-        self.max_tokens = max_tokens
+        self.name, self.max_tokens = name, max_tokens
         self._device = device or torch.device("cpu")
         try:
             self._tokenizer = AutoTokenizer.from_pretrained(name)
-            self._model: Any = T5EncoderModel.from_pretrained(name)
+            self._model: Any = T5EncoderModel.from_pretrained(name, dtype=dtype, use_safetensors=True)
         except (OSError, ValueError) as error:
             reason = str(error).splitlines()[0]
-            raise UserError(f"text encoder {name} cannot be loaded ({reason}): give a T5 folder or hub name") from None
-
+            raise UserError(
+                f"text encoder {name} cannot be loaded ({reason}): give a T5 folder or hub name with safetensors"
+            ) from None
         self._model.to(self._device).eval()
 
     @property
     def dim(self) -> int:
         return self._model.config.d_model
 
+    @cached_property
+    def sha256(self) -> str:
+        """SHA-256 of the weights' files; the first use reads them all."""
+        return weights_sha256(self.name)
+
+    def tokenize(self, captions: Sequence[str]) -> list[np.ndarray]:
+        """Ids (tokens,) int32 of each caption, cut at ``max_tokens`` with T5's end kept, without padding."""
+        found = self._tokenizer(list(captions), truncation=True, max_length=self.max_tokens)["input_ids"]
+        return [np.array(ids, dtype=np.int32) for ids in found]
+
     @torch.no_grad()
+    def encode_ids(self, ids: Sequence[np.ndarray]) -> list[Tensor]:
+        """Features (tokens, dim) fp32 of each caption's ids, without padding.
+
+        One forward pass, in which captions that are equal run once.
+        """
+        rows: dict[bytes, int] = {}
+        places = [rows.setdefault(caption.tobytes(), len(rows)) for caption in ids]
+        lengths = torch.tensor([len(row) // ids[0].itemsize for row in rows])
+        mask = torch.arange(int(lengths.max())) < lengths[:, None]
+        tokens = torch.full(mask.shape, self._model.config.pad_token_id)
+        tokens[mask] = torch.from_numpy(np.frombuffer(b"".join(rows), dtype=ids[0].dtype).astype(np.int64))
+        output = self._model(input_ids=tokens.to(self._device), attention_mask=mask.to(self._device))
+        features = output.last_hidden_state.float().cpu()
+        return [features[place, : len(caption)] for place, caption in zip(places, ids, strict=True)]
+
     def encode(self, captions: Sequence[str]) -> list[Tensor]:
         """Features (tokens, dim) fp32 of each caption, cut at ``max_tokens``, without padding."""
-        tokens = self._tokenizer(
-            list(captions), padding=True, truncation=True, max_length=self.max_tokens, return_tensors="pt"
-        ).to(self._device)
-        features = self._model(**tokens).last_hidden_state.float().cpu()
-        lengths = tokens["attention_mask"].sum(1).tolist()
-        return [row[:length] for row, length in zip(features, lengths, strict=True)]
+        return self.encode_ids(self.tokenize(captions))
 
 
 def pad(features: Sequence[Tensor], tokens: int) -> tuple[Tensor, Tensor]:
