@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from data_prep.build import demo
-from tests.gloo import Pool
+from tests.gloo import Pool, leave
 
 
 @pytest.fixture(scope="session")
@@ -19,6 +19,14 @@ def pool():
     pool = Pool()
     yield pool
     pool.close()
+
+
+@pytest.fixture(autouse=True)
+def no_process_groups_left():
+    """A test that trained in this process leaves none of its process groups to the next."""
+    yield
+    if torch.distributed.is_initialized():
+        leave()
 
 
 @pytest.fixture(scope="session")

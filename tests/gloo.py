@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import queue
 import socket
@@ -44,10 +45,11 @@ def _serve(rank, tasks, results):
         except BaseException:
             results.put((rank, Failure(traceback.format_exc())))
         finally:
-            _disconnect()
+            leave()
 
 
-def _disconnect():
+def leave():
+    """Destroy every process group of this process, and what DeepSpeed and Megatron remember of them."""
     import deepspeed.comm.comm as ds_comm
     import torch.distributed as dist
     from deepspeed.runtime.zero.parameter_offload import DeepSpeedZeRoOffload
@@ -60,6 +62,8 @@ def _disconnect():
             parallel_state.destroy_model_parallel()
         dist.destroy_process_group()
     ds_comm.cdb = None
+    # Each of gloo's groups has threads that poll; those of an engine in a reference cycle would go on polling.
+    gc.collect()
     # ZeRO-3 numbers parameters and modules over the life of a process and checks that ranks agree; ranks
     # of a pool have not all run the same tasks.
     Init.param_id = 0

@@ -22,7 +22,7 @@ from torch import Tensor
 from megatron_dit.errors import UserError
 from megatron_dit.mup.init import unshard
 
-FORMAT = 1
+FORMAT = 2
 MANIFEST = "manifest.json"
 KEYS = ("format", "step", "adam_steps", "config", "layout", "params", "multipliers", "files")
 STATE = "master"

@@ -34,10 +34,9 @@ def check_same(before: Mapping[str, str], now: Mapping[str, str]) -> str | None:
                 f"data.path was made with another {what} than the run's (SHA-256 {now[name][:12]}, not "
                 f"{before[name][:12]}): give data of the same one, or set run_dir to a new folder"
             )
-    changed = before["samples"] != now["samples"]
-    return (
-        "the data's shards are others than before: the order goes on at the same step, over them" if changed else None
-    )
+    if before["samples"] == now["samples"]:
+        return None
+    return "the data's shards are others than before: the order goes on at the same step, over them"
 
 
 def _check_alike(first: Index, index: Index) -> None:

@@ -43,8 +43,8 @@ class Sample:
 class Samples(Dataset[Sample]):
     """Random access by :data:`Place`; a sample that cannot be read says so and is otherwise zeros.
 
-    All randomness comes from (seed, step, position): the noise, t's quantile, what is dropped, which of several captions
-    is taken, and the draw from a VAE's posterior, anew each epoch.
+    All randomness comes from (seed, step, position): the noise, t's quantile, what is dropped, which of several
+    captions is taken, and the draw from a VAE's posterior, anew each epoch.
     """
 
     def __init__(self, data: Sequence[Index], config: Config) -> None:
