@@ -5,11 +5,12 @@ from __future__ import annotations
 import functools
 
 import pytest
-import torch
 import yaml
 
+from megatron_dit.parallel.topology import SOLO
 from megatron_dit.verify import LAYOUTS, Layout
 from tests.configs import ARCHITECTURES, small
+from tests.plain import Plain
 from tests.test_engine import batch, start
 
 STEPS = 50
@@ -24,37 +25,14 @@ def options(arch):
 
 @functools.cache
 def plain_ema(arch):
-    """By autograd, torch's AdamW and a hand-written EMA: no engine, no DeepSpeed, no Megatron schedule."""
-    from megatron_dit.models import build_unsharded
-    from megatron_dit.mup.groups import optimizer_groups
-    from megatron_dit.mup.init import forward_multipliers, initial_value, set_multipliers
-    from megatron_dit.mup.shapes import describe
-    from megatron_dit.objectives import OBJECTIVES, Noised
-    from megatron_dit.optimizer import lr_factor, set_lr
-    from megatron_dit.parallel.topology import SOLO, connect
-
-    connect()
+    """A hand-written EMA, in double precision, of the unsharded run."""
     config = small(arch, **options(arch))
-    model, params = build_unsharded(config.model), describe(build_unsharded, config)
-    named = dict(model.named_parameters())
-    with torch.no_grad():
-        for name, p in named.items():
-            p.copy_(initial_value(params[name], config.seed))
-    set_multipliers(model, forward_multipliers(params))
-    groups = optimizer_groups(named.items(), params, config.optimizer)
-    optimizer = torch.optim.AdamW(groups, eps=config.optimizer.eps, foreach=False)
-    ema = {name: p.detach().double() for name, p in named.items()}
-    objective = OBJECTIVES[config.objective.kind]
+    plain = Plain(config)
+    ema = {name: p.detach().double() for name, p in plain.weights.items()}
     for step in range(STEPS):
-        b = batch(config, SOLO, step)
-        noised = Noised(b.u, b.noise)
-        out = model(*objective.perturb(b.latents, noised, config.objective), b.condition)
-        objective.loss(out, b.latents, noised, config.objective).mean().backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), config.optimizer.grad_clip)
-        set_lr(optimizer.param_groups, lr_factor(step, config.optimizer, config.train.steps))
-        optimizer.step()
-        optimizer.zero_grad()
-        for name, p in named.items():
+        plain.backward(batch(config, SOLO, step))
+        plain.update(step)
+        for name, p in plain.weights.items():
             ema[name] = 0.95 * ema[name] + 0.05 * p.detach().double()
     return ema
 

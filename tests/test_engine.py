@@ -7,8 +7,10 @@ import math
 import pytest
 import torch
 
+from megatron_dit.parallel.topology import SOLO
 from tests.configs import ARCHITECTURES, small
 from tests.mup.test_against_mup import package_groups
+from tests.plain import Plain
 
 # Adam turns a rounding difference of a near-zero gradient into a step of full size, so weights agree to less
 # than losses do.
@@ -145,40 +147,17 @@ def train_and_gather(layout, steps, folder):
 
 
 def plain_pytorch(steps):
-    """The same steps by autograd, mup.MuAdamW, clip_grad_norm_ and a hand-written EMA; no engine, no DeepSpeed."""
-    import mup
-
-    from megatron_dit.models import build_unsharded
-    from megatron_dit.mup.init import forward_multipliers, initial_value, set_multipliers
-    from megatron_dit.mup.shapes import describe
-    from megatron_dit.objectives import OBJECTIVES, Noised
-    from megatron_dit.parallel.topology import SOLO, connect
-
-    connect()
+    """Gradient norms, weights and a hand-written EMA of the same steps."""
     config = small("mmdit", heads=4, base_heads=2)
-    _, model = package_groups(config)  # base shapes set, as the package wants them
-    params = describe(build_unsharded, config)
-    with torch.no_grad():
-        for name, p in model.named_parameters():
-            p.copy_(initial_value(params[name], config.seed))
-    set_multipliers(model, forward_multipliers(params))
-    optimizer = mup.MuAdamW(model.parameters(), lr=config.optimizer.lr, weight_decay=config.optimizer.weight_decay)
-    peaks = [group["lr"] for group in optimizer.param_groups]
-    ema = {name: p.detach().clone() for name, p in model.named_parameters()}
+    plain = Plain(config)
+    ema = {name: p.detach().clone() for name, p in plain.weights.items()}
     norms = []
     for step in range(steps):
-        b = batch(config, SOLO, step)
-        objective, noised = OBJECTIVES["rectified_flow"], Noised(b.u, b.noise)
-        prediction = model(*objective.perturb(b.latents, noised, config.objective), b.condition)
-        objective.loss(prediction, b.latents, noised, config.objective).mean().backward()
-        norms.append(float(torch.nn.utils.clip_grad_norm_(model.parameters(), config.optimizer.grad_clip)))
-        for group, peak in zip(optimizer.param_groups, peaks, strict=True):
-            group["lr"] = peak * min(1.0, (step + 1) / config.optimizer.warmup_steps)
-        optimizer.step()
-        optimizer.zero_grad()
-        for name, p in model.named_parameters():
+        plain.backward(batch(config, SOLO, step))
+        norms.append(plain.update(step))
+        for name, p in plain.weights.items():
             ema[name] = config.train.ema_decay * ema[name] + (1 - config.train.ema_decay) * p.detach()
-    return norms, {name: p.detach() for name, p in model.named_parameters()}, ema
+    return norms, {name: p.detach() for name, p in plain.weights.items()}, ema
 
 
 @pytest.mark.parametrize(

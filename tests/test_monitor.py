@@ -6,10 +6,11 @@ import math
 import random
 
 import pytest
-import torch
 
 from megatron_dit.monitor import SpikeDetector
+from megatron_dit.parallel.topology import SOLO
 from tests.configs import small
+from tests.plain import Plain
 from tests.test_engine import batch, start
 
 OPTIONS = {"model.depth": 2, "optimizer.weight_decay": 0.1, "optimizer.eps": 1e-4}
@@ -26,45 +27,24 @@ def monitored(layout):
     return metrics.monitors
 
 
-def plain():
-    """The same by autograd on the unsharded model, torch's AdamW and differences of weights."""
-    from megatron_dit.models import build_unsharded
-    from megatron_dit.mup.groups import optimizer_groups
-    from megatron_dit.mup.init import forward_multipliers, initial_value, set_multipliers
-    from megatron_dit.mup.shapes import describe
-    from megatron_dit.objectives import OBJECTIVES, Noised
-    from megatron_dit.optimizer import lr_factor, set_lr
-    from megatron_dit.parallel.topology import SOLO, connect
-
-    connect()
+def expected_monitors():
+    """The same from gradients, differences of weights and taps of the unsharded model."""
     config = small("mmdit", heads=8, base_heads=2, **OPTIONS)
-    model, params = build_unsharded(config.model), describe(build_unsharded, config)
-    named = dict(model.named_parameters())
-    with torch.no_grad():
-        for name, p in named.items():
-            p.copy_(initial_value(params[name], config.seed))
-    set_multipliers(model, forward_multipliers(params))
-    optimizer = torch.optim.AdamW(optimizer_groups(named.items(), params, config.optimizer), eps=1e-4)
-    objective = OBJECTIVES["rectified_flow"]
+    plain = Plain(config)
     for step in range(STEPS):
-        b = batch(config, SOLO, step)
-        noised, taps = Noised(b.u, b.noise), {}
-        out = model(*objective.perturb(b.latents, noised, config.objective), b.condition, taps)
-        objective.loss(out, b.latents, noised, config.objective).mean().backward()
-        norms = {}
-        for name, p in named.items():
-            words = name.split(".")
-            part = ".".join(words[:2]) if words[0] == "blocks" else words[0]
-            norms[part] = math.hypot(norms.get(part, 0.0), float(p.grad.norm()))
-        torch.nn.utils.clip_grad_norm_(model.parameters(), config.optimizer.grad_clip)
-        set_lr(optimizer.param_groups, lr_factor(step, config.optimizer, config.train.steps))
-        before = {name: p.detach().clone() for name, p in named.items()}
-        optimizer.step()
-        optimizer.zero_grad()
+        taps = plain.backward(batch(config, SOLO, step))
+        gradients = {name: float(p.grad.norm()) for name, p in plain.weights.items()}
+        before = {name: p.detach().clone() for name, p in plain.weights.items()}
+        plain.update(step)
+    norms = {}
+    for name, norm in gradients.items():
+        words = name.split(".")
+        part = ".".join(words[:2]) if words[0] == "blocks" else words[0]
+        norms[part] = math.hypot(norms.get(part, 0.0), norm)
     found = {f"grad_norm/{part}": norm for part, norm in norms.items()}
-    for role in {param.role for param in params.values()}:
-        of_role = [name for name in named if params[name].role == role]
-        update = math.hypot(*(float((named[name] - before[name]).norm()) for name in of_role))
+    for role in {param.role for param in plain.params.values()}:
+        of_role = [name for name, param in plain.params.items() if param.role == role]
+        update = math.hypot(*(float((plain.weights[name] - before[name]).norm()) for name in of_role))
         found[f"update_ratio/{role}"] = update / math.hypot(*(float(before[name].norm()) for name in of_role))
     return found, {name: float(tap.abs().mean()) for name, tap in taps.items()}
 
@@ -81,7 +61,7 @@ def plain():
 )
 def test_monitors_equal_plain_pytorch(pool, ranks, layout):
     found = pool.run(ranks, monitored, layout)[0]
-    expected, activations = plain()
+    expected, activations = expected_monitors()
     for name, value in expected.items():
         assert found[name] == pytest.approx(value, rel=1e-4), name
     for name, value in activations.items():

@@ -13,8 +13,9 @@ from torch.optim.adamw import adamw as functional_adamw
 
 from megatron_dit.errors import UserError
 from megatron_dit.optimizer import AdamWithEma, adamw, choose
+from megatron_dit.parallel.topology import SOLO
 from tests.configs import small, small_dict
-from tests.mup.test_against_mup import package_groups
+from tests.plain import Plain
 from tests.test_engine import batch, poisoned, start
 from tests.test_resume import finish
 
@@ -190,47 +191,14 @@ def train(layout, first, steps, folder, source):
 
 @pytest.fixture(scope="module")
 def expected():
-    """Weights after the same steps by autograd and the package mup around torch's plain AdamW."""
-    import mup
-
-    from megatron_dit.models import build_unsharded
-    from megatron_dit.mup.init import forward_multipliers, initial_value, set_multipliers
-    from megatron_dit.mup.shapes import describe
-    from megatron_dit.objectives import OBJECTIVES, Noised
-    from megatron_dit.parallel.topology import SOLO, connect
-
-    connect()
+    """Weights after the same steps of plain PyTorch."""
     config = small("mmdit", **SETTINGS)
-    _, model = package_groups(config)
-    params = describe(build_unsharded, config)
-    with torch.no_grad():
-        for name, p in model.named_parameters():
-            p.copy_(initial_value(params[name], config.seed))
-    set_multipliers(model, forward_multipliers(params))
-    optimizer = mup.MuAdamW(
-        model.parameters(),
-        lr=config.optimizer.lr,
-        betas=(config.optimizer.beta1, config.optimizer.beta2),
-        eps=config.optimizer.eps,
-        weight_decay=config.optimizer.weight_decay,
-        foreach=False,
-        fused=False,
-    )
-    peaks = [group["lr"] for group in optimizer.param_groups]
-    assert len(set(peaks)) == 2
+    plain = Plain(config)
     for step in range(STEPS):
-        if step == SKIPPED:
-            continue
-        b = batch(config, SOLO, step)
-        objective, noised = OBJECTIVES["rectified_flow"], Noised(b.u, b.noise)
-        prediction = model(*objective.perturb(b.latents, noised, config.objective), b.condition)
-        objective.loss(prediction, b.latents, noised, config.objective).mean().backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), config.optimizer.grad_clip)
-        for group, peak in zip(optimizer.param_groups, peaks, strict=True):
-            group["lr"] = peak * min(1.0, (step + 1) / config.optimizer.warmup_steps)
-        optimizer.step()
-        optimizer.zero_grad()
-    return {name: p.detach() for name, p in model.named_parameters()}
+        if step != SKIPPED:
+            plain.backward(batch(config, SOLO, step))
+            plain.update(step)
+    return {name: p.detach() for name, p in plain.weights.items()}
 
 
 def greatest_difference(folder, expected):

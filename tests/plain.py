@@ -1,0 +1,58 @@
+"""The unsharded model trained in plain PyTorch: the reference for the engine, made without it and without DeepSpeed."""
+
+from __future__ import annotations
+
+import mup
+import torch
+
+from megatron_dit.models import build_unsharded
+from megatron_dit.mup.init import forward_multipliers, initial_value, set_multipliers
+from megatron_dit.mup.shapes import describe
+from megatron_dit.objectives import OBJECTIVES, Noised
+from megatron_dit.parallel.topology import connect
+from tests.mup.test_against_mup import package_groups
+
+
+class Plain:
+    """A model at its initial values and mup.MuAdamW; a step is ``backward``, then ``update``."""
+
+    def __init__(self, config):
+        connect()
+        self.config, self.params = config, describe(build_unsharded, config)
+        _, self.model = package_groups(config)  # base shapes set, as the package wants them
+        self.weights = dict(self.model.named_parameters())
+        with torch.no_grad():
+            for name, p in self.weights.items():
+                p.copy_(initial_value(self.params[name], config.seed))
+        set_multipliers(self.model, forward_multipliers(self.params))
+        options = config.optimizer
+        self.optimizer = mup.MuAdamW(
+            self.model.parameters(),
+            lr=options.lr,
+            betas=(options.beta1, options.beta2),
+            eps=options.eps,
+            weight_decay=options.weight_decay,
+            foreach=False,
+            fused=False,
+        )
+        self.peaks = [group["lr"] for group in self.optimizer.param_groups]
+        assert len(set(self.peaks)) == 2, "wider than its base, else μP scales nothing"
+
+    def backward(self, batch):
+        """Adds the gradients of the mean loss over ``batch``; returns the taps of the forward pass."""
+        taps = {}
+        options, noised = self.config.objective, Noised(batch.u, batch.noise)
+        objective = OBJECTIVES[options.kind]
+        prediction = self.model(*objective.perturb(batch.latents, noised, options), batch.condition, taps)
+        objective.loss(prediction, batch.latents, noised, options).mean().backward()
+        return taps
+
+    def update(self, step):
+        """Clips, steps at the rate of ``step`` in a constant schedule and clears; returns the norm before the clip."""
+        options = self.config.optimizer
+        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), options.grad_clip)
+        for group, peak in zip(self.optimizer.param_groups, self.peaks, strict=True):
+            group["lr"] = peak * min(1.0, (step + 1) / options.warmup_steps)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        return float(norm)
