@@ -100,7 +100,12 @@ def test_groups_equal_mup_through_schedule_zero3_and_resume(pool, tmp_path, arch
 # --- non-finite steps -------------------------------------------------------------------------------
 
 
+# What ``poisoned`` sees in each of its steps: skipped, weights unchanged, weights finite, steps of Adam.
+POISONED = [(False, False, True, 1), (True, True, True, 0), (True, True, True, 0), (False, False, True, 1)]
+
+
 def poisoned(layout):
+    """Two good steps, and a NaN and an infinity between them."""
     config = small("mmdit", **layout, **{"train.micro_batch": 2})
     engine = start(config)
     before = {}
@@ -120,12 +125,7 @@ def poisoned(layout):
 def test_non_finite_steps_are_skipped_on_every_rank(pool, stage, dtype):
     layout = {"parallel.zero_stage": stage, "train.dtype": dtype}
     for outcomes in pool.run(2, poisoned, layout):
-        assert outcomes == [
-            (False, False, True, 1),
-            (True, True, True, 0),
-            (True, True, True, 0),
-            (False, False, True, 1),
-        ]
+        assert outcomes == POISONED
 
 
 # --- optimizer and EMA ------------------------------------------------------------------------------
