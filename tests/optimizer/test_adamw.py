@@ -1,23 +1,17 @@
-"""AdamW of every library against torch's plain one, in every ZeRO stage; what is refused; what is said."""
+"""AdamW of every library against torch's plain one, alone and in every ZeRO stage."""
 
 from __future__ import annotations
 
-import json
-import sys
-from dataclasses import replace
-
 import pytest
 import torch
-import yaml
 from torch.optim.adamw import adamw as functional_adamw
 
-from megatron_dit.errors import UserError
-from megatron_dit.optimizer import AdamWithEma, adamw, choose
+from megatron_dit.optimizer import AdamWithEma, adamw
 from megatron_dit.parallel.topology import SOLO
-from tests.configs import small, small_dict
+from tests.configs import small
+from tests.optimizer.conftest import skip_if_absent
 from tests.plain import Plain
 from tests.test_engine import POISONED, batch, poisoned, start
-from tests.test_resume import finish
 
 STEPS, SKIPPED = 20, 4
 # eps above the gradients' rounding, which Adam would turn into steps of full size; and a beta2 at which
@@ -33,20 +27,6 @@ LIBRARIES = [*adamw.AVAILABLE, "offload"]
 
 def implementation(name):
     return adamw.OFFLOADED if name == "offload" else adamw.AVAILABLE[name]
-
-
-def skip_if_absent(name):
-    reason = implementation(name).absent()
-    if reason:
-        pytest.skip(f"{implementation(name).title} is not there: {reason}")
-
-
-@pytest.fixture(scope="module")
-def compiled():
-    """Compile DeepSpeed's optimizers once, before ranks ask for them."""
-    for name in ("deepspeed", "offload"):
-        skip_if_absent(name)
-        implementation(name).build([{"params": [torch.nn.Parameter(torch.zeros(1))]}])
 
 
 # --- alone ------------------------------------------------------------------------------------------
@@ -82,7 +62,7 @@ def run(optimizer, params, steps):
 @pytest.mark.parametrize("name", LIBRARIES)
 def test_a_library_steps_as_plain_adamw_and_resumes(name):
     """Twenty steps in one go, and ten by a first optimizer and ten by a second that got its states."""
-    skip_if_absent(name)
+    skip_if_absent(implementation(name))
     device = "cuda" if torch.cuda.is_available() and name != "offload" else "cpu"
     optimizer, params, initial = new(name, device)
     expected = [torch.nn.Parameter(p.clone()) for p in initial]
@@ -247,92 +227,3 @@ def test_non_finite_steps_do_not_age(pool, compiled, stage, library, dtype):
     layout = {"parallel.zero_stage": stage, "train.dtype": dtype, **library}
     for outcomes in pool.run(2, poisoned, layout):
         assert outcomes == POISONED
-
-
-# --- the choice -------------------------------------------------------------------------------------
-
-
-def config_of(**keys):
-    return small("mmdit", **{f"optimizer.{key}": value for key, value in keys.items()}).optimizer
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="of a machine without a GPU")
-def test_without_a_gpu():
-    assert choose(config_of()).title == "torch.optim.AdamW(fused=True)"
-    for name in ("apex", "te"):
-        with pytest.raises(UserError) as error:
-            choose(config_of(fused=name))
-        message = str(error.value)
-        assert f"optimizer.fused='{name}'" in message
-        assert "GPUs only" in message
-        assert message.endswith("torch")
-        assert "\n" not in message
-
-
-def test_another_program_called_apex_is_not_imported(monkeypatch, tmp_path):
-    (tmp_path / "apex").mkdir()
-    (tmp_path / "apex" / "__init__.py").write_text("raise SystemExit('imported')")
-    monkeypatch.syspath_prepend(str(tmp_path))
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setitem(sys.modules, "amp_C", None)  # what the other program lacks
-    assert "amp_C" in adamw.AVAILABLE["apex"].absent()
-
-
-def test_auto_takes_the_first_that_waits_for_no_compiler(monkeypatch):
-    def stub(absent, **keywords):
-        return adamw.AdamW("stub", lambda groups: None, lambda: absent, **keywords)
-
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    compiles = stub(None, automatic=lambda: False)
-    there, later = stub(None), stub(None)
-    kinds = {"apex": stub("no module"), "deepspeed": compiles, "te": there, "torch": later}
-    monkeypatch.setattr(adamw, "AVAILABLE", kinds)
-    assert choose(config_of()) is there
-    assert choose(config_of(fused="deepspeed")) is compiles
-
-
-def test_no_compiler_is_told(monkeypatch):
-    monkeypatch.setattr(adamw, "PROGRAMS", "")
-    for keys in ({"fused": "deepspeed"}, {"offload": True}):
-        with pytest.raises(UserError, match="ninja is not on PATH"):
-            choose(replace(config_of(), **keys))
-
-
-def test_refused_by_the_config():
-    with pytest.raises(UserError, match="expected one of auto, apex, te, deepspeed, torch"):
-        config_of(fused="fast")
-    with pytest.raises(UserError, match="has its own AdamW"):
-        small("mmdit", **{"parallel.zero_stage": 1, "optimizer.offload": True, "optimizer.fused": "torch"})
-    with pytest.raises(UserError, match=r"optimizer.offload=true with parallel.zero_stage=0"):
-        config_of(offload=True)
-
-
-def lacks_on_one_rank(config):
-    import torch.distributed as dist
-
-    from megatron_dit.engine import Engine
-    from megatron_dit.parallel.topology import build_topology
-
-    if dist.get_rank() == 0:
-        adamw.AVAILABLE["apex"] = adamw.AVAILABLE["torch"]
-    try:
-        Engine(config, build_topology(config))
-    finally:
-        adamw.AVAILABLE["apex"] = adamw.AdamW("apex.optimizers.FusedAdam", adamw._apex, adamw._absent_apex)
-
-
-def test_one_rank_without_it_is_told_by_all(pool):
-    for outcome in pool.outcomes(2, lacks_on_one_rank, small("mmdit", **COUNTS_IN_GROUP)):
-        assert "apex.optimizers.FusedAdam is not there" in outcome.user_error
-
-
-def test_a_run_says_which_and_may_change_it(compiled, dataset, tmp_path):
-    values = {"data.path": str(dataset), "run_dir": str(tmp_path / "run"), "train.steps": 2}
-    path, figures = tmp_path / "config.yaml", tmp_path / "figures.json"
-    path.write_text(yaml.safe_dump(small_dict("mmdit", **values)))
-    out = finish(path, 1, "optimizer.fused=deepspeed", "--json", str(figures))
-    assert "optimizer: deepspeed.ops.adam.FusedAdam" in out
-    assert json.loads(figures.read_text())["optimizer"] == "deepspeed.ops.adam.FusedAdam"
-    out = finish(path, 2, "train.steps=4", "optimizer.offload=true", "parallel.zero_stage=2")
-    assert "resumed" in out
-    assert "optimizer: deepspeed.ops.adam.DeepSpeedCPUAdam" in out

@@ -1,0 +1,22 @@
+"""Optimizers of libraries that may be absent or want compiling."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from megatron_dit.optimizer import adamw
+
+
+def skip_if_absent(kind):
+    reason = kind.absent()
+    if reason:
+        pytest.skip(f"{kind.title} is not there: {reason}")
+
+
+@pytest.fixture(scope="session")
+def compiled():
+    """Compile DeepSpeed's optimizers once, before ranks ask for them."""
+    for kind in (adamw.AVAILABLE["deepspeed"], adamw.OFFLOADED):
+        skip_if_absent(kind)
+        kind.build([{"params": [torch.nn.Parameter(torch.zeros(1))]}])
