@@ -7,6 +7,7 @@ There is no EMA.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -67,18 +68,21 @@ class PlainTraining:
         self._optimizer.zero_grad()
 
 
+def _sizes(config: ModelConfig) -> dict[str, Any]:
+    """What diffusers' models call alike."""
+    return {
+        "num_attention_heads": config.heads,
+        "attention_head_dim": config.head_dim,
+        "in_channels": config.in_channels,
+        "out_channels": config.out_channels,
+        "num_layers": config.depth,
+        "sample_size": config.sample_size,
+        "patch_size": config.patch_size,
+    }
+
+
 def _build_dit(config: ModelConfig) -> ModelMixin:
-    return DiTTransformer2DModel(
-        num_attention_heads=config.heads,
-        attention_head_dim=config.head_dim,
-        in_channels=config.in_channels,
-        out_channels=config.out_channels,
-        num_layers=config.depth,
-        sample_size=config.sample_size,
-        patch_size=config.patch_size,
-        num_embeds_ada_norm=config.num_classes,
-        norm_eps=1e-6,
-    )
+    return DiTTransformer2DModel(**_sizes(config), num_embeds_ada_norm=config.num_classes, norm_eps=1e-6)
 
 
 def _dit(model: nn.Module, batch: Batch) -> Tensor:
@@ -87,14 +91,8 @@ def _dit(model: nn.Module, batch: Batch) -> Tensor:
 
 def _build_pixart(config: ModelConfig) -> ModelMixin:
     return PixArtTransformer2DModel(
-        num_attention_heads=config.heads,
-        attention_head_dim=config.head_dim,
-        in_channels=config.in_channels,
-        out_channels=config.out_channels,
-        num_layers=config.depth,
+        **_sizes(config),
         cross_attention_dim=config.width,
-        sample_size=config.sample_size,
-        patch_size=config.patch_size,
         caption_channels=config.text_dim,
         use_additional_conditions=False,
     )
@@ -112,16 +110,10 @@ POOLED_TEXT = 16  # SD3's second text input, which ours has not: kept small
 
 def _build_mmdit(config: ModelConfig) -> ModelMixin:
     return SD3Transformer2DModel(
-        sample_size=config.sample_size,
-        patch_size=config.patch_size,
-        in_channels=config.in_channels,
-        num_layers=config.depth,
-        attention_head_dim=config.head_dim,
-        num_attention_heads=config.heads,
+        **_sizes(config),
         joint_attention_dim=config.text_dim,
         caption_projection_dim=config.width,
         pooled_projection_dim=POOLED_TEXT,
-        out_channels=config.out_channels,
         pos_embed_max_size=config.sample_size // config.patch_size,
         qk_norm="rms_norm",
     )
