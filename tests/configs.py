@@ -40,6 +40,13 @@ def small_dict(arch: str = "mmdit", heads: int = 4, base_heads: int = 2, **overr
     return values
 
 
+def write_config(folder: Path, arch: str = "mmdit", **overrides) -> Path:
+    """``folder/config.yaml``, whose run goes to ``folder/run``."""
+    path = folder / "config.yaml"
+    path.write_text(yaml.safe_dump(small_dict(arch, **{"run_dir": str(folder / "run"), **overrides})))
+    return path
+
+
 def small(arch: str = "mmdit", heads: int = 4, base_heads: int = 2, **overrides) -> Config:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "config.yaml"

@@ -11,7 +11,7 @@ import pytest
 import yaml
 
 from megatron_dit.cli import run
-from tests.configs import small_dict
+from tests.configs import write_config
 
 
 @pytest.fixture
@@ -19,10 +19,7 @@ def config(dataset, tmp_path):
     """Writes a config on the shared data; returns (path, run folder)."""
 
     def write(arch="mmdit", **overrides):
-        values = small_dict(arch, **{"data.path": str(dataset), "run_dir": str(tmp_path / "run"), **overrides})
-        path = tmp_path / "config.yaml"
-        path.write_text(yaml.safe_dump(values))
-        return path
+        return write_config(tmp_path, arch, **{"data.path": str(dataset), **overrides})
 
     return write
 

@@ -96,7 +96,9 @@ def read_index(folder: str | Path) -> Index:
         raise UserError(f"{path} is not an index of shards ({error}): prepare the data again") from None
     if not index.shards:
         raise UserError(f"{path} names no shards: prepare the data again")
-    unsafe = next((shard.file for shard in index.shards if Path(shard.file).name != shard.file), None)
+    unsafe = next(
+        (shard.file for shard in index.shards if Path(shard.file).name != shard.file or shard.file[:1] == "."), None
+    )
     if unsafe is not None:
         raise UserError(f"{path} names {unsafe!r}: expected the names of files in its own folder")
     return index

@@ -35,7 +35,7 @@ class Cache(Store):
     def __init__(self, index: Index, folder: Path, limit: int) -> None:
         super().__init__(index)
         name = hashlib.sha256(index.folder.encode()).hexdigest()[:16]
-        self._files, self._folder, self._limit = file_system(index.folder), folder / name, limit
+        self._folder, self._limit = folder / name, limit
         self._folder.mkdir(parents=True, exist_ok=True)
 
     def path(self, shard: Shard) -> Path:
@@ -58,7 +58,8 @@ class Cache(Store):
         with self._lock("evict.lock"):
             self._make_room(shard.bytes)
         try:
-            self._files.get_file(url, str(part))
+            # Asked for anew each time: fsspec's file systems do not survive the fork into the loader's workers.
+            file_system(self._index.folder).get_file(url, str(part))
             found = sha256_of(part)
         except FileNotFoundError:
             raise BadSample("missing_shard", f"shard {url} is missing: restore it") from None

@@ -1,0 +1,115 @@
+"""Nothing in a shard or an index is run, and no name in them leads out of the folder."""
+
+from __future__ import annotations
+
+import io
+import json
+import pickle
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+from webdataset.compat import WebDataset
+
+from megatron_dit.data.shards import broken_shards, read_index
+from megatron_dit.data.tar import MEMBERS, BadSample, ShardReader, npy, parse_array, write_shard
+from megatron_dit.errors import UserError
+from tests.data.made import make_folder, sample
+
+SIDE = (4, 4)
+
+
+class Payload:
+    """Unpickled, it would make a file."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return (Path(self.path).touch, ())
+
+
+@pytest.mark.parametrize("kind", ["object array", "bare pickle", "not an array", "cut short"])
+def test_arrays_with_objects_are_refused_and_not_run(tmp_path, kind):
+    buffer = io.BytesIO()
+    np.save(buffer, np.array([Payload(tmp_path / "ran")], dtype=object), allow_pickle=True)  # the hostile file
+    data = {
+        "object array": buffer.getvalue(),
+        "bare pickle": pickle.dumps(Payload(tmp_path / "ran")),
+        "not an array": b"GIF89a",
+        "cut short": npy(np.zeros(100))[:200],
+    }[kind]
+    with pytest.raises(BadSample, match="sample 7 is no array"):
+        parse_array(data, "sample 7")
+    assert not (tmp_path / "ran").exists()
+
+
+def test_a_pickle_hidden_in_a_tables_place_is_not_run(tmp_path):
+    index = make_folder(tmp_path / "data", [(SIDE, 5)])
+    path = tmp_path / "data" / "00000.tar"
+    data, begin = bytearray(path.read_bytes()), index.shards[0].table
+    buffer = io.BytesIO()
+    np.save(buffer, np.array([Payload(tmp_path / "ran")] * 5, dtype=object), allow_pickle=True)
+    header = buffer.getvalue()[:128]
+    data[begin - 128 : begin] = header
+    path.write_bytes(data)
+    assert "no table of 5 samples" in broken_shards(index, index.shards)["00000.tar"]
+    assert not (tmp_path / "ran").exists()
+
+
+def test_other_members_are_never_opened(tmp_path):
+    """A shard with members of other kinds and names that lead out of it: reading by the table does not meet them."""
+    index = make_folder(tmp_path / "data", [(SIDE, 3)])
+    path = tmp_path / "data" / "00000.tar"
+    with tarfile.open(path, "a") as tar:
+        for name in ("000001.pickle", "000001.pyd", "000002.pth", "../escape.latent.npy", "/etc/evil.latent.npy"):
+            data = pickle.dumps(Payload(tmp_path / "ran"))
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+    if path.stat().st_size == index.shards[0].bytes:  # they fitted into the padding at the tar's end
+        reader = ShardReader(path, index.shards[0], index.members)
+        assert [reader.read(n, MEMBERS)[0] for n in range(3)] == ["000000", "000001", "000002"]
+    else:
+        assert "its index says" in broken_shards(index, index.shards)["00000.tar"]
+    assert not (tmp_path / "ran").exists()
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["data"]
+
+
+@pytest.mark.parametrize("name", ["../00000.tar", "/etc/passwd", "a/b.tar", ".."])
+def test_an_index_names_files_of_its_own_folder_alone(tmp_path, name):
+    make_folder(tmp_path / "data", [(SIDE, 3)])
+    path = tmp_path / "data" / "index.json"
+    raw = json.loads(path.read_text())
+    raw["shards"][0]["file"] = name
+    path.write_text(json.dumps(raw))
+    with pytest.raises(UserError, match="expected the names of files in its own folder"):
+        read_index(tmp_path / "data")
+
+
+def test_webdataset_reads_a_shard_as_ours_does(tmp_path):
+    """The same samples in the same order, the table skipped."""
+    shard = write_shard(tmp_path / "0.tar", (sample(n, SIDE) for n in range(12)), SIDE)
+    reader = ShardReader(tmp_path / "0.tar", shard, MEMBERS)
+    theirs = list(WebDataset(str(tmp_path / "0.tar"), shardshuffle=False))
+    assert len(theirs) == 12
+    for number, expected in enumerate(theirs):
+        key, members = reader.read(number, MEMBERS)
+        assert key == expected["__key__"]
+        assert members == {name: expected[name] for name in MEMBERS if name in expected}
+    assert sorted(members) == ["captions.npy", "cls", "ids.npy", "latent.npy", "text.npy", "txt"]
+
+
+def test_writing_is_reproducible_and_leaves_nothing_half_done(tmp_path):
+    first = write_shard(tmp_path / "a.tar", (sample(n, SIDE) for n in range(5)), SIDE)
+    second = write_shard(tmp_path / "b.tar", (sample(n, SIDE) for n in range(5)), SIDE)
+    assert first.sha256 == second.sha256
+
+    def breaks():
+        yield sample(0, SIDE)
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        write_shard(tmp_path / "c.tar", breaks(), SIDE)
+    assert not (tmp_path / "c.tar").exists()
