@@ -68,14 +68,15 @@ def test_imports_go_down(path):
             assert HEIGHT[room] < HEIGHT[here], f"{path}: {here} imports {room}, which is not below it"
 
 
-def test_only_the_engine_touches_deepspeed_and_adamw_its_kernels():
+def test_only_the_engine_touches_deepspeed_adamw_its_kernels_and_online_text_its_sharding():
     users = {
         str(path.relative_to(ROOT / "megatron_dit"))
         for path in (ROOT / "megatron_dit").rglob("*.py")
         if any(module.split(".")[0] == "deepspeed" for module in imports(path))
     }
-    # DeepSpeed's AdamW is one of several libraries' and is built beside the others, knowing no ZeRO.
-    assert users == {"engine.py", "optimizer/adamw.py"}
+    # DeepSpeed's AdamW is one of several libraries' and is built beside the others, knowing no ZeRO. A text encoder
+    # that runs while training is sharded by DeepSpeed, and has no part in the training engine.
+    assert users == {"engine.py", "optimizer/adamw.py", "data/online.py"}
 
 
 def test_models_know_no_rank():

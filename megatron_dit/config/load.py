@@ -29,6 +29,7 @@ RESUMABLE += (
     "train.monitor_every",
     "train.threads",
 )
+RESUMABLE += ("data.text_encoder", "data.text_sharded")
 RESUMABLE += ("train.max_skipped_steps", "checkpoint", "sampling", "optimizer.fused", "optimizer.offload")
 
 

@@ -47,6 +47,8 @@ class DataConfig:
     mix: dict[str, float] = field(default_factory=dict)  # further folders, each with its share of the steps
     caption_dropout: float = 0.1  # share of captions replaced by the null text (classifier-free guidance)
     repa_encoder: str = ""  # REPA: DINOv2 folder or hub name, run on the fly; empty: features are in the shards
+    text_encoder: str = ""  # T5 folder or hub name, run on the fly on the token ids; empty: features are in the shards
+    text_sharded: bool = False  # shard its weights over all ranks (ZeRO-3)
     workers: int = 0  # loader processes per rank
     shuffle_shards: int = 4  # samples of a lane are shuffled within this many shards at a time
     max_bad_share: float = 0.1  # of the samples of the last 100 steps that could not be read, above which the run stops
@@ -57,6 +59,10 @@ class DataConfig:
         check(
             0 <= self.caption_dropout <= 1,
             f"data.caption_dropout={self.caption_dropout}: expected a number in [0, 1]",
+        )
+        check(
+            bool(self.text_encoder) or not self.text_sharded,
+            "data.text_sharded=true needs data.text_encoder: features that are in the shards need no encoder",
         )
         at_least("data.workers", self.workers, 0)
         check(0 <= self.max_bad_share < 1, f"data.max_bad_share={self.max_bad_share}: expected a number in [0, 1)")

@@ -13,6 +13,9 @@ from torch import Tensor
 from megatron_dit.data.identity import weights_sha256
 from megatron_dit.errors import UserError
 
+# That an encoder may run in, as an index names them.
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
 
 class TextEncoder:
     """A T5 encoder with its tokenizer, in evaluation mode; it runs in ``dtype``."""
@@ -30,17 +33,17 @@ class TextEncoder:
         self._device = device or torch.device("cpu")
         try:
             self._tokenizer = AutoTokenizer.from_pretrained(name)
-            self._model: Any = T5EncoderModel.from_pretrained(name, dtype=dtype, use_safetensors=True)
+            self.model: Any = T5EncoderModel.from_pretrained(name, dtype=dtype, use_safetensors=True)
         except (OSError, ValueError) as error:
             reason = str(error).splitlines()[0]
             raise UserError(
                 f"text encoder {name} cannot be loaded ({reason}): give a T5 folder or hub name with safetensors"
             ) from None
-        self._model.to(self._device).eval()
+        self.model.to(self._device).eval()
 
     @property
     def dim(self) -> int:
-        return self._model.config.d_model
+        return self.model.config.d_model
 
     @cached_property
     def sha256(self) -> str:
@@ -62,9 +65,9 @@ class TextEncoder:
         places = [rows.setdefault(caption.tobytes(), len(rows)) for caption in ids]
         lengths = torch.tensor([len(row) // ids[0].itemsize for row in rows])
         mask = torch.arange(int(lengths.max())) < lengths[:, None]
-        tokens = torch.full(mask.shape, self._model.config.pad_token_id)
+        tokens = torch.full(mask.shape, self.model.config.pad_token_id)
         tokens[mask] = torch.from_numpy(np.frombuffer(b"".join(rows), dtype=ids[0].dtype).astype(np.int64))
-        output = self._model(input_ids=tokens.to(self._device), attention_mask=mask.to(self._device))
+        output = self.model(input_ids=tokens.to(self._device), attention_mask=mask.to(self._device))
         features = output.last_hidden_state.float().cpu()
         return [features[place, : len(caption)] for place, caption in zip(places, ids, strict=True)]
 

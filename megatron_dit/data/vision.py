@@ -18,7 +18,7 @@ class VisionEncoder:
     """A DINOv2 from a local folder or hub name, in evaluation mode."""
 
     def __init__(self, name: str, device: torch.device | None = None) -> None:
-        """Raises UserError where ``name`` is neither a folder nor to be had from a hub."""
+        """Raises UserError where ``name`` is neither a folder nor to be had from a hub, or has pickled weights."""
         from transformers import Dinov2Model, logging
         from transformers.utils.logging import disable_progress_bar
 
@@ -26,11 +26,11 @@ class VisionEncoder:
         disable_progress_bar()
         self._device = device or torch.device("cpu")
         try:
-            self._model: Any = Dinov2Model.from_pretrained(name)
+            self._model: Any = Dinov2Model.from_pretrained(name, use_safetensors=True)
         except (OSError, ValueError) as error:
             reason = str(error).splitlines()[0]
             raise UserError(
-                f"vision encoder {name} cannot be loaded ({reason}): give a DINOv2 folder or hub name"
+                f"vision encoder {name} cannot be loaded ({reason}): give a DINOv2 folder or hub name with safetensors"
             ) from None
         self._model.to(self._device).eval()
 

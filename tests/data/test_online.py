@@ -1,0 +1,190 @@
+"""Text features on the fly against precomputed ones, and sharded against whole."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+
+from data_prep.tiny_t5 import build_tiny_t5
+from megatron_dit.config import Config
+from megatron_dit.config.load import first_difference
+from megatron_dit.data import online
+from megatron_dit.data.identity import weights_sha256
+from megatron_dit.data.online import OnlineText
+from megatron_dit.data.text import DTYPES, TextEncoder
+from megatron_dit.errors import UserError
+from tests.configs import small
+
+WORDS = [
+    "a",
+    "red",
+    "blue",
+    "green",
+    "circle",
+    "square",
+    "star",
+    "at",
+    "the",
+    "top",
+    "left",
+    "right",
+    "bottom",
+    "and",
+    "two",
+    "three",
+]
+TOKENS = 12
+
+
+def captions(count, seed):
+    rng = np.random.default_rng(seed)
+    return [" ".join(rng.choice(WORDS, rng.integers(1, TOKENS))) for _ in range(count)]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    path = tmp_path_factory.mktemp("t5")
+    build_tiny_t5(path, WORDS, seed=0, layers=3, max_tokens=TOKENS)
+    return path
+
+
+def described(folder, dtype="fp32", **changed):
+    """What an index says of its text."""
+    text = {"encoder": str(folder), "sha256": weights_sha256(str(folder)), "dtype": dtype, "dim": 64, "tokens": TOKENS}
+    return {**text, "features": False, **changed}
+
+
+@pytest.fixture
+def passes(monkeypatch):
+    """The number of captions of each forward pass."""
+    sizes, encode = [], TextEncoder.encode_ids
+    monkeypatch.setattr(TextEncoder, "encode_ids", lambda self, ids: sizes.append(len(ids)) or encode(self, ids))
+    return sizes
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16", "fp16"])
+def test_features_on_the_fly_are_the_precomputed_ones(folder, dtype):
+    encoder = TextEncoder(str(folder), TOKENS, dtype=DTYPES[dtype])
+    texts = captions(64, seed=0)
+    precomputed = [feature.half().numpy() for feature in encoder.encode(texts)]
+    ids = encoder.tokenize(texts)
+    run = OnlineText(described(folder, dtype), str(folder), sharded=False)
+    found = run(ids[::-1])[::-1]
+    assert {feature.dtype for feature in found} == {np.dtype(np.float16)}
+    for feature, expected in zip(found, precomputed, strict=True):
+        np.testing.assert_array_equal(feature, expected)
+    # Other company means other padding and matrix sizes: sums in another order round elsewhere, now and then.
+    fresh = OnlineText(described(folder, dtype), str(folder), sharded=False)
+    few = np.concatenate([feature for i in range(0, 64, 7) for feature in fresh(ids[i : i + 7])])
+    expected = np.concatenate(precomputed)
+    assert (few != expected).mean() < 0.005
+    np.testing.assert_allclose(few, expected, rtol=2**-7 if dtype == "bf16" else 2**-9, atol=1e-3)
+
+
+def test_another_encoder_is_refused(folder, tmp_path):
+    for name, changed in {"seed": {"seed": 1}, "wide": {"seed": 0, "d_model": 32}}.items():
+        build_tiny_t5(tmp_path / name, WORDS, max_tokens=TOKENS, **changed)
+    other, right = weights_sha256(str(tmp_path / "seed"))[:12], weights_sha256(str(folder))[:12]
+    with pytest.raises(UserError, match=f"{other}.*{right}") as told:
+        OnlineText(described(folder), str(tmp_path / "seed"), sharded=False)
+    assert "\n" not in str(told.value)
+    with pytest.raises(UserError, match="features of 32.*text of 64"):
+        OnlineText(described(folder), str(tmp_path / "wide"), sharded=False)
+    with pytest.raises(UserError, match="prepare the data in bf16 or fp32"):
+        OnlineText(described(folder, "fp16"), str(folder), sharded=True)
+
+
+def test_the_latest_captions_are_kept_within_the_bound(folder, passes, monkeypatch):
+    monkeypatch.setattr(online, "CACHE_BYTES", 3 * 4 * 64 * 2)  # three captions of three words and an end
+    text = OnlineText(described(folder), str(folder), sharded=False)
+    a, b, c, d = TextEncoder(str(folder), TOKENS).tokenize(
+        ["red circle left", "blue circle left", "green circle left", "red star left"]
+    )
+    first = text([a, b, c, a])
+    again = text([a])
+    np.testing.assert_array_equal(again[0], first[0])
+    assert passes == [3]
+    text([d])  # b is the least recently used
+    text([a, c, d])
+    assert passes == [3, 1]
+    text([b])
+    assert passes == [3, 1, 1]
+    assert len(text([a, b, c, d])) == 4  # more than fits at once
+
+
+def test_an_unreadable_sample_has_no_features_and_costs_no_pass(folder, passes):
+    empty = np.zeros(0, np.int32)
+    (found,) = OnlineText(described(folder), str(folder), sharded=False)([empty])
+    assert found.shape == (0, 64)
+    assert passes == []
+
+
+def test_the_keys_are_checked_and_free_to_change():
+    changed = small(**{"data.text_encoder": "elsewhere", "data.text_sharded": True})
+    assert isinstance(changed, Config)
+    assert first_difference(small(), changed) is None
+    with pytest.raises(UserError, match=r"data\.text_encoder"):
+        small(**{"data.text_sharded": True})
+
+
+# --- sharded ----------------------------------------------------------------------------------------
+
+
+def sharded_beside_training(folder, dtype, layout):
+    """(share of weights held before and after use, gathered, features of three calls, later loads whole, losses)."""
+    import torch.distributed as dist
+    from transformers import T5EncoderModel
+
+    from tests.test_engine import batch, start
+
+    engine = None if layout is None else start(small(**layout))
+    text = OnlineText(described(folder, dtype), folder, sharded=True)
+    weights = list(text._encoder.model.parameters())
+    share = sum(p.ds_tensor.numel() for p in weights) / sum(p.ds_numel for p in weights)
+    ids = TextEncoder(folder, TOKENS).tokenize(captions(12, seed=dist.get_rank()))
+    losses, found = [], []
+    # One rank alone misses some in the second call, none misses any in the third, and the fourth has no ids.
+    for step, wanted in enumerate([ids[:8], ids[: 12 if dist.get_rank() else 8], ids[:8], [np.zeros(0, np.int32)]]):
+        found.append(text(wanted))
+        if engine is not None:
+            losses.append(engine.train_step(batch(engine.config, engine.topology, step)).loss)
+    gathered = sum(p.numel() for p in weights)
+    whole = sum(p.numel() for p in T5EncoderModel.from_pretrained(folder).parameters())
+    return share, gathered, sum(p.ds_numel for p in weights) == whole, found, losses
+
+
+def training_alone(layout):
+    from tests.test_engine import batch, start
+
+    engine = start(small(**layout))
+    return [engine.train_step(batch(engine.config, engine.topology, step)).loss for step in range(4)]
+
+
+@pytest.mark.parametrize(
+    ("dtype", "layout"),
+    [
+        ("bf16", None),
+        ("fp32", {"parallel.zero_stage": 0}),
+        ("fp32", {"parallel.zero_stage": 3}),
+        ("fp32", {"parallel.tensor": 2}),
+    ],
+)
+def test_sharded_over_two_ranks_it_is_the_whole_one_and_training_goes_on(pool, folder, dtype, layout):
+    outcomes = pool.run(2, sharded_beside_training, str(folder), dtype, layout)
+    alone = None if layout is None else pool.run(2, training_alone, layout)
+    whole = OnlineText(described(folder, dtype), str(folder), sharded=False)
+    for rank, (share, gathered, later_whole, found, losses) in enumerate(outcomes):
+        assert share == pytest.approx(0.5, abs=0.01)
+        assert gathered == 0
+        assert later_whole
+        ids = TextEncoder(str(folder), TOKENS).tokenize(captions(12, seed=rank))
+        for features, wanted in zip(
+            found, [ids[:8], ids[: 12 if rank else 8], ids[:8], [np.zeros(0, np.int32)]], strict=True
+        ):
+            for feature, expected in zip(features, whole(wanted), strict=True):
+                np.testing.assert_allclose(feature, expected, atol=2e-3 if dtype == "fp32" else 3e-2, rtol=0)
+        if alone is not None:
+            assert losses == alone[rank]
+            assert all(math.isfinite(loss) for loss in losses)
