@@ -113,5 +113,11 @@ def _sharded_weights(dtype: str) -> Iterator[None]:
 def _gather_on_use(model: Any, dtype: str) -> Any:
     """Hooks that gather a sharded module's weights before its forward pass and release them after it."""
     import deepspeed
+    from deepspeed.utils import groups
 
-    return deepspeed.initialize(model=model, config=_zero_config(dtype), dist_init_required=False)[0].eval()
+    # Without an mpu DeepSpeed takes the one of an engine made before, whose groups are the training layout's.
+    mpu, groups.mpu = groups.mpu, None
+    try:
+        return deepspeed.initialize(model=model, config=_zero_config(dtype), dist_init_required=False)[0].eval()
+    finally:
+        groups.mpu = mpu
