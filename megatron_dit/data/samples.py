@@ -50,12 +50,11 @@ class Samples(Dataset[Sample]):
     def __init__(self, data: Sequence[Index], config: Config) -> None:
         self._data, self._config = data, config
         self._shards = Shards(data, config)
-        online, model = bool(config.data.text_encoder), config.model
-        text = () if model.num_classes else ("captions.npy", "ids.npy" if online else "text.npy")
-        self._text = None if model.num_classes else text[-1]
+        model = config.model
+        self._text = "ids.npy" if config.data.text_encoder else "text.npy"
         self._has_features = bool(model.repa_block) and not config.data.repa_encoder
-        self._wanted = ("latent.npy", "std.npy", *text, *(["features.npy"] if self._has_features else []))
-        self._wanted += ("cls",) if model.num_classes else ()
+        self._wanted = ("latent.npy", "std.npy", *(["features.npy"] if self._has_features else []))
+        self._wanted += ("cls",) if model.num_classes else (self._text, "captions.npy")
 
     def __getitem__(self, place: Place) -> Sample:
         step, position, dataset, number, sample = (int(x) for x in place)
@@ -106,7 +105,6 @@ class Samples(Dataset[Sample]):
             label = _class_number(members, model.num_classes, where)
         else:
             captions = array("captions.npy", (None, 2))
-            assert self._text is not None
             tokens = array(self._text, (None,) if self._text == "ids.npy" else (None, model.text_dim))
             if not len(captions) or captions[:, 0].sum() != len(tokens):
                 raise BadSample("wrong_shape", f"{where}: {self._text} has {len(tokens)} tokens, not its captions'")
@@ -122,7 +120,7 @@ class Samples(Dataset[Sample]):
             blank = np.zeros((height * width // model.patch_size**2, model.repa_dim))
             features = _stack([blank if sample.features is None else sample.features for sample in samples])
         ids = ()
-        if self._text == "ids.npy":
+        if self._text == "ids.npy" and not model.num_classes:
             ids = tuple(np.zeros(0, dtype=np.int32) if sample.ids is None else sample.ids for sample in samples)
         return Batch(
             latents=_stack([sample.latent for sample in samples]),
@@ -143,12 +141,9 @@ class Samples(Dataset[Sample]):
             return Condition(dropped, label=torch.tensor([sample.label for sample in samples]))
         if self._text == "ids.npy":
             return Condition(dropped)
-        blank = np.zeros((0, model.text_dim))
-        return with_text(
-            dropped,
-            [_tensor(blank if sample.text is None else sample.text) for sample in samples],
-            model.text_tokens,
-        )
+        blank = np.zeros((0, model.text_dim), dtype=np.float16)
+        features = [torch.from_numpy(blank if sample.text is None else sample.text) for sample in samples]
+        return with_text(dropped, features, model.text_tokens)
 
 
 def with_text(dropped: Tensor, features: Sequence[Tensor], tokens: int) -> Condition:

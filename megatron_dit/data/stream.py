@@ -14,6 +14,7 @@ from megatron_dit.config import Config, DataConfig
 from megatron_dit.data.batch import Batch
 from megatron_dit.data.codec import open_codec
 from megatron_dit.data.fit import check_fit
+from megatron_dit.data.online import OnlineText
 from megatron_dit.data.order import SampleOrder
 from megatron_dit.data.samples import Place, Samples, with_text
 from megatron_dit.data.shards import Index, read_index
@@ -110,12 +111,10 @@ def _fetching_ahead(
 
 def _online_text(index: Index, config: Config) -> Callable[[Batch], Batch]:
     """Adds a text encoder's features to batches of token ids."""
-    from megatron_dit.data.online import OnlineText
-
     encoder = OnlineText(index.text, config.data.text_encoder, sharded=config.data.text_sharded)
 
     def add(batch: Batch) -> Batch:
-        features = encoder(batch.ids)
+        features = [torch.from_numpy(array) for array in encoder(batch.ids)]
         return replace(batch, condition=with_text(batch.condition.dropped, features, config.model.text_tokens))
 
     return add

@@ -78,7 +78,7 @@ class TextEncoder:
 
 def pad(features: Sequence[Tensor], tokens: int) -> tuple[Tensor, Tensor]:
     """Features of captions -> (B, tokens, dim) zero-padded and their mask (B, tokens), True = a token."""
-    text = torch.zeros(len(features), tokens, features[0].shape[1])
+    text = torch.zeros(len(features), tokens, features[0].shape[1], dtype=features[0].dtype)
     mask = torch.zeros(len(features), tokens, dtype=torch.bool)
     for row, feature in enumerate(features):
         count = min(tokens, len(feature))

@@ -14,7 +14,7 @@ class Condition:
     """A batch's condition; a model takes the fields its architecture has."""
 
     dropped: Tensor  # (B,) bool, True = unconditional (classifier-free guidance)
-    text: Tensor | None = None  # (B, T, text_dim), zero-padded
+    text: Tensor | None = None  # (B, T, text_dim), zero-padded; fp16 as the shards hold it, or fp32
     mask: Tensor | None = None  # (B, T) bool, True = a token
     label: Tensor | None = None  # (B,) int64 in [0, num_classes)
 

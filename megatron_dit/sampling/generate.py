@@ -15,8 +15,8 @@ from megatron_dit.checkpoint.format import CheckpointReader
 from megatron_dit.checkpoint.load import open_checkpoint
 from megatron_dit.config import Config, config_from_dict
 from megatron_dit.data.codec import open_codec
-from megatron_dit.data.shards import read_index
-from megatron_dit.data.text import TextEncoder, pad
+from megatron_dit.data.shards import Index, read_index
+from megatron_dit.data.text import DTYPES, TextEncoder, pad
 from megatron_dit.errors import UserError
 from megatron_dit.models import build_unsharded
 from megatron_dit.models.condition import Condition
@@ -56,9 +56,7 @@ class Sampler:
         self.step = reader.step
         self.index = index = read_index(data or self.config.data.path)
         model = self.config.model
-        self._text = None if model.num_classes else TextEncoder(index.text_encoder, model.text_tokens, device())
-        if self._text is not None and self._text.dim != model.text_dim:
-            raise UserError(f"text encoder {index.text_encoder} has {self._text.dim} features, not {model.text_dim}")
+        self._text = None if model.num_classes else self._text_encoder(index)
         self.codec = open_codec(index.codec, device())
         self.model = load_model(reader, self.config, ema=ema)
 
@@ -101,6 +99,19 @@ class Sampler:
                 latents = solve(guided, noise[i : i + batch].to(device()), scheduler, chosen.steps, bar.advance)
                 pictures.append(self.codec.decode(latents.cpu()).permute(0, 2, 3, 1))
         return torch.cat(pictures).numpy()
+
+    def _text_encoder(self, index: Index) -> TextEncoder:
+        """The encoder whose features the model was trained on. Raises UserError where another is found in its place."""
+        name, model = self.config.data.text_encoder or index.text_encoder, self.config.model
+        encoder = TextEncoder(name, index.text["tokens"], device(), DTYPES[index.text["dtype"]])
+        if encoder.dim != model.text_dim:
+            raise UserError(f"text encoder {name} has {encoder.dim} features, not {model.text_dim}")
+        if encoder.sha256 != index.text["sha256"]:
+            raise UserError(
+                f"text encoder {name} has weights {encoder.sha256[:12]}, but {index.folder} was made with "
+                f"{index.text['sha256'][:12]}: restore that encoder"
+            )
+        return encoder
 
     def _condition(self, prompts: Sequence[str]) -> Condition:
         dropped = torch.zeros(len(prompts), dtype=torch.bool)
