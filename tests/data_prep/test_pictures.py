@@ -1,0 +1,149 @@
+"""Pictures decoded and fitted, against pixels known from elsewhere."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from PIL import Image, ImageFile
+
+from data_prep.pictures import Buckets, Limits, Unusable, decode, fit
+from megatron_dit.errors import UserError
+from tests.data_prep.heap import LIMITS, cases, photo, png, written
+
+HEAP = cases()
+KEPT = [name for name, case in HEAP.items() if not case.reason]
+RATIOS = ["1:1", "3:2", "2:3", "16:9", "9:16"]
+
+
+@pytest.mark.parametrize("name", KEPT)
+def test_whole_pictures_have_their_pixels(name):
+    case = HEAP[name]
+    picture = decode(case.data, LIMITS)
+    assert picture.mode == "RGB"
+    found = np.asarray(picture)
+    assert found.shape == case.pixels.shape
+    assert np.abs(found.astype(int) - case.pixels.astype(int)).max() <= case.tolerance
+
+
+@pytest.mark.parametrize("name", [name for name in HEAP if name not in KEPT])
+def test_unusable_pictures_say_why(name):
+    with pytest.raises(Unusable) as caught:
+        decode(HEAP[name].data, LIMITS)
+    assert caught.value.reason == HEAP[name].reason
+
+
+def test_any_cut_or_changed_byte_is_a_picture_or_unusable():
+    rng = np.random.default_rng(0)
+    outcomes = set()
+    for kind in ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF"):
+        whole = written(photo(), kind)
+        for _ in range(60):
+            data = bytearray(whole[: rng.integers(1, len(whole) + 1)])
+            for place in rng.integers(0, min(len(data), 200), 3):
+                data[place] = rng.integers(256)
+            try:
+                outcomes.add(decode(bytes(data), LIMITS).mode)
+            except Unusable as left_out:
+                outcomes.add(left_out.reason)
+    assert {"RGB", "truncated", "not a picture"} < outcomes
+
+
+def test_a_limit_above_pils_own_tells_pils():
+    with pytest.raises(Unusable, match=f"^more than {2 * Image.MAX_IMAGE_PIXELS} pixels$"):
+        decode(png(60000, 60000, 8, bytes(1000)), Limits(8, 4.0, 10**12))
+
+
+def test_a_picture_on_the_limits_is_kept():
+    size = decode(written(np.zeros((10, 40, 3), np.uint8)), Limits(10, 4.0, 400)).size
+    assert size == (40, 10)
+
+
+def test_pil_is_left_as_it_was_and_says_nothing():
+    code = (
+        "from tests.data_prep.heap import LIMITS, cases\n"
+        "from data_prep.pictures import Limits, Unusable, decode\n"
+        "from PIL import Image\n"
+        "most = Image.MAX_IMAGE_PIXELS\n"
+        "for case in cases().values():\n"
+        "    for limits in (LIMITS, Limits(1, 1e9, 10**12)):\n"
+        "        try:\n"
+        "            decode(case.data, limits)\n"
+        "        except Unusable:\n"
+        "            pass\n"
+        "assert Image.MAX_IMAGE_PIXELS == most\n"
+    )
+    done = subprocess.run([sys.executable, "-W", "always::UserWarning", "-c", code], capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+    assert not ImageFile.LOAD_TRUNCATED_IMAGES
+
+
+def test_buckets_keep_the_area_and_the_ratio():
+    buckets = Buckets.of(512, RATIOS, 16)
+    assert buckets.sides[0] == (512, 512)
+    assert len(buckets.sides) == len(RATIOS)
+    for (height, width), ratio in zip(buckets.sides, RATIOS, strict=True):
+        across, down = map(int, ratio.split(":"))
+        assert height % 16 == width % 16 == 0
+        assert height * width == pytest.approx(512**2, rel=0.04)
+        assert width / height == pytest.approx(across / down, rel=0.05)
+
+
+def test_ratios_that_round_alike_share_a_bucket():
+    assert Buckets.of(64, ["1:1", "17:16"], 16).sides == ((64, 64),)
+
+
+def test_the_nearest_bucket_is_at_the_least_log_ratio():
+    buckets = Buckets.of(256, RATIOS, 8)
+    logs = [np.log(width / height) for height, width in buckets.sides]
+    for width, height in np.random.default_rng(0).integers(50, 2000, (200, 2)).tolist():
+        expected = np.argmin(np.abs(np.array(logs) - np.log(width / height)))
+        assert buckets.nearest(width, height) == buckets.sides[expected]
+
+
+def test_ties_go_to_the_first_bucket():
+    assert Buckets(((30, 40), (40, 30))).nearest(7, 7) == (30, 40)
+    assert Buckets(((40, 30), (30, 40))).nearest(7, 7) == (40, 30)
+
+
+@pytest.mark.parametrize(
+    ("size", "ratios", "multiple", "message"),
+    [
+        (256, ["1x1"], 16, "aspect ratio '1x1': expected width:height"),
+        (256, ["0:1"], 16, "aspect ratio '0:1': expected"),
+        (256, ["-3:2"], 16, "aspect ratio '-3:2': expected"),
+        (256, [], 16, "no aspect ratio: expected at least one"),
+        (8, ["1:1"], 16, "size 8: expected at least 16"),
+        (256, ["1:1"], 0, "size 256: expected at least 1"),
+        (64, ["100:1"], 16, "aspect ratio 100:1 at size 64: the shorter side rounds to 0"),
+    ],
+)
+def test_nonsense_makes_no_bucket(size, ratios, multiple, message):
+    with pytest.raises(UserError) as caught:
+        Buckets.of(size, ratios, multiple)
+    assert str(caught.value).startswith(message)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_picture_of_the_buckets_size_is_untouched():
+    np.testing.assert_array_equal(fit(Image.fromarray(photo()), (24, 32)), photo())
+
+
+def test_the_centre_is_cropped():
+    thirds = np.zeros((40, 120, 3), np.uint8)
+    thirds[:, :40, 0] = thirds[:, 40:80, 1] = thirds[:, 80:, 2] = 255
+    assert fit(Image.fromarray(thirds), (40, 40))[..., 1].min() == 255
+    assert fit(Image.fromarray(thirds.transpose(1, 0, 2)), (40, 40))[..., 1].min() == 255
+
+
+@pytest.mark.parametrize("factor", [0.5, 3])
+def test_fitting_is_resizing_to_cover_and_cropping(factor):
+    picture = Image.fromarray(photo(40, 100))
+    height, width = round(40 * factor), round(100 * factor)
+    covering = np.asarray(picture.resize((width, height), Image.Resampling.LANCZOS)).astype(int)
+    margin = (width - height) // 2
+    found = fit(picture, (height, height))
+    assert found.dtype == np.uint8
+    assert np.abs(found - covering[:, margin : margin + height]).max() <= 1
