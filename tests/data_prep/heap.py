@@ -132,10 +132,13 @@ def _broken() -> dict[str, Case]:
         "drawing.jpg": Case(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 64 64\n", reason="not a picture"),
         "noise.jpg": Case(b"\xff\xd8\xff\xe0" + noise, reason="truncated"),
         "bomb.png": Case(png(60000, 60000, 8, bytes(1000)), reason="more than 4000000 pixels"),
+        "small_bomb.png": Case(png(10000, 10000, 8, bytes(1000)), reason="more than 4000000 pixels"),
         "large.png": Case(png(2001, 2000, 8, bytes(1000)), reason="more than 4000000 pixels"),
         "pixel.png": Case(written(rgb[:1, :1]), reason="shorter side below 8"),
         "long.png": Case(written(np.zeros((20, 20000, 3), np.uint8)), reason="aspect ratio above 4"),
         "tall.png": Case(written(np.zeros((41, 10, 3), np.uint8)), reason="aspect ratio above 4"),
+        # The directory of a compressed TIFF stands at its end.
+        "cut_lzw.tiff": Case(written(rgb, "TIFF", compression="tiff_lzw")[:-20], reason="not a picture"),
         "nan.tiff": Case(written(nan, "TIFF"), reason="values are not finite"),
         "deflate.png": Case(written(rgb).replace(b"IDAT\x78", b"IDAT\x00"), reason="cannot be decoded: OSError"),
     }
