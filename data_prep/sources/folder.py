@@ -1,0 +1,105 @@
+"""Pictures in a folder: with captions beside them, or in one sub-folder for each class."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+
+from data_prep.pictures import Unusable
+from data_prep.sources.record import (
+    PER_UNIT,
+    PICTURES,
+    Record,
+    Rejected,
+    Scanned,
+    caption_text,
+    file_bytes,
+    json_object,
+    merge_captions,
+    or_rejected,
+    scanned,
+    shown,
+)
+from megatron_dit.errors import UserError
+
+
+class Folder:
+    """A picture ``a.jpg``, however deep, beside ``a.txt`` or ``a.json`` or both; hidden files and folders are not seen.
+
+    With ``classes`` the label is the picture's first folder's place among the sorted ones, and no captions are read.
+    """
+
+    def __init__(self, spec: str, classes: bool) -> None:
+        self.kind = "classes" if classes else "folder"
+        self.spec = spec
+        self._root = Path(spec)
+        names = sorted(_subfolders(self._root)) if classes else []
+        self._labels = {name: label for label, name in enumerate(names)}
+        self.classes = tuple(map(shown, names))
+        if classes and not self.classes:
+            raise UserError(f"folder {spec} has no sub-folders: class folders are {spec}/CLASS/picture.jpg")
+        by_stem: dict[str, list[str]] = {}
+        for file in _files(self._root, PICTURES if classes else PICTURES | {"txt", "json"}):
+            by_stem.setdefault(file.rpartition(".")[0], []).append(file)
+        self._stems = sorted((stem, sorted(files)) for stem, files in by_stem.items())
+        if not any(_extension(file) in PICTURES for _, files in self._stems for file in files):
+            raise UserError(
+                f"folder {spec} holds no picture (.{', .'.join(sorted(PICTURES))}): tars are given as a glob, such as "
+                f"'{spec}/*.tar'"
+            )
+
+    @property
+    def units(self) -> int:
+        return -(-len(self._stems) // PER_UNIT)
+
+    def scan(self, unit: int) -> Iterator[Scanned]:
+        for stem, files in self._stems[unit * PER_UNIT : (unit + 1) * PER_UNIT]:
+            pictures = [file for file in files if _extension(file) in PICTURES]
+            if not pictures:
+                yield Rejected(shown(stem), "no picture"), None
+                continue
+            beside = {_extension(file): self._root / file for file in reversed(files)}
+            yield or_rejected(shown(pictures[0]), partial(self._picture, pictures[0], beside))
+            for other in pictures[1:]:
+                yield Rejected(shown(other), "duplicate key"), None
+
+    def read(self, record: Record) -> bytes:
+        return (self._root / str(record.place[0])).read_bytes()
+
+    def _picture(self, file: str, beside: dict[str, Path]) -> tuple[Record, bytes]:
+        label, meta, captions = None, {}, ()
+        if self.classes:
+            label = self._labels.get(file.partition("/")[0])
+            if label is None:
+                raise Unusable("no class")
+        else:
+            if "json" in beside:
+                meta = json_object(file_bytes(beside["json"]))
+            text = file_bytes(beside["txt"]) if "txt" in beside else b""
+            captions = merge_captions(caption_text(text), meta.get("captions"))
+        return scanned(Record(shown(file), (file,), captions, label, meta), file_bytes(self._root / file))
+
+
+def _extension(file: str) -> str:
+    return file.rpartition(".")[2].lower()
+
+
+def _subfolders(root: Path) -> Iterator[str]:
+    return (entry.name for entry in root.iterdir() if entry.is_dir() and not entry.name.startswith("."))
+
+
+def _files(root: Path, extensions: frozenset[str]) -> Iterator[str]:
+    """Paths below ``root``, relative to it, in no order. Links are followed but where they lead back up."""
+    for folder, subfolders, files in os.walk(root, followlinks=True):
+        here = Path(folder)
+        subfolders[:] = [
+            name
+            for name in subfolders
+            if not name.startswith(".")
+            and not ((here / name).is_symlink() and here.resolve().is_relative_to((here / name).resolve()))
+        ]
+        for name in files:
+            if not name.startswith(".") and "." in name and _extension(name) in extensions:
+                yield (here / name).relative_to(root).as_posix()

@@ -1,0 +1,72 @@
+"""Hugging Face datasets on disk, against what was saved."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from data_prep.sources import Caption, Record, open_source
+from megatron_dit.errors import UserError
+from tests.data_prep.heap import photo, written
+from tests.data_prep.test_sources import kept, reasons, scan
+
+
+@pytest.fixture
+def saved(tmp_path):
+    """A dataset on disk: whole rows, then some without a picture, words or label."""
+    datasets = pytest.importorskip("datasets")
+    png, jpeg = written(photo()), written(photo(), "JPEG")
+    rows = {
+        "image": [{"bytes": png}, {"bytes": jpeg}, None, {"bytes": png}, {"bytes": b""}],
+        "caption": [["a bee", "an insect"], ["a sea"], ["none"], [], ["a"]],
+        "kind": [1, 0, 1, 1, -1],
+        "id": list("abcde"),
+        "score": np.arange(5),
+    }
+    kinds = {
+        "image": datasets.Image(),
+        "caption": datasets.List(datasets.Value("string")),
+        "kind": datasets.ClassLabel(names=["water", "animal"]),
+        "id": datasets.Value("string"),
+        "score": datasets.Value("int64"),
+    }
+    dataset = datasets.Dataset.from_dict(rows, features=datasets.Features(kinds))
+    dataset.save_to_disk(tmp_path / "saved")
+    datasets.DatasetDict({"train": dataset, "test": dataset}).save_to_disk(tmp_path / "splits")
+    return tmp_path / "saved", [png, jpeg]
+
+
+def test_a_saved_dataset_gives_undecoded_pictures_and_captions(saved):
+    folder, pictures = saved
+    source = open_source(str(folder))
+    found = scan(source)
+    assert (source.kind, source.units, source.classes) == ("dataset", 1, ())
+    first, second = kept(found).values()
+    assert [source.read(first), source.read(second)] == pictures
+    assert first.captions == (Caption("a bee", 1.0), Caption("an insect", 1.0))
+    assert (second.label, second.meta) == (None, {"kind": 0, "id": "b", "score": 1})
+    assert reasons(found) == {
+        "saved row 2": "no picture",
+        "saved row 3": "no caption",
+        "saved row 4": "empty file",
+    }
+
+
+def test_a_saved_datasets_class_labels(saved):
+    source = open_source(str(saved[0]), num_classes=2)
+    assert source.classes == ("water", "animal")
+    found = [item for item, _ in source.scan(0)]
+    assert [item.label for item in found if isinstance(item, Record)] == [1, 0, 1]
+    assert reasons(found) == {"saved row 2": "no picture", "saved row 4": "no class"}
+    with pytest.raises(UserError, match=r"3 classes: dataset .* has 2"):
+        open_source(str(saved[0]), num_classes=3)
+
+
+def test_datasets_that_leave_a_choice_are_the_users_mistake(saved):
+    with pytest.raises(UserError, match="holds the splits train, test: give one of them"):
+        open_source(str(saved[0].with_name("splits")))
+    with pytest.raises(UserError, match="has no column 'words', its columns are image, caption, kind"):
+        open_source(str(saved[0]), caption_column="words")
+    (saved[0] / "state.json").write_text("{")
+    with pytest.raises(UserError, match="cannot be read"):
+        open_source(str(saved[0]))

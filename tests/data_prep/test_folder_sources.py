@@ -1,0 +1,247 @@
+"""Folders, class folders and tables, against what was written into them."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+
+import pytest
+
+from data_prep.sources import Caption, open_source
+from data_prep.sources.record import PER_UNIT
+from megatron_dit.errors import UserError
+from tests.data_prep.heap import photo, written
+from tests.data_prep.test_sources import kept, reasons, scan
+
+PNG = written(photo())
+
+
+@pytest.fixture
+def fill(tmp_path):
+    """Writes files by relative path; returns the folder."""
+
+    def write(files):
+        for name, data in files.items():
+            path = tmp_path / "photos" / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(data)
+        return tmp_path / "photos"
+
+    return write
+
+
+def test_a_folder_is_searched_recursively_in_order(fill):
+    files = {
+        "b.JPG": PNG,
+        "b.txt": b"bee",
+        "cats/a.v2.png": PNG,
+        "cats/a.v2.json": b'{"captions": ["a cat"], "id": 7}',
+        ".hidden/c.png": PNG,
+        ".d.png": PNG,
+        "notes.md": b"#",
+    }
+    source = open_source(str(fill(files)))
+    first, second = scan(source)
+    assert (source.kind, source.units, source.classes) == ("folder", 1, ())
+    assert (first.name, first.captions) == ("b.JPG", (Caption("bee", 1.0),))
+    assert (second.name, second.captions, second.meta["id"]) == ("cats/a.v2.png", (Caption("a cat", 1.0),), 7)
+
+
+def test_each_fault_of_a_folder_has_its_reason(fill):
+    files = {
+        "a.jpg": PNG,
+        "a.png": PNG,
+        "a.txt": b"twice",
+        "b.png": PNG,
+        "c.png": b"",
+        "c.txt": b"empty",
+        "d.png": PNG,
+        "d.txt": b"\xff",
+        "e.png": PNG,
+        "e.json": b"{",
+        "f.txt": b"alone",
+        "g.txt": b"broken link",
+        "h.png": PNG,
+    }
+    folder = fill(files)
+    (folder / "g.png").symlink_to("nowhere.png")
+    (folder / "h.txt").symlink_to("nowhere.txt")
+    found = scan(open_source(str(folder)))
+    assert list(kept(found)) == ["a.jpg"]
+    assert reasons(found) == {
+        "a.png": "duplicate key",
+        "b.png": "no caption",
+        "c.png": "empty file",
+        "d.png": "caption is not UTF-8",
+        "e.png": "json is not valid",
+        "f": "no picture",
+        "g.png": "file is missing",
+        "h.png": "file is missing",
+    }
+
+
+def test_links_are_followed_but_not_round_in_circles(fill, tmp_path):
+    folder = fill({"a/b/c.png": PNG, "a/b/c.txt": b"sea"})
+    (folder / "a" / "b" / "up").symlink_to(folder)
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "d.png").write_bytes(PNG)
+    (folder / "link").symlink_to(tmp_path / "elsewhere")
+    assert [item.name for item in scan(open_source(str(folder)))] == ["a/b/c.png", "link/d.png"]
+
+
+def test_a_file_name_that_is_not_utf8_is_read(fill):
+    folder = fill({})
+    folder.mkdir()
+    for kind, data in ((b"png", PNG), (b"txt", b"words")):
+        with open(os.fsencode(folder) + b"/caf\xe9." + kind, "wb") as file:  # noqa: PTH123
+            file.write(data)
+    assert [item.name for item in scan(open_source(str(folder)))] == ["caf?.png"]
+
+
+def test_a_folder_is_cut_into_units(fill):
+    count = 2 * PER_UNIT + 7
+    files = {f"{i % 3}/{i:05d}.{kind}": b"x" for i in range(count) for kind in ("png", "txt")}
+    source = open_source(str(fill(files)))
+    units = [[item.name for item, _ in source.scan(unit)] for unit in range(source.units)]
+    assert [len(unit) for unit in units] == [PER_UNIT, PER_UNIT, 7]
+    assert [name for unit in units for name in unit] == sorted(name for name in files if name.endswith("png"))
+
+
+def test_class_folders_give_labels(fill):
+    files = {"dog/x/1.png": PNG, "cat/1.png": PNG, "cat/1.txt": b"ignored", "stray.png": PNG, ".git/1.png": PNG}
+    folder = fill(files)
+    (folder / "bird").mkdir()
+    source = open_source(str(folder), classes=True)
+    found = scan(source)
+    assert (source.kind, source.classes) == ("classes", ("bird", "cat", "dog"))
+    assert {name: record.label for name, record in kept(found).items()} == {"cat/1.png": 1, "dog/x/1.png": 2}
+    assert all(record.captions == () for record in kept(found).values())
+    assert reasons(found) == {"stray.png": "no class"}
+
+
+ROWS = [("a.png", "a bee,\nor two", 3), ("sub/b.png", "“sea”", 4)]
+
+
+@pytest.fixture
+def table(fill, tmp_path):
+    """Writes ``ROWS`` as a table of some kind beside their pictures; returns both paths."""
+
+    def write(kind):
+        path = tmp_path / f"words.{kind}"
+        if kind in ("csv", "tsv"):
+            with path.open("w", newline="", encoding="utf-8-sig") as file:
+                writer = csv.writer(file, "excel" if kind == "csv" else "excel-tab")
+                writer.writerows([("file", "caption", "score"), *ROWS])
+        elif kind == "jsonl":
+            lines = [json.dumps(dict(zip(("file", "caption", "score"), row, strict=True))) for row in ROWS]
+            path.write_text("\n\n".join(lines))
+        else:
+            arrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+            columns = dict(zip(("file", "caption", "score"), map(list, zip(*ROWS, strict=True)), strict=True))
+            parquet.write_table(arrow.table(columns), path, row_group_size=1)
+        return str(fill({"a.png": PNG, "sub/b.png": PNG})), str(path)
+
+    return write
+
+
+@pytest.mark.parametrize("kind", ["csv", "tsv", "jsonl", "parquet"])
+def test_a_table_names_files_and_captions(table, kind):
+    folder, path = table(kind)
+    source = open_source(folder, table=path)
+    first, second = scan(source)
+    assert (source.kind, source.units) == ("table", 1)
+    assert [first.name, second.name] == [f"words.{kind} row 0", f"words.{kind} row 1"]
+    for record, (file, caption, score) in zip((first, second), ROWS, strict=True):
+        assert (record.place, record.captions[0].text, int(record.meta["score"])) == ((file,), caption, score)
+
+
+def test_each_fault_of_a_table_has_its_reason(fill, tmp_path):
+    folder = fill({"a.png": PNG, "empty.png": b""})
+    rows = [
+        {"picture": "a.png", "words": ["one", {"text": "two", "weight": 2}], "deep": {"x": [1]}},
+        {"picture": "gone.png", "words": "a"},
+        {"picture": "empty.png", "words": "a"},
+        {"picture": "../secret.png", "words": "a"},
+        {"picture": "/etc/passwd", "words": "a"},
+        {"picture": "a.png", "words": " "},
+        {"picture": None, "words": "a"},
+        {"picture": "x" * 300, "words": "a"},
+        {"picture": "a.png", "words": 5},
+    ]
+    path = tmp_path / "t.jsonl"
+    lines = [json.dumps(row).encode() for row in rows]
+    path.write_bytes(b"\n".join([*lines, b"{torn", b'{"picture": "a.png", "words": "caf\xe9"}']))
+    found = scan(open_source(str(folder), table=str(path), file_column="picture", caption_column="words"))
+    assert kept(found)["t.jsonl row 0"].captions == (Caption("one", 1.0), Caption("two", 2.0))
+    assert kept(found)["t.jsonl row 0"].meta == {"deep": {"x": [1]}}
+    assert list(reasons(found).values()) == [
+        "file is missing",
+        "empty file",
+        "unsafe name",
+        "unsafe name",
+        "no caption",
+        "file is missing",
+        "file is missing",
+        "captions are not texts",
+        "json is not valid",
+        "caption is not UTF-8",
+    ]
+
+
+def test_a_csv_row_of_another_length_is_left_out(fill, tmp_path):
+    folder = fill({"a.png": PNG})
+    (tmp_path / "t.csv").write_text("file,caption\na.png,one\na.png,two,three\n\na.png,four\n")
+    found = scan(open_source(str(folder), table=str(tmp_path / "t.csv")))
+    assert list(kept(found)) == ["t.csv row 0", "t.csv row 2"]
+    assert reasons(found) == {"t.csv row 1": "row is not as long as the header"}
+
+
+@pytest.mark.parametrize("kind", ["csv", "jsonl", "parquet"])
+def test_a_table_is_read_from_any_unit_on(fill, tmp_path, kind):
+    folder = fill({"a.png": PNG})
+    captions = [f"“{i}”\nline" for i in range(2 * PER_UNIT + 5)]
+    path = tmp_path / f"t.{kind}"
+    if kind == "csv":
+        with path.open("w", newline="", encoding="utf-8") as file:
+            csv.writer(file).writerows([("file", "caption"), *(("a.png", caption) for caption in captions)])
+    elif kind == "jsonl":
+        path.write_text("\n".join(json.dumps({"file": "a.png", "caption": caption}) for caption in captions))
+    else:
+        arrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+        columns = {"file": ["a.png"] * len(captions), "caption": captions}
+        parquet.write_table(arrow.table(columns), path, row_group_size=700)
+    source = open_source(str(folder), table=str(path))
+    assert source.units == 3
+    for unit in (2, 0, 1):
+        found = [item.captions[0].text for item, _ in source.scan(unit)]
+        assert found == captions[unit * PER_UNIT : (unit + 1) * PER_UNIT]
+
+
+@pytest.mark.parametrize(
+    ("name", "data", "message"),
+    [
+        ("t.csv", b"file,text\n", "has no column 'caption', its columns are file, text"),
+        ("t.csv", b"", "has no column 'file', its columns are none"),
+        ("t.csv", b'file,caption\na,"' + b"x" * 200_000, "cannot be read .field larger"),
+        ("t.xls", b"", "expected a file .csv"),
+        ("t.parquet", b"PAR1", "is not a readable parquet"),
+    ],
+)
+def test_what_is_no_table_is_the_users_mistake(fill, tmp_path, name, data, message):
+    (tmp_path / name).write_bytes(data)
+    with pytest.raises(UserError, match=message) as caught:
+        open_source(str(fill({"a.png": PNG})), table=str(tmp_path / name))
+    assert "\n" not in str(caught.value)
+
+
+def test_folders_without_pictures_are_the_users_mistake(fill, tmp_path):
+    folder = str(fill({"a.tar": b""}))
+    with pytest.raises(UserError, match="holds no picture"):
+        open_source(folder)
+    with pytest.raises(UserError, match="no sub-folders"):
+        open_source(folder, classes=True)
+    with pytest.raises(UserError, match=r"labels come from class folders"):
+        open_source(folder, num_classes=3)
+    with pytest.raises(UserError, match="either the table or the classes"):
+        open_source(folder, classes=True, table="t.csv")

@@ -1,0 +1,261 @@
+"""Tars of pictures scanned: each picture once, kept with its words or left out with a reason."""
+
+from __future__ import annotations
+
+import io
+import json
+import tarfile
+from pathlib import Path
+
+import pytest
+
+from data_prep.sources import Caption, Record, Rejected, open_source
+from megatron_dit.errors import UserError
+from tests.data_prep.heap import bad_pictures, photo, written
+
+PNG = written(photo())
+EMOJI = Path(__file__).parents[3] / "shared" / "data" / "emoji64"
+
+
+def write_tar(path, members, **settings):
+    """Members by name, or (name, bytes) pairs where a name comes twice."""
+    with tarfile.open(path, "w", **settings) as tar:
+        for name, data in members.items() if isinstance(members, dict) else members:
+            member = tarfile.TarInfo(name)
+            member.size = len(data)
+            tar.addfile(member, io.BytesIO(data))
+    return str(path)
+
+
+def scan(source):
+    """All units' records and rejections by name; every record's bytes are read again by its JSON."""
+    found = []
+    for unit in range(source.units):
+        for item, data in source.scan(unit):
+            found.append(item)
+            if isinstance(item, Record):
+                again = Record.from_dict(json.loads(json.dumps(item.as_dict())))
+                assert again == item
+                assert source.read(again) == data
+            else:
+                assert data is None
+    return found
+
+
+def reasons(found):
+    return {item.name: item.reason for item in found if isinstance(item, Rejected)}
+
+
+def kept(found):
+    return {item.name: item for item in found if isinstance(item, Record)}
+
+
+def test_a_tar_gives_pictures_captions_and_json(tmp_path):
+    members = {
+        "0.png": PNG,
+        "0.txt": "\ufeff a café \n".encode(),
+        "0.json": b'{"width": 3}',
+        "./deep/1.seg.png": b"another picture's part",
+        "./deep/1.JPEG": b"not looked into",
+        "./deep/1.txt": b"two words",
+        "._0.png": b"a Mac's own",
+    }
+    path = write_tar(tmp_path / "a.tar", members)
+    source = open_source(path)
+    first, second = scan(source)
+    assert (source.kind, source.units, source.classes) == ("tars", 1, ())
+    assert (first.name, first.captions, first.label) == ("a.tar/0", (Caption("a café", 1.0),), None)
+    assert first.meta == {"width": 3}
+    assert (second.name, second.captions) == ("a.tar/deep/1", (Caption("two words", 1.0),))
+    assert source.read(first) == PNG
+    assert source.read(second) == b"not looked into"
+
+
+@pytest.mark.parametrize("style", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
+def test_long_names_of_any_tar_format_are_read(tmp_path, style):
+    key = "folder/" * 12 + "x" * 90
+    path = write_tar(tmp_path / "a.tar", {key + ".png": PNG, key + ".txt": b"long"}, format=style)
+    assert list(kept(scan(open_source(path)))) == ["a.tar/" + key]
+
+
+def test_each_fault_of_a_tar_has_its_reason(tmp_path):
+    members = [
+        ("good.png", PNG),
+        ("good.txt", b"a"),
+        ("blank.png", PNG),
+        ("blank.txt", b" \n"),
+        ("bytes.png", PNG),
+        ("bytes.txt", b"caf\xe9"),
+        ("json.png", PNG),
+        ("json.json", b'{"a": '),
+        ("list.png", PNG),
+        ("list.json", b"[1]"),
+        ("words.txt", b"only words"),
+        ("words.heic", PNG),
+        ("twice.png", PNG),
+        ("twice.txt", b"a"),
+        ("twice.jpg", PNG),
+        ("empty.png", b""),
+        ("empty.txt", b"a"),
+        ("code.png", PNG),
+        ("code.txt", b"a"),
+        ("code.meta.PKL", b"cos\nsystem\n"),
+        ("../up.png", PNG),
+        ("../up.txt", b"a"),
+        ("/etc/root.png", PNG),
+        ("/etc/root.txt", b"a"),
+        ("good.png", PNG),
+    ]
+    path = write_tar(tmp_path / "a.tar", members)
+    found = scan(open_source(path))
+    assert [item.name for item in found if isinstance(item, Record)] == ["a.tar/good", "a.tar/twice"]
+    assert reasons(found) == {
+        "a.tar/good": "duplicate key",
+        "a.tar/blank": "no caption",
+        "a.tar/bytes": "caption is not UTF-8",
+        "a.tar/json": "json is not valid",
+        "a.tar/list": "json is not valid",
+        "a.tar/words": "no picture",
+        "a.tar/twice": "duplicate key",
+        "a.tar/empty": "empty file",
+        "a.tar/code": "member .pkl is refused",
+        "a.tar/../up": "unsafe name",
+        "a.tar//etc/root": "unsafe name",
+    }
+    pictures = sum(name.endswith((".png", ".jpg")) for name, _ in members)
+    assert len(found) == pictures + 1  # and the words without a picture
+
+
+def test_a_link_in_a_tar_is_not_followed(tmp_path):
+    with tarfile.open(tmp_path / "a.tar", "w") as tar:
+        member = tarfile.TarInfo("0.png")
+        member.type, member.linkname = tarfile.SYMTYPE, "/etc/passwd"
+        tar.addfile(member)
+    assert reasons(scan(open_source(str(tmp_path / "a.tar")))) == {"a.tar/0": "member is not a plain file"}
+
+
+CAPTIONS = {
+    "list": (["b", "c"], [("a", 1.0), ("b", 1.0), ("c", 1.0)]),
+    "weights": ([{"text": "b", "weight": 3}, {"text": "c"}], [("a", 1.0), ("b", 3.0), ("c", 1.0)]),
+    "equal to the text": ([{"text": " a ", "weight": 0.5}, "b"], [("a", 0.5), ("b", 1.0)]),
+    "equal to each other": (["b", {"text": "b", "weight": 2}], [("a", 1.0), ("b", 3.0)]),
+    "blank": (["", " ", "b"], [("a", 1.0), ("b", 1.0)]),
+    "null": (None, [("a", 1.0)]),
+    "one text": ("b", [("a", 1.0), ("b", 1.0)]),
+    "zero": ([{"text": "b", "weight": 0}], "caption weight is not a positive number"),
+    "negative": ([{"text": "b", "weight": -1}], "caption weight is not a positive number"),
+    "infinite": ([{"text": "b", "weight": float("inf")}], "caption weight is not a positive number"),
+    "nan": ([{"text": "b", "weight": float("nan")}], "caption weight is not a positive number"),
+    "huge": ([{"text": "b", "weight": 10**400}], "caption weight is not a positive number"),
+    "worded": ([{"text": "b", "weight": "2"}], "caption weight is not a positive number"),
+    "numbers": ([1, 2], "captions are not texts"),
+    "an object": ({"text": "b"}, "captions are not texts"),
+    "half a pair": (["\ud83d"], "caption is not UTF-8"),
+}
+
+
+@pytest.mark.parametrize("case", CAPTIONS)
+def test_captions_of_the_json_join_the_text(tmp_path, case):
+    given, expected = CAPTIONS[case]
+    members = {"0.png": PNG, "0.txt": b"a", "0.json": json.dumps({"captions": given}).encode()}
+    (item,) = (item for item, _ in open_source(write_tar(tmp_path / "a.tar", members)).scan(0))
+    if isinstance(expected, str):
+        assert item.reason == expected
+    else:
+        assert [(caption.text, caption.weight) for caption in item.captions] == expected
+
+
+def test_classes_come_from_cls_and_need_no_caption(tmp_path):
+    members = {}
+    for key, number in {"a": b"2\n", "b": b"3", "c": b"-1", "d": b"cat", "e": b"\xb2", "f": b"1" * 5000}.items():
+        members |= {f"{key}.png": PNG, f"{key}.cls": number}
+    source = open_source(write_tar(tmp_path / "a.tar", {**members, "g.png": PNG, "g.txt": b"a"}), num_classes=3)
+    found = scan(source)
+    assert source.classes == ("0", "1", "2")
+    assert [(record.label, record.captions) for record in kept(found).values()] == [(2, ())]
+    wrong = dict.fromkeys((f"a.tar/{key}" for key in "bcdef"), "class is not a number below 3")
+    assert reasons(found) == {**wrong, "a.tar/g": "no class"}
+
+
+def numbered(count):
+    return [pair for i in range(count) for pair in ((f"{i}.txt", b"words"), (f"{i}.png", PNG))]
+
+
+def test_a_torn_tar_gives_the_samples_before_the_tear(tmp_path):
+    path = Path(write_tar(tmp_path / "a.tar", numbered(5)))
+    whole = path.read_bytes()
+    with tarfile.open(path) as tar:
+        headers = [tar.getmember(f"{i}.txt").offset for i in range(5)]
+        third = tar.getmember("3.png")
+    cuts = {
+        third.offset_data + 10: 3,  # in a picture
+        third.offset + 100: 4,  # in a header: sample 3 has its words, and no picture came
+        headers[3]: 3,  # between samples
+        headers[3] + 512 + 2: 3,  # in the words
+        0: 0,
+        100: 0,
+    }
+    for size, samples in cuts.items():
+        path.write_bytes(whole[:size])
+        *before, last = (item for item, _ in open_source(str(path)).scan(0))
+        assert last == Rejected("a.tar", f"tar is torn after {samples} samples")
+        assert [item.name for item in before] == [f"a.tar/{i}" for i in range(samples)]
+        assert all(isinstance(item, Record) for item in before[:3])
+    garbled = bytearray(whole)
+    garbled[headers[2] : headers[2] + 512] = b"\x55" * 512
+    path.write_bytes(garbled)
+    assert [item.name for item, _ in open_source(str(path)).scan(0)] == ["a.tar/0", "a.tar/1", "a.tar"]
+
+
+def test_any_bytes_are_a_torn_tar(tmp_path):
+    for name, data in {**bad_pictures(), "gzip": b"\x1f\x8b" + bytes(2000)}.items():
+        (tmp_path / "a.tar").write_bytes(data)
+        found = [item for item, _ in open_source(str(tmp_path / "a.tar")).scan(0)]
+        assert found == [Rejected("a.tar", "tar is torn after 0 samples")], name
+
+
+def test_globs_and_lists_of_tars_are_units_in_order(tmp_path, monkeypatch):
+    for name in ("b", "a", "c"):
+        write_tar(tmp_path / f"{name}.tar", {f"{name}.png": PNG, f"{name}.txt": b"x"})
+    monkeypatch.chdir(tmp_path)
+    for spec, names in {
+        "*.tar": "abc",
+        f"{tmp_path}/[ab].tar": "ab",
+        "c.tar,a.tar": "ca",
+        "b.tar,*.tar": "bac",
+    }.items():
+        source = open_source(spec)
+        assert source.units == len(names)
+        assert list(kept(scan(source))) == [f"{name}.tar/{name}" for name in names]
+
+
+@pytest.mark.parametrize(
+    ("spec", "named", "message"),
+    [
+        ("pipe:cat a.tar", {}, "commands are never run"),
+        ("a.tar,pipe:cat a.tar", {}, "commands are never run"),
+        ("missing/*.tar", {}, "names no files"),
+        ("a.tar,missing.tar", {}, "'missing.tar' names no files"),
+        ("", {}, "names no files"),
+        ("a.zip", {}, "'a.zip' is not a .tar"),
+        ("a.tar", {"classes": True}, "is not a folder: class folders need one"),
+        ("a.tar", {"table": "t.csv"}, "is not a folder: a table needs one"),
+    ],
+)
+def test_what_names_no_tars_is_the_users_mistake(tmp_path, monkeypatch, spec, named, message):
+    monkeypatch.chdir(tmp_path)
+    write_tar("a.tar", {})
+    Path("a.zip").write_bytes(b"")
+    with pytest.raises(UserError, match=message) as caught:
+        open_source(spec, **named)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.skipif(not EMOJI.is_dir(), reason="the emoji tars are not here")
+def test_real_tars_come_whole():
+    path = EMOJI / "00000.tar"
+    with tarfile.open(path) as tar:
+        pictures = [name for name in tar.getnames() if name.endswith(".png")]
+    found = [item for item, _ in open_source(str(path)).scan(0)]
+    assert all(isinstance(item, Record) and item.captions for item in found)
+    assert [item.name for item in found] == [f"00000.tar/{name.removesuffix('.png')}" for name in pictures]
