@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import os
+import sys
 
 import pytest
 
@@ -245,3 +246,10 @@ def test_folders_without_pictures_are_the_users_mistake(fill, tmp_path):
         open_source(folder, num_classes=3)
     with pytest.raises(UserError, match="either the table or the classes"):
         open_source(folder, classes=True, table="t.csv")
+
+
+def test_a_missing_library_names_the_extra(fill, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "pyarrow.parquet", None)
+    (tmp_path / "t.parquet").write_bytes(b"PAR1")
+    with pytest.raises(UserError, match=r"pip install 'megatron_dit\[prep\]'"):
+        open_source(str(fill({"a.png": PNG})), table=str(tmp_path / "t.parquet"))
