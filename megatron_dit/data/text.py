@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from megatron_dit.data.identity import weights_sha256
-from megatron_dit.errors import UserError
+from megatron_dit.data.pretrained import loading
 
 # That an encoder may run in, as an index names them.
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -24,21 +24,13 @@ class TextEncoder:
         self, name: str, max_tokens: int, device: torch.device | None = None, dtype: torch.dtype = torch.float32
     ) -> None:
         """Raises UserError where ``name`` is neither a folder nor to be had from a hub, or has pickled weights."""
-        from transformers import AutoTokenizer, T5EncoderModel, logging
-        from transformers.utils.logging import disable_progress_bar
+        from transformers import AutoTokenizer, T5EncoderModel
 
-        logging.set_verbosity_error()
-        disable_progress_bar()
         self.name, self.max_tokens = name, max_tokens
         self._device = device or torch.device("cpu")
-        try:
+        with loading("text encoder", "T5", name):
             self._tokenizer = AutoTokenizer.from_pretrained(name)
             self.model: Any = T5EncoderModel.from_pretrained(name, dtype=dtype, use_safetensors=True)
-        except (OSError, ValueError) as error:
-            reason = str(error).splitlines()[0]
-            raise UserError(
-                f"text encoder {name} cannot be loaded ({reason}): give a T5 folder or hub name with safetensors"
-            ) from None
         self.model.to(self._device).eval()
 
     @property

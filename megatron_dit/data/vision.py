@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from megatron_dit.errors import UserError
+from megatron_dit.data.pretrained import loading
 
 # DINOv2's preprocessing (ImageNet's statistics).
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -19,19 +19,11 @@ class VisionEncoder:
 
     def __init__(self, name: str, device: torch.device | None = None) -> None:
         """Raises UserError where ``name`` is neither a folder nor to be had from a hub, or has pickled weights."""
-        from transformers import Dinov2Model, logging
-        from transformers.utils.logging import disable_progress_bar
+        from transformers import Dinov2Model
 
-        logging.set_verbosity_error()
-        disable_progress_bar()
         self._device = device or torch.device("cpu")
-        try:
+        with loading("vision encoder", "DINOv2", name):
             self._model: Any = Dinov2Model.from_pretrained(name, use_safetensors=True)
-        except (OSError, ValueError) as error:
-            reason = str(error).splitlines()[0]
-            raise UserError(
-                f"vision encoder {name} cannot be loaded ({reason}): give a DINOv2 folder or hub name with safetensors"
-            ) from None
         self._model.to(self._device).eval()
 
     @property

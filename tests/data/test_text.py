@@ -11,7 +11,6 @@ from transformers import AutoTokenizer, T5EncoderModel
 
 from data_prep.tiny_t5 import build_tiny_t5
 from megatron_dit.data.text import TextEncoder
-from megatron_dit.errors import UserError
 
 CAPTIONS = ["a red circle", "", "a blue square at the top left and more words than there is room for", "a red circle"]
 TOKENS = 8
@@ -65,13 +64,3 @@ def test_equal_captions_run_once(folder):
 def test_the_hash_is_of_the_weights_file(folder):
     expected = hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()
     assert TextEncoder(str(folder), TOKENS).sha256 == expected
-
-
-def test_pickled_weights_are_refused_in_one_line(folder, tmp_path):
-    for file in folder.iterdir():
-        if file.suffix != ".safetensors":
-            (tmp_path / file.name).write_bytes(file.read_bytes())
-    torch.save(T5EncoderModel.from_pretrained(folder).state_dict(), tmp_path / "pytorch_model.bin")
-    with pytest.raises(UserError, match=r"no file named model\.safetensors.*hub name with safetensors$") as told:
-        TextEncoder(str(tmp_path), TOKENS)
-    assert "\n" not in str(told.value)
