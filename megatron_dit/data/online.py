@@ -9,6 +9,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
+import torch
+from torch import Tensor
 
 from megatron_dit.data.text import DTYPES, TextEncoder
 from megatron_dit.errors import UserError
@@ -48,10 +50,10 @@ class OnlineText:
             )
         if sharded:
             self._engine = _gather_on_use(self._encoder.model, text["dtype"])
-        self._cache: OrderedDict[bytes, np.ndarray] = OrderedDict()
+        self._cache: OrderedDict[bytes, Tensor] = OrderedDict()
         self._bytes = 0
 
-    def __call__(self, ids: Sequence[np.ndarray]) -> list[np.ndarray]:
+    def __call__(self, ids: Sequence[np.ndarray]) -> list[Tensor]:
         """Features (tokens, dim) fp16 of each caption's ids. Collective where the weights are sharded."""
         captions = {caption.tobytes(): caption for caption in ids}
         found = {key: self._cache[key] for key in captions if key in self._cache}
@@ -59,14 +61,14 @@ class OnlineText:
         if missing or self._sharded:
             # Ranks gather the weights from each other: one that misses nothing takes part with a caption of no words.
             features = self._encoder.encode_ids(list(missing.values()) or [END])
-            found.update({key: feature.half().numpy() for key, feature in zip(missing, features, strict=False)})
+            found.update({key: feature.half() for key, feature in zip(missing, features, strict=False)})
         # An unreadable sample has no ids.
-        found[b""] = np.zeros((0, self._encoder.dim), np.float16)
+        found[b""] = torch.zeros(0, self._encoder.dim, dtype=torch.float16)
         for key in captions:
             self._keep(key, found[key])
         return [found[caption.tobytes()] for caption in ids]
 
-    def _keep(self, key: bytes, features: np.ndarray) -> None:
+    def _keep(self, key: bytes, features: Tensor) -> None:
         """Make it the latest used, and drop the least recently used beyond the bound."""
         if key not in self._cache:
             self._cache[key] = features

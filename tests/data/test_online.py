@@ -6,6 +6,7 @@ import math
 
 import numpy as np
 import pytest
+import torch
 
 from data_prep.tiny_t5 import build_tiny_t5
 from megatron_dit.config.load import first_difference
@@ -55,7 +56,7 @@ def test_features_on_the_fly_are_the_precomputed_ones(folder, dtype):
     ids = encoder.tokenize(texts)
     run = OnlineText(described(folder, dtype), str(folder), sharded=False)
     found = run(ids[::-1])[::-1]
-    assert {feature.dtype for feature in found} == {np.dtype(np.float16)}
+    assert {feature.dtype for feature in found} == {torch.float16}
     for feature, expected in zip(found, precomputed, strict=True):
         np.testing.assert_array_equal(feature, expected)
     # Other company means other padding and matrix sizes: sums in another order round elsewhere, now and then.
