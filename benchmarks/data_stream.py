@@ -2,8 +2,8 @@
 
     python benchmarks/data_stream.py [--folder FOLDER] [--json FILE]      # 5 minutes on two cores, 1.5 GB of disk
 
-Throughput: samples/s of two loader workers over the same shards, T5-XXL-like features (4,096 wide, 20 to 40 tokens, padded
-to 120) and a VAE's means and deviations at 256 pixels. Bare webdataset reads sequentially, decodes the same arrays and
+Throughput: samples/s of two loader workers over the same shards, features as T5-XXL's (4,096 wide, 20 to 40 tokens,
+padded to 120) and a VAE's means and deviations at 256 pixels. Bare webdataset reads sequentially, decodes the same arrays and
 makes the same batches, in turn with ours; the stream also draws t and the noise of every sample from (seed, step).
 
 Memory: resident bytes of the process that reads, every 20,000 samples (no workers: all of it is in one process).
@@ -156,8 +156,10 @@ def main() -> None:
     with tempfile.TemporaryDirectory(dir=arguments.folder) as folder:
         found = {"throughput": throughput(Path(folder) / "large", arguments.rounds)}
         found["memory"] = memory(Path(folder) / "small", 200_000)
-    print(f"stream / webdataset: {found['throughput']['ratio']:.2f}; over 200,000 samples the process grew by "
-          f"{found['memory']['grown_mib']:.1f} MiB")
+    print(
+        f"stream / webdataset: {found['throughput']['ratio']:.2f}; over 200,000 samples the process grew by "
+        f"{found['memory']['grown_mib']:.1f} MiB"
+    )
     if arguments.json:
         arguments.json.write_text(json.dumps(found, indent=1) + "\n")
 

@@ -114,7 +114,7 @@ def _online_text(index: Index, config: Config) -> Callable[[Batch], Batch]:
     encoder = OnlineText(index.text, config.data.text_encoder, sharded=config.data.text_sharded)
 
     def add(batch: Batch) -> Batch:
-        features = [torch.from_numpy(array) for array in encoder(batch.ids)]
+        features = encoder(batch.ids)
         return replace(batch, condition=with_text(batch.condition.dropped, features, config.model.text_tokens))
 
     return add

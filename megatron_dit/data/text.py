@@ -23,14 +23,14 @@ class TextEncoder:
     def __init__(
         self, name: str, max_tokens: int, device: torch.device | None = None, dtype: torch.dtype = torch.float32
     ) -> None:
-        """Raises UserError where ``name`` is neither a folder nor to be had from a hub, or has pickled weights."""
+        """Raises UserError where ``name`` is neither a folder nor to be had from a hub."""
         from transformers import AutoTokenizer, T5EncoderModel
 
         self.name, self.max_tokens = name, max_tokens
         self._device = device or torch.device("cpu")
         with loading("text encoder", "T5", name):
             self._tokenizer = AutoTokenizer.from_pretrained(name)
-            self.model: Any = T5EncoderModel.from_pretrained(name, dtype=dtype, use_safetensors=True)
+            self.model: Any = T5EncoderModel.from_pretrained(name, dtype=dtype, weights_only=True)
         self.model.to(self._device).eval()
 
     @property

@@ -23,7 +23,7 @@ class VisionEncoder:
 
         self._device = device or torch.device("cpu")
         with loading("vision encoder", "DINOv2", name):
-            self._model: Any = Dinov2Model.from_pretrained(name, use_safetensors=True)
+            self._model: Any = Dinov2Model.from_pretrained(name, weights_only=True)
         self._model.to(self._device).eval()
 
     @property
