@@ -3,8 +3,9 @@
     python benchmarks/data_stream.py [--folder FOLDER] [--json FILE]      # 5 minutes on two cores, 1.5 GB of disk
 
 Throughput: samples/s of two loader workers over the same shards, features as T5-XXL's (4,096 wide, 20 to 40 tokens,
-padded to 120) and a VAE's means and deviations at 256 pixels. Bare webdataset reads sequentially, decodes the same arrays and
-makes the same batches, in turn with ours; the stream also draws t and the noise of every sample from (seed, step).
+padded to 120) and a VAE's means and deviations at 256 pixels. Bare webdataset reads sequentially, decodes the same
+arrays and makes the same batches, in turn with ours; the stream also draws t and the noise of every sample from
+(seed, step).
 
 Memory: resident bytes of the process that reads, every 20,000 samples (no workers: all of it is in one process).
 """
