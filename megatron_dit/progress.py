@@ -12,7 +12,7 @@ SECONDS_BETWEEN_LINES = 15.0
 
 
 class ProgressBar:
-    """``advance`` after each unit of work with a short text; silent on ranks other than 0."""
+    """``advance`` after each unit of work, or ``to`` their number so far, with a short text; silent without ``show``."""
 
     def __init__(self, title: str, total: int, done: int = 0, *, show: bool = True) -> None:
         self._console = Console()
@@ -40,7 +40,10 @@ class ProgressBar:
             self._bar.stop()
 
     def advance(self, text: str = "") -> None:
-        self._done += 1
+        self.to(self._done + 1, text)
+
+    def to(self, done: int, text: str = "") -> None:
+        self._done = done
         if self._bar is not None:
             self._bar.update(self._task, completed=self._done, text=text)
         elif self._show:

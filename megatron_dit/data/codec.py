@@ -2,20 +2,32 @@
 
 from __future__ import annotations
 
+from functools import cached_property
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
+from megatron_dit.data.identity import weights_sha256
 from megatron_dit.errors import UserError
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}  # that an encoder may run in
 
 
 class Codec(Protocol):
     channels: int
     scale: int  # picture pixels per latent pixel, along each side
 
-    def encode(self, pictures: Tensor) -> Tensor:
-        """(B, 3, H, W) uint8 -> latents (B, channels, H / scale, W / scale) fp32."""
+    @property
+    def sha256(self) -> str:
+        """Of the weights; "" where there are none."""
+        ...
+
+    def posterior(self, pictures: Tensor) -> tuple[Tensor, Tensor | None]:
+        """(B, 3, H, W) uint8 -> mean and standard deviation of the latents, (B, channels, H / scale, W / scale) fp32.
+
+        Without a standard deviation the latents are certain.
+        """
         ...
 
     def decode(self, latents: Tensor) -> Tensor:
@@ -26,47 +38,58 @@ class Codec(Protocol):
 class PixelCodec:
     """The identity: pixels in [-1, 1] are the latents. For the embedded data."""
 
-    channels, scale = 3, 1
+    channels, scale, sha256 = 3, 1, ""
 
-    def encode(self, pictures: Tensor) -> Tensor:
-        return pictures.float() / 127.5 - 1
+    def posterior(self, pictures: Tensor) -> tuple[Tensor, None]:
+        return pictures.float() / 127.5 - 1, None
 
     def decode(self, latents: Tensor) -> Tensor:
         return ((latents.float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
 
 
 class VaeCodec:
-    """An AutoencoderKL from a local folder or hub name, with its own scaling factor and shift."""
+    """An AutoencoderKL from a local folder or hub name, with its own scaling factor and shift; it runs in ``dtype``."""
 
-    def __init__(self, path: str, device: torch.device | None = None) -> None:
+    def __init__(self, path: str, device: torch.device | None = None, dtype: torch.dtype = torch.float32) -> None:
+        """Raises UserError where ``path`` is neither a folder nor to be had from a hub, or has pickled weights."""
         from diffusers import AutoencoderKL
 
-        self._device = device or torch.device("cpu")
+        self._path, self._device, self._dtype = path, device or torch.device("cpu"), dtype
         try:
-            self._vae: Any = AutoencoderKL.from_pretrained(path)
+            self._vae: Any = AutoencoderKL.from_pretrained(path, use_safetensors=True)
         except (OSError, ValueError) as error:
             reason = str(error).splitlines()[0]
             raise UserError(
-                f"VAE {path} cannot be loaded ({reason}): give an AutoencoderKL folder or hub name"
+                f"VAE {path} cannot be loaded ({reason}): give an AutoencoderKL folder or hub name with safetensors"
             ) from None
-        self._vae.to(self._device).eval()
+        self._vae.to(self._device, dtype).eval()
         config = self._vae.config
         self.channels: int = config.latent_channels
         self.scale: int = 2 ** (len(config.block_out_channels) - 1)
         self._factor, self._shift = config.scaling_factor, config.shift_factor or 0.0
 
+    @cached_property
+    def sha256(self) -> str:
+        """SHA-256 of the weights' files; the first use reads them all."""
+        return weights_sha256(self._path)
+
     @torch.no_grad()
-    def encode(self, pictures: Tensor) -> Tensor:
-        """The posterior's mean, shifted and scaled."""
-        x = PixelCodec().encode(pictures).to(self._device)
-        return (self._vae.encode(x).latent_dist.mean.cpu() - self._shift) * self._factor
+    def posterior(self, pictures: Tensor) -> tuple[Tensor, Tensor]:
+        """Shifted and scaled; on the CPU."""
+        x, _ = PixelCodec().posterior(pictures.to(self._device))
+        found = self._vae.encode(x.to(self._dtype)).latent_dist
+        mean = (found.mean.float() - self._shift) * self._factor
+        std = (0.5 * found.logvar.float()).exp() * self._factor
+        return mean.cpu(), std.cpu()
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
-        x = (latents / self._factor + self._shift).to(self._device)
+        x = (latents / self._factor + self._shift).to(self._device, self._dtype)
         return PixelCodec().decode(self._vae.decode(x).sample.cpu())
 
 
-def open_codec(description: dict[str, Any], device: torch.device | None = None) -> Codec:
+def open_codec(
+    description: dict[str, Any], device: torch.device | None = None, dtype: torch.dtype = torch.float32
+) -> Codec:
     """The codec that an index describes: {"kind": "pixels"} or {"kind": "vae", "path": ...}."""
-    return PixelCodec() if description["kind"] == "pixels" else VaeCodec(description["path"], device)
+    return PixelCodec() if description["kind"] == "pixels" else VaeCodec(description["path"], device, dtype)

@@ -1,0 +1,161 @@
+"""A job that any number of processes on any number of hosts share through its folder.
+
+A phase is a number of tasks. A task is held by a lock that the system frees when its holder dies, works in a folder of
+its own, and is done when ``job/PHASE/NUMBER.json`` is there. Whatever it leaves is renamed into place, so that a task
+which is killed, or done twice where a file system has no locks, changes nothing.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import json
+import os
+import shutil
+import socket
+import time
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from megatron_dit.data.shards import INDEX
+from megatron_dit.errors import UserError
+
+POLL_SECONDS = 0.5
+NO_LOCKS = (errno.ENOTSUP, errno.ENOSYS, errno.ENOLCK)
+
+
+class Claim:
+    """A task that this worker holds, and ``scratch``, a fresh folder for its files, until it is left."""
+
+    def __init__(self, lock: int, scratch: Path, done: Path) -> None:
+        self._lock, self.scratch, self._done = lock, scratch, done
+        shutil.rmtree(scratch, ignore_errors=True)
+        scratch.mkdir(parents=True)
+
+    def finish(self, result: Mapping[str, Any]) -> None:
+        """Mark the task done, with what the later phases must know of it."""
+        self.publish("done.json", self._done, json.dumps(result))
+
+    def publish(self, name: str, target: Path, text: str | None = None) -> None:
+        """Rename ``name`` of scratch, written here with ``text``, to ``target``."""
+        path = self.scratch / name
+        if text is not None:
+            with path.open("w") as file:
+                file.write(text)
+                file.flush()
+                os.fsync(file.fileno())
+        path.replace(target)
+
+    def __enter__(self) -> Claim:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
+        shutil.rmtree(self.scratch, ignore_errors=True)
+        os.close(self._lock)
+
+
+class Job:
+    """The job of one folder: ``job.json`` says what it does, ``job/`` how far it is, ``index.json`` that it is done."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.root = folder, folder / "job"
+        self._results: dict[str, dict[int, dict[str, Any]]] = {}
+
+    @property
+    def finished(self) -> bool:
+        return (self.folder / INDEX).is_file()
+
+    def begun(self, arguments: Mapping[str, Any]) -> bool:
+        """Whether the folder holds a job of these arguments; False for a folder to be made.
+
+        Raises UserError for a folder that holds anything else.
+        """
+        if not self.folder.exists():
+            return False
+        try:
+            found = json.loads((self.folder / "job.json").read_text())
+        except (FileNotFoundError, NotADirectoryError):
+            if self.folder.is_dir() and all(path.name == self.root.name for path in self.folder.iterdir()):
+                return False  # killed before it began
+            raise UserError(f"{self.folder} exists and is no job of this command: give a new folder") from None
+        except ValueError as error:
+            raise UserError(f"{self.folder}/job.json is no job's ({error}): give a new folder") from None
+        for name in arguments:
+            if name not in found or found[name] != json.loads(json.dumps(arguments[name])):
+                raise UserError(
+                    f"{self.folder} exists and was begun with {name}={found.get(name)}, not {arguments[name]}: "
+                    "give the same arguments or a new folder"
+                )
+        return True
+
+    def begin(self, arguments: Mapping[str, Any]) -> None:
+        """Make the folder, or join the job in it, which must have the same arguments."""
+        for name in ("locks", "scan", "shards"):
+            (self.root / name).mkdir(parents=True, exist_ok=True)
+        while not self.begun(arguments):
+            if (claim := self.claim("begin")) is None:
+                time.sleep(POLL_SECONDS)
+                continue
+            with claim:
+                if not (self.folder / "job.json").exists():
+                    claim.publish("job.json", self.folder / "job.json", json.dumps(arguments, indent=1) + "\n")
+
+    def claim(self, name: str, done: Path | None = None) -> Claim | None:
+        """None where another worker holds the task."""
+        lock = os.open(self.root / "locks" / name, os.O_RDWR | os.O_CREAT, 0o666)
+        scratch = self.root / "work" / name
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(lock)
+            return None
+        except OSError as error:
+            if error.errno not in NO_LOCKS:
+                raise
+            scratch = scratch.with_name(f"{name}-{socket.gethostname()}-{os.getpid()}")
+        return Claim(lock, scratch, done or scratch / "done")
+
+    def results(self, phase: str) -> dict[int, dict[str, Any]]:
+        """What the tasks of a phase that are done by now have left, by number."""
+        known = self._results.setdefault(phase, {})
+        with os.scandir(self.root / phase) as entries:
+            for entry in entries:
+                stem, _, ending = entry.name.partition(".")
+                if ending == "json" and int(stem) not in known:
+                    known[int(stem)] = json.loads(Path(entry.path).read_text())
+        return known
+
+    def claims(self, phase: str, tasks: int, wait: Callable[[], None]) -> Iterator[tuple[int, Claim]]:
+        """Each of a phase's tasks that is neither done nor held by another worker, until all are done.
+
+        The caller leaves the claims. ``wait`` is called while there is none to be had.
+        """
+        mine: set[int] = set()
+        while len(done := self.results(phase)) < tasks:
+            found = False
+            for number in range(tasks):
+                if number in mine or number in done:
+                    continue
+                path = self.root / phase / f"{number:05d}.json"
+                if (claim := self.claim(f"{phase}-{number:05d}", path)) is None:
+                    continue
+                if path.exists():
+                    claim.__exit__(None, None, None)
+                    continue
+                found = True
+                mine.add(number)
+                yield number, claim
+            if not found:
+                wait()
+
+    def clean(self) -> None:
+        """Drop what only the work needed."""
+        shutil.rmtree(self.root, ignore_errors=True)  # other workers that find the job finished do so too
+
+    def abandon(self) -> None:
+        """Remove the folder; ``job.json`` goes last, so that no other job can begin in what a kill leaves of it."""
+        self.clean()
+        (self.folder / "job.json").unlink(missing_ok=True)
+        shutil.rmtree(self.folder, ignore_errors=True)
