@@ -2,60 +2,74 @@
 
 from __future__ import annotations
 
-import json
+import argparse
 import sys
 from dataclasses import asdict
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from data_prep.build import Vision, demo, encode
+from data_prep import cli_encode
+from data_prep.cli_encode import add_shared
 from megatron_dit.cli import Parser, add_command
+from megatron_dit.cli.common import write_json
 from megatron_dit.errors import UserError
+
+if TYPE_CHECKING:
+    from data_prep.run import Done
 
 
 def main(arguments: list[str]) -> int:
     parser = Parser(prog="python -m data_prep", description="Pictures and captions to shards of latents and text.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=Parser)
-
-    def add(name: str, text: str, example: str) -> Parser:
-        return add_command(commands, name, text, f"python -m data_prep {example}")
-
-    embedded = add("demo", "Draw the embedded dataset of captioned scenes.", "demo data/scenes")
+    embedded = add_command(
+        commands,
+        "demo",
+        "Draw the embedded dataset of captioned scenes.",
+        "python -m data_prep demo data/scenes",
+    )
     embedded.add_argument("folder", type=Path, help="folder to make")
     embedded.add_argument("--pictures", type=int, default=20000, help="number of pictures")
     embedded.add_argument("--seed", type=int, default=0, help="seed of the scenes and the tiny T5")
-
-    real = add("encode", "Encode webdataset shards of pictures and captions.", "encode 'photos/*.tar' data/photos")
-    real.add_argument("source", help="glob of tars with KEY.jpg|png and KEY.txt")
-    real.add_argument("folder", type=Path, help="folder to make")
-    real.add_argument("--size", type=int, default=256, help="side of the square pictures, in pixels")
-    real.add_argument("--text-encoder", default="tiny", help="T5 folder or hub name; tiny: a random one is built")
-    real.add_argument("--tokens", type=int, default=120, help="text tokens kept of a caption")
-    real.add_argument("--classes", type=int, default=0, help="classes of KEY.cls; captions may then be missing")
-    real.add_argument("--vae", default="pixels", help="AutoencoderKL folder or hub name; pixels: none")
-    for command in (embedded, real):
-        command.add_argument("--vision-encoder", help="DINOv2 folder or hub name: features for REPA are kept too")
-        command.add_argument("--patch", type=int, default=2, help="the model's patch_size, which the features fit")
+    add_shared(embedded)
+    cli_encode.add_command_to(commands)
     try:
-        parsed = parser.parse_args(arguments)
-        if parsed.patch < 1:
-            raise UserError(f"--patch {parsed.patch}: expected at least 1")
-        vision = Vision(parsed.vision_encoder, parsed.patch) if parsed.vision_encoder else None
-        if parsed.command == "demo":
-            if parsed.pictures < 1:
-                raise UserError(f"--pictures {parsed.pictures}: expected at least 1")
-            index = demo(parsed.folder, parsed.pictures, parsed.seed, vision=vision)
-        else:
-            source, size, tokens = parsed.source, parsed.size, parsed.tokens
-            named = {"vision": vision, "classes": parsed.classes}
-            index = encode(source, parsed.folder, size, parsed.text_encoder, parsed.vae, tokens, **named)
+        return _run(parser.parse_args(arguments), arguments)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    print(f"wrote {index.samples} samples in {len(index.shards)} shards to {parsed.folder}")
-    if parsed.json:
-        figures = {"samples": index.samples, "shards": [asdict(shard) for shard in index.shards]}
-        Path(parsed.json).write_text(json.dumps(figures, indent=1) + "\n")
+    except KeyboardInterrupt:
+        print("interrupted: the same command goes on", file=sys.stderr)
+        return 130
+
+
+def _run(parsed: argparse.Namespace, words: list[str]) -> int:
+    if parsed.procs < 1:
+        raise UserError(f"--procs {parsed.procs}: expected at least 1")
+    if parsed.procs > 1:
+        from data_prep.workers import run_workers
+
+        return run_workers(words, parsed.procs)
+    from data_prep.plan import tell_rejected
+
+    done = _demo(parsed) if parsed.command == "demo" else cli_encode.encode(parsed)
+    index = done.index
+    wrote = f"wrote {index.samples} samples in {len(index.shards)} shards to {parsed.folder}"
+    rejected = f"; rejected {tell_rejected(done.rejected)}" if done.rejected else ""
+    print(f"{'finished before: ' if done.before else ''}{wrote}{rejected}")
+    figures = {"samples": index.samples, "shards": [asdict(shard) for shard in index.shards]}
+    write_json(parsed, {**figures, "rejected": dict(sorted(done.rejected.items()))})
     return 0
+
+
+def _demo(parsed: argparse.Namespace) -> Done:
+    from data_prep.demo import Vision, run_demo
+
+    if parsed.pictures < 1:
+        raise UserError(f"--pictures {parsed.pictures}: expected at least 1")
+    if parsed.patch < 1:
+        raise UserError(f"--patch {parsed.patch}: expected at least 1")
+    vision = Vision(parsed.vision_encoder, parsed.patch) if parsed.vision_encoder else None
+    return run_demo(parsed.folder, parsed.pictures, parsed.seed, vision=vision)
 
 
 if __name__ == "__main__":

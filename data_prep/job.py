@@ -85,7 +85,8 @@ class Job:
         for name in arguments:
             if name not in found or found[name] != json.loads(json.dumps(arguments[name])):
                 raise UserError(
-                    f"{self.folder} exists and was begun with {name}={found.get(name)}, not {arguments[name]}: "
+                    f"{self.folder} exists and was begun with --{name.replace('_', '-')} {found.get(name)}, "
+                    f"not {arguments[name]}: "
                     "give the same arguments or a new folder"
                 )
         return True

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from data_prep.pictures import Limits
-from megatron_dit.data.codec import DTYPES
+from megatron_dit.data.text import DTYPES
 from megatron_dit.errors import UserError
 
 TINY = "tiny"

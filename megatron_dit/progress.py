@@ -12,7 +12,7 @@ SECONDS_BETWEEN_LINES = 15.0
 
 
 class ProgressBar:
-    """``advance`` after each unit of work, or ``to`` their number so far, with a short text; silent without ``show``."""
+    """``advance`` after each unit of work, or ``to`` the number so far, with a short text; silent without ``show``."""
 
     def __init__(self, title: str, total: int, done: int = 0, *, show: bool = True) -> None:
         self._console = Console()
@@ -43,12 +43,13 @@ class ProgressBar:
         self.to(self._done + 1, text)
 
     def to(self, done: int, text: str = "") -> None:
+        ended = done == self._total != self._done
         self._done = done
         if self._bar is not None:
             self._bar.update(self._task, completed=self._done, text=text)
         elif self._show:
             now = time.monotonic()
-            if now - self._printed >= SECONDS_BETWEEN_LINES or self._done == self._total:
+            if now - self._printed >= SECONDS_BETWEEN_LINES or ended:
                 self._printed = now
                 rate = (now - self._started) / max(1, self._done - self._first)
                 left = time.strftime("%H:%M:%S", time.gmtime(rate * (self._total - self._done)))

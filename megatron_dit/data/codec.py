@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-from functools import cached_property
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from megatron_dit.data.identity import weights_sha256
-from megatron_dit.errors import UserError
-
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}  # that an encoder may run in
+from megatron_dit.data.pretrained import loading
 
 
 class Codec(Protocol):
@@ -55,23 +52,21 @@ class VaeCodec:
         from diffusers import AutoencoderKL
 
         self._path, self._device, self._dtype = path, device or torch.device("cpu"), dtype
-        try:
+        self._sha256: str | None = None
+        with loading("VAE", "AutoencoderKL", path):
             self._vae: Any = AutoencoderKL.from_pretrained(path, use_safetensors=True)
-        except (OSError, ValueError) as error:
-            reason = str(error).splitlines()[0]
-            raise UserError(
-                f"VAE {path} cannot be loaded ({reason}): give an AutoencoderKL folder or hub name with safetensors"
-            ) from None
         self._vae.to(self._device, dtype).eval()
         config = self._vae.config
         self.channels: int = config.latent_channels
         self.scale: int = 2 ** (len(config.block_out_channels) - 1)
         self._factor, self._shift = config.scaling_factor, config.shift_factor or 0.0
 
-    @cached_property
+    @property
     def sha256(self) -> str:
         """SHA-256 of the weights' files; the first use reads them all."""
-        return weights_sha256(self._path)
+        if self._sha256 is None:
+            self._sha256 = weights_sha256(self._path)
+        return self._sha256
 
     @torch.no_grad()
     def posterior(self, pictures: Tensor) -> tuple[Tensor, Tensor]:

@@ -2,52 +2,123 @@
 
 from __future__ import annotations
 
-import io
+import json
+from collections import Counter
+from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
-from webdataset.writer import TarWriter
 
 from data_prep.__main__ import main as data_prep
-from megatron_dit.data.shards import ShardReader, read_index
+from tests.data_prep.heap import LIMITS, cases
+from tests.data_prep.photos import noise, png, read_samples, write_tar
+
+EMOJI = Path(__file__).parents[3] / "shared" / "data" / "emoji64"
 
 
 @pytest.fixture
 def photos(tmp_path):
-    """Writes a tar of 8 x 8 pictures: each sample's extras by extension; returns the glob and the pixels."""
+    """Writes a tar of 8 x 8 pictures: each sample's extras by extension; returns its path and the pixels."""
 
     def write(extras):
-        rng = np.random.default_rng(0)
-        pixels = [rng.integers(0, 256, (8, 8, 3), dtype=np.uint8) for _ in extras]
-        with TarWriter(str(tmp_path / "photos.tar")) as writer:
-            for number, (picture, members) in enumerate(zip(pixels, extras, strict=True)):
-                buffer = io.BytesIO()
-                Image.fromarray(picture).save(buffer, "PNG")
-                writer.write({"__key__": f"{number:04d}", "png": buffer.getvalue(), **members})
-        return str(tmp_path / "*.tar"), pixels
+        pixels = [noise(seed=seed) for seed in range(len(extras))]
+        samples = [{"png": png(picture), **members} for picture, members in zip(pixels, extras, strict=True)]
+        return write_tar(tmp_path / "photos.tar", samples), pixels
 
     return write
 
 
-def test_captioned_pictures(photos, tmp_path):
-    source, pixels = photos([{"txt": "a red dot"}, {}, {"txt": "two dots"}])
+def test_captioned_pictures(photos, tmp_path, capsys):
+    source, pixels = photos([{"txt": "a red dot", "json": {"camera": "old"}}, {}, {"txt": "two dots"}])
     assert data_prep(["encode", source, str(tmp_path / "out"), "--size", "8", "--tokens", "8"]) == 0
-    index = read_index(tmp_path / "out")
-    reader = ShardReader(tmp_path / "out" / index.shards[0].file)
+    assert "wrote 2 samples in 1 shards" in (told := capsys.readouterr().out)
+    assert "rejected 1: no caption 1" in told
+    index, samples = read_samples(tmp_path / "out")
     assert (index.samples, index.classes, index.text["tokens"]) == (2, 0, 8)
-    for key, picture in zip(reader.keys, (pixels[0], pixels[2]), strict=True):
+    assert (index.codec, index.shards[0].bucket) == ({"kind": "pixels", "sha256": ""}, (8, 8))
+    assert list(samples) == ["00000-000000", "00000-000002"]
+    for sample, picture in zip(samples.values(), (pixels[0], pixels[2]), strict=True):
         expected = picture.transpose(2, 0, 1).astype(np.float32) / 127.5 - 1
-        np.testing.assert_allclose(reader.array(key, "latent.npy"), expected, atol=1e-3)
+        np.testing.assert_allclose(sample["latent.npy"], expected, atol=1e-3)
+        assert "std.npy" not in sample
+    first = samples["00000-000000"]
+    assert first["json"] == {"camera": "old", "source": "photos.tar/0000", "width": 8, "height": 8}
+    assert first["txt"] == "a red dot"
+    assert first["captions.npy"].tolist() == [[4, 1]]
+    rejected = [json.loads(line) for line in (tmp_path / "out" / "rejected.jsonl").read_text().splitlines()]
+    assert rejected == [{"name": "photos.tar/0001", "reason": "no caption"}]
 
 
 def test_classified_pictures(photos, tmp_path, capsys):
     source, _ = photos([{"cls": "2"}, {"cls": "0", "txt": "a dot"}, {"txt": "no class"}])
     assert data_prep(["encode", source, str(tmp_path / "out"), "--size", "8", "--classes", "3"]) == 0
-    index = read_index(tmp_path / "out")
-    reader = ShardReader(tmp_path / "out" / index.shards[0].file)
+    index, samples = read_samples(tmp_path / "out")
     assert (index.samples, index.classes) == (2, 3)
-    assert [reader.label(key, 3) for key in reader.keys] == [2, 0]
-    assert data_prep(["encode", source, str(tmp_path / "bad"), "--size", "8", "--classes", "2"]) == 2
-    assert "has class '2', expected 0 to 1" in capsys.readouterr().err
-    assert not (tmp_path / "bad").exists()
+    assert [sample["cls"] for sample in samples.values()] == [2, 0]
+    assert [sample["txt"] for sample in samples.values()] == ["", "a dot"]
+    assert data_prep(["encode", source, str(tmp_path / "few"), "--size", "8", "--classes", "2"]) == 0
+    assert "rejected 2: class is not a number below 2 1, no class 1" in capsys.readouterr().out
+
+
+def test_class_folders_have_no_text(tmp_path):
+    for number, name in enumerate(("dog", "cat", "dog")):
+        (tmp_path / "animals" / name).mkdir(parents=True, exist_ok=True)
+        Image.fromarray(noise(seed=number)).save(tmp_path / "animals" / name / f"{number}.png")
+    words = ["encode", str(tmp_path / "animals"), str(tmp_path / "out"), "--size", "8", "--class-folders"]
+    assert data_prep(words) == 0
+    index, samples = read_samples(tmp_path / "out")
+    assert (index.classes, index.text) == (2, {})
+    assert [sample["cls"] for sample in samples.values()] == [0, 1, 1]
+    assert {name for sample in samples.values() for name in sample} == {"latent.npy", "cls", "txt", "json"}
+
+
+def test_a_picture_goes_to_the_nearest_ratio_and_loses_its_margin(tmp_path):
+    """A border beyond the bucket's ratio is cut off; what is left is the picture scaled down by 2."""
+    inner = np.kron(noise(8, 16), np.ones((2, 2, 1), np.uint8))
+    framed = np.pad(inner, ((0, 0), (2, 2), (0, 0)), constant_values=255)
+    tall = noise(16, 8)
+    source = write_tar(tmp_path / "a.tar", [{"png": png(each), "txt": "dots"} for each in (framed, tall)])
+    words = ["encode", source, str(tmp_path / "out"), "--size", "11", "--ratios", "1:2,2:1,1:1", "--multiple", "1"]
+    assert data_prep([*words, "--min-side", "8", "--patch", "1"]) == 0
+    index, samples = read_samples(tmp_path / "out")
+    assert [shard.bucket for shard in index.shards] == [(8, 16), (16, 8)]
+    wide, tall_found = (samples[key]["latent.npy"].transpose(1, 2, 0) for key in ("00000-000000", "00000-000001"))
+    expected = np.asarray(Image.fromarray(inner).resize((16, 8), Image.Resampling.LANCZOS)) / 127.5 - 1
+    # The filter reaches into the border at the sides.
+    np.testing.assert_allclose(wide[:, 3:-3], expected[:, 3:-3], atol=0.02)
+    np.testing.assert_allclose(tall_found, tall / 127.5 - 1, atol=1e-3)
+    assert (samples["00000-000000"]["json"]["width"], samples["00000-000000"]["json"]["height"]) == (36, 16)
+
+
+def test_every_bad_picture_is_counted(tmp_path, capsys):
+    heap = cases()
+    members = [{name.rpartition(".")[2]: case.data, "txt": "odd"} for name, case in heap.items()]
+    source = write_tar(tmp_path / "heap.tar", members)
+    words = ["encode", source, str(tmp_path / "out"), "--size", "8", "--min-side", str(LIMITS.min_side)]
+    words += ["--max-aspect", str(LIMITS.max_aspect), "--max-pixels", str(LIMITS.max_pixels), "--batch", "7"]
+    assert data_prep([*words, "--json", str(tmp_path / "figures.json")]) == 0
+    figures = json.loads((tmp_path / "figures.json").read_text())
+    kept = [number for number, case in enumerate(heap.values()) if not case.reason]
+    assert figures["rejected"] == Counter(case.reason for case in heap.values() if case.reason)
+    assert figures["samples"] + sum(figures["rejected"].values()) == len(heap)
+    assert list(read_samples(tmp_path / "out")[1]) == [f"00000-{number:06d}" for number in kept]
+    out = capsys.readouterr().out
+    assert f"wrote {len(kept)} samples" in out
+    assert f"rejected {len(heap) - len(kept)}: truncated " in out
+
+
+@pytest.mark.skipif(not EMOJI.is_dir(), reason="no pictures beside the repository")
+def test_real_pictures(tmp_path):
+    """None of a tar of real pictures is lost."""
+    import tarfile
+
+    path = sorted(EMOJI.glob("*.tar"))[0]
+    assert data_prep(["encode", str(path), str(tmp_path / "out"), "--size", "16"]) == 0
+    index, samples = read_samples(tmp_path / "out")
+    with tarfile.open(path) as tar:
+        captions = [tar.extractfile(member).read().decode() for member in tar if member.name.endswith(".txt")]
+    rejected = (tmp_path / "out" / "rejected.jsonl").read_text().splitlines()
+    assert index.samples + len(rejected) == len(captions)
+    assert {sample["txt"] for sample in samples.values()} <= {caption.strip() for caption in captions}
+    assert index.samples > 0.9 * len(captions)

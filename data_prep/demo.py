@@ -1,0 +1,71 @@
+"""The embedded dataset: drawn scenes as a source of the same job."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from data_prep.recipe import Recipe
+from data_prep.run import Done, run
+from data_prep.sources import Caption, Record
+from megatron_dit.data import scenes
+from megatron_dit.data.shards import SCENES, Index
+
+UNIT = 1000
+
+
+@dataclass(frozen=True)
+class Vision:
+    """Features for REPA: an encoder's folder or hub name, and the side of a token in latent pixels."""
+
+    encoder: str
+    patch: int
+
+
+class SceneSource:
+    """``pictures`` scenes of 16 x 16 pixels, none of a held-out combination, each drawn by its own number."""
+
+    kind = spec = SCENES
+    classes = tuple(f"{colour} {shape}" for colour in scenes.COLOURS for shape in scenes.SHAPES)
+
+    def __init__(self, pictures: int, seed: int) -> None:
+        self._pictures, self._seed = pictures, seed
+
+    @property
+    def units(self) -> int:
+        return -(-self._pictures // UNIT)
+
+    def scan(self, unit: int) -> Iterator[tuple[Record, None]]:
+        """The records alone: what is drawn needs no check."""
+        for number in range(unit * UNIT, min((unit + 1) * UNIT, self._pictures)):
+            scene, _ = self._draw(number)
+            label = scenes.kind_index(scene.objects[0].colour, scene.objects[0].shape)
+            yield Record(f"scene {number}", (number,), (Caption(scene.caption, 1.0),), label, {}), None
+
+    def read(self, record: Record) -> np.ndarray:
+        (number,) = record.place
+        return scenes.render(*self._draw(int(number)))
+
+    def _draw(self, number: int) -> tuple[scenes.Scene, np.random.Generator]:
+        rng = np.random.Generator(np.random.Philox(key=[self._seed, number]))
+        return scenes.draw_scene(rng), rng
+
+
+def run_demo(folder: Path, pictures: int, seed: int, per_shard: int = 2500, vision: Vision | None = None) -> Done:
+    """Draw ``pictures`` scenes, with a tiny T5 that knows all their words."""
+    recipe = Recipe(
+        size=scenes.SIDE,
+        tokens=24,
+        per_shard=per_shard,
+        vision_encoder=vision.encoder if vision else None,
+        patch=vision.patch if vision else 1,
+    )
+    arguments = {"source": SCENES, "pictures": pictures, "seed": seed}
+    return run(folder, lambda: SceneSource(pictures, seed), recipe, arguments, words=scenes.vocabulary(), seed=seed)
+
+
+def demo(folder: Path, pictures: int, seed: int, per_shard: int = 2500, vision: Vision | None = None) -> Index:
+    return run_demo(folder, pictures, seed, per_shard, vision).index

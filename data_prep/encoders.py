@@ -1,0 +1,183 @@
+"""Batches of pictures and captions through the codec, the text encoder and the vision encoder."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from data_prep.pictures import Buckets
+from data_prep.recipe import PIXELS, TINY, Recipe
+from data_prep.sources import Record
+from megatron_dit.data.codec import open_codec
+from megatron_dit.data.identity import weights_sha256
+from megatron_dit.data.tar import npy
+from megatron_dit.data.text import DTYPES, TextEncoder
+from megatron_dit.data.vision import VisionEncoder
+from megatron_dit.errors import UserError
+from megatron_dit.parallel.cpu import device
+
+TINY_FOLDER = "text_encoder"  # in the folder of the shards
+
+
+@dataclass(frozen=True)
+class Example:
+    key: str
+    record: Record
+    picture: np.ndarray  # (H, W, 3) uint8
+    original: tuple[int, int]  # (width, height) in pixels
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Examples of one bucket, with the ids of all their captions, one after the other."""
+
+    examples: Sequence[Example]
+    ids: Sequence[np.ndarray]
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """What the encoders make of a batch, in fp16."""
+
+    batch: Batch
+    mean: np.ndarray  # (B, C, h, w)
+    std: np.ndarray | None
+    text: Sequence[np.ndarray] | None  # (tokens, dim) of each caption
+    features: np.ndarray | None  # (B, tokens, dim) of the vision encoder
+
+
+class Encoders:
+    """The encoders of a recipe. Raises UserError where one cannot be loaded or does not go with the sizes."""
+
+    def __init__(self, recipe: Recipe, captioned: bool) -> None:
+        self._recipe = recipe
+        pixels = recipe.vae == PIXELS
+        self._codec_index = {"kind": "pixels"} if pixels else {"kind": "vae", "path": recipe.vae}
+        self._codec = open_codec(self._codec_index, device(), DTYPES[recipe.dtype])
+        self.buckets = self._buckets()
+        self._text: TextEncoder | None = None
+        if captioned and recipe.text_encoder != TINY:
+            self._open_text(recipe.text_encoder)
+        self._eye = VisionEncoder(recipe.vision_encoder, device()) if recipe.vision_encoder else None
+
+    def _buckets(self) -> Buckets:
+        recipe, scale = self._recipe, self._codec.scale
+        token = scale * recipe.patch
+        multiple = recipe.multiple or token
+        if multiple % (token if recipe.vision_encoder else scale):
+            raise UserError(f"--multiple {multiple}: expected a multiple of {token}, {scale} times --patch")
+        if recipe.size % multiple:
+            of = f"the codec's {scale} times --patch {recipe.patch}" if multiple == token else "--multiple"
+            raise UserError(f"--size {recipe.size}: expected a multiple of {multiple} ({of})")
+        return Buckets.of(recipe.size, recipe.ratios, multiple)
+
+    def _open_text(self, name: str) -> None:
+        self._text = TextEncoder(name, self._recipe.tokens, device(), DTYPES[self._recipe.dtype])
+
+    def open_tiny(self, folder: Path) -> None:
+        """Load the text encoder that was built for the shards' ``folder``."""
+        self._open_text(str(folder / TINY_FOLDER))
+
+    def drop_text(self) -> None:
+        """There are no captions: samples get no text."""
+        self._text = None
+
+    def weights(self) -> dict[str, str]:
+        """SHA-256 of each encoder's weights, "" where there are none yet; the first call reads them all."""
+        text = self._text.sha256 if self._text else ""
+        return {"vae": self._codec.sha256, "text_encoder": text, "vision_encoder": self._eye_sha256()}
+
+    def _eye_sha256(self) -> str:
+        return weights_sha256(self._recipe.vision_encoder) if self._recipe.vision_encoder else ""
+
+    def latent(self, side: tuple[int, int]) -> tuple[int, int]:
+        """(height, width) of the latents of a bucket's pictures."""
+        return side[0] // self._codec.scale, side[1] // self._codec.scale
+
+    def batch(self, examples: Sequence[Example]) -> Batch:
+        """Tokenize. Classified pictures without a caption get the ids of an empty one."""
+        if self._text is None:
+            return Batch(examples, ())
+        texts = [text for example in examples for text, _ in _captions(example.record)]
+        return Batch(examples, self._text.tokenize(texts))
+
+    def encode(self, batch: Batch) -> Encoded:
+        """Raises UserError where a number that fp16 cannot hold comes out."""
+        pictures = torch.from_numpy(np.stack([each.picture for each in batch.examples])).permute(0, 3, 1, 2)
+        mean, std = self._codec.posterior(pictures)
+        text = features = None
+        if self._text is not None and self._recipe.text == "features":
+            text = [row.half().numpy() for row in self._text.encode_ids(batch.ids)]
+        if self._eye is not None:
+            rows, columns = (side // self._recipe.patch for side in mean.shape[2:])
+            features = self._eye.features(pictures, rows, columns).half().cpu().numpy()
+        halves = mean.half().numpy(), None if std is None else std.half().numpy()
+        for encoder, arrays in (("vae", halves), ("text-encoder", text or ()), ("vision-encoder", (features,))):
+            if not all(array is None or np.isfinite(array).all() for array in arrays):
+                first, last = batch.examples[0].record.name, batch.examples[-1].record.name
+                raise UserError(
+                    f"--{encoder} gives numbers that are not finite or beyond fp16 between {first} and {last} "
+                    f"in {self._recipe.dtype}: give another --dtype or encoder"
+                )
+        return Encoded(batch, *halves, text, features)
+
+    def members(self, encoded: Encoded) -> list[dict[str, bytes | str]]:
+        """The samples of a batch, as ``write_shard`` takes them."""
+        samples = []
+        first = 0
+        for row, example in enumerate(encoded.batch.examples):
+            record = example.record
+            sample: dict[str, bytes | str] = {"__key__": example.key, "latent.npy": npy(encoded.mean[row])}
+            if encoded.std is not None:
+                sample["std.npy"] = npy(encoded.std[row])
+            captions = _captions(record)
+            if self._text is not None:
+                own = slice(first, first + len(captions))
+                first = own.stop
+                ids = encoded.batch.ids[own]
+                sample["ids.npy"] = npy(np.concatenate(ids))
+                if encoded.text is not None:
+                    sample["text.npy"] = npy(np.concatenate(encoded.text[own]))
+                weights = [[len(each), weight] for each, (_, weight) in zip(ids, captions, strict=True)]
+                sample["captions.npy"] = npy(np.array(weights, dtype=np.float64))
+            if encoded.features is not None:
+                sample["features.npy"] = npy(encoded.features[row])
+            if record.label is not None:
+                sample["cls"] = str(record.label)
+            width, height = example.original
+            about = {**record.meta, "source": record.name, "width": width, "height": height}
+            if len(captions) > 1:
+                about["captions"] = captions
+            samples.append(sample | {"txt": captions[0][0], "json": json.dumps(about)})
+        return samples
+
+    def describe(self) -> dict[str, Any]:
+        """What the index says of the encoders: channels, codec, text and features."""
+        recipe, text, features = self._recipe, {}, None
+        codec = self._codec_index | {"sha256": self._codec.sha256}
+        if recipe.vae != PIXELS:
+            codec["dtype"] = recipe.dtype
+        if self._text is not None:
+            text = {
+                "encoder": TINY_FOLDER if recipe.text_encoder == TINY else recipe.text_encoder,
+                "sha256": self._text.sha256,
+                "dtype": recipe.dtype,
+                "dim": self._text.dim,
+                "tokens": recipe.tokens,
+                "features": recipe.text == "features",
+            }
+        if self._eye is not None:
+            features = {"encoder": recipe.vision_encoder, "sha256": self._eye_sha256(), "dim": self._eye.dim}
+            features["patch"] = recipe.patch
+        return {"channels": self._codec.channels, "codec": codec, "text": text, "features": features}
+
+
+def _captions(record: Record) -> list[tuple[str, float]]:
+    """(text, weight) of each caption; of an empty one where there is none."""
+    return [(caption.text, caption.weight) for caption in record.captions] or [("", 1.0)]

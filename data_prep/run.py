@@ -1,0 +1,203 @@
+"""A worker of the job from its beginning to its end: scan, plan, encode, index."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from data_prep import encode, scan
+from data_prep.encode import READERS, ShardEncoder
+from data_prep.encoders import TINY_FOLDER, Encoders
+from data_prep.job import POLL_SECONDS, Job
+from data_prep.plan import plan_shards, rejected_counts, tell_rejected
+from data_prep.recipe import TINY, Recipe
+from data_prep.scan import read_captions, read_rejected, scan_unit
+from data_prep.sources import Source
+from data_prep.tiny_t5 import build_tiny_t5
+from megatron_dit.data.shards import Index, read_index, write_index
+from megatron_dit.data.tar import MEMBERS, Shard
+from megatron_dit.errors import UserError
+from megatron_dit.progress import ProgressBar
+
+REJECTED = "rejected.jsonl"
+
+
+@dataclass(frozen=True)
+class Done:
+    index: Index
+    rejected: Counter[str]  # pictures left out, by reason
+    before: bool  # whether it had been finished before this run
+
+
+def run(
+    folder: Path,
+    open_source: Callable[[], Source],
+    recipe: Recipe,
+    arguments: Mapping[str, Any],
+    words: Sequence[str] | None = None,
+    seed: int = 0,
+) -> Done:
+    """Do the job of ``folder``, or what is left of it, beside whoever else does.
+
+    ``arguments`` are those that chose the source. A tiny text encoder is built with ``seed``; it knows ``words``, or
+    those of the captions. Raises UserError for what cannot be done, before the folder is made if it is known by then.
+    """
+    job = Job(folder)
+    described = {**arguments, **asdict(recipe)}
+    if job.begun(described) and job.finished:
+        return _finished(job, before=True)
+    source = open_source()
+    if not source.units:
+        raise UserError(f"source {source.spec!r} holds no pictures")
+    with _reproducible():
+        encoders = Encoders(recipe, captioned=source.kind != "classes")
+        job.begin({**described, "units": source.units, "weights": encoders.weights()})
+        try:
+            _Worker(job, source, recipe, encoders, words, seed).run()
+        except FileNotFoundError:
+            # Another worker was the last and has removed what this one looked for.
+            if not folder.exists():
+                raise UserError(f"source {source.spec!r} has no picture that can be used") from None
+            if not job.finished:
+                raise
+    return _finished(job, before=False)
+
+
+def _finished(job: Job, before: bool) -> Done:
+    job.clean()
+    with (job.folder / REJECTED).open() as lines:
+        reasons = Counter(json.loads(line)["reason"] for line in lines)
+    return Done(read_index(job.folder), reasons, before)
+
+
+@contextmanager
+def _reproducible() -> Iterator[None]:
+    """Sums are taken in one order, however many cores there are, and in the precision that was asked for."""
+    threads, tf32, deterministic = (
+        torch.get_num_threads(),
+        torch.backends.cudnn.allow_tf32,
+        torch.backends.cudnn.deterministic,
+    )
+    torch.set_num_threads(1)
+    torch.backends.cudnn.allow_tf32, torch.backends.cudnn.deterministic = False, True
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+        torch.backends.cudnn.allow_tf32, torch.backends.cudnn.deterministic = tf32, deterministic
+
+
+class _Worker:
+    def __init__(
+        self, job: Job, source: Source, recipe: Recipe, encoders: Encoders, words: Sequence[str] | None, seed: int
+    ) -> None:
+        self._job, self._source, self._recipe, self._encoders = job, source, recipe, encoders
+        self._words, self._seed = words, seed
+
+    def run(self) -> None:
+        if self._job.finished:
+            return
+        self._scan()
+        scanned = self._job.results(scan.PHASE)
+        units = [scanned[unit] for unit in range(self._source.units)]
+        plans = plan_shards(units, self._encoders.buckets.sides, self._recipe.per_shard)
+        if not plans:
+            self._job.abandon()
+            told = tell_rejected(rejected_counts(units))
+            raise UserError(f"source {self._source.spec!r} has no picture that can be used; rejected {told}")
+        if not any(unit["captioned"] for unit in units):
+            self._encoders.drop_text()
+        elif self._recipe.text_encoder == TINY:
+            self._build_tiny()
+        total = sum(sum(unit["buckets"].values()) for unit in units)
+        with ProgressBar("encode", total, self._encoded()) as bar:
+            mine: dict[int, int] = {}
+
+            def tell(number: int, samples: int) -> None:
+                mine[number] = samples
+                bar.to(self._encoded(mine))
+
+            def wait() -> None:
+                time.sleep(POLL_SECONDS)
+                bar.to(self._encoded(mine))
+
+            ShardEncoder(self._source, self._recipe, self._encoders, self._job).run(plans, wait, tell)
+            bar.to(self._encoded())
+        self._finish()
+
+    def _scan(self) -> None:
+        """The bar counts units: how many pictures they hold is known at the end."""
+        limits, sides, units = self._recipe.limits, self._encoders.buckets, self._source.units
+
+        def seen() -> int:
+            results = self._job.results(scan.PHASE).values()
+            return sum(sum(each["buckets"].values()) + sum(each["rejected"].values()) for each in results)
+
+        def tell(more: int = 0) -> None:
+            bar.to(len(self._job.results(scan.PHASE)), f"{seen() + more} pictures")
+
+        def wait() -> None:
+            time.sleep(POLL_SECONDS)
+            tell()
+
+        done = len(self._job.results(scan.PHASE))
+        with ProgressBar("scan", units, done) as bar, ThreadPoolExecutor(READERS) as pool:
+            for unit, claim in self._job.claims(scan.PHASE, units, wait):
+                with claim:
+                    for count in scan_unit(self._source, unit, limits, sides, pool, self._job, claim):
+                        if count % 100 == 0:
+                            tell(count)
+                tell()
+
+    def _encoded(self, mine: Mapping[int, int] | None = None) -> int:
+        """Samples encoded by all workers, as far as is known."""
+        done = self._job.results(encode.PHASE)
+        under_way = sum(count for number, count in (mine or {}).items() if number not in done)
+        return under_way + sum(shard["samples"] for shard in done.values())
+
+    def _build_tiny(self) -> None:
+        """One worker builds the text encoder, in the folder of the shards; the others wait for it."""
+        target = self._job.folder / TINY_FOLDER
+        while not target.exists():
+            if (claim := self._job.claim(TINY_FOLDER)) is None:
+                time.sleep(POLL_SECONDS)
+                continue
+            with claim:
+                captions = self._words or read_captions(self._job, self._job.results(scan.PHASE))
+                if not target.exists():
+                    build_tiny_t5(claim.scratch / "t5", captions, self._seed, max_tokens=self._recipe.tokens)
+                    claim.publish("t5", target)
+        self._encoders.open_tiny(self._job.folder)
+
+    def _finish(self) -> None:
+        """Whoever comes first writes the index."""
+        job, source = self._job, self._source
+        while not job.finished:
+            if (claim := job.claim("finish")) is None:
+                time.sleep(POLL_SECONDS)
+                continue
+            with claim:
+                if job.finished:
+                    return
+                claim.publish(REJECTED, job.folder / REJECTED, "".join(read_rejected(job, source.units)))
+                done = job.results(encode.PHASE)
+                shards = [Shard(**{**done[n], "bucket": tuple(done[n]["bucket"])}) for n in range(len(done))]
+                write_index(
+                    Index(
+                        folder=str(job.folder),
+                        shards=tuple(shards),
+                        members=MEMBERS,
+                        classes=len(source.classes),
+                        source=source.spec,
+                        **self._encoders.describe(),
+                    )
+                )

@@ -1,0 +1,57 @@
+"""``--procs N``: the same command N times on this host, where the folder makes them share the job."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from contextlib import ExitStack
+
+import torch
+
+from megatron_dit.launch import die_with_parent
+
+
+def run_workers(words: Sequence[str], workers: int) -> int:
+    """Run ``python -m data_prep WORDS`` on ``workers`` processes, each with one of the GPUs.
+
+    Returns 0, or the status of the first that fails, whose message is shown and which ends the others.
+    """
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "")
+    devices = visible.split(",") if visible else [str(number) for number in range(torch.cuda.device_count())]
+    processes: list[subprocess.Popen[str]] = []
+    with ExitStack() as stack:
+        stack.callback(_end, processes)
+        messages = [stack.enter_context(tempfile.TemporaryFile("w+")) for _ in range(workers)]
+        for number, message in enumerate(messages):
+            own = {"CUDA_VISIBLE_DEVICES": devices[number % len(devices)]} if devices else {}
+            processes.append(
+                subprocess.Popen(
+                    # The last of an option's values counts: a worker starts none, and the first one alone reports.
+                    [sys.executable, "-m", "data_prep", *words, "--procs", "1", *(["--json", ""] if number else [])],
+                    env={**os.environ, **own},
+                    stdout=None if number == 0 else subprocess.DEVNULL,
+                    stderr=message,
+                    start_new_session=True,  # the terminal's Ctrl-C reaches us alone
+                    preexec_fn=die_with_parent,
+                    text=True,
+                )
+            )
+        while any(process.poll() is None for process in processes) and not any(each.returncode for each in processes):
+            time.sleep(0.05)
+        failed = next((number for number, process in enumerate(processes) if process.returncode), None)
+        if failed is None:
+            return 0
+        messages[failed].seek(0)
+        sys.stderr.write(messages[failed].read())
+        status = processes[failed].returncode
+        return status if status > 0 else 1
+
+
+def _end(processes: list[subprocess.Popen[str]]) -> None:
+    for process in processes:
+        process.kill()
+        process.wait()

@@ -1,0 +1,55 @@
+"""Small sources, and what is in the shards made of them."""
+
+from __future__ import annotations
+
+import io
+import json
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+from webdataset.writer import TarWriter
+
+from megatron_dit.data.shards import read_index
+from megatron_dit.data.tar import MEMBERS, ShardReader, parse_array
+
+
+def noise(height=8, width=8, seed=0):
+    return np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
+
+
+def png(picture):
+    buffer = io.BytesIO()
+    Image.fromarray(picture).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def write_tar(path, samples):
+    """A tar of samples: the members of each by extension, its key its number."""
+    with TarWriter(str(path)) as writer:
+        for number, members in enumerate(samples):
+            writer.write({"__key__": f"{number:04d}", **members})
+    return str(path)
+
+
+def read_samples(folder):
+    """Index, and the members of each sample by its key: arrays, a number, text and a dict."""
+    index = read_index(folder)
+    samples = {}
+    for shard in index.shards:
+        reader = ShardReader(Path(index.path(shard.file)), shard, index.members)
+        for number in range(shard.samples):
+            key, members = reader.read(number, MEMBERS)
+            assert key not in samples
+            samples[key] = {name: _parse(name, data) for name, data in members.items()}
+    return index, samples
+
+
+def _parse(name, data):
+    if name.endswith(".npy"):
+        return parse_array(data, name)
+    return {"cls": int, "txt": bytes.decode, "json": json.loads}[name](data)
+
+
+def folder_bytes(folder):
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}

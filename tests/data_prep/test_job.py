@@ -1,0 +1,231 @@
+"""The job of encode: killed, shared and started again it leaves the same bytes as undisturbed."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import random
+import shutil
+import signal
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from data_prep.__main__ import main as data_prep
+from data_prep.plan import Part, plan_shards
+from megatron_dit.data.shards import read_index
+from tests.data_prep.photos import folder_bytes, noise, png, read_samples, write_tar
+
+UNITS, PER_UNIT = 16, 10
+# A fork of a process that has imported all starts the real command at once.
+SPAWN = multiprocessing.get_context("forkserver")
+SPAWN.set_forkserver_preload(["data_prep.run", "data_prep.sources", "data_prep.cli_encode"])
+
+
+@pytest.fixture(scope="module")
+def arguments(tmp_path_factory):
+    """Arguments of an encode of many small tasks, without the folder; pictures of two buckets and some to reject."""
+    folder = tmp_path_factory.mktemp("source")
+    for unit in range(UNITS):
+        pictures = [noise(16 + 8 * (number % 3 == 0), 16, seed=unit * PER_UNIT + number) for number in range(PER_UNIT)]
+        samples = [{"png": png(each), "txt": f"picture {number}"} for number, each in enumerate(pictures)]
+        samples[unit % PER_UNIT].pop("txt")
+        write_tar(folder / f"{unit}.tar", samples)
+    return ["--size", "16", "--ratios", "1:1,2:3", "--per-shard", "5", "--batch", "2", f"{folder}/*.tar"]
+
+
+def encode(arguments, folder, *more):
+    return ["encode", *arguments, str(folder), *more]
+
+
+@pytest.fixture(scope="module")
+def undisturbed(arguments, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("undisturbed") / "out"
+    assert data_prep(encode(arguments, folder)) == 0
+    return folder
+
+
+@pytest.fixture
+def start(arguments):
+    """Starts the command in a process that gets the signal ``number`` some time after ``after`` more tasks are done."""
+    processes = []
+
+    def run(folder, number=0, after=0, seconds=0.0):
+        words = encode(arguments, folder)
+        processes.append(SPAWN.Process(target=_command, args=(words, folder, number, after, seconds)))
+        processes[-1].start()
+        return processes[-1]
+
+    yield run
+    for process in processes:
+        process.kill()
+
+
+def _command(words, folder, number, after, seconds):
+    if number:
+        # A thread of the same process keeps its pace, however busy the machine is.
+        threading.Thread(target=_interrupt, args=(folder, number, len(done(folder)) + after, seconds)).start()
+    raise SystemExit(data_prep(words))
+
+
+def _interrupt(folder, number, tasks, seconds):
+    wait_for(lambda: len(done(folder)) >= tasks)
+    time.sleep(seconds)
+    os.kill(os.getpid(), number)
+
+
+def done(folder):
+    """The tasks that are marked done."""
+    return {str(path.relative_to(folder)) for path in folder.glob("job/s*/*.json")}
+
+
+def wait_for(condition):
+    limit = time.monotonic() + 120
+    while not (found := condition()):
+        assert time.monotonic() < limit
+        time.sleep(0.001)
+    return found
+
+
+def test_plan_is_a_partition_in_order():
+    counts = [{"buckets": {"8x8": 3}}, {"buckets": {"8x4": 2, "8x8": 4}}, {"buckets": {}}, {"buckets": {"8x8": 1}}]
+    shards = plan_shards(counts, [(8, 8), (4, 16), (8, 4)], per_shard=3)
+    assert [shard.side for shard in shards] == [(8, 4), (8, 8), (8, 8), (8, 8)]
+    assert [shard.parts for shard in shards] == [
+        (Part(1, 0, 2),),
+        (Part(0, 0, 3),),
+        (Part(1, 0, 3),),
+        (Part(1, 3, 4), Part(3, 0, 1)),
+    ]
+
+
+def test_nothing_is_lost(undisturbed):
+    index, samples = read_samples(undisturbed)
+    assert len(samples) == index.samples == UNITS * (PER_UNIT - 1)
+    rejected = [json.loads(line) for line in (undisturbed / "rejected.jsonl").read_text().splitlines()]
+    order = sorted(range(UNITS), key=str)  # of the tars by name
+    reasons = [{"name": f"{unit}.tar/{unit % PER_UNIT:04d}", "reason": "no caption"} for unit in order]
+    assert rejected == reasons
+    assert {sample["json"]["source"] for sample in samples.values()}.isdisjoint(each["name"] for each in rejected)
+    names = {"index.json", "job.json", "rejected.jsonl", "text_encoder", *(shard.file for shard in index.shards)}
+    assert {path.name for path in undisturbed.iterdir()} == names
+
+
+def test_five_kills_leave_the_same_bytes(start, arguments, undisturbed, tmp_path):
+    folder = tmp_path / "out"
+    rng = random.Random(0)
+    finished = {}  # tars of tasks that were done before a kill: their inode and time
+    for _ in range(5):
+        process = start(folder, signal.SIGKILL, rng.randint(1, 6), rng.uniform(0, 0.01))
+        process.join()
+        assert process.exitcode == -signal.SIGKILL
+        assert not (folder / "index.json").exists()
+        for path in folder.glob("job/shards/*.json"):
+            found = (folder / path.with_suffix(".tar").name).stat()
+            finished.setdefault(path.stem, (found.st_ino, found.st_mtime_ns))
+    assert data_prep(encode(arguments, folder)) == 0
+    assert folder_bytes(folder) == folder_bytes(undisturbed)
+    for name, left in finished.items():
+        found = (folder / f"{name}.tar").stat()
+        assert (found.st_ino, found.st_mtime_ns) == left
+
+
+def test_two_workers_share_a_job(start, undisturbed, tmp_path):
+    """The first stops itself; while it does, the second works and then waits for what the first holds."""
+    folder = tmp_path / "out"
+    first = start(folder, signal.SIGSTOP, after=3)
+    wait_for(lambda: Path(f"/proc/{first.pid}/stat").read_text().rpartition(")")[2].split()[0] == "T")
+    by_first = done(folder)
+    second = start(folder)
+    wait_for(lambda: len(done(folder)) > len(by_first) >= 3)
+    os.kill(first.pid, signal.SIGCONT)
+    first.join()
+    second.join()
+    assert (first.exitcode, second.exitcode) == (0, 0)
+    assert folder_bytes(folder) == folder_bytes(undisturbed)
+
+
+def test_procs_start_workers(arguments, undisturbed, tmp_path, capfd):
+    assert data_prep(encode(arguments, tmp_path / "out", "--procs", "2", "--json", str(tmp_path / "figures"))) == 0
+    assert folder_bytes(tmp_path / "out") == folder_bytes(undisturbed)
+    assert json.loads((tmp_path / "figures").read_text())["samples"] == UNITS * (PER_UNIT - 1)
+    assert capfd.readouterr().out.count("wrote 144 samples") == 1
+
+
+def test_a_failed_worker_ends_the_others(arguments, tmp_path, capfd):
+    assert data_prep(encode(arguments, tmp_path / "out", "--size", "0", "--procs", "2")) == 2
+    assert capfd.readouterr().err == "error: --size 0: expected at least 1\n"
+
+
+def test_file_systems_without_locks(arguments, undisturbed, tmp_path, monkeypatch):
+    def flock(*_):
+        raise OSError(95, "Operation not supported")
+
+    monkeypatch.setattr("data_prep.job.fcntl.flock", flock)
+    assert data_prep(encode(arguments, tmp_path / "out")) == 0
+    assert folder_bytes(tmp_path / "out") == folder_bytes(undisturbed)
+
+
+def test_finished_and_begun_folders(arguments, undisturbed, tmp_path, capsys):
+    before = {path: path.stat().st_mtime_ns for path in undisturbed.rglob("*")}
+    assert data_prep(encode(arguments, undisturbed)) == 0
+    assert "finished before: wrote 144 samples" in capsys.readouterr().out
+    assert {path: path.stat().st_mtime_ns for path in undisturbed.rglob("*")} == before
+    begun = tmp_path / "begun"
+    shutil.copytree(undisturbed, begun)
+    (begun / "index.json").unlink()
+    for folder in (undisturbed, begun):
+        assert data_prep(encode(arguments, folder, "--tokens", "7")) == 2
+        assert one_line(capsys) == (
+            f"error: {folder} exists and was begun with --tokens 120, not 7: give the same arguments or a new folder"
+        )
+
+
+def test_refused_before_the_folder_is_made(arguments, tmp_path, capsys):
+    def told(words, *given):
+        out = tmp_path / "out"
+        assert data_prep([*given, str(out)]) == 2
+        assert words in one_line(capsys)
+        assert not out.exists()
+
+    told("pipe:", "encode", "pipe:cat a.tar")
+    told("names no files", "encode", str(tmp_path / "*.tar"))
+    told("cannot be loaded", "encode", *arguments, "--text-encoder", str(tmp_path))
+    told("cannot be loaded", "encode", *arguments, "--vae", str(tmp_path))
+    told("--text captions: expected features or ids", "encode", *arguments, "--text", "captions")
+    told("--size 15: expected a multiple of 2", "encode", *arguments, "--size", "15")
+    told("--batch 0: expected at least 1", "encode", *arguments, "--batch", "0")
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "notes.txt").write_text("mine")
+    assert data_prep(encode(arguments, tmp_path / "other")) == 2
+    assert "is no job" in one_line(capsys)
+
+
+def test_a_source_without_a_usable_picture_leaves_no_folder(tmp_path, capsys):
+    source = write_tar(tmp_path / "a.tar", [{"png": b"not one", "txt": "a"}, {"txt": "b"}, {"txt": "c"}])
+    assert data_prep(["encode", source, str(tmp_path / "out"), "--size", "8"]) == 2
+    assert "rejected 3: no picture 2, not a picture 1" in one_line(capsys)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_picture_that_is_gone_is_told(arguments, tmp_path, capsys, monkeypatch):
+    source = write_tar(tmp_path / "a.tar", [{"png": png(noise()), "txt": "a dot"}])
+    monkeypatch.setattr("data_prep.run._Worker._build_tiny", lambda worker: Path(source).write_bytes(b""))
+    assert data_prep(["encode", source, str(tmp_path / "out"), "--size", "8"]) == 2
+    assert "a.tar/0000 has changed since the scan" in one_line(capsys)
+
+
+def test_demo_is_the_same_job(dataset, capsys):
+    assert data_prep(["demo", str(dataset), "--pictures", "600"]) == 2
+    assert "--per-shard 150, not 2500" in one_line(capsys)
+    index = read_index(dataset)
+    assert (index.source, index.samples, len(index.shards), index.text["tokens"]) == ("scenes", 600, 4, 24)
+
+
+def one_line(capsys):
+    line = capsys.readouterr().err.strip()
+    assert "\n" not in line
+    return line
