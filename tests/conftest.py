@@ -9,8 +9,8 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 import torch
-from data_prep.demo import demo
 
+from data_prep.demo import demo
 from tests.gloo import Pool, leave
 
 

@@ -6,12 +6,12 @@ from pathlib import Path
 
 from data_prep.sources.dataset import SavedDataset, is_dataset
 from data_prep.sources.folder import Folder
-from data_prep.sources.record import Caption, Record, Rejected, Source
+from data_prep.sources.record import Caption, Record, Rejected, Scanned, Source
 from data_prep.sources.table import Table
 from data_prep.sources.tars import Tars
 from megatron_dit.errors import UserError
 
-__all__ = ["Caption", "Record", "Rejected", "Source", "open_source"]
+__all__ = ["Caption", "Record", "Rejected", "Scanned", "Source", "open_source"]
 
 
 def open_source(

@@ -9,6 +9,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+import numpy as np
+
 from data_prep.pictures import Unusable
 
 PICTURES = frozenset({"jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "avif"})  # extensions
@@ -46,13 +48,13 @@ class Rejected:
     reason: str
 
 
-Scanned = tuple[Record, bytes] | tuple[Rejected, None]
+Scanned = tuple[Record, bytes | None] | tuple[Rejected, None]
 
 
 class Source(Protocol):
     """Pictures in units that any worker takes: the same source has the same units, each in the same order."""
 
-    kind: str  # "tars", "folder", "classes", "table" or "dataset"
+    kind: str  # "tars", "folder", "classes", "table", "dataset" or "scenes"
     spec: str  # what the user gave
     classes: tuple[str, ...]  # class names in label order; () without labels
 
@@ -60,11 +62,14 @@ class Source(Protocol):
     def units(self) -> int: ...
 
     def scan(self, unit: int) -> Iterator[Scanned]:
-        """Every picture of the unit once and in order: a record with the picture's bytes, or a rejection."""
+        """Every picture of the unit once and in order: a record with the picture's bytes, or a rejection.
+
+        A source that draws its pictures, all in one size, gives no bytes: there is nothing to check.
+        """
         ...
 
-    def read(self, record: Record) -> bytes:
-        """The picture's bytes, wherever in the source it is."""
+    def read(self, record: Record) -> bytes | np.ndarray:
+        """The picture's bytes, wherever in the source it is; if drawn, (H, W, 3) uint8."""
         ...
 
 

@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from data_prep.demo import Vision, demo
 from transformers import BitImageProcessor, Dinov2Config, Dinov2Model
 
 from data_prep.__main__ import main as data_prep
+from data_prep.demo import Vision, demo
 from megatron_dit import verify
 from megatron_dit.cli import run
 from megatron_dit.data.shards import read_index

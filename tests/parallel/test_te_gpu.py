@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from data_prep.demo import demo
 
+from data_prep.demo import demo
 from tests.child import in_child
 from tests.configs import ARCHITECTURES, small
 
