@@ -16,6 +16,7 @@ from data_prep.recipe import PIXELS, TINY, Recipe
 from data_prep.sources import Record
 from megatron_dit.data.codec import open_codec
 from megatron_dit.data.identity import weights_sha256
+from megatron_dit.data.shards import OWN
 from megatron_dit.data.tar import npy
 from megatron_dit.data.text import DTYPES, TextEncoder
 from megatron_dit.data.vision import VisionEncoder
@@ -165,7 +166,7 @@ class Encoders:
             codec["dtype"] = recipe.dtype
         if self._text is not None:
             text = {
-                "encoder": TINY_FOLDER if recipe.text_encoder == TINY else recipe.text_encoder,
+                "encoder": OWN + TINY_FOLDER if recipe.text_encoder == TINY else recipe.text_encoder,
                 "sha256": self._text.sha256,
                 "dtype": recipe.dtype,
                 "dim": self._text.dim,

@@ -7,11 +7,14 @@ import shutil
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import yaml
 
 from megatron_dit.cli import run
+from megatron_dit.data.tar import npy
 from tests.configs import write_config
+from tests.data.made import TEXT, make_folder
 
 
 @pytest.fixture
@@ -142,7 +145,7 @@ def own_data(dataset, tmp_path):
         ("missing", ["00001.tar is missing"]),
         ("empty", ["00001.tar has 0 bytes"]),
         ("short", ["00001.tar has", "its index says"]),
-        ("garbage", ["00001.tar"]),
+        ("garbage", ["00001.tar has no table of 150 samples"]),
     ],
 )
 def test_broken_shard_ends_both_ranks(config, own_data, tmp_path, harm, words):
@@ -163,13 +166,13 @@ def test_broken_shard_ends_both_ranks(config, own_data, tmp_path, harm, words):
     assert not (tmp_path / "run").exists()
 
 
-def test_corrupt_sample_met_in_training_ends_both_ranks(config, own_data, tmp_path):
-    """Bytes flipped inside a shard, sizes and headers intact: the rank that reads it tells the other."""
+def test_too_many_corrupt_samples_end_both_ranks(config, own_data, tmp_path):
+    """Bytes flipped inside shards, sizes and tables intact: the rank that reads them tells the other."""
     for shard in sorted(own_data.glob("*.tar")):
         data = shard.read_bytes()
         shard.write_bytes(data.replace(b"\x93NUMPY", b"\x93NUMPX", 40))
-    path = config(**{"data.path": str(own_data), "train.steps": 60, "train.log_every": 1})
-    refused(path, "sample 0", ".tar", "is no array")
+    path = config(**{"data.path": str(own_data), "train.steps": 60, "data.max_bad_share": 0.005})
+    refused(path, "more than data.max_bad_share=0.005", ".tar", "is corrupt")
     assert not (tmp_path / "run" / "checkpoints").exists()
 
 
@@ -215,29 +218,31 @@ def test_no_checkpoint(capsys, tmp_path):
     assert "holds no whole checkpoint" in one_line(capsys)
 
 
-def test_too_many_skipped_steps_stop_the_run(config, own_data, tmp_path, capsys):
+def test_too_many_skipped_steps_stop_the_run(config, tmp_path):
     """Latents so large that the loss overflows: every step is skipped, then the run stops and names the step."""
-    import io
-
-    import numpy as np
-
-    from megatron_dit.data.shards import read_index, write_index, write_shard
-
-    index = read_index(own_data)
-
-    def samples():
-        for i in range(64):
-            latent, text = io.BytesIO(), io.BytesIO()
-            np.save(latent, np.full((3, 16, 16), 3e38, dtype=np.float32))
-            np.save(text, np.zeros((2, 64), dtype=np.float16))
-            yield {"__key__": f"{i:09d}", "latent.npy": latent.getvalue(), "text.npy": text.getvalue(), "txt": "x"}
-
-    shard = write_shard(own_data / "00009.tar", samples(), (16, 16))
-    write_index(type(index)(**{**vars(index), "shards": (shard,)}))
-    path = config(**{"data.path": str(own_data), "train.max_skipped_steps": 3})
+    make_folder(
+        tmp_path / "large",
+        [((16, 16), 64)],
+        members=lambda _: {"latent.npy": npy(np.full((3, 16, 16), 3e38, dtype=np.float32))},
+    )
+    path = config(**{"data.path": str(tmp_path / "large"), "train.max_skipped_steps": 3})
     refused(path, "3 steps in a row up to step 3", "optimizer.lr")
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert [line["skipped_steps"] for line in lines] == [1, 2, 3]
+
+
+def test_data_of_another_text_encoder(config, tmp_path, capsys):
+    """A run goes on with other shards of the same encoders, and says so; not with another encoder's."""
+    first = make_folder(tmp_path / "first", [((16, 16), 64)])
+    path = config(**{"data.path": first.folder, "train.steps": 2})
+    assert run(["train", str(path)]) == 0
+    more = make_folder(tmp_path / "more", [((16, 16), 80)])
+    other = make_folder(tmp_path / "other", [((16, 16), 64)], text={**TEXT, "sha256": "another"})
+    capsys.readouterr()
+    assert run(["train", str(path), "train.steps=4", f"data.path={more.folder}"]) == 0
+    assert "the data's shards are others than before" in capsys.readouterr().out
+    assert run(["train", str(path), "train.steps=6", f"data.path={other.folder}"]) == 2
+    assert "made with another text encoder" in one_line(capsys)
 
 
 def test_data_prep_refuses(capsys, tmp_path, dataset):

@@ -19,6 +19,7 @@ from megatron_dit.errors import UserError
 INDEX = "index.json"
 FORMAT = 2
 SCENES = "scenes"
+OWN = "./"  # before the name of an encoder that is in the folder itself
 PROTOCOLS = ("file", "s3", "gs", "gcs", "az", "abfs", "hf", "http", "https", "memory")
 
 
@@ -33,7 +34,7 @@ class Index:
     shards: tuple[Shard, ...]
     members: tuple[str, ...]  # extensions that a sample may have, in the order of the shards' tables
     channels: int
-    # {"encoder": folder (relative to the index) or hub name, "sha256", "dtype": it ran in, "dim", "tokens": at most,
+    # {"encoder": folder (one of the index's own begins with "./") or hub name, "sha256", "dtype": it ran in, "dim", "tokens": at most,
     # "features": whether they are in the shards, beside the token ids}; {} where there are class labels alone
     text: dict[str, Any]
     codec: dict[str, Any]  # {"kind": "pixels", "sha256": ""} or {"kind": "vae", "path", "sha256", "dtype"}
@@ -55,9 +56,16 @@ class Index:
 
     @property
     def text_encoder(self) -> str:
-        """Folder or hub name for transformers."""
-        local = Path(self.folder, self.text["encoder"])
-        return str(local) if self.local and local.is_dir() else self.text["encoder"]
+        """Folder or hub name for transformers. Raises UserError where the folder's own encoder is missing."""
+        name = self.text["encoder"]
+        if not name.startswith(OWN):
+            return name
+        folder = Path(self.folder, name)
+        if not self.local or not folder.is_dir():
+            raise UserError(
+                f"text encoder {self.path(name[len(OWN) :])} is not there: restore it, or set data.text_encoder"
+            )
+        return str(folder)
 
 
 def file_system(folder: str) -> fsspec.AbstractFileSystem:

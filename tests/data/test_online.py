@@ -63,7 +63,7 @@ def test_features_on_the_fly_are_the_precomputed_ones(folder, dtype):
     fresh = OnlineText(described(folder, dtype), str(folder), sharded=False)
     few = np.concatenate([feature for i in range(0, 64, 7) for feature in fresh(ids[i : i + 7])])
     expected = np.concatenate(precomputed)
-    assert (few != expected).mean() < 0.005
+    assert (few != expected).mean() < (0.02 if dtype == "fp16" else 0.005)
     np.testing.assert_allclose(few, expected, rtol=2**-7 if dtype == "bf16" else 2**-9, atol=1e-3)
 
 

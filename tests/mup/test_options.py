@@ -133,7 +133,7 @@ def three_steps(arch, data, parametrization):
     )
     engine = Engine(config, build_topology(config))
     engine.initialise()
-    losses = [engine.train_step(batch).loss for batch in batches(read_index(data), config, 0, 0, 1)]
+    losses = [engine.train_step(batch).loss for batch in batches([read_index(data)], config, 0, 0, 1)]
     return losses, {name: p.detach().clone() for name, p in engine.model.named_parameters()}
 
 

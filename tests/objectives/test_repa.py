@@ -68,8 +68,8 @@ def test_features_equal_transformers(encoder):
 
 def test_online_features_equal_precomputed_ones(data, encoder):
     options = {**REPA, "data.path": data, "train.steps": 1}
-    (stored,) = batches(read_index(data), small("mmdit", **options), 0, 0, 1)
-    (online,) = batches(read_index(data), small("mmdit", **options, **{"data.repa_encoder": encoder}), 0, 0, 1)
+    (stored,) = batches([read_index(data)], small("mmdit", **options), 0, 0, 1)
+    (online,) = batches([read_index(data)], small("mmdit", **options, **{"data.repa_encoder": encoder}), 0, 0, 1)
     assert stored.features.shape == (8, 16, 24)
     assert torch.equal(stored.latents, online.latents)
     assert torch.allclose(stored.features, online.features, atol=2e-2)  # fp16 pixels and features

@@ -158,7 +158,7 @@ def final_loss(overrides):
     config = load_config(PROXY, [*data, *no_repa, *course, "optimizer.schedule=cosine", "data.workers=0", *overrides])
     connect()
     engine = start(config)
-    stream = batches(read_index(config.data.path), config, 0, 0, 1)
+    stream = batches([read_index(config.data.path)], config, 0, 0, 1)
     losses = [engine.train_step(batch).loss for batch in stream]
     return sum(losses[-100:]) / 100
 
