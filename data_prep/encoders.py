@@ -92,7 +92,8 @@ class Encoders:
     def weights(self) -> dict[str, str]:
         """SHA-256 of each encoder's weights, "" where there are none yet; the first call reads them all."""
         text = self._text.sha256 if self._text else ""
-        return {"vae": self._codec.sha256, "text_encoder": text, "vision_encoder": self._eye_sha256()}
+        found = {"vae": self._codec.sha256, "text_encoder": text, "vision_encoder": self._eye_sha256()}
+        return {f"{name}_sha256": value for name, value in found.items()}
 
     def _eye_sha256(self) -> str:
         return weights_sha256(self._recipe.vision_encoder) if self._recipe.vision_encoder else ""

@@ -48,6 +48,14 @@ class Claim:
                 os.fsync(file.fileno())
         path.replace(target)
 
+    def publish_folder(self, name: str, target: Path) -> None:
+        """Rename a folder of scratch to ``target``, or leave there what another worker, or a killed one, has made."""
+        try:
+            (self.scratch / name).rename(target)
+        except OSError as error:
+            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+                raise
+
     def __enter__(self) -> Claim:
         return self
 
@@ -77,16 +85,16 @@ class Job:
         try:
             found = json.loads((self.folder / "job.json").read_text())
         except (FileNotFoundError, NotADirectoryError):
-            if self.folder.is_dir() and all(path.name == self.root.name for path in self.folder.iterdir()):
-                return False  # killed before it began
+            begun = {self.root.name, "job.json"}  # the second may be another worker's of this moment
+            if self.folder.is_dir() and {path.name for path in self.folder.iterdir()} <= begun:
+                return False
             raise UserError(f"{self.folder} exists and is no job of this command: give a new folder") from None
         except ValueError as error:
             raise UserError(f"{self.folder}/job.json is no job's ({error}): give a new folder") from None
         for name in arguments:
             if name not in found or found[name] != json.loads(json.dumps(arguments[name])):
                 raise UserError(
-                    f"{self.folder} exists and was begun with --{name.replace('_', '-')} {found.get(name)}, "
-                    f"not {arguments[name]}: "
+                    f"{self.folder} exists and was begun with {_told(name)} {found.get(name)}, not {arguments[name]}: "
                     "give the same arguments or a new folder"
                 )
         return True
@@ -160,3 +168,9 @@ class Job:
         self.clean()
         (self.folder / "job.json").unlink(missing_ok=True)
         shutil.rmtree(self.folder, ignore_errors=True)
+
+
+def _told(name: str) -> str:
+    """An argument as a flag; what was found out beside them by its name."""
+    found_out = name in ("source", "units") or name.endswith("sha256")
+    return name.replace("_", " ") if found_out else f"--{name.replace('_', '-')}"

@@ -60,7 +60,7 @@ def run(
         raise UserError(f"source {source.spec!r} holds no pictures")
     with _reproducible():
         encoders = Encoders(recipe, captioned=source.kind != "classes")
-        job.begin({**described, "units": source.units, "weights": encoders.weights()})
+        job.begin({**described, "units": source.units, **encoders.weights()})
         try:
             _Worker(job, source, recipe, encoders, words, seed).run()
         except FileNotFoundError:
@@ -175,7 +175,7 @@ class _Worker:
                 captions = self._words or read_captions(self._job, self._job.results(scan.PHASE))
                 if not target.exists():
                     build_tiny_t5(claim.scratch / "t5", captions, self._seed, max_tokens=self._recipe.tokens)
-                    claim.publish("t5", target)
+                    claim.publish_folder("t5", target)
         self._encoders.open_tiny(self._job.folder)
 
     def _finish(self) -> None:

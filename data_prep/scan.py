@@ -52,9 +52,7 @@ def scan_unit(
     records.mkdir()
     for name, own in lines.items():
         (records / f"{name}.jsonl").write_text("".join(f"{line}\n" for line in own))
-    folder = _folder(job, unit)
-    if not folder.exists():  # left by a worker that was killed before it could say so
-        records.rename(folder)
+    claim.publish_folder("records", _folder(job, unit))
     counts = {name: len(own) for name, own in lines.items() if name != "rejected"}
     claim.finish({"buckets": counts, "captioned": captioned, "rejected": dict(reasons)})
 

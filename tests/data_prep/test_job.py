@@ -184,6 +184,16 @@ def test_finished_and_begun_folders(arguments, undisturbed, tmp_path, capsys):
         )
 
 
+def test_a_source_that_has_grown_is_another_one(tmp_path, capsys):
+    write_tar(tmp_path / "0.tar", [{"png": png(noise()), "txt": "a dot"}])
+    words = ["encode", str(tmp_path / "*.tar"), str(tmp_path / "out"), "--size", "8"]
+    assert data_prep(words) == 0
+    (tmp_path / "out" / "index.json").unlink()
+    shutil.copy(tmp_path / "0.tar", tmp_path / "1.tar")
+    assert data_prep(words) == 2
+    assert "was begun with units 1, not 2" in one_line(capsys)
+
+
 def test_refused_before_the_folder_is_made(arguments, tmp_path, capsys):
     def told(words, *given):
         out = tmp_path / "out"
