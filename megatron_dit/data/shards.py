@@ -34,8 +34,8 @@ class Index:
     shards: tuple[Shard, ...]
     members: tuple[str, ...]  # extensions that a sample may have, in the order of the shards' tables
     channels: int
-    # {"encoder": folder (one of the index's own begins with "./") or hub name, "sha256", "dtype": it ran in, "dim", "tokens": at most,
-    # "features": whether they are in the shards, beside the token ids}; {} where there are class labels alone
+    # {"encoder": folder or hub name ("./NAME": in the index's folder), "sha256", "dtype": it ran in, "dim", "tokens":
+    # at most, "features": whether they are in the shards, beside the token ids}; {} where there are class labels alone
     text: dict[str, Any]
     codec: dict[str, Any]  # {"kind": "pixels", "sha256": ""} or {"kind": "vae", "path", "sha256", "dtype"}
     classes: int  # number of class labels; 0: none

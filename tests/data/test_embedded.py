@@ -79,9 +79,7 @@ def test_ids_alone_train_with_the_encoder_online(tmp_path):
     for number in range(24):
         pixels = rng.integers(0, 256, (16, 16, 3), dtype=np.uint8)
         Image.fromarray(pixels).save(tmp_path / "photos" / f"{number}.png")
-        (tmp_path / "photos" / f"{number}.txt").write_text(
-            f"picture number {WORDS[number % 4]}")
-        )
+        (tmp_path / "photos" / f"{number}.txt").write_text(f"picture number {WORDS[number % 4]}")
     for text in ("features", "ids"):
         command = ["encode", str(tmp_path / "photos"), str(tmp_path / text), "--size", "16", "--tokens", "24"]
         assert data_prep([*command, "--text", text]) == 0
