@@ -1,4 +1,4 @@
-"""One optimizer step in any layout. The only room that touches DeepSpeed."""
+"""One optimizer step in any layout: training's only contact with DeepSpeed."""
 
 from __future__ import annotations
 

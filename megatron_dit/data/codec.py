@@ -48,14 +48,14 @@ class VaeCodec:
     """An AutoencoderKL from a local folder or hub name, with its own scaling factor and shift; it runs in ``dtype``."""
 
     def __init__(self, path: str, device: torch.device | None = None, dtype: torch.dtype = torch.float32) -> None:
-        """Raises UserError where ``path`` is neither a folder nor to be had from a hub, or has pickled weights."""
+        """Raises UserError where ``path`` is neither a folder nor to be had from a hub, or has no safetensors."""
         from diffusers import AutoencoderKL
 
         self._path, self._device, self._dtype = path, device or torch.device("cpu"), dtype
         self._sha256: str | None = None
         with loading("VAE", "AutoencoderKL", path):
-            self._vae: Any = AutoencoderKL.from_pretrained(path, use_safetensors=True)
-        self._vae.to(self._device, dtype).eval()
+            self._vae: Any = AutoencoderKL.from_pretrained(path, torch_dtype=dtype, use_safetensors=True)
+        self._vae.to(self._device).eval()
         config = self._vae.config
         self.channels: int = config.latent_channels
         self.scale: int = 2 ** (len(config.block_out_channels) - 1)
