@@ -97,7 +97,7 @@ class ShardReader:
             whole = file.read() == b"" and shape == (self._samples,) and dtype.names is not None
             if not whole or dtype != table_dtype(len(self._members), dtype["key"].itemsize):
                 raise ValueError(f"{shape} rows of {dtype}")
-        except (ValueError, KeyError) as error:
+        except Exception as error:  # as in parse_array
             raise BadSample(
                 "torn_shard", f"shard {self.path} has no table of {self._samples} samples ({error}): restore it"
             ) from None
@@ -161,7 +161,7 @@ def parse_array(data: bytes, where: str) -> np.ndarray:
     """An ``.npy`` file's array. Raises BadSample, naming ``where``, for anything else, pickled objects among it."""
     try:
         return np.lib.format.read_array(io.BytesIO(data), allow_pickle=False)
-    except (ValueError, EOFError) as error:
+    except Exception as error:  # a header may be any text: SyntaxError, TokenError, OverflowError, MemoryError, ...
         raise BadSample("not_an_array", f"{where} is no array ({error})") from None
 
 

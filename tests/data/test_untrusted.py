@@ -45,6 +45,32 @@ def test_arrays_with_objects_are_refused_and_not_run(tmp_path, kind):
     assert not (tmp_path / "ran").exists()
 
 
+HEADERS = {
+    "more than any memory": "{'descr': '<f2', 'fortran_order': False, 'shape': (10000000000000,)}",
+    "more than a size can be": f"{{'descr': '<f2', 'fortran_order': False, 'shape': ({10**30},)}}",
+    "no dtype": "{'descr': ',f2', 'fortran_order': False, 'shape': (4,)}",
+    "a key that is a list": "{[]: 1}",
+    "keys that do not compare": "{'descr': '<f2', b'fortran_order': False, 'shape': (4,)}",
+    "brackets left open": "(" * 5000,
+    "too deep": "-" * 8000 + "1",
+}
+
+
+@pytest.mark.parametrize("kind", HEADERS)
+def test_an_array_may_have_any_header(tmp_path, kind):
+    """As an array of a sample and as the table of a shard: told as any other harm."""
+    header = HEADERS[kind].encode() + b"\n"
+    hostile = b"\x93NUMPY\x01\x00" + len(header).to_bytes(2, "little") + header
+    with pytest.raises(BadSample, match="sample 7 is no array"):
+        parse_array(hostile, "sample 7")
+    index = make_folder(tmp_path / "data", [(SIDE, 5)])
+    path = tmp_path / "data" / "00000.tar"
+    data, begin = bytearray(path.read_bytes()), index.shards[0].table
+    data[begin - len(hostile) : begin] = hostile
+    path.write_bytes(data)
+    assert "no table of 5 samples" in broken_shards(index, index.shards)["00000.tar"]
+
+
 def test_a_pickle_hidden_in_a_tables_place_is_not_run(tmp_path):
     index = make_folder(tmp_path / "data", [(SIDE, 5)])
     path = tmp_path / "data" / "00000.tar"
