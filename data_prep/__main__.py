@@ -1,4 +1,4 @@
-"""``python -m data_prep demo FOLDER`` and ``python -m data_prep encode SOURCE FOLDER``."""
+"""``python -m data_prep``: demo, encode, verify, stats."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from data_prep import cli_encode
+from data_prep import cli_check, cli_encode
 from data_prep.cli_encode import add_shared
 from megatron_dit.cli import Parser, add_command
 from megatron_dit.cli.common import write_json
@@ -32,8 +32,10 @@ def main(arguments: list[str]) -> int:
     embedded.add_argument("--seed", type=int, default=0, help="seed of the scenes and the tiny T5")
     add_shared(embedded)
     cli_encode.add_command_to(commands)
+    cli_check.add_commands_to(commands)
     try:
-        return _run(parser.parse_args(arguments), arguments)
+        parsed = parser.parse_args(arguments)
+        return _run(parsed, arguments) if parsed.run is None else parsed.run(parsed)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -52,16 +52,21 @@ def leave():
     """Destroy every process group of this process, and what DeepSpeed and Megatron remember of them."""
     import deepspeed.comm.comm as ds_comm
     import torch.distributed as dist
-    from deepspeed.runtime.zero.parameter_offload import DeepSpeedZeRoOffload
+    from deepspeed.runtime.engine import DeepSpeedEngine
+    from deepspeed.runtime.zero.parameter_offload import FWD_MODULE_STACK, DeepSpeedZeRoOffload
     from deepspeed.runtime.zero.partition_parameters import Init
     from deepspeed.utils import groups
     from megatron.core import parallel_state
 
     if dist.is_initialized():
+        # DeepSpeed's hooks tie an engine, and so its process groups, into knots that the collector cannot see.
+        for engine in [each for each in gc.get_objects() if ds_comm.cdb and type(each) is DeepSpeedEngine]:
+            engine.destroy()
         if parallel_state.is_initialized():
             parallel_state.destroy_model_parallel()
         dist.destroy_process_group()
     ds_comm.cdb = None
+    FWD_MODULE_STACK.clear()
     # Each of gloo's groups has threads that poll; those of an engine in a reference cycle would go on polling.
     gc.collect()
     # ZeRO-3 numbers parameters and modules over the life of a process and checks that ranks agree; ranks

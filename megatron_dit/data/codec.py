@@ -59,7 +59,8 @@ class VaeCodec:
         config = self._vae.config
         self.channels: int = config.latent_channels
         self.scale: int = 2 ** (len(config.block_out_channels) - 1)
-        self._factor, self._shift = config.scaling_factor, config.shift_factor or 0.0
+        self.scaling_factor: float = config.scaling_factor
+        self.shift_factor: float = config.shift_factor or 0.0
 
     @property
     def sha256(self) -> str:
@@ -73,13 +74,13 @@ class VaeCodec:
         """Shifted and scaled; on the CPU."""
         x, _ = PixelCodec().posterior(pictures.to(self._device))
         found = self._vae.encode(x.to(self._dtype)).latent_dist
-        mean = (found.mean.float() - self._shift) * self._factor
-        std = (0.5 * found.logvar.float()).exp() * self._factor
+        mean = (found.mean.float() - self.shift_factor) * self.scaling_factor
+        std = (0.5 * found.logvar.float()).exp() * self.scaling_factor
         return mean.cpu(), std.cpu()
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
-        x = (latents / self._factor + self._shift).to(self._device, self._dtype)
+        x = (latents / self.scaling_factor + self.shift_factor).to(self._device, self._dtype)
         return PixelCodec().decode(self._vae.decode(x).sample.cpu())
 
 

@@ -10,8 +10,13 @@ import numpy as np
 from matplotlib.figure import Figure
 
 
-def save_grid(pictures: np.ndarray, captions: Sequence[str], path: Path, colours: Sequence[str] | None = None) -> None:
-    """Write (N, H, W, 3) uint8 pictures as a PNG; ``colours`` are those of the captions."""
+def save_grid(
+    pictures: np.ndarray | Sequence[np.ndarray],
+    captions: Sequence[str],
+    path: Path,
+    colours: Sequence[str] | None = None,
+) -> None:
+    """Write (H, W, 3) uint8 pictures, of any sizes, as a PNG; ``colours`` are those of the captions."""
     columns = min(8, math.ceil(math.sqrt(len(pictures))))
     rows = math.ceil(len(pictures) / columns)
     figure = Figure(figsize=(1.7 * columns, 2.0 * rows), layout="constrained")
@@ -22,7 +27,7 @@ def save_grid(pictures: np.ndarray, captions: Sequence[str], path: Path, colours
     for i, (cell, picture, caption) in enumerate(zip(cells, pictures, captions, strict=False)):
         cell.imshow(picture, interpolation="nearest")
         colour = colours[i] if colours else "black"
-        cell.set_xlabel(_wrap(caption), fontsize=7, color=colour)
+        cell.set_xlabel(_wrap(caption), fontsize=7, color=colour, parse_math=False)  # a caption may have a $
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110)
 

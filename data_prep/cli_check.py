@@ -1,0 +1,54 @@
+"""``python -m data_prep verify`` and ``stats``: a folder of shards read back, and what is in it."""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from megatron_dit.cli.common import add_command, write_json
+from megatron_dit.errors import UserError
+
+
+def add_commands_to(commands: Any) -> None:
+    command = add_command(
+        commands,
+        "verify",
+        "Read every shard back and check it; status 1 if anything is wrong.",
+        "python -m data_prep verify data/photos --procs 8",
+        verify,
+    )
+    command.add_argument("folder", help="folder or URL of shards")
+    command.add_argument("--procs", type=int, default=1, metavar="N", help="shards to check at a time")
+    command = add_command(
+        commands,
+        "stats",
+        "Buckets, caption lengths, latents and classes of a folder of shards, with pictures.",
+        "python -m data_prep stats data/photos",
+        stats,
+    )
+    command.add_argument("folder", help="folder of shards")
+    command.add_argument("--samples", type=int, default=10_000, help="samples to look at, drawn at random")
+    command.add_argument("--out", type=Path, help="folder for stats.json and the pictures (FOLDER/stats)")
+
+
+def verify(parsed: argparse.Namespace) -> int:
+    from data_prep.verify import print_report, verify
+
+    if parsed.procs < 1:
+        raise UserError(f"--procs {parsed.procs}: expected at least 1")
+    report = verify(parsed.folder, parsed.procs)
+    print_report(report)
+    write_json(parsed, asdict(report))
+    return 1 if report.problems else 0
+
+
+def stats(parsed: argparse.Namespace) -> int:
+    from data_prep.stats import stats
+
+    if parsed.samples < 1:
+        raise UserError(f"--samples {parsed.samples}: expected at least 1")
+    figures = stats(parsed.folder, parsed.samples, parsed.out or Path(parsed.folder, "stats"))
+    write_json(parsed, figures)
+    return 0

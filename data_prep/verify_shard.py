@@ -1,0 +1,185 @@
+"""Reads one shard back by two readers, stdlib's tarfile and the table of samples, which must agree."""
+
+from __future__ import annotations
+
+import tarfile
+import zlib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from megatron_dit.data.shards import Index
+from megatron_dit.data.tar import MEMBERS, TABLE, BadSample, Shard, ShardReader, parse_array, sha256_of, table_dtype
+
+Place = tuple[int, int]  # (where a member's data begin, bytes)
+
+
+@dataclass(frozen=True)
+class Checked:
+    problems: list[str]  # one line each
+    keys: np.ndarray  # (samples,) bytes; none where the table cannot be read
+
+
+def check_shard(index: Index, shard: Shard, path: Path) -> Checked:
+    """Everything about the shard at ``path`` that can be told from the index and its bytes."""
+    problems: list[str] = []
+    keys = np.zeros(0, dtype="S1")
+    if unknown := sorted(set(index.members) - set(MEMBERS)):
+        problems.append(f"{shard.file}: members {unknown} of the index are none of {', '.join(MEMBERS)}")
+    try:
+        ShardReader(path, shard, index.members).close()
+    except BadSample as error:
+        problems.append(str(error))
+        if error.cause == "missing_shard":
+            return Checked(problems, keys)
+    if (found := sha256_of(path)) != shard.sha256:
+        problems.append(f"{shard.file}: SHA-256 is {found[:12]}, its index says {shard.sha256[:12]}")
+    try:
+        with tarfile.open(path, "r:") as tar:
+            places, told = _members(tar)
+            rows = _table(tar, places.pop(TABLE, None), index, shard)
+    except (tarfile.TarError, OSError, ValueError, OverflowError) as error:
+        return Checked([*problems, f"{shard.file}: no tar ({error})"], keys)
+    except BadSample as error:
+        problems += [f"{shard.file}: {line}" for line in told]
+        return Checked([*problems, f"{shard.file}: {error}"], keys)
+    told += _strangers(places, rows, index.members)
+    problems += [f"{shard.file}: {line}" for line in told]
+    with path.open("rb") as file:
+        for row in rows:
+            key = row["key"].decode("ascii", errors="replace")
+            members, wrong = {}, []
+            for i, name in enumerate(index.members):
+                place = int(row["offset"][i]), int(row["size"][i])
+                if place[1] < 0:
+                    continue
+                if (at := places.get(f"{key}.{name}")) != place:
+                    wrong.append(f"{name} is not where the table says: {at or 'nowhere'}, not {place}")
+                    continue
+                file.seek(place[0])
+                members[name] = file.read(place[1])
+                if zlib.crc32(members[name]) != row["crc"][i]:
+                    wrong.append(f"{name} has another CRC-32 than the table says")
+            wrong += check_sample(index, shard.bucket, members)
+            problems += [f"{shard.file}/{key}: {line}" for line in wrong]
+    return Checked(problems, rows["key"].copy())
+
+
+def _members(tar: tarfile.TarFile) -> tuple[dict[str, Place], list[str]]:
+    """Where each member lies, as tarfile reads the headers, and what no member should be."""
+    places: dict[str, Place] = {}
+    wrong = []
+    for member in tar:
+        name = member.name
+        if name.startswith("/") or ".." in name.split("/"):
+            wrong.append(f"member {name!r} leads out of the folder")
+        if member.type not in (tarfile.REGTYPE, tarfile.AREGTYPE) or member.issparse():
+            wrong.append(f"member {name!r} is no plain file")
+        if name in places:
+            wrong.append(f"member {name!r} is there twice")
+        places[name] = member.offset_data, member.size
+    return places, wrong
+
+
+def _table(tar: tarfile.TarFile, place: Place | None, index: Index, shard: Shard) -> np.ndarray:
+    """The table's rows. Raises BadSample where they are not those of the index's number of samples, at its place."""
+    if place is None:
+        raise BadSample("torn_shard", f"no member {TABLE}")
+    file = tar.extractfile(TABLE)
+    rows = parse_array(file.read() if file else b"", TABLE)
+    key = rows.dtype["key"].itemsize if rows.dtype.names and "key" in rows.dtype.names else 0
+    if rows.ndim != 1 or rows.dtype != table_dtype(len(index.members), key):
+        raise BadSample("torn_shard", f"{TABLE} is {rows.shape} of {rows.dtype}, no table")
+    if len(rows) != shard.samples:
+        raise BadSample("torn_shard", f"the table has {len(rows)} samples, the index says {shard.samples}")
+    if (at := place[0] + place[1] - rows.nbytes) != shard.table:
+        raise BadSample("torn_shard", f"the table's rows are at byte {at}, the index says {shard.table}")
+    return rows
+
+
+def _strangers(places: Mapping[str, Place], rows: np.ndarray, members: tuple[str, ...]) -> list[str]:
+    """Members that the table does not know."""
+    known = {
+        f"{row['key'].decode('ascii', errors='replace')}.{name}"
+        for row in rows
+        for name, size in zip(members, row["size"], strict=True)
+        if size >= 0
+    }
+    return [f"member {name!r} is not in the table" for name in places if name not in known]
+
+
+def check_sample(index: Index, bucket: tuple[int, int], members: Mapping[str, bytes]) -> list[str]:
+    """What is wrong with a sample's members: what it must have, dtypes, shapes, ranges."""
+    wrong: list[str] = []
+    expected = _expected(index, bucket)
+    classes = {"cls"} if index.classes else set()
+    missing = [name for name in (*expected, *classes) if name not in members]
+    wrong += [f"has no {name}" for name in missing]
+    wrong += [
+        f"has {name}, which its index does not tell of"
+        for name in members
+        if name not in {*expected, *classes, "txt", "json"}
+    ]
+    arrays = {}
+    for name in expected:
+        if name not in members:
+            continue
+        try:
+            arrays[name] = _array(members[name], name, *expected[name])
+        except BadSample as error:
+            wrong.append(str(error))
+    if "std.npy" in arrays and (arrays["std.npy"] < 0).any():
+        wrong.append("std.npy is below 0")
+    if "captions.npy" in arrays:
+        wrong += _check_captions(arrays, index.text["tokens"])
+    if classes and "cls" in members:
+        label = members["cls"].decode("ascii", errors="replace").strip()
+        if not label.isdecimal() or int(label) >= index.classes:
+            wrong.append(f"class {label[:20]!r}, expected 0 to {index.classes - 1}")
+    return wrong
+
+
+def _expected(index: Index, bucket: tuple[int, int]) -> dict[str, tuple[str, tuple[int | None, ...]]]:
+    """Dtype and shape (None: any size) of each array that a sample must have."""
+    latent = (index.channels, *bucket)
+    expected: dict[str, tuple[str, tuple[int | None, ...]]] = {"latent.npy": ("float16", latent)}
+    if index.codec["kind"] != "pixels":
+        expected["std.npy"] = ("float16", latent)
+    if index.text:
+        expected |= {"ids.npy": ("int32", (None,)), "captions.npy": ("float64", (None, 2))}
+        if index.text["features"]:
+            expected["text.npy"] = ("float16", (None, index.text["dim"]))
+    if index.features:
+        tokens = bucket[0] * bucket[1] // index.features["patch"] ** 2
+        expected["features.npy"] = ("float16", (tokens, index.features["dim"]))
+    return expected
+
+
+def _array(data: bytes, name: str, dtype: str, shape: tuple[int | None, ...]) -> np.ndarray:
+    """Raises BadSample."""
+    array = parse_array(data, name)
+    if array.dtype != dtype:
+        raise BadSample("wrong_shape", f"{name} is {array.dtype}, expected {dtype}")
+    sizes = zip(array.shape, shape, strict=False)
+    if array.ndim != len(shape) or any(expected not in (None, size) for size, expected in sizes):
+        told = ", ".join("any" if size is None else str(size) for size in shape)
+        raise BadSample("wrong_shape", f"{name} is {array.shape}, expected ({told})")
+    if not np.isfinite(array).all():
+        raise BadSample("not_finite", f"{name} is not finite")
+    return array
+
+
+def _check_captions(arrays: Mapping[str, Any], limit: int) -> Iterator[str]:
+    tokens, weights = arrays["captions.npy"].T
+    if not len(tokens):
+        yield "captions.npy has no captions"
+    if (tokens < 1).any() or (tokens > limit).any() or (tokens % 1 != 0).any():
+        yield f"captions.npy has captions of {tokens.min():g} to {tokens.max():g} tokens, expected 1 to {limit}"
+    if (weights <= 0).any():
+        yield f"captions.npy has weight {weights.min():g}, expected above 0"
+    for name in ("ids.npy", "text.npy"):
+        if name in arrays and len(arrays[name]) != tokens.sum():
+            yield f"{name} has {len(arrays[name])} tokens, its captions have {tokens.sum():g}"

@@ -1,0 +1,114 @@
+"""stats against numpy on what was written."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from diffusers import AutoencoderKL
+from PIL import Image
+
+from data_prep.__main__ import main as data_prep
+from megatron_dit.data.identity import weights_sha256
+from megatron_dit.data.shards import Index, write_index
+from megatron_dit.data.tar import npy
+from tests.data.made import make_folder
+
+WIDE, TALL = (4, 8), (8, 4)
+
+
+def latent(number, bucket):
+    rng = np.random.default_rng(number)
+    return (rng.standard_normal((3, *bucket)) * [[[1]], [[2]], [[0.5]]] + [[[0]], [[1]], [[-3]]]).astype(np.float16)
+
+
+def captions(number):
+    """One or two captions, of one to 24 tokens."""
+    counts = [1 + number % 24] + ([2] if number % 3 == 0 else [])
+    return {
+        "captions.npy": npy(np.array([[count, 1.0] for count in counts])),
+        "ids.npy": npy(np.ones(sum(counts), dtype=np.int32)),
+        "text.npy": npy(np.ones((sum(counts), 64), dtype=np.float16)),
+    }
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("stats") / "data"
+
+    def members(number):
+        return {"latent.npy": npy(latent(number, WIDE if number < 40 else TALL)), **captions(number)}
+
+    make_folder(folder, [(WIDE, 40), (TALL, 20)], members=members)
+    return folder
+
+
+def test_figures_equal_numpys(folder, tmp_path, capsys):
+    assert data_prep(["stats", str(folder), "--out", str(tmp_path / "stats")]) == 0
+    figures = json.loads((tmp_path / "stats" / "stats.json").read_text())
+    values = np.concatenate(
+        [latent(n, WIDE if n < 40 else TALL).astype(np.float64).reshape(3, -1) for n in range(60)], axis=1
+    )
+    assert figures["latents"]["mean"] == pytest.approx(values.mean(1).tolist(), rel=1e-12)
+    assert figures["latents"]["std"] == pytest.approx(values.std(1).tolist(), rel=1e-12)
+    assert figures["buckets"] == {
+        "4 x 8": {"shards": 1, "samples": 40, "share": 40 / 60},
+        "8 x 4": {"shards": 1, "samples": 20, "share": 20 / 60},
+    }
+    lengths = np.array([count for n in range(60) for count in [1 + n % 24] + ([2] if n % 3 == 0 else [])])
+    found = figures["captions"]
+    assert found["mean"] == pytest.approx(lengths.mean())
+    assert [found[q] for q in ("25%", "50%", "99%", "max")] == pytest.approx(
+        np.quantile(lengths, [0.25, 0.5, 0.99, 1]).tolist()
+    )
+    assert found["cut"] == pytest.approx((lengths == 24).mean())
+    assert found["a_picture"] == pytest.approx(len(lengths) / 60)
+    assert figures["classes"] == [sum(n % 24 == label for n in range(60)) for label in range(24)]
+    for name in ("stats.png", "samples.png"):
+        with Image.open(tmp_path / "stats" / name) as picture:
+            assert picture.format == "PNG"
+            assert min(picture.size) > 200
+    assert "4 x 8" in capsys.readouterr().out
+
+
+def test_a_subset_is_looked_at(folder, tmp_path):
+    assert data_prep(["stats", str(folder), "--samples", "10", "--out", str(tmp_path / "stats")]) == 0
+    figures = json.loads((tmp_path / "stats" / "stats.json").read_text())
+    assert (figures["samples"], figures["looked_at"], sum(figures["classes"])) == (60, 10, 10)
+
+
+def test_a_vaes_scaling_factor_is_found(tmp_path):
+    """Raw latents of mean 3 and standard deviation 4, posteriors of 0.5: draws vary by sqrt(16.25)."""
+    torch.manual_seed(0)
+    vae = AutoencoderKL(
+        block_out_channels=(8,), norm_num_groups=4, latent_channels=3, scaling_factor=0.5, shift_factor=1.0
+    )
+    vae.save_pretrained(tmp_path / "vae")
+    rng = np.random.default_rng(0)
+
+    def members(number):
+        raw = 3 + 4 * rng.standard_normal((3, 16, 16))
+        stored = (raw - 1.0) * 0.5
+        return {
+            "latent.npy": npy(stored.astype(np.float16)),
+            "std.npy": npy(np.full((3, 16, 16), 0.5 * 0.5, dtype=np.float16)),
+        }
+
+    index = make_folder(tmp_path / "data", [((16, 16), 100)], members=members)
+    codec = {"kind": "vae", "path": str(tmp_path / "vae"), "sha256": weights_sha256(str(tmp_path / "vae"))}
+    write_index(Index(**{**vars(index), "codec": codec}))
+    assert data_prep(["stats", str(tmp_path / "data")]) == 0
+    latents = json.loads((tmp_path / "data" / "stats" / "stats.json").read_text())["latents"]
+    assert latents["implied"]["shift_factor"] == pytest.approx(3, abs=0.05)
+    assert latents["implied"]["scaling_factor"] == pytest.approx(1 / np.sqrt(16.25), rel=0.01)
+    assert latents["vae"] == {"shift_factor": 1.0, "scaling_factor": 0.5}
+    assert latents["posterior_std"] == pytest.approx([0.25] * 3, rel=1e-3)
+    assert (tmp_path / "data" / "stats" / "samples.png").exists()
+
+
+def test_a_bad_sample_is_named(folder, tmp_path, capsys):
+    make_folder(tmp_path / "bad", [(WIDE, 4)], members=lambda _: {"latent.npy": b"no array"})
+    assert data_prep(["stats", str(tmp_path / "bad")]) == 2
+    assert "data_prep verify" in capsys.readouterr().err

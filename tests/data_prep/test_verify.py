@@ -1,0 +1,195 @@
+"""verify finds every harm planted into a folder of shards, and none in a whole one."""
+
+from __future__ import annotations
+
+import io
+import json
+import pickle
+import shutil
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from data_prep.__main__ import main as data_prep
+from megatron_dit.data.shards import Index, read_index, write_index
+from megatron_dit.data.tar import npy, write_shard
+from tests.data.made import make_folder, sample
+
+SIDE = (4, 4)
+
+
+def halves(number):
+    return {"latent.npy": npy(np.full((3, *SIDE), number, dtype=np.float16))}
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Two shards of six samples, as encode writes them."""
+    make_folder(tmp_path / "data", [(SIDE, 6)] * 2, members=halves)
+    return tmp_path / "data"
+
+
+def problems(folder, tmp_path, *flags):
+    """(status, lines) of the command."""
+    status = data_prep(["verify", str(folder), "--json", str(tmp_path / "report.json"), *flags])
+    return status, json.loads((tmp_path / "report.json").read_text())["problems"]
+
+
+def places(path):
+    with tarfile.open(path) as tar:
+        return {member.name: (member.offset_data, member.size) for member in tar}
+
+
+def flip(path, offset):
+    data = bytearray(path.read_bytes())
+    data[offset] ^= 1
+    path.write_bytes(data)
+
+
+def replaced(folder, **members):
+    """Shard 0 written anew with other members in its first sample, the index true to it."""
+    rows = [{**sample(n, SIDE), **halves(n), **(members if n == 0 else {})} for n in range(6)]
+    shard = write_shard(folder / "00000.tar", rows, SIDE)
+    index = read_index(folder)
+    write_index(Index(**{**vars(index), "shards": (shard, *index.shards[1:])}))
+
+
+def append(path, name, data, kind=tarfile.REGTYPE):
+    """A member after the table, within the padding at the tar's end."""
+    with tarfile.open(path, "a") as tar:
+        info = tarfile.TarInfo(name)
+        info.size, info.type = len(data), kind
+        tar.addfile(info, io.BytesIO(data))
+
+
+def change_index(folder, **values):
+    path = folder / "index.json"
+    raw = json.loads(path.read_text())
+    for key, value in values.items():
+        raw["shards"][0][key] = value
+    path.write_text(json.dumps(raw))
+
+
+class Payload:
+    """Unpickled, it would make a file."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return (Path(self.path).touch, ())
+
+
+def object_array(path):
+    buffer = io.BytesIO()
+    np.save(buffer, np.array([Payload(path)], dtype=object), allow_pickle=True)  # what a hostile writer would do
+    return buffer.getvalue()
+
+
+def plant(kind, folder, ran):
+    """Do the harm; returns the words by which it must be told."""
+    first = folder / "00000.tar"
+    where = places(first)
+    if kind == "byte in data":
+        flip(first, sum(where["000002.latent.npy"]) - 1)
+        return "00000.tar/000002: latent.npy has another CRC-32"
+    if kind == "byte in table":
+        flip(first, read_index(folder).shards[0].table)  # of the first key
+        return "00000.tar/100000: latent.npy is not where the table says"
+    if kind == "extra member":
+        append(first, "000001.jpg", b"x")
+        return "member '000001.jpg' is not in the table"
+    if kind == "name that leads out":
+        append(first, "../evil.npy", b"x")
+        return "member '../evil.npy' leads out of the folder"
+    if kind == "link":
+        append(first, "000001.link", b"", tarfile.SYMTYPE)
+        return "member '000001.link' is no plain file"
+    if kind == "pickle":
+        append(first, "000001.pickle", pickle.dumps(Payload(ran)))
+        return "member '000001.pickle' is not in the table"
+    if kind == "object array":
+        replaced(folder, **{"latent.npy": object_array(ran)})
+        return "00000.tar/000000: latent.npy is no array"
+    if kind == "not finite":
+        replaced(folder, **{"latent.npy": npy(np.full((3, *SIDE), np.nan, dtype=np.float16))})
+        return "00000.tar/000000: latent.npy is not finite"
+    if kind == "shape":
+        replaced(folder, **{"latent.npy": npy(np.zeros((3, 8, 2), dtype=np.float16))})
+        return "00000.tar/000000: latent.npy is (3, 8, 2), expected (3, 4, 4)"
+    if kind == "dtype":
+        replaced(folder, **{"ids.npy": npy(np.zeros(2))})
+        return "00000.tar/000000: ids.npy is float64, expected int32"
+    if kind == "tokens":
+        replaced(folder, **{"captions.npy": npy(np.array([[3.0, 1.0]]))})
+        return "00000.tar/000000: ids.npy has 2 tokens, its captions have 3"
+    if kind == "weight":
+        replaced(folder, **{"captions.npy": npy(np.array([[2.0, -1.0]]))})
+        return "00000.tar/000000: captions.npy has weight -1, expected above 0"
+    if kind == "class":
+        replaced(folder, cls="24")
+        return "00000.tar/000000: class '24', expected 0 to 23"
+    if kind == "count":
+        change_index(folder, samples=5)
+        return "00000.tar has no table of 5 samples"
+    if kind == "hash":
+        change_index(folder, sha256="0" * 64)
+        return "00000.tar: SHA-256 is"
+    if kind == "key twice":
+        rows = [{**sample(n, SIDE), **halves(n)} for n in (6, 7, 8, 2, 9, 10)]
+        shard = write_shard(folder / "00001.tar", rows, SIDE)
+        index = read_index(folder)
+        write_index(Index(**{**vars(index), "shards": (index.shards[0], shard)}))
+        return "key 000002 is in 00000.tar and again in 00001.tar"
+    assert kind == "missing"
+    first.unlink()
+    return "00000.tar is missing"
+
+
+KINDS = ["byte in data", "byte in table", "extra member", "name that leads out", "link", "pickle", "object array"]
+KINDS += ["not finite", "shape", "dtype", "tokens", "weight", "class", "count", "hash", "key twice", "missing"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_harm_is_found_and_named(folder, tmp_path, kind, capsys):
+    words = plant(kind, folder, tmp_path / "ran")
+    status, lines = problems(folder, tmp_path)
+    assert status == 1
+    assert any(words in line for line in lines), lines
+    assert words in capsys.readouterr().out
+    assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize("procs", ["1", "2"])
+def test_a_whole_folder_has_no_problems(folder, tmp_path, procs, capsys):
+    assert problems(folder, tmp_path, "--procs", procs) == (0, [])
+    out = capsys.readouterr().out
+    assert "all is as it was written" in out
+    assert "12" in out
+
+
+def test_what_encode_wrote_is_whole(dataset, tmp_path):
+    assert problems(dataset, tmp_path) == (0, [])
+    copy = tmp_path / "copy"
+    shutil.copytree(dataset, copy)
+    weights = copy / "text_encoder" / "model.safetensors"
+    flip(weights, weights.stat().st_size - 1)
+    status, (line,) = problems(copy, tmp_path)
+    assert status == 1
+    assert "text_encoder: weights are" in line
+
+
+def test_twenty_problems_are_shown_and_the_rest_counted(tmp_path, capsys):
+    make_folder(tmp_path / "data", [(SIDE, 30)])  # latents in fp32: each sample is wrong
+    status, lines = problems(tmp_path / "data", tmp_path)
+    assert (status, len(lines)) == (1, 30)
+    out = capsys.readouterr().out
+    assert out.count("expected float16") == 20
+    assert "... and 10 more" in out
+
+
+def test_refused(tmp_path, capsys):
+    assert data_prep(["verify", str(tmp_path)]) == 2
+    assert "has no index.json" in capsys.readouterr().err
