@@ -80,7 +80,7 @@ def draw(figures: dict[str, Any], tokens: Sequence[np.ndarray], values: np.ndarr
     """
     rows = 1 + math.ceil(len(values) / COLUMNS)
     figure = Figure(figsize=(3 * COLUMNS, 2.5 * (rows + 1)), layout="constrained")
-    upper, lower = figure.subfigures(2, 1, height_ratios=(1.5, rows - 1))
+    upper, lower = figure.subfigures(2, 1, squeeze=False, height_ratios=(1.5, rows - 1)).ravel()
     left, right = upper.subplots(1, 2)
     _draw_buckets(left, figures["buckets"])
     if tokens:

@@ -92,7 +92,8 @@ def _repeated(index: Index, keys: list[np.ndarray]) -> Iterator[str]:
     ends = np.cumsum([len(own) for own in keys])
     for place in np.flatnonzero(whole[order][1:] == whole[order][:-1]):
         first, second = (index.shards[np.searchsorted(ends, order[at], side="right")].file for at in (place, place + 1))
-        yield f"key {whole[order[place]].decode('ascii', errors='replace')} is in {first} and again in {second}"
+        key = bytes(whole[order[place]]).decode("ascii", errors="replace")
+        yield f"key {key} is in {first} and again in {second}"
 
 
 def _check_text_encoder(index: Index) -> Iterator[str]:

@@ -37,6 +37,7 @@ def check_shard(index: Index, shard: Shard, path: Path) -> Checked:
             return Checked(problems, keys)
     if (found := sha256_of(path)) != shard.sha256:
         problems.append(f"{shard.file}: SHA-256 is {found[:12]}, its index says {shard.sha256[:12]}")
+    told: list[str] = []
     try:
         with tarfile.open(path, "r:") as tar:
             places, told = _members(tar)
