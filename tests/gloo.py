@@ -13,6 +13,7 @@ from typing import Any
 import torch.multiprocessing as mp
 
 SIZE = 4
+RENEW = 100  # tasks after which the ranks are started anew: ZeRO-3 engines leave process groups, whose threads poll
 
 
 @dataclass
@@ -31,6 +32,7 @@ def _serve(rank, tasks, results):
     from megatron_dit.parallel.topology import connect
 
     assert megatron_dit.engine
+    gc.freeze()  # what is imported stays: collecting after each task need not look at it
     while True:
         task = tasks.get()
         if task is None:
@@ -83,6 +85,10 @@ class Pool:
     """``run(n, function, *args)`` returns the ranks' results in order; ``function`` is a module's own."""
 
     def __init__(self) -> None:
+        self._start()
+
+    def _start(self) -> None:
+        self._done = 0
         context = mp.get_context("spawn")
         self._tasks = [context.Queue() for _ in range(SIZE)]
         self._results = context.Queue()
@@ -101,6 +107,10 @@ class Pool:
 
     def outcomes(self, world: int, function: Any, *args: Any, timeout: float = 300, **kwargs: Any) -> list[Any]:
         """As ``run``, with a :class:`Failure` in the place of a rank that raised."""
+        if self._done == RENEW:
+            self.close()
+            self._start()
+        self._done += 1
         with socket.socket() as sock:
             sock.bind(("127.0.0.1", 0))
             port = sock.getsockname()[1]
