@@ -1,1 +1,1 @@
-"""``python -m checkpoints_tools``: look into checkpoints, and average them."""
+"""``python -m checkpoints_tools``: look into checkpoints, average and convert them."""

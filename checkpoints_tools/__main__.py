@@ -1,4 +1,4 @@
-"""``python -m checkpoints_tools``: inspect, ema."""
+"""``python -m checkpoints_tools``: inspect, ema, convert."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from checkpoints_tools.convert.command import add_convert
 from checkpoints_tools.ema import reconstruct
 from megatron_dit.checkpoint.format import CheckpointReader
 from megatron_dit.checkpoint.load import open_checkpoint
@@ -41,7 +42,7 @@ def inspect(reader: CheckpointReader) -> dict[str, Any]:
 
 
 def main(arguments: list[str]) -> int:
-    parser = Parser(prog="python -m checkpoints_tools", description="Look into checkpoints, and average them.")
+    parser = Parser(prog="python -m checkpoints_tools", description="Look into checkpoints, average and convert them.")
     commands = parser.add_subparsers(required=True, metavar="COMMAND", parser_class=Parser)
     example = "python -m checkpoints_tools inspect runs/quickstart"
     command = add_command(commands, "inspect", "Print what a checkpoint holds.", example, _inspect)
@@ -58,6 +59,7 @@ def main(arguments: list[str]) -> int:
     )
     command.add_argument("--step", type=int, help="step of the snapshot to average at (the last)")
     command.add_argument("--out", type=Path, required=True, help="folder of the checkpoint to write")
+    add_convert(commands)
     try:
         parsed = parser.parse_args(arguments)
         return parsed.run(parsed)

@@ -7,7 +7,6 @@ There is no EMA.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +16,7 @@ from torch import Tensor, nn
 from megatron_dit.config import Config, ModelConfig
 from megatron_dit.data.batch import Batch
 from megatron_dit.errors import UserError
+from megatron_dit.models.counterparts import MLP_RATIO, diffusers_settings
 from megatron_dit.parallel.cpu import device
 
 
@@ -26,8 +26,10 @@ def check_plain(model: ModelConfig) -> None:
         raise UserError(f"--diffusers with model.arch={model.arch}: expected one of {', '.join(MODELS)}")
     if model.repa_block:
         raise UserError("--diffusers with REPA: diffusers has none, add model.repa_block=0 model.repa_dim=0")
-    if model.mlp_ratio != 4:
-        raise UserError(f"--diffusers with model.mlp_ratio={model.mlp_ratio}: diffusers' models have 4, set that")
+    if model.mlp_ratio != MLP_RATIO:
+        raise UserError(
+            f"--diffusers with model.mlp_ratio={model.mlp_ratio}: diffusers' models have {MLP_RATIO}, set that"
+        )
 
 
 class PlainTraining:
@@ -68,21 +70,8 @@ class PlainTraining:
         self._optimizer.zero_grad()
 
 
-def _sizes(config: ModelConfig) -> dict[str, Any]:
-    """What diffusers' models call alike."""
-    return {
-        "num_attention_heads": config.heads,
-        "attention_head_dim": config.head_dim,
-        "in_channels": config.in_channels,
-        "out_channels": config.out_channels,
-        "num_layers": config.depth,
-        "sample_size": config.sample_size,
-        "patch_size": config.patch_size,
-    }
-
-
 def _build_dit(config: ModelConfig) -> ModelMixin:
-    return DiTTransformer2DModel(**_sizes(config), num_embeds_ada_norm=config.num_classes, norm_eps=1e-6)
+    return DiTTransformer2DModel(**diffusers_settings(config))
 
 
 def _dit(model: nn.Module, batch: Batch) -> Tensor:
@@ -90,12 +79,7 @@ def _dit(model: nn.Module, batch: Batch) -> Tensor:
 
 
 def _build_pixart(config: ModelConfig) -> ModelMixin:
-    return PixArtTransformer2DModel(
-        **_sizes(config),
-        cross_attention_dim=config.width,
-        caption_channels=config.text_dim,
-        use_additional_conditions=False,
-    )
+    return PixArtTransformer2DModel(**diffusers_settings(config))
 
 
 def _pixart(model: nn.Module, batch: Batch) -> Tensor:
@@ -109,14 +93,7 @@ POOLED_TEXT = 16  # SD3's second text input, which ours has not: kept small
 
 
 def _build_mmdit(config: ModelConfig) -> ModelMixin:
-    return SD3Transformer2DModel(
-        **_sizes(config),
-        joint_attention_dim=config.text_dim,
-        caption_projection_dim=config.width,
-        pooled_projection_dim=POOLED_TEXT,
-        pos_embed_max_size=config.sample_size // config.patch_size,
-        qk_norm="rms_norm",
-    )
+    return SD3Transformer2DModel(**{**diffusers_settings(config), "pooled_projection_dim": POOLED_TEXT})
 
 
 def _mmdit(model: nn.Module, batch: Batch) -> Tensor:

@@ -27,7 +27,12 @@ def identity(data: Sequence[Index]) -> dict[str, str]:
 
 
 def check_same(before: Mapping[str, str], now: Mapping[str, str]) -> str | None:
-    """Raise UserError where a run would go on with data of other encoders; a line to say where the samples changed."""
+    """Raise UserError where a run would go on with data of other encoders; a line to say where the samples changed.
+
+    ``before`` is {} of imported weights whose data are not known.
+    """
+    if not before:
+        return None
     for name, what in (("text", "text encoder"), ("codec", "VAE")):
         if before[name] != now[name]:
             raise UserError(

@@ -73,13 +73,13 @@ def test_mmdit_equals_sd3(height, width):
         for p in theirs.time_text_embed.text_embedder.parameters():
             p.zero_()
     state = {name: value.detach() for name, value in ours.named_parameters()}
-    theirs.load_state_dict(diffusers_weights.sd3(state, config), strict=False)
+    theirs.load_state_dict(diffusers_weights.weights(state, config), strict=False)
     x, t, text = inputs(config, 2, height, width)
     everything = torch.ones(2, 5, dtype=torch.bool)
     our_out = ours(x, t, Condition(torch.zeros(2, dtype=torch.bool), text, everything))
     pooled = torch.zeros(2, 16)
     their_out = theirs(x, encoder_hidden_states=text, pooled_projections=pooled, timestep=t).sample
-    unmapped = compare(ours, theirs, diffusers_weights.sd3, our_out, their_out)
+    unmapped = compare(ours, theirs, diffusers_weights.weights, our_out, their_out)
     assert all("text_embedder" in name for name in unmapped)
 
 
@@ -118,7 +118,7 @@ def test_pixart_equals_diffusers(height, width, masked):
         use_additional_conditions=False,
     )  # fmt: skip
     state = {name: value.detach() for name, value in ours.named_parameters()}
-    missing, unexpected = theirs.load_state_dict(diffusers_weights.pixart(state, config), strict=False)
+    missing, unexpected = theirs.load_state_dict(diffusers_weights.weights(state, config), strict=False)
     assert not missing
     assert not unexpected
     x, t, text = inputs(config, 3, height, width)
@@ -131,7 +131,7 @@ def test_pixart_equals_diffusers(height, width, masked):
     their_mask = mask | dropped[:, None]
     our_out = ours(x, t, Condition(dropped, text, mask))
     their_out = theirs(x, encoder_hidden_states=their_text, timestep=t, encoder_attention_mask=their_mask).sample
-    assert not compare(ours, theirs, diffusers_weights.pixart, our_out, their_out)
+    assert not compare(ours, theirs, diffusers_weights.weights, our_out, their_out)
     assert ours.null_caption.table.grad.abs().sum() > 0
 
 
@@ -152,14 +152,14 @@ def test_dit_equals_diffusers():
     for block in theirs.transformer_blocks[1:]:
         block.norm1.emb = theirs.transformer_blocks[0].norm1.emb
     state = {name: value.detach() for name, value in ours.named_parameters()}
-    missing, unexpected = theirs.load_state_dict(diffusers_weights.dit(state, config), strict=False)
+    missing, unexpected = theirs.load_state_dict(diffusers_weights.weights(state, config), strict=False)
     assert not unexpected
     assert all(".norm1.emb." in name and "blocks.0." not in name for name in missing)
     x, t, _ = inputs(config, 3, 8, 8)
     label, dropped = torch.tensor([3, 9, 5]), torch.tensor([False, False, True])
     our_out = ours(x, t, Condition(dropped, label=label))
     their_out = theirs(x, timestep=t, class_labels=torch.where(dropped, 10, label)).sample
-    assert not compare(ours, theirs, diffusers_weights.dit, our_out, their_out)
+    assert not compare(ours, theirs, diffusers_weights.weights, our_out, their_out)
 
 
 @pytest.mark.parametrize("kind", ["class", "text"])

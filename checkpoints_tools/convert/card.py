@@ -1,0 +1,171 @@
+"""The model card of an exported folder: what it is, how to draw with it, how it was trained."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict
+from typing import Any
+
+import yaml
+
+from checkpoints_tools.convert.export import NULL_FILE, Export
+from checkpoints_tools.convert.pipeline import OURS, Parts, stock_class
+
+TITLES = {"dit": "DiT", "mmdit": "MMDiT", "pixart": "PixArt-α", "uvit": "U-ViT"}
+
+
+def card(export: Export, parts: Parts | None) -> str:
+    """Markdown; ``parts`` are those of a pipeline's folder."""
+    config, manifest = export.config, export.reader.manifest
+    model = config.model
+    drawing = _model_usage(export) if parts is None else _pipeline_usage(export, parts)
+    step, batch = export.reader.step, config.train.global_batch
+    facts = {
+        "architecture": f"{TITLES[model.arch]}, {model.depth} blocks, width {model.width}, {model.heads} heads",
+        "class": export.counterpart.class_name,
+        "parameters": f"{export.parameters:,}",
+        "weights": f"{'EMA' if export.weights == 'ema' else 'raw'}, stored in {export.dtype}",
+        "objective": config.objective.kind,
+        "steps": f"{step:,}, of them {manifest['adam_steps']:,} that moved the weights",
+        "samples seen": f"{step * batch:,} ({batch:,} a step)",
+        "data": config.data.path,
+    }
+    hashes = manifest.get("data", {})
+    facts |= {f"SHA-256 of the {name}": digest for name, digest in hashes.items() if digest}
+    return "\n".join(
+        [
+            "---",
+            "library_name: diffusers",
+            f"pipeline_tag: {'text-to-image' if model.text_dim else 'unconditional-image-generation'}",
+            "---",
+            "",
+            f"# {TITLES[model.arch]} of {export.parameters / 1e6:,.1f}M parameters",
+            "",
+            *_table("", "", facts),
+            "",
+            "## Drawing",
+            "",
+            drawing,
+            "",
+            "## Parametrization",
+            "",
+            *_parametrization(export),
+            "",
+            "## Config of the run",
+            "",
+            "```yaml",
+            yaml.safe_dump(asdict(config), sort_keys=False).rstrip(),
+            "```",
+            "",
+        ]
+    )
+
+
+def _table(left: str, right: str, rows: Mapping[str, Any]) -> list[str]:
+    return [f"| {left} | {right} |", "|---|---|", *(f"| {key} | {value} |" for key, value in rows.items())]
+
+
+def _parametrization(export: Export) -> list[str]:
+    mup, roles = export.config.mup, {}
+    for name, param in export.reader.manifest["params"].items():
+        if name not in export.left_out:
+            roles[param["role"]] = roles.get(param["role"], 0) + 1
+    base = mup.base_shapes or f"{mup.base_heads} heads"
+    lines = [f"Trained with {mup.parametrization} parametrization, base {base}.", ""]
+    lines += _table("role", "tensors", roles)
+    values: dict[float, int] = {}
+    for factor in export.factors.values():
+        values[factor] = values.get(factor, 0) + 1
+    if not values:
+        return [*lines, "", "No forward multiplier is other than 1, so the weights are those of the checkpoint."]
+    text = ", ".join(f"{factor:.6g} ({count} tensors)" for factor, count in values.items())
+    return [*lines, "", f"Forward multipliers are folded into the weights: {text}."]
+
+
+def _code(*lines: str) -> str:
+    return "\n".join(["```python", *lines, "```"])
+
+
+def _model_usage(export: Export) -> str:
+    name = export.counterpart.class_name
+    lines = {
+        "uvit": ["from uvit_transformer_2d import UViTTransformer2DModel  # the file in this folder"],
+    }.get(export.config.model.arch, [f"from diffusers import {name}"])
+    lines += ["", f'transformer = {name}.from_pretrained("THIS FOLDER")']
+    if export.config.model.arch == "dit":
+        lines += [
+            "for block in transformer.transformer_blocks:  # the original's frequencies, where diffusers hard-codes 1",
+            "    block.norm1.emb.time_proj.downscale_freq_shift = 0",
+        ]
+    text = {
+        "dit": f"Pictures are square; label {export.config.model.num_classes} means no class.",
+        "pixart": f"`{NULL_FILE}` holds the caption that stands for none, unmasked.",
+        "mmdit": "Text features are zero at the padding, all zeros for no text; pooled text is zeros.",
+        "uvit": "Text features are zero at the padding, all zeros for no text; the last label means no class.",
+    }[export.config.model.arch]
+    return f"{_code(*lines)}\n\n{text}"
+
+
+def _pipeline_usage(export: Export, parts: Parts) -> str:
+    model, sampling = export.config.model, export.config.sampling
+    stock = stock_class(export, parts)
+    custom = f', custom_pipeline="{OURS[0]}"' if stock else ""
+    wanted = '"a red circle"' if model.text_dim else "class_labels=[1, 2]"
+    lines = [
+        "from diffusers import DiffusionPipeline",
+        "",
+        f'pipe = DiffusionPipeline.from_pretrained("THIS FOLDER"{custom}, trust_remote_code=True)',
+        f"pictures = pipe({wanted}).images",
+    ]
+    text = (
+        f"`trust_remote_code=True` lets diffusers run `{OURS[0]}.py` of this folder"
+        + (" and `transformer/uvit_transformer_2d.py`" if model.arch == "uvit" else "")
+        + f": it draws what the run draws, in {sampling.steps} steps at guidance {sampling.guidance:g} unless told."
+    )
+    usage = f"{_code(*lines)}\n\n{text}"
+    if stock is None:
+        return usage
+    more = _PIXART if model.arch == "pixart" else _MMDIT
+    values = {"tokens": model.text_tokens, "steps": sampling.steps, "guidance": f"{sampling.guidance:g}"}
+    return f"{usage}\n\nOr with `{stock}`, without code of this folder:\n\n{more.format(**values)}"
+
+
+_PIXART = """```python
+from safetensors.torch import load_file
+
+pipe = DiffusionPipeline.from_pretrained("THIS FOLDER")
+null = load_file("THIS FOLDER/transformer/null_caption.safetensors")["null_caption"][None]
+pictures = pipe(
+    "a red circle",
+    negative_prompt=None,
+    negative_prompt_embeds=null,  # one for each prompt
+    negative_prompt_attention_mask=null.new_ones(1, {tokens}),
+    max_sequence_length={tokens},
+    num_inference_steps={steps},
+    guidance_scale={guidance},
+    use_resolution_binning=False,
+    clean_caption=False,
+).images
+```
+
+That class puts prompts in lower case."""
+
+_MMDIT = """```python
+import torch
+
+clip = dict.fromkeys(["text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2"])
+pipe = DiffusionPipeline.from_pretrained("THIS FOLDER", **clip)
+tokens = pipe.tokenizer_3(
+    ["a red circle"], padding="max_length", truncation=True, max_length={tokens}, return_tensors="pt"
+)
+text = pipe.text_encoder_3(**tokens).last_hidden_state * tokens.attention_mask[..., None]
+pooled = torch.zeros(len(text), pipe.transformer.config.pooled_projection_dim)
+pictures = pipe(
+    prompt_embeds=text,
+    negative_prompt_embeds=torch.zeros_like(text),
+    pooled_prompt_embeds=pooled,
+    negative_pooled_prompt_embeds=pooled,
+    num_inference_steps={steps},
+    guidance_scale={guidance},
+).images
+```"""

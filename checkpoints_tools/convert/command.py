@@ -1,0 +1,105 @@
+"""The command ``convert``."""
+
+from __future__ import annotations
+
+import argparse
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from checkpoints_tools.convert.card import card
+from checkpoints_tools.convert.export import WEIGHTS, Export, write_model
+from checkpoints_tools.convert.importing import Import, from_diffusers
+from checkpoints_tools.convert.pipeline import find_index, find_parts, tokens_of, write_pipeline
+from megatron_dit.checkpoint.load import open_checkpoint
+from megatron_dit.cli import add_command
+from megatron_dit.cli.common import write_json
+from megatron_dit.config import config_from_dict
+from megatron_dit.data.text import DTYPES
+from megatron_dit.errors import UserError
+
+IMPORTERS: dict[str, Callable[[Import], list[str]]] = {"diffusers": from_diffusers}
+UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
+
+
+def add_convert(commands: Any) -> None:
+    """The command and its flags."""
+    example = "python -m checkpoints_tools convert runs/quickstart exported --to diffusers --pipeline"
+    text = "A checkpoint to a diffusers model or pipeline (--to), or what others published to a run (--from)."
+    command = add_command(commands, "convert", text, example, _convert)
+    command.add_argument("source", type=Path, help="a run's folder or one checkpoint; with --from what is to be read")
+    command.add_argument("out", type=Path, help="the folder to write; it must not exist")
+    command.add_argument("--to", choices=["diffusers"], help="write this")
+    command.add_argument("--from", dest="source_format", choices=list(IMPORTERS), help="read this")
+    there = command.add_argument_group("with --to")
+    there.add_argument("--weights", choices=list(WEIGHTS), help="averaged or raw weights (ema)")
+    there.add_argument("--dtype", choices=list(DTYPES), help="of the weights written (fp32)")
+    there.add_argument("--max-shard-size", metavar="SIZE", help="of a file of weights, such as 500MB (5GB)")
+    there.add_argument("--pipeline", action="store_true", help="a whole pipeline: scheduler, VAE and T5 too")
+    there.add_argument("--vae", help="folder or hub name of the VAE (that of the run's data)")
+    there.add_argument("--text-encoder", help="folder or hub name of T5 (that of the run's data)")
+    there.add_argument("--link", action="store_true", help="link to the files of VAE and T5 in place of copying them")
+    back = command.add_argument_group("with --from")
+    back.add_argument("--data", metavar="PATH", help="folder of data to sample, evaluate and train with (data.path)")
+    back.add_argument("--set", nargs="+", metavar="a.b=v", help="overrides of the run's config")
+    back.add_argument("--drop-clip", action="store_true", help="import an SD3 without the pooled text of CLIP")
+
+
+def _convert(parsed: argparse.Namespace) -> int:
+    if bool(parsed.to) == bool(parsed.source_format):
+        raise UserError(f"give one of --to diffusers and --from {'|'.join(IMPORTERS)}")
+    groups = {
+        "--to": ("weights", "dtype", "max_shard_size", "pipeline", "vae", "text_encoder", "link"),
+        "--from": ("data", "set", "drop_clip"),
+    }
+    idle = "--from" if parsed.to else "--to"
+    wrong = next((name for name in groups[idle] if getattr(parsed, name)), None)
+    if wrong is not None:
+        raise UserError(f"--{wrong.replace('_', '-')} goes with {idle}: leave it out")
+    if parsed.out.exists():
+        raise UserError(f"{parsed.out} exists: give a new folder")
+    notes = _to_diffusers(parsed) if parsed.to else _from_others(parsed)
+    for line in notes:
+        print(line)
+    write_json(parsed, {"out": str(parsed.out), "notes": notes})
+    return 0
+
+
+def _to_diffusers(parsed: argparse.Namespace) -> list[str]:
+    if not parsed.pipeline and (parsed.vae or parsed.text_encoder or parsed.link):
+        raise UserError("--vae, --text-encoder and --link are parts of a pipeline: add --pipeline")
+    reader = open_checkpoint(parsed.source)
+    config = config_from_dict(reader.manifest["config"])
+    index = find_index(config)
+    parts = find_parts(config, index, parsed.vae, parsed.text_encoder) if parsed.pipeline else None
+    export = Export(
+        reader,
+        parsed.weights or "ema",
+        parsed.dtype or "fp32",
+        _bytes(parsed.max_shard_size or "5GB"),
+        tokens_of(config, index),
+    )
+    part = parsed.out.with_name(parsed.out.name + ".part")
+    try:
+        shutil.rmtree(part, ignore_errors=True)
+        part.mkdir(parents=True)
+        notes = write_model(export, part) if parts is None else write_pipeline(export, part, parts, parsed.link)
+        (part / "README.md").write_text(card(export, parts))
+        part.replace(parsed.out)
+    except OSError as error:
+        raise UserError(f"{parsed.out} cannot be written ({error}): free space or choose another folder") from None
+    return notes
+
+
+def _from_others(parsed: argparse.Namespace) -> list[str]:
+    asked = Import(parsed.source, parsed.out, parsed.data, parsed.set or (), parsed.drop_clip)
+    return IMPORTERS[parsed.source_format](asked)
+
+
+def _bytes(size: str) -> int:
+    found = re.fullmatch(r"(\d+)\s*([KMGT]?B)?", size.strip(), re.IGNORECASE)
+    if found is None or int(found[1]) == 0:
+        raise UserError(f"--max-shard-size {size}: expected a size such as 500MB or 5GB")
+    return int(found[1]) * UNITS[(found[2] or "B").upper()]

@@ -1,0 +1,28 @@
+"""The tables by architecture, and what cannot be expressed in diffusers."""
+
+from __future__ import annotations
+
+from checkpoints_tools.convert.dit import DIT
+from checkpoints_tools.convert.mmdit import MMDIT
+from checkpoints_tools.convert.pixart import PIXART
+from checkpoints_tools.convert.table import Counterpart
+from checkpoints_tools.convert.uvit import UVIT
+from megatron_dit.config import ModelConfig
+from megatron_dit.errors import UserError
+from megatron_dit.models.counterparts import MLP_RATIO
+
+COUNTERPARTS = {counterpart.arch: counterpart for counterpart in (DIT, MMDIT, PIXART, UVIT)}
+
+
+def counterpart_of(config: ModelConfig) -> Counterpart:
+    """The counterpart of a model. Raises UserError for options that diffusers' class has not."""
+    counterpart = COUNTERPARTS[config.arch]
+    name = counterpart.class_name
+    if config.arch != "uvit" and config.mlp_ratio != MLP_RATIO:
+        raise UserError(f"model.mlp_ratio={config.mlp_ratio} cannot be exported: {name} has {MLP_RATIO}")
+    if config.arch == "dit" and config.interpolation_scale != 1:
+        raise UserError(
+            f"model.interpolation_scale={config.interpolation_scale} cannot be exported: {name} spreads its positions "
+            "by 1"
+        )
+    return counterpart

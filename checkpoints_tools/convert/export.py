@@ -1,0 +1,165 @@
+"""A checkpoint as a folder that diffusers opens."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from collections.abc import Iterator
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+import megatron_dit
+from checkpoints_tools.convert import fold
+from checkpoints_tools.convert.counterparts import counterpart_of
+from checkpoints_tools.convert.pixart import NULL_CAPTION
+from checkpoints_tools.convert.read import FACTS, KEY, LOST
+from checkpoints_tools.convert.table import Counterpart, Row, Settings
+from checkpoints_tools.convert.tensors import Spec, TensorFile, write_shards
+from megatron_dit.checkpoint.format import STATE, CheckpointReader, Torn
+from megatron_dit.config import Config, config_from_dict
+from megatron_dit.data.text import DTYPES
+from megatron_dit.errors import UserError
+from megatron_dit.progress import ProgressBar
+
+EXPORTED = Path(__file__).parent / "exported"
+WEIGHTS = {"ema": "ema", "raw": STATE}
+NULL_FILE = "null_caption.safetensors"
+
+
+@dataclass(frozen=True)
+class Export:
+    """A checkpoint and the way it is to be written."""
+
+    reader: CheckpointReader
+    weights: str  # of WEIGHTS
+    dtype: str  # of DTYPES
+    largest: int  # bytes of a file of weights
+    text_tokens: int  # at which captions are cut before they are encoded
+
+    @cached_property
+    def config(self) -> Config:
+        return config_from_dict(self.reader.manifest["config"])
+
+    @cached_property
+    def counterpart(self) -> Counterpart:
+        return counterpart_of(self.config.model)
+
+    @cached_property
+    def rows(self) -> list[Row]:
+        return self.counterpart.rows(self.config.model)
+
+    @cached_property
+    def factors(self) -> dict[str, float]:
+        return fold.factors(self.rows, self.config.model, self.reader.manifest["multipliers"])
+
+    @cached_property
+    def settings(self) -> Settings:
+        """config.json. What an import read there and our model says nothing of goes back there."""
+        settings = self.counterpart.settings(self.config.model)
+        before = self.reader.manifest.get("diffusers", {})
+        return {**settings, **{name: before[name] for name in ("pooled_projection_dim",) if name in before}}
+
+    @property
+    def left_out(self) -> list[str]:
+        """Our parameters that the folder has no place for."""
+        carried = {row.ours for row in self.rows} | {NULL_CAPTION}
+        return [name for name in self.reader.manifest["params"] if name not in carried]
+
+    @property
+    def parameters(self) -> int:
+        """Of the model, without what is left out."""
+        params = self.reader.manifest["params"]
+        return sum(math.prod(params[name]["shape"]) for name in params if name not in self.left_out)
+
+    def full(self, name: str) -> Tensor:
+        try:
+            return self.reader.full(WEIGHTS[self.weights], name)
+        except Torn as error:
+            raise UserError(f"checkpoint is torn ({error}): use an older one beside it") from None
+
+
+def write_model(export: Export, folder: Path) -> list[str]:
+    """The model's folder: config.json, weights, what our import wants to know. Returns lines to say."""
+    dtype = DTYPES[export.dtype]
+    constants = export.counterpart.constants(export.config.model, export.settings)
+    specs: dict[str, Spec] = {}
+    for row in export.rows:
+        shapes = row.shapes(tuple(export.reader.manifest["params"][row.ours]["shape"]))
+        specs |= dict(zip(row.theirs, ((dtype, shape) for shape in shapes), strict=True))
+        specs |= dict.fromkeys(row.copies, (dtype, shapes[0]))
+    specs |= {name: (dtype, constant.shape) for name, constant in constants.items()}
+    # In fewer digits there is nothing to give back.
+    kept = [name for name, factor in export.factors.items() if fold.rounds(factor) and dtype == torch.float32]
+    kept_specs = {name: (torch.int8, specs[name][1]) for name in kept}
+
+    def stream(lost: TensorFile | None) -> Iterator[tuple[str, Tensor]]:
+        with ProgressBar("convert", len(export.rows)) as bar:
+            for row in export.rows:
+                for name, value in _folded(export, row, lost):
+                    yield name, _cast(name, value, dtype)
+                bar.advance(row.ours)
+        for name, constant in constants.items():
+            yield name, constant.make().to(dtype)
+
+    metadata = {"format": "pt", KEY: json.dumps({"step": export.reader.step, "weights": export.weights})}
+    with TensorFile(folder / LOST, kept_specs, {}) if kept else nullcontext() as lost:
+        files = write_shards(folder, specs, stream(lost), export.largest, metadata)
+    class_name = export.counterpart.class_name
+    settings = {"_class_name": class_name, "_diffusers_version": diffusers.__version__, **export.settings}
+    _write_json(folder / "config.json", settings)
+    _write_json(folder / FACTS, facts(export))
+    if export.config.model.arch == "pixart":
+        save_file({"null_caption": export.full(NULL_CAPTION)}, folder / NULL_FILE)
+    if export.config.model.arch == "uvit":
+        shutil.copy(EXPORTED / "uvit_transformer_2d.py", folder)
+    notes = [f"wrote {class_name}, {export.parameters:,} parameters of step {export.reader.step} ({export.weights})"]
+    notes[0] += f" in {export.dtype}, {files} file{'s' if files > 1 else ''} of weights"
+    if export.left_out:
+        notes.append(f"left out, for training alone: {', '.join(export.left_out)}")
+    return notes
+
+
+def facts(export: Export) -> dict[str, Any]:
+    """What an import makes the same run of again."""
+    manifest = export.reader.manifest
+    return {
+        "version": megatron_dit.__version__,
+        "step": export.reader.step,
+        "weights": export.weights,
+        "dtype": export.dtype,
+        "factors": export.factors,
+        "text_tokens": export.text_tokens,
+        "data": manifest.get("data", {}),
+        "config": asdict(export.config),
+    }
+
+
+def _folded(export: Export, row: Row, lost: TensorFile | None) -> Iterator[tuple[str, Tensor]]:
+    parts = row.export(export.full(row.ours))
+    for name, part in zip(row.theirs, parts, strict=True):
+        factor = export.factors.get(name, 1.0)
+        if lost is not None and fold.rounds(factor):
+            lost.put(name, fold.lost(part, factor))
+        yield name, part if factor == 1.0 else fold.fold(part, factor)
+    for name in row.copies:
+        yield name, parts[0]
+
+
+def _cast(name: str, value: Tensor, dtype: torch.dtype) -> Tensor:
+    cast = value.to(dtype)
+    if dtype == torch.float16 and not cast.isfinite().all():
+        raise UserError(f"{name} reaches {value.abs().max():.3g}, beyond fp16: use --dtype bf16 or fp32")
+    return cast
+
+
+def _write_json(path: Path, values: Any) -> None:
+    path.write_text(json.dumps(values, indent=2) + "\n")

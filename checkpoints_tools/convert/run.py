@@ -1,0 +1,124 @@
+"""A run made of weights from elsewhere: its config and a checkpoint of step 0, as training writes them."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from torch import Tensor
+
+from checkpoints_tools.convert.tensors import Spec, TensorFile
+from megatron_dit.checkpoint.format import FORMAT, MANIFEST, STATE
+from megatron_dit.checkpoint.save import step_folder
+from megatron_dit.config import Config, ParallelConfig, load_config, save_config
+from megatron_dit.data.fit import identity
+from megatron_dit.data.shards import read_index
+from megatron_dit.errors import UserError
+from megatron_dit.models import build_unsharded
+from megatron_dit.mup.init import forward_multipliers
+from megatron_dit.mup.rules import Param
+from megatron_dit.mup.shapes import describe
+from megatron_dit.optimizer import averages, state_keys
+from megatron_dit.progress import ProgressBar
+from megatron_dit.run_folder import CONFIG
+
+NO_DATA = "give-data.path"  # of a run whose data nobody named
+
+
+def config_of(values: Mapping[str, Any], out: Path, data: str | None, overrides: Sequence[str]) -> Config:
+    """The config of a run at ``out``: ``values`` (as in a config's YAML), then ``data``, then dotted overrides."""
+    values = {**values, "run_dir": str(out), "data": {**values["data"], **({"path": data} if data else {})}}
+    part = out.with_name(out.name + ".yaml.part")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        part.write_text(yaml.safe_dump(values, sort_keys=False))
+        return load_config(part, overrides)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def fresh(model: Mapping[str, Any], objective: Mapping[str, Any]) -> dict[str, Any]:
+    """Values of a config for weights that come with none: standard parametrization, so that nothing is to unfold."""
+    return {
+        "model": dict(model),
+        "mup": {"parametrization": "standard", "base_heads": model["heads"]},
+        "objective": dict(objective),
+        "optimizer": {"lr": 1e-4},
+        "data": {"path": NO_DATA},
+        "train": {"steps": 100_000, "global_batch": 256, "micro_batch": 8},
+    }
+
+
+def write_run(
+    config: Config, weights: Callable[[Param], Tensor], data: Mapping[str, str], origin: Mapping[str, Any]
+) -> int:
+    """Write ``config.run_dir``; returns its number of parameters.
+
+    ``weights`` gives each parameter's full fp32 tensor, asked for once and in the model's order. Masters and averages
+    begin as the weights, moments as zero. ``data`` is what the weights were trained on (``data.fit.identity``), {}
+    where that is not known; ``origin`` goes into the manifest as it is.
+    """
+    out = Path(config.run_dir)
+    part = out.with_name(out.name + ".part")
+    params = describe(build_unsharded, config)
+    if config.data.path != NO_DATA and not data:
+        data = identity([read_index(path) for path in (config.data.path, *config.data.mix)])
+    try:
+        shutil.rmtree(part, ignore_errors=True)
+        folder = step_folder(part / "checkpoints", 0)
+        folder.mkdir(parents=True)
+        states = [STATE, *state_keys(config.train)]
+        path = folder / "rank_00000.safetensors"
+        _write_states(path, params, states, [STATE, *averages(config.train)], weights)
+        manifest = {
+            "format": FORMAT,
+            "step": 0,
+            "adam_steps": 0,
+            "states": states,
+            "data": dict(data),
+            "bad_samples": {},
+            "config": asdict(config),
+            "layout": {"world": 1, **asdict(ParallelConfig())},
+            "params": {
+                name: {"shape": param.shape, "dim": param.dim, "pieces": param.pieces, "role": param.role}
+                for name, param in params.items()
+            },
+            "multipliers": forward_multipliers(params),
+            "files": {path.name: path.stat().st_size},
+            **origin,
+        }
+        (folder / MANIFEST).write_text(json.dumps(manifest))
+        save_config(config, part / CONFIG)
+        part.replace(out)
+    except OSError as error:
+        raise UserError(f"{out} cannot be written ({error}): free space or choose another folder") from None
+    return sum(torch.Size(param.shape).numel() for param in params.values())
+
+
+def _write_states(
+    path: Path,
+    params: Mapping[str, Param],
+    states: Sequence[str],
+    alike: Sequence[str],
+    weights: Callable[[Param], Tensor],
+) -> None:
+    """One rank's file; states that are not ``alike`` the weights stay zero."""
+    specs: dict[str, Spec] = {
+        f"{state}/{name}": (torch.float32, (torch.Size(param.shape).numel(),))
+        for state in states
+        for name, param in params.items()
+    }
+    metadata = {"tensor_rank": "0", "starts": json.dumps(dict.fromkeys(params, 0))}
+    with TensorFile(path, specs, metadata) as file, ProgressBar("convert", len(params)) as bar:
+        for name, param in params.items():
+            value = weights(param)
+            assert tuple(value.shape) == tuple(param.shape), f"{name}: {tuple(value.shape)}, not {param.shape}"
+            for state in alike:
+                file.put(f"{state}/{name}", value.flatten())
+            bar.advance(name)

@@ -1,0 +1,112 @@
+"""Safetensors files whose tensors are written one at a time, and models cut into several of them."""
+
+from __future__ import annotations
+
+import json
+import os
+import struct
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from checkpoints_tools.convert.table import Shape
+
+Spec = tuple[torch.dtype, Shape]
+
+NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.int8: "I8"}
+STEM = "diffusion_pytorch_model"
+
+
+class TensorFile:
+    """A safetensors file (8 bytes of the header's length, the header in JSON, bytes), filled in any order.
+
+    What is never put is zero, and takes no room on a file system with holes.
+    """
+
+    def __init__(self, path: Path, specs: Mapping[str, Spec], metadata: Mapping[str, str]) -> None:
+        header: dict[str, Any] = {"__metadata__": dict(metadata)}
+        end = 0
+        self._starts: dict[str, int] = {}
+        for name, (dtype, shape) in specs.items():
+            self._starts[name] = end
+            end += bytes_of((dtype, shape))
+            offsets = [self._starts[name], end]
+            header[name] = {"dtype": NAMES[dtype], "shape": list(shape), "data_offsets": offsets}
+        encoded = json.dumps(header).encode()
+        encoded += b" " * (-len(encoded) % 8)
+        self._specs, self._data = specs, 8 + len(encoded)
+        self._file = path.open("wb")
+        self._file.write(struct.pack("<Q", len(encoded)) + encoded)
+        self._file.truncate(self._data + end)
+
+    def put(self, name: str, tensor: Tensor) -> None:
+        assert (tensor.dtype, tuple(tensor.shape)) == self._specs[name], f"{name}: {tensor.dtype} {tensor.shape}"
+        self._file.seek(self._data + self._starts[name])
+        self._file.write(tensor.contiguous().flatten().view(torch.uint8).numpy().data)
+
+    def __enter__(self) -> TensorFile:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
+        if error is None:
+            self._file.flush()
+            os.fsync(self._file.fileno())
+        self._file.close()
+
+
+def bytes_of(spec: Spec) -> int:
+    dtype, shape = spec
+    return dtype.itemsize * torch.Size(shape).numel()
+
+
+def write_shards(
+    folder: Path,
+    specs: Mapping[str, Spec],
+    tensors: Iterable[tuple[str, Tensor]],
+    largest: int,
+    metadata: Mapping[str, str],
+) -> int:
+    """A model's weights in files of at most ``largest`` bytes, as diffusers names them. ``tensors`` in specs' order.
+
+    A tensor larger than that has a file of its own. Returns how many files there are.
+    """
+    shards = _cut(specs, largest)
+    single = len(shards) == 1
+    names = [f"{STEM}.safetensors" if single else _shard_name(i, len(shards)) for i in range(len(shards))]
+    stream = iter(tensors)
+    for file_name, shard in zip(names, shards, strict=True):
+        with TensorFile(folder / file_name, {name: specs[name] for name in shard}, metadata) as file:
+            for expected in shard:
+                name, tensor = next(stream)
+                assert name == expected, f"{name} comes where {expected} is due"
+                file.put(name, tensor)
+                del tensor  # before the next is made
+    assert next(stream, None) is None
+    if not single:
+        index = {
+            "metadata": {"total_size": sum(map(bytes_of, specs.values()))},
+            "weight_map": {name: file for file, shard in zip(names, shards, strict=True) for name in shard},
+        }
+        (folder / f"{STEM}.safetensors.index.json").write_text(json.dumps(index, indent=1) + "\n")
+    return len(shards)
+
+
+def _cut(specs: Mapping[str, Spec], largest: int) -> list[list[str]]:
+    shards: list[list[str]] = []
+    size = 0
+    for name, spec in specs.items():
+        count = bytes_of(spec)
+        if not shards or size + count > largest:
+            shards.append([])
+            size = 0
+        shards[-1].append(name)
+        size += count
+    return shards
+
+
+def _shard_name(i: int, count: int) -> str:
+    return f"{STEM}-{i + 1:05d}-of-{count:05d}.safetensors"
