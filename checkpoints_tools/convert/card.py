@@ -131,24 +131,26 @@ def _pipeline_usage(export: Export, parts: Parts) -> str:
 
 
 _PIXART = """```python
+import torch
 from safetensors.torch import load_file
 
 pipe = DiffusionPipeline.from_pretrained("THIS FOLDER")
-null = load_file("THIS FOLDER/transformer/null_caption.safetensors")["null_caption"][None]
+tokens = pipe.tokenizer(
+    ["a red circle"], padding="max_length", truncation=True, max_length={tokens}, return_tensors="pt"
+)
+text = pipe.text_encoder(**tokens).last_hidden_state
+null = load_file("THIS FOLDER/transformer/null_caption.safetensors")["null_caption"].expand_as(text)
 pictures = pipe(
-    "a red circle",
+    prompt_embeds=text,
+    prompt_attention_mask=tokens.attention_mask,
     negative_prompt=None,
-    negative_prompt_embeds=null,  # one for each prompt
-    negative_prompt_attention_mask=null.new_ones(1, {tokens}),
-    max_sequence_length={tokens},
+    negative_prompt_embeds=null,
+    negative_prompt_attention_mask=torch.ones_like(tokens.attention_mask),
     num_inference_steps={steps},
     guidance_scale={guidance},
     use_resolution_binning=False,
-    clean_caption=False,
 ).images
-```
-
-That class puts prompts in lower case."""
+```"""
 
 _MMDIT = """```python
 import torch

@@ -11,8 +11,9 @@ from typing import Any
 
 from checkpoints_tools.convert.card import card
 from checkpoints_tools.convert.export import WEIGHTS, Export, write_model
-from checkpoints_tools.convert.importing import Import, from_diffusers
+from checkpoints_tools.convert.importing import from_diffusers
 from checkpoints_tools.convert.pipeline import find_index, find_parts, tokens_of, write_pipeline
+from checkpoints_tools.convert.run import Import
 from megatron_dit.checkpoint.load import open_checkpoint
 from megatron_dit.cli import add_command
 from megatron_dit.cli.common import write_json

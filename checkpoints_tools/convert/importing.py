@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,24 +14,13 @@ from checkpoints_tools.convert.counterparts import COUNTERPARTS
 from checkpoints_tools.convert.export import NULL_FILE
 from checkpoints_tools.convert.pixart import NULL_CAPTION
 from checkpoints_tools.convert.read import DiffusersFolder
-from checkpoints_tools.convert.run import config_of, fresh, write_run
+from checkpoints_tools.convert.run import Import, config_of, data_of, fresh, write_run
 from checkpoints_tools.convert.table import Counterpart, Row
 from megatron_dit.config import OBJECTIVE_OF, Config
 from megatron_dit.data.pretrained import loading
 from megatron_dit.errors import UserError
 from megatron_dit.mup.rules import Param
 from megatron_dit.objectives.ddpm import SCHEDULES
-
-
-@dataclass(frozen=True)
-class Import:
-    """What to read and where to; ``data`` and ``overrides`` go into the run's config."""
-
-    source: Path
-    out: Path
-    data: str | None = None
-    overrides: Sequence[str] = ()
-    drop_clip: bool = False
 
 
 def from_diffusers(asked: Import) -> list[str]:
@@ -44,7 +30,7 @@ def from_diffusers(asked: Import) -> list[str]:
     if counterpart is None:
         known = ", ".join(c.class_name for c in COUNTERPARTS.values())
         raise UserError(f"{folder.path} is a {folder.class_name}: expected one of {known}")
-    config = config_of(_values(folder, counterpart), asked.out, asked.data, asked.overrides)
+    config = config_of(_values(folder, counterpart), asked)
     rows = {row.ours: row for row in counterpart.rows(config.model)}
     added = counterpart.adopt(folder, config.model, asked.drop_clip)
     notes: list[str] = []
@@ -58,7 +44,8 @@ def from_diffusers(asked: Import) -> list[str]:
         return value + added[param.name] if param.name in added else value
 
     _check_names(folder, counterpart, config)
-    count = write_run(config, weights, folder.facts.get("data", {}), {"diffusers": folder.settings})
+    data = folder.facts.get("data") or data_of(config, asked)
+    count = write_run(config, weights, data, {"diffusers": folder.settings})
     notes.insert(0, f"wrote {asked.out}: {folder.class_name} as a run of {count:,} parameters")
     if added:
         notes.append("CLIP's pooled text is dropped: what it gives for zeros is part of time_embed now")

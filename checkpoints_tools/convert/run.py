@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -31,14 +31,25 @@ from megatron_dit.run_folder import CONFIG
 NO_DATA = "give-data.path"  # of a run whose data nobody named
 
 
-def config_of(values: Mapping[str, Any], out: Path, data: str | None, overrides: Sequence[str]) -> Config:
-    """The config of a run at ``out``: ``values`` (as in a config's YAML), then ``data``, then dotted overrides."""
-    values = {**values, "run_dir": str(out), "data": {**values["data"], **({"path": data} if data else {})}}
-    part = out.with_name(out.name + ".yaml.part")
-    out.parent.mkdir(parents=True, exist_ok=True)
+@dataclass(frozen=True)
+class Import:
+    """What to read and where to; ``data`` and ``overrides`` go into the run's config."""
+
+    source: Path
+    out: Path
+    data: str | None = None
+    overrides: Sequence[str] = ()
+    drop_clip: bool = False
+
+
+def config_of(values: Mapping[str, Any], asked: Import) -> Config:
+    """The config of the run: ``values`` (as in a config's YAML), then what was asked for."""
+    data = {**values["data"], **({"path": asked.data} if asked.data else {})}
+    part = asked.out.with_name(asked.out.name + ".yaml.part")
+    part.parent.mkdir(parents=True, exist_ok=True)
     try:
-        part.write_text(yaml.safe_dump(values, sort_keys=False))
-        return load_config(part, overrides)
+        part.write_text(yaml.safe_dump({**values, "run_dir": str(asked.out), "data": data}, sort_keys=False))
+        return load_config(part, asked.overrides)
     finally:
         part.unlink(missing_ok=True)
 
@@ -55,6 +66,11 @@ def fresh(model: Mapping[str, Any], objective: Mapping[str, Any]) -> dict[str, A
     }
 
 
+def data_of(config: Config, asked: Import) -> dict[str, str]:
+    """What the data that the user named are (``data.fit.identity``); {} where nobody named any."""
+    return identity([read_index(path) for path in (config.data.path, *config.data.mix)]) if asked.data else {}
+
+
 def write_run(
     config: Config, weights: Callable[[Param], Tensor], data: Mapping[str, str], origin: Mapping[str, Any]
 ) -> int:
@@ -67,8 +83,6 @@ def write_run(
     out = Path(config.run_dir)
     part = out.with_name(out.name + ".part")
     params = describe(build_unsharded, config)
-    if config.data.path != NO_DATA and not data:
-        data = identity([read_index(path) for path in (config.data.path, *config.data.mix)])
     try:
         shutil.rmtree(part, ignore_errors=True)
         folder = step_folder(part / "checkpoints", 0)

@@ -1,0 +1,100 @@
+"""Peak resident memory of converting a checkpoint to diffusers and back.
+
+    python benchmarks/convert_memory.py               # 0.5B parameters, about 8 GB of disk and 2 minutes
+    python benchmarks/convert_memory.py --heads 8     # smaller
+
+The bound is the largest file of weights twice, and the process as it is after converting a model of a few thousand
+parameters.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import resource
+import sys
+import tempfile
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from checkpoints_tools.__main__ import main as checkpoints_tools
+from checkpoints_tools.convert.run import Import, config_of, write_run
+from megatron_dit.mup.rules import Param
+
+
+def values(heads: int) -> dict[str, Any]:
+    """A class-free MMDiT of 24 blocks with heads of 64; with 1 head 2 blocks, nearly nothing."""
+    model = {
+        "arch": "mmdit", "depth": 24 if heads > 1 else 2, "heads": heads, "head_dim": 64, "patch_size": 2,
+        "in_channels": 4, "sample_size": 16, "text_dim": 256, "text_tokens": 24,
+    }  # fmt: skip
+    return {
+        "model": model,
+        "mup": {"base_heads": 1},
+        "objective": {"kind": "rectified_flow"},
+        "optimizer": {"lr": 1e-4},
+        "data": {"path": "none"},
+        "train": {"steps": 1, "global_batch": 1, "micro_batch": 1},
+    }
+
+
+def write_random(folder: Path, values: Mapping[str, Any]) -> int:
+    """A run of random weights, one tensor at a time; returns its number of parameters."""
+    asked = Import(folder, folder)
+    generator = torch.Generator().manual_seed(0)
+
+    def weights(param: Param) -> Tensor:
+        return torch.randn(param.shape, generator=generator)
+
+    return write_run(config_of(values, asked), weights, {}, {})
+
+
+def peak() -> int:
+    """Bytes: this process's greatest resident set so far."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def measure(folder: Path, heads: int, shard: str) -> dict[str, Any]:
+    """Figures in bytes and seconds. The peak of a process never falls, so the small model comes first."""
+    found: dict[str, Any] = {}
+    for name, count in (("empty", 1), ("full", heads)):
+        run, out, back = (folder / f"{name}-{part}" for part in ("run", "out", "back"))
+        found["parameters"] = write_random(run, values(count))
+        for phase, words in (
+            ("to", [run, out, "--to", "diffusers", "--max-shard-size", shard]),
+            ("from", [out, back, "--from", "diffusers"]),
+        ):
+            started = time.monotonic()
+            if checkpoints_tools(["convert", *map(str, words)]):
+                raise SystemExit(1)
+            found[f"{name} {phase}"] = peak()
+            found[f"{name} {phase} seconds"] = time.monotonic() - started
+        found["shard"] = max(path.stat().st_size for path in out.glob("*.safetensors"))
+    found["bound"] = 2 * found["shard"] + found["empty from"]
+    return found
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--heads", type=int, default=14, help="heads of 64 (14: 0.5B parameters)")
+    parser.add_argument("--max-shard-size", default="200MB", help="of a file of weights")
+    parser.add_argument("--json", type=Path, help="write the figures here")
+    arguments = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        found = measure(Path(folder), arguments.heads, arguments.max_shard_size)
+    mib = {name: f"{count / 2**20:,.0f} MiB" for name, count in found.items()}
+    print(f"{found['parameters'] / 1e9:.2f}B parameters, files of {mib['shard']}: bound {mib['bound']}")
+    print(f"a tiny model {mib['empty from']}, to diffusers {mib['full to']}, back {mib['full from']}; ", end="")
+    print(f"{found['full to seconds']:.0f} s and {found['full from seconds']:.0f} s")
+    if arguments.json:
+        arguments.json.write_text(json.dumps(found, indent=1) + "\n")
+    return 0 if max(found["full to"], found["full from"]) <= found["bound"] else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

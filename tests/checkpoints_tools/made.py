@@ -1,0 +1,148 @@
+"""Checkpoints of random weights, written by training's own engine in any layout; diffusers' models beside ours."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+
+import torch
+from diffusers import DiTTransformer2DModel, PixArtTransformer2DModel, SD3Transformer2DModel
+
+from checkpoints_tools.__main__ import main
+from checkpoints_tools.convert.exported.uvit_transformer_2d import UViTTransformer2DModel
+from megatron_dit.checkpoint.load import open_checkpoint
+from megatron_dit.config import config_from_dict
+from megatron_dit.models.condition import Condition
+from megatron_dit.parallel.topology import connect
+from megatron_dit.sampling.generate import load_model
+from tests.configs import small
+from tests.gloo import leave
+
+CLASSES = {
+    "dit": DiTTransformer2DModel,
+    "mmdit": SD3Transformer2DModel,
+    "pixart": PixArtTransformer2DModel,
+    "uvit": UViTTransformer2DModel,
+}
+TOLERANCE = 1e-5
+
+
+def random_value(name, shape, key):
+    """The same in every layout; sizes as after training, so that no part of the output vanishes."""
+    digest = hashlib.sha256(f"{key}/{name}".encode()).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "little"))
+    value = torch.randn(shape, generator=generator) * (
+        0.1 if len(shape) == 1 else torch.Size(shape[1:]).numel() ** -0.5
+    )
+    return value + 1 if name.endswith("gain") else value
+
+
+def write_checkpoint(folder, arch, options, layout=None):
+    """A checkpoint of step 7 in ``folder/checkpoints``; collective. Only the averages and masters are random."""
+    from megatron_dit.checkpoint.save import save
+    from megatron_dit.engine import Engine
+    from megatron_dit.parallel.topology import build_topology
+
+    config = small(arch, **options, **(layout or {}))
+    engine = Engine(config, build_topology(config))
+    for key in ("master", "ema"):
+        engine.load({key: lambda name, key=key: random_value(name, engine.params[name].shape, key)})
+    engine.resume_at(7, 6)
+    save(engine, Path(folder) / "checkpoints")
+
+
+def write_alone(folder, arch, options):
+    """:func:`write_checkpoint` by this process."""
+    connect()
+    write_checkpoint(folder, arch, options)
+    leave()
+
+
+def convert(*words):
+    assert main(["convert", *map(str, words)]) == 0
+
+
+def tensors(run, key="ema"):
+    """Every parameter's full tensor."""
+    reader = open_checkpoint(run)
+    return {name: reader.full(key, name) for name in reader.manifest["params"]}
+
+
+def weights_of(folder):
+    """Every tensor in a folder's safetensors files of weights."""
+    from safetensors.torch import load_file
+
+    found = {}
+    for path in sorted(Path(folder).glob("diffusion_pytorch_model*.safetensors")):
+        found.update(load_file(path))
+    return found
+
+
+def equal(one, other):
+    """Equal names, and equal bits."""
+    return one.keys() == other.keys() and all(
+        value.dtype == other[name].dtype and torch.equal(value, other[name]) for name, value in one.items()
+    )
+
+
+def our_model(run, ema=True):
+    reader = open_checkpoint(run)
+    return load_model(reader, config_from_dict(reader.manifest["config"]), ema=ema)
+
+
+def their_model(folder, arch):
+    """As the card says to load it; what is missing or unexpected fails."""
+    model, info = CLASSES[arch].from_pretrained(folder, output_loading_info=True)
+    assert not info["missing_keys"]
+    assert not info["unexpected_keys"]
+    assert not info["mismatched_keys"]
+    if arch == "dit":
+        for block in model.transformer_blocks:
+            block.norm1.emb.time_proj.downscale_freq_shift = 0
+    return model.eval()
+
+
+def inputs(model):
+    """(x, t, condition): three pictures, the second one's condition dropped, the last one's text cut short."""
+    generator = torch.Generator().manual_seed(5)
+    side = model.sample_size
+    x = torch.randn(3, model.in_channels, side, side, generator=generator)
+    t = torch.rand(3, generator=generator) * 1000
+    dropped = torch.tensor([False, True, False])
+    if model.num_classes:
+        return x, t, Condition(dropped, label=torch.randint(model.num_classes, (3,), generator=generator))
+    mask = torch.ones(3, model.text_tokens, dtype=torch.bool)
+    mask[2, model.text_tokens // 2 :] = False
+    return x, t, Condition(dropped, torch.randn(3, model.text_tokens, model.text_dim, generator=generator), mask)
+
+
+@torch.no_grad()
+def their_output(theirs, config, x, t, condition, null_caption=None):
+    """The condition as diffusers' class takes it, written out by hand."""
+    dropped = condition.dropped
+    if config.num_classes:
+        labels = torch.where(dropped, config.num_classes, condition.label)
+        return theirs(x, timestep=t, class_labels=labels).sample
+    if config.arch == "pixart":
+        text = torch.where(dropped[:, None, None], null_caption, condition.text)
+        mask = condition.mask | dropped[:, None]
+        return theirs(x, encoder_hidden_states=text, timestep=t, encoder_attention_mask=mask).sample
+    text = condition.text * (condition.mask & ~dropped[:, None])[..., None]
+    if config.arch == "uvit":
+        return theirs(x, encoder_hidden_states=text, timestep=t).sample
+    pooled = torch.zeros(len(x), theirs.config.pooled_projection_dim)
+    return theirs(x, encoder_hidden_states=text, pooled_projections=pooled, timestep=t).sample
+
+
+@torch.no_grad()
+def difference(run, folder, ema=True):
+    """Relative, between the outputs of a run's model and of a diffusers folder's."""
+    from safetensors.torch import load_file
+
+    ours, null = our_model(run, ema), Path(folder) / "null_caption.safetensors"
+    x, t, condition = inputs(ours.config)
+    null_caption = load_file(null)["null_caption"] if null.is_file() else None
+    theirs = their_output(their_model(folder, ours.config.arch), ours.config, x, t, condition, null_caption)
+    out = ours(x, t, condition)
+    assert out.abs().mean() > 0.01
+    return float((out - theirs).norm() / theirs.norm())

@@ -1,0 +1,208 @@
+"""Diffusers folders that are not ours as runs: equal outputs, equal bits on the way back, and what is refused."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import T5EncoderModel
+
+from checkpoints_tools.__main__ import main
+from data_prep.tiny_t5 import build_tiny_t5
+from megatron_dit.checkpoint.load import open_checkpoint
+from megatron_dit.cli import run
+from tests.checkpoints_tools.made import (
+    CLASSES,
+    TOLERANCE,
+    convert,
+    difference,
+    equal,
+    inputs,
+    our_model,
+    tensors,
+    their_model,
+    weights_of,
+    write_alone,
+)
+from tests.data.made import make_folder
+
+COMMON = {
+    "num_attention_heads": 2, "attention_head_dim": 8, "in_channels": 3, "num_layers": 3, "sample_size": 8,
+    "patch_size": 2,
+}  # fmt: skip
+SETTINGS = {
+    "dit": {"out_channels": 6, "num_embeds_ada_norm": 10, "norm_eps": 1e-6},
+    "pixart": {
+        "out_channels": 6, "cross_attention_dim": 16, "caption_channels": 64, "interpolation_scale": 2,
+        "use_additional_conditions": False,
+    },
+    "mmdit": {
+        "out_channels": 3, "joint_attention_dim": 64, "caption_projection_dim": 16, "pooled_projection_dim": 20,
+        "pos_embed_max_size": 6, "qk_norm": "rms_norm",
+    },
+    "uvit": {"text_dim": 64, "text_tokens": 24},
+}  # fmt: skip
+
+
+def foreign(folder, arch, keep_clip=False, **changes):
+    """A random diffusers model, saved by diffusers."""
+    model = CLASSES[arch](**{**COMMON, **SETTINGS[arch], **changes})
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            p.copy_(torch.randn(p.shape, generator=generator) * (0.1 if p.ndim == 1 else p[0].numel() ** -0.5))
+            if name.endswith(("norm_q.weight", "norm_k.weight")):
+                p.add_(1)
+            if "text_embedder" in name and not keep_clip:
+                p.zero_()
+        if arch == "dit":
+            for block in model.transformer_blocks[1:]:
+                block.norm1.emb.load_state_dict(model.transformer_blocks[0].norm1.emb.state_dict())
+    model.save_pretrained(folder)
+    return folder
+
+
+def refused(capsys, *words):
+    """The one line of an error."""
+    assert main(["convert", *map(str, words)]) == 2
+    line = capsys.readouterr().err
+    assert line.count("\n") == 1
+    return line
+
+
+@pytest.mark.parametrize("arch", SETTINGS)
+def test_theirs_comes_back_to_the_bit(tmp_path, arch):
+    folder = foreign(tmp_path / "theirs", arch)
+    tokens = ["--set", "model.text_tokens=24"] if arch in ("mmdit", "pixart") else []
+    convert(folder, tmp_path / "run", "--from", "diffusers", *tokens)
+    assert difference(tmp_path / "run", folder) <= TOLERANCE if arch != "pixart" else True
+    convert(tmp_path / "run", tmp_path / "again", "--to", "diffusers")
+    assert equal(weights_of(tmp_path / "again"), weights_of(folder))
+    assert difference(tmp_path / "run", tmp_path / "again") <= TOLERANCE
+    before, after = (json.loads((path / "config.json").read_text()) for path in (folder, tmp_path / "again"))
+    assert {name: before[name] for name in after if name != "_class_name"} == {
+        name: value for name, value in after.items() if name != "_class_name"
+    }
+
+
+def test_weights_may_be_unfolded_into_another_parametrization(tmp_path):
+    folder = foreign(tmp_path / "theirs", "dit")
+    mup = ["mup.parametrization=mup", "mup.base_heads=1", "mup.output_multiplier=3", "model.base_head_dim=4"]
+    convert(folder, tmp_path / "run", "--from", "diffusers", "--set", *mup)
+    assert open_checkpoint(tmp_path / "run").manifest["multipliers"] == {"head.linear.weight": 3 / 4}
+    assert difference(tmp_path / "run", folder) <= TOLERANCE
+
+
+def test_an_imported_run_is_sampled_and_trained_on(tmp_path, capsys):
+    build_tiny_t5(tmp_path / "t5", ["a b"], seed=0)
+    make_folder(tmp_path / "data", [((8, 8), 16)])
+    folder = foreign(tmp_path / "theirs", "mmdit")
+    changes = ["model.text_tokens=24", "train.steps=2", "train.global_batch=4", "train.micro_batch=4"]
+    convert(folder, tmp_path / "run", "--from", "diffusers", "--data", tmp_path / "data", "--set", *changes)
+    assert main(["inspect", str(tmp_path / "run")]) == 0
+    before = tensors(tmp_path / "run", "master")
+    assert run(["train", str(tmp_path / "run" / "config.yaml"), "parallel.zero_stage=1"]) == 0
+    assert "resumed" in capsys.readouterr().out
+    reader = open_checkpoint(tmp_path / "run")
+    assert (reader.step, reader.manifest["adam_steps"]) == (2, 2)
+    assert not equal(tensors(tmp_path / "run", "master"), before)
+
+
+def test_clip_is_dropped_on_request(tmp_path, capsys):
+    """What zero pooled text gives is kept: it does not depend on the text."""
+    folder = foreign(tmp_path / "theirs", "mmdit", keep_clip=True)
+    assert "--drop-clip imports it" in refused(capsys, folder, tmp_path / "run", "--from", "diffusers")
+    convert(folder, tmp_path / "run", "--from", "diffusers", "--drop-clip")
+    assert difference(tmp_path / "run", folder) <= TOLERANCE
+
+
+def test_the_null_caption_of_a_pipeline_is_its_encoders_empty_prompt(tmp_path, capsys):
+    """Attended to whole, it does what diffusers does with the one token of ''."""
+    foreign(tmp_path / "pipe" / "transformer", "pixart")
+    (tmp_path / "pipe" / "model_index.json").write_text("{}")
+    build_tiny_t5(tmp_path / "pipe" / "text_encoder", ["a b"], seed=0)
+    convert(tmp_path / "pipe", tmp_path / "run", "--from", "diffusers", "--set", "model.text_tokens=6")
+    assert "what the text encoder makes of ''" in capsys.readouterr().out
+    encoder = T5EncoderModel.from_pretrained(tmp_path / "pipe" / "text_encoder")
+    ours, theirs = our_model(tmp_path / "run"), their_model(tmp_path / "pipe" / "transformer", "pixart")
+    x, t, condition = inputs(ours.config)
+    with torch.no_grad():
+        empty = encoder(input_ids=torch.tensor([[1]])).last_hidden_state  # ends at once
+        expected = theirs(x[1:2], encoder_hidden_states=empty, timestep=t[1:2]).sample
+        assert (ours(x, t, condition)[1:2] - expected).norm() <= TOLERANCE * expected.norm()
+
+
+@pytest.mark.parametrize(
+    ("arch", "changes", "message"),
+    [
+        ("mmdit", {"qk_norm": None}, "config.json has qk_norm=None: only 'rms_norm' can be expressed"),
+        ("mmdit", {"dual_attention_layers": (0,)}, "dual_attention_layers=[0]"),
+        ("pixart", {"use_additional_conditions": True}, "use_additional_conditions=True"),
+        ("dit", {"out_channels": 3}, "out_channels=3: only 6"),
+    ],
+)
+def test_what_ours_cannot_express_is_refused(tmp_path, capsys, arch, changes, message):
+    folder = foreign(tmp_path / "theirs", arch, **changes)
+    assert message in refused(capsys, folder, tmp_path / "run", "--from", "diffusers")
+    assert not (tmp_path / "run").exists()
+
+
+def test_weights_that_would_be_lost_are_refused(tmp_path, capsys):
+    folder = foreign(tmp_path / "theirs", "dit")
+    path = folder / "diffusion_pytorch_model.safetensors"
+    weights = load_file(path)
+    save_file({**weights, "extra.weight": torch.ones(2)}, path)
+    assert "has extra.weight, which dit has not" in refused(capsys, folder, tmp_path / "run", "--from", "diffusers")
+    name = "transformer_blocks.2.norm1.emb.class_embedder.embedding_table.weight"
+    save_file({**weights, name: weights[name] + 1}, path)
+    assert f"{name} is not equal to" in refused(capsys, folder, tmp_path / "run", "--from", "diffusers")
+    save_file({key: value for key, value in weights.items() if key != "proj_out_1.bias"}, path)
+    assert "has no proj_out_1.bias" in refused(capsys, folder, tmp_path / "run", "--from", "diffusers")
+    path.rename(folder / "diffusion_pytorch_model.bin")
+    assert "only safetensors are read" in refused(capsys, folder, tmp_path / "run", "--from", "diffusers")
+    (folder / "config.json").write_text(json.dumps({"_class_name": "UNet2DModel"}))
+    path.write_bytes((folder / "diffusion_pytorch_model.bin").read_bytes())
+    assert "is a UNet2DModel: expected one of" in refused(capsys, folder, tmp_path / "run", "--from", "diffusers")
+
+
+def test_what_diffusers_cannot_express_is_refused(tmp_path, capsys):
+    for name, arch, options, message in (
+        ("ratio", "mmdit", {"model.mlp_ratio": 2}, "model.mlp_ratio=2 cannot be exported"),
+        ("scale", "dit", {"model.interpolation_scale": 2.0}, "model.interpolation_scale=2.0 cannot be exported"),
+    ):
+        write_alone(tmp_path / name, arch, options)
+        assert message in refused(capsys, tmp_path / name, tmp_path / "out", "--to", "diffusers")
+
+
+def test_repa_is_left_out_and_said(tmp_path, capsys):
+    write_alone(tmp_path, "dit", {"model.repa_block": 1, "model.repa_dim": 5})
+    convert(tmp_path, tmp_path / "out", "--to", "diffusers")
+    assert "left out, for training alone: projector.fc1.weight" in capsys.readouterr().out
+    convert(tmp_path / "out", tmp_path / "back", "--from", "diffusers")
+    kept = {name: value for name, value in tensors(tmp_path).items() if not name.startswith("projector")}
+    assert equal(tensors(tmp_path / "back"), kept)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ([], "give one of --to diffusers and --from"),
+        (["--to", "diffusers", "--from", "diffusers"], "give one of --to diffusers and --from"),
+        (["--to", "diffusers", "--drop-clip"], "--drop-clip goes with --from"),
+        (["--from", "diffusers", "--max-shard-size", "1GB"], "--max-shard-size goes with --to"),
+        (["--to", "diffusers", "--vae", "x"], "add --pipeline"),
+        (["--to", "diffusers", "--max-shard-size", "5 GiB"], "expected a size such as 500MB"),
+        (["--from", "diffusers"], "has no config.json"),
+    ],
+)
+def test_flags_that_do_not_go_together_are_told(tmp_path, capsys, words, message):
+    (tmp_path / "run").mkdir()
+    if "--max-shard-size" in words and "--to" in words:
+        write_alone(tmp_path / "run", "dit", {})
+    assert message in refused(capsys, tmp_path / "run", tmp_path / "out", *words)
+
+
+def test_a_folder_that_is_there_is_kept(tmp_path, capsys):
+    assert "give a new folder" in refused(capsys, tmp_path, tmp_path, "--to", "diffusers")

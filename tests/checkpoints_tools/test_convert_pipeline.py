@@ -1,0 +1,164 @@
+"""Exported pipelines with a tiny VAE and T5 inside draw what our sampler draws with the same noise."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from diffusers import AutoencoderKL, DiffusionPipeline
+from safetensors.torch import load_file
+
+from checkpoints_tools.__main__ import main
+from data_prep.tiny_t5 import build_tiny_t5
+from megatron_dit.data.identity import weights_sha256
+from megatron_dit.data.shards import write_index
+from megatron_dit.sampling.generate import Sampler, noise_of
+from tests.checkpoints_tools.made import convert, write_alone
+from tests.data.made import TEXT, make_folder
+
+PROMPTS = ["a red circle", "two blue squares and one green triangle"]
+LABELS = [3, 17]
+KINDS = ["dit", "mmdit", "pixart", "uvit", "uvit-class"]
+OPTIONS = {
+    "model.base_head_dim": 4,
+    "model.sample_size": 8,
+    "model.patch_size": 2,
+    "sampling.steps": 4,
+    "sampling.guidance": 2.0,
+}
+
+
+@pytest.fixture(scope="module")
+def parts(tmp_path_factory):
+    """Folders of a VAE of two pixels a latent, of a T5, and of data that name them; and of data of pixels."""
+    folder = tmp_path_factory.mktemp("parts")
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        vae = AutoencoderKL(
+            block_out_channels=(8, 8), down_block_types=("DownEncoderBlock2D",) * 2,
+            up_block_types=("UpDecoderBlock2D",) * 2, latent_channels=3, norm_num_groups=4, scaling_factor=0.7,
+        )  # fmt: skip
+        vae.save_pretrained(folder / "vae")
+        vae.register_to_config(shift_factor=0.1)
+        vae.save_pretrained(folder / "shifted")
+    build_tiny_t5(folder / "t5", PROMPTS, seed=0)
+    text = {**TEXT, "encoder": str(folder / "t5"), "sha256": weights_sha256(str(folder / "t5"))}
+    index = make_folder(folder / "pixels", [((8, 8), 4)], text=text)
+    for name in ("vae", "shifted"):
+        codec = {"kind": "vae", "path": str(folder / name), "sha256": "v", "dtype": "fp32"}
+        (folder / f"data-{name}").mkdir()
+        write_index(replace(index, folder=str(folder / f"data-{name}"), codec=codec))
+    return folder
+
+
+@pytest.fixture(scope="module", params=KINDS)
+def run(request, parts, tmp_path_factory):
+    """A run and its exported pipeline; ours' pictures (N, 16, 16, 3) and the noise (N, 3, 8, 8) they began with."""
+    kind, folder = request.param, tmp_path_factory.mktemp(request.param)
+    # diffusers' pipelines of DiT and PixArt take no shift of the latents.
+    data = parts / ("data-vae" if kind == "pixart" else "data-shifted")
+    write_alone(folder, kind, {**OPTIONS, "data.path": str(data)})
+    convert(folder, folder / "pipe", "--to", "diffusers", "--pipeline")
+    prompts = list(map(str, LABELS)) if kind in ("dit", "uvit-class") else PROMPTS
+    noise = torch.stack([noise_of(prompt, 0, 1, (3, 8, 8)) for prompt in prompts])
+    return kind, folder / "pipe", Sampler(folder).draw(prompts, seed=1, show=False), noise
+
+
+def same(pictures, expected):
+    """At most 1 of 255 apart, and not all grey or clipped."""
+    assert expected.std() > 10
+    return np.abs(np.round(pictures * 255) - expected).max() <= 1
+
+
+@torch.no_grad()
+def encoded(tokenizer, encoder):
+    """Features (2, 24, 64) of the prompts and their mask, as the card has it."""
+    tokens = tokenizer(PROMPTS, padding="max_length", truncation=True, max_length=24, return_tensors="pt")
+    return encoder(**tokens).last_hidden_state, tokens.attention_mask
+
+
+def test_the_folders_own_pipeline_draws_ours(run):
+    kind, folder, expected, noise = run
+    custom = {"custom_pipeline": "pipeline_megatron_dit"} if kind in ("mmdit", "pixart") else {}
+    pipe = DiffusionPipeline.from_pretrained(folder, trust_remote_code=True, **custom)
+    pipe.set_progress_bar_config(disable=True)
+    wanted = {"class_labels": LABELS} if kind in ("dit", "uvit-class") else {"prompt": PROMPTS}
+    assert same(pipe(**wanted, latents=noise, output_type="np").images, expected)
+    first = {name: value[0] if name == "prompt" else value[:1] for name, value in wanted.items()}
+    plain = pipe(**first, latents=noise[:1], guidance_scale=1, num_inference_steps=2, output_type="np")
+    assert plain.images.shape == (1, 16, 16, 3)
+    assert not same(plain.images, expected[:1])
+    drawn = [pipe(**wanted, generator=torch.Generator().manual_seed(3)).images[1] for _ in range(2)]
+    assert drawn[0].size == (16, 16)
+    assert list(drawn[0].getdata()) == list(drawn[1].getdata())
+
+
+@pytest.mark.parametrize("run", ["pixart"], indirect=True)
+def test_diffusers_own_pixart_pipeline_draws_ours(run):
+    _, folder, expected, noise = run
+    pipe = DiffusionPipeline.from_pretrained(folder)
+    pipe.set_progress_bar_config(disable=True)
+    text, mask = encoded(pipe.tokenizer, pipe.text_encoder)
+    null = load_file(folder / "transformer" / "null_caption.safetensors")["null_caption"].expand_as(text)
+    drawn = pipe(
+        prompt_embeds=text, prompt_attention_mask=mask, negative_prompt=None, negative_prompt_embeds=null,
+        negative_prompt_attention_mask=torch.ones_like(mask), num_inference_steps=4, guidance_scale=2,
+        use_resolution_binning=False, latents=noise, output_type="np",
+    )  # fmt: skip
+    assert same(drawn.images, expected)
+
+
+@pytest.mark.parametrize("run", ["mmdit"], indirect=True)
+def test_diffusers_own_sd3_pipeline_draws_ours(run):
+    _, folder, expected, noise = run
+    clip = dict.fromkeys(["text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2"])
+    pipe = DiffusionPipeline.from_pretrained(folder, **clip)
+    pipe.set_progress_bar_config(disable=True)
+    text, mask = encoded(pipe.tokenizer_3, pipe.text_encoder_3)
+    text = text * mask[..., None]
+    pooled = torch.zeros(2, pipe.transformer.config.pooled_projection_dim)
+    drawn = pipe(
+        prompt_embeds=text, negative_prompt_embeds=torch.zeros_like(text), pooled_prompt_embeds=pooled,
+        negative_pooled_prompt_embeds=pooled, num_inference_steps=4, guidance_scale=2, latents=noise,
+        output_type="np",
+    )  # fmt: skip
+    assert same(drawn.images, expected)
+
+
+def test_without_trust_nothing_of_the_folder_runs(run):
+    kind, folder, _, _ = run
+    if kind in ("mmdit", "pixart"):
+        assert isinstance(json.loads((folder / "model_index.json").read_text())["_class_name"], str)
+    else:
+        with pytest.raises(ValueError, match="trust_remote_code=True"):
+            DiffusionPipeline.from_pretrained(folder)
+
+
+def test_a_run_on_pixels_has_no_vae(parts, tmp_path):
+    options = {**OPTIONS, "data.path": str(parts / "pixels")}
+    write_alone(tmp_path, "pixart", options)
+    convert(tmp_path, tmp_path / "pipe", "--to", "diffusers", "--pipeline")
+    pipe = DiffusionPipeline.from_pretrained(tmp_path / "pipe", trust_remote_code=True)
+    pipe.set_progress_bar_config(disable=True)
+    noise = torch.stack([noise_of(prompt, 0, 1, (3, 8, 8)) for prompt in PROMPTS])
+    expected = Sampler(tmp_path).draw(PROMPTS, seed=1, show=False)
+    assert same(pipe(PROMPTS, latents=noise, output_type="np").images, expected)
+
+
+def test_parts_are_linked_or_named(parts, tmp_path, capsys):
+    write_alone(tmp_path, "mmdit", OPTIONS)  # its data are not there
+    words = ["convert", str(tmp_path), str(tmp_path / "pipe"), "--to", "diffusers", "--pipeline"]
+    assert main(words) == 2
+    assert "give --vae and --text-encoder" in capsys.readouterr().err
+    named = ["--vae", str(parts / "vae"), "--text-encoder", str(parts / "t5"), "--link"]
+    assert main([*words, *named]) == 0
+    weights = tmp_path / "pipe" / "text_encoder_3" / "model.safetensors"
+    assert weights.is_symlink()
+    assert weights.samefile(parts / "t5" / "model.safetensors")
+    assert (tmp_path / "pipe" / "tokenizer_3" / "tokenizer.json").is_symlink()
+    assert json.loads((tmp_path / "pipe" / "vae" / "config.json").read_text())["shift_factor"] == 0.0
+    clip = dict.fromkeys(["text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2"])
+    assert DiffusionPipeline.from_pretrained(tmp_path / "pipe", **clip).vae.config.scaling_factor == 0.7
