@@ -28,7 +28,7 @@ from megatron_dit.mup.rules import Param
 
 
 def values(heads: int) -> dict[str, Any]:
-    """A class-free MMDiT of 24 blocks with heads of 64; with 1 head 2 blocks, nearly nothing."""
+    """An MMDiT of 24 blocks with heads of 64; with 1 head of 2 blocks, nearly nothing."""
     model = {
         "arch": "mmdit", "depth": 24 if heads > 1 else 2, "heads": heads, "head_dim": 64, "patch_size": 2,
         "in_channels": 4, "sample_size": 16, "text_dim": 256, "text_tokens": 24,
@@ -81,7 +81,7 @@ def measure(folder: Path, heads: int, shard: str) -> dict[str, Any]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--heads", type=int, default=14, help="heads of 64 (14: 0.5B parameters)")
+    parser.add_argument("--heads", type=int, default=12, help="heads of 64 (12: 0.5B parameters)")
     parser.add_argument("--max-shard-size", default="200MB", help="of a file of weights")
     parser.add_argument("--json", type=Path, help="write the figures here")
     arguments = parser.parse_args()

@@ -84,8 +84,8 @@ def constants(config: ModelConfig, settings: Settings) -> dict[str, Constant]:
 
 def adopt(folder: DiffusersFolder, config: ModelConfig, drop_clip: bool) -> dict[str, Tensor]:
     """Positions must be ours; what zero pooled text gives goes into the timestep's bias where CLIP is dropped."""
-    found = folder.tensor(POSITIONS)
-    if not torch.allclose(found, _positions(config, config.position_size), atol=1e-4):
+    found, expected = folder.tensor(POSITIONS), _positions(config, folder.settings["pos_embed_max_size"])
+    if found.shape != expected.shape or (found - expected).abs().max() > 0.01:  # bf16 has three digits
         raise UserError(f"{POSITIONS} is not SD3's table of sinusoids: learned positions cannot be imported")
     if all(not folder.tensor(POOLED.format(i, kind)).any() for i in (1, 2) for kind in ("weight", "bias")):
         return {}
