@@ -91,6 +91,8 @@ def _to_diffusers(parsed: argparse.Namespace) -> list[str]:
         part.replace(parsed.out)
     except OSError as error:
         raise UserError(f"{parsed.out} cannot be written ({error}): free space or choose another folder") from None
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
     return notes
 
 

@@ -112,6 +112,8 @@ def write_run(
         part.replace(out)
     except OSError as error:
         raise UserError(f"{out} cannot be written ({error}): free space or choose another folder") from None
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
     return sum(torch.Size(param.shape).numel() for param in params.values())
 
 

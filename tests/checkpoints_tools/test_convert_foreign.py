@@ -178,6 +178,10 @@ def test_what_diffusers_cannot_express_is_refused(tmp_path, capsys):
     ):
         write_alone(tmp_path / name, arch, options)
         assert message in refused(capsys, tmp_path / name, tmp_path / "out", "--to", "diffusers")
+    write_alone(tmp_path / "large", "uvit", {"mup.output_multiplier": 1e9})
+    words = [tmp_path / "large", tmp_path / "out", "--to", "diffusers", "--dtype", "fp16"]
+    assert "proj_out.weight reaches" in refused(capsys, *words)
+    assert not list(tmp_path.glob("out*"))
 
 
 def test_repa_is_left_out_and_said(tmp_path, capsys):
