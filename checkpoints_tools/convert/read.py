@@ -12,9 +12,11 @@ from torch import Tensor
 from checkpoints_tools.convert.table import Settings
 from checkpoints_tools.convert.tensors import STEM
 from megatron_dit.errors import UserError
+from megatron_dit.models.counterparts import CLASSES
 
 FACTS = "megatron_dit.json"  # what our exports say of themselves
 LOST = "megatron_dit.safetensors"  # digits that folding lost, see fold
+OLD = {"ada_norm_zero": CLASSES["dit"], "ada_norm_single": CLASSES["pixart"]}
 KEY = "megatron_dit"  # of a safetensors file's metadata: written by us, and not by another program since
 
 
@@ -33,7 +35,9 @@ class DiffusersFolder:
 
     @property
     def class_name(self) -> str:
-        return str(self.settings.get("_class_name"))
+        """Of config.json; a name of old stands for two classes, told apart by their norms."""
+        name = str(self.settings.get("_class_name"))
+        return OLD.get(str(self.settings.get("norm_type")), name) if name == "Transformer2DModel" else name
 
     @property
     def names(self) -> list[str]:

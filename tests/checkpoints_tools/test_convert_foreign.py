@@ -88,6 +88,15 @@ def test_theirs_comes_back_to_the_bit(tmp_path, arch):
     }
 
 
+@pytest.mark.parametrize("arch", ["dit", "pixart"])
+def test_the_old_name_of_two_classes_is_known(tmp_path, arch):
+    folder = foreign(tmp_path / "theirs", arch)
+    path = folder / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "_class_name": "Transformer2DModel"}))
+    convert(folder, tmp_path / "run", "--from", "diffusers")
+    assert open_checkpoint(tmp_path / "run").manifest["config"]["model"]["arch"] == arch
+
+
 def test_weights_may_be_unfolded_into_another_parametrization(tmp_path):
     folder = foreign(tmp_path / "theirs", "dit")
     mup = ["mup.parametrization=mup", "mup.base_heads=1", "mup.output_multiplier=3", "model.base_head_dim=4"]
