@@ -67,6 +67,7 @@ class StepMetrics:
     skipped: bool  # loss or gradient not finite: weights, moments and EMA untouched
     bad_samples: dict[str, int]  # samples that could not be read and had no part in it, by cause
     stop: bool  # some rank was asked to stop
+    busy: bool  # some rank said that it is writing a checkpoint
     alignment: float | None  # REPA's loss, mean over the global batch; None without REPA
     monitors: dict[str, float]  # activations, gradient norms, update sizes; empty unless asked for
 
@@ -171,7 +172,7 @@ class Engine:
 
     # --- one step -----------------------------------------------------------------------------------
 
-    def train_step(self, batch: Batch, stop: bool = False, monitor: bool = False) -> StepMetrics:
+    def train_step(self, batch: Batch, stop: bool = False, busy: bool = False, monitor: bool = False) -> StepMetrics:
         """Forward, backward and optimizer step on this rank's share of the global batch. Collective."""
         config = self.config
         factor = lr_factor(self.step, config.optimizer, config.train.steps)
@@ -199,7 +200,7 @@ class Engine:
         self.optimizer.age += not skipped
         causes = [cause for cause, _ in batch.bad]
         counts = [float(causes.count(cause)) for cause in CAUSES]
-        loss_sum, aligned, stops, *bad = sum_over_ranks([*losses.means(), float(stop), *counts])
+        loss_sum, aligned, stops, writing, *bad = sum_over_ranks([*losses.means(), float(stop), float(busy), *counts])
         # One stage has the loss, one the projector; bad samples, seen by every stage and shard, weigh nothing.
         bad_samples = {
             cause: round(count * self.topology.data_size / self.topology.world)
@@ -217,6 +218,7 @@ class Engine:
             skipped=skipped,
             bad_samples=bad_samples,
             stop=stops > 0,
+            busy=writing > 0,
             alignment=aligned / replicas if config.model.repa_block and good else None,
             monitors={} if taps is None or skipped else self._monitors(taps, norm),
         )

@@ -11,9 +11,9 @@ from typing import Any
 import torch
 
 from megatron_dit.checkpoint.format import CheckpointReader
-from megatron_dit.checkpoint.load import newest, restore
-from megatron_dit.checkpoint.save import prune, save
-from megatron_dit.config import Config
+from megatron_dit.checkpoint.load import newest_intact, restore
+from megatron_dit.checkpoint.save import Saver, prune, save
+from megatron_dit.config import CheckpointConfig, Config
 from megatron_dit.data.fit import check_same, identity
 from megatron_dit.data.health import DataHealth, check_shards
 from megatron_dit.data.stream import batches, read_data
@@ -40,7 +40,7 @@ def train(config: Config) -> dict[str, Any]:
     use_threads(config)
     run, data = agreed(lambda: (RunFolder(config), read_data(config.data)))
     notes = check_shards(data, config.data, topology.rank, topology.world)
-    reader, torn = newest(run.checkpoints)
+    reader, torn = newest_intact(run.checkpoints, topology.rank, topology.world)
     start = reader.step if reader else 0
     stream = batches(data, config, start, topology.data_rank, topology.data_size)
     engine = Engine(config, topology)
@@ -51,7 +51,7 @@ def train(config: Config) -> dict[str, Any]:
         notes += [*torn, *_resume(engine, reader), f"resumed {run.path} at step {start}"]
     first = topology.rank == 0
     logger = Logger(run, config, engine, topology.world) if first else None
-    health = DataHealth(config)
+    health, saver = DataHealth(config), Saver(engine)
     with ProgressBar("train", config.train.steps, start, show=first) as bar:
         for line in [*notes, f"optimizer: {engine.optimizer.title}"]:
             bar.say(line)
@@ -59,7 +59,7 @@ def train(config: Config) -> dict[str, Any]:
         for batch in stream:
             every = config.train.monitor_every
             monitor = bool(every) and (engine.step + 1) % every == 0
-            metrics = engine.train_step(batch, stop=stop_signal.asked, monitor=monitor)
+            metrics = engine.train_step(batch, stop=stop_signal.asked, busy=saver.writing, monitor=monitor)
             skipped_in_a_row = skipped_in_a_row + 1 if metrics.skipped else 0
             if logger:
                 bar.advance(logger.log(engine.step, metrics))
@@ -69,11 +69,13 @@ def train(config: Config) -> dict[str, Any]:
             if _snapshot_is_due(config, engine.step):  # before the checkpoint that a killed run resumes from
                 save(engine, run.snapshots, list(power_averages(config.train)))
             done = metrics.stop or engine.step == config.train.steps
-            if done or engine.step % config.checkpoint.every == 0:
-                save(engine, run.checkpoints)
-                if first:
-                    prune(run.checkpoints, config.checkpoint.keep)
-                    run.plot()
+            due = done or engine.step % config.checkpoint.every == 0
+            if saver.under_way and (due or not metrics.busy):
+                bar.say(_commit(saver, run, config.checkpoint, last=False))
+            if due:
+                saver.begin(run.checkpoints)
+            if done:
+                bar.say(_commit(saver, run, config.checkpoint, last=True))
             if metrics.stop:
                 bar.say(f"stopped by a signal and saved at step {engine.step}: the same command goes on from here")
                 break
@@ -96,6 +98,23 @@ def _resume(engine: Engine, reader: CheckpointReader) -> list[str]:
     changed = check_same(reader.manifest["data"], engine.data)
     restore(engine, reader)
     return [changed] if changed else []
+
+
+def _commit(saver: Saver, run: RunFolder, config: CheckpointConfig, last: bool) -> str:
+    """Finish the checkpoint under way; a line to say. Collective.
+
+    A failed write does not stop a run, which says so and tries again at the next; only the ``last`` one's does.
+    """
+    try:
+        path = saver.commit()
+    except UserError as error:
+        if last:
+            raise
+        return f"{error}; training goes on, older checkpoints are as they were"
+    if saver.first:
+        prune(run.checkpoints, config.keep, config.keep_every)
+        run.plot()
+    return f"saved {path.name}"
 
 
 def _snapshot_is_due(config: Config, step: int) -> bool:

@@ -8,6 +8,7 @@ and of which shard it is. So a checkpoint of any layout opens in any other.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 from dataclasses import dataclass
@@ -22,9 +23,21 @@ from torch import Tensor
 from megatron_dit.errors import UserError
 from megatron_dit.mup.init import unshard
 
-FORMAT = 2
+FORMAT = 3
 MANIFEST = "manifest.json"
-KEYS = ("format", "step", "adam_steps", "config", "layout", "params", "multipliers", "files")
+KEYS = (
+    "format",
+    "step",
+    "adam_steps",
+    "states",
+    "data",
+    "bad_samples",
+    "config",
+    "layout",
+    "params",
+    "multipliers",
+    "files",
+)
 STATE = "master"
 
 
@@ -51,16 +64,29 @@ class CheckpointReader:
                 raise Torn(f"{folder / MANIFEST} has no {lacking}")
             if self.manifest["format"] != FORMAT:
                 raise UserError(f"{folder} has checkpoint format {self.manifest['format']}, expected {FORMAT}")
-            for name, size in self.manifest["files"].items():
+            for name, record in self.manifest["files"].items():
                 found = (folder / name).stat().st_size
-                if found != size:
-                    raise Torn(f"{folder / name} has {found} bytes, expected {size}")
+                if found != record["bytes"]:
+                    raise Torn(f"{folder / name} has {found} bytes, expected {record['bytes']}")
         except (OSError, TypeError, ValueError) as error:
             raise Torn(f"{folder}: {error}") from None
 
     @property
     def step(self) -> int:
         return self.manifest["step"]
+
+    def verify(self, share: slice = slice(None)) -> None:
+        """Read a ``share`` of the files and compare their SHA-256. Raises Torn for the first that differs."""
+        for name in sorted(self.manifest["files"])[share]:
+            try:
+                with (self.folder / name).open("rb") as file:
+                    digest = hashlib.sha256()
+                    while piece := file.read(1 << 24):
+                        digest.update(piece)
+            except OSError as error:
+                raise Torn(f"{self.folder / name}: {error}") from None
+            if digest.hexdigest() != self.manifest["files"][name]["sha256"]:
+                raise Torn(f"{self.folder / name} is not what was written (SHA-256)")
 
     def check(self, shapes: dict[str, tuple[int, ...]]) -> None:
         """Raise UserError with the first parameter in which the checkpoint differs from a model."""
@@ -77,8 +103,8 @@ class CheckpointReader:
 
     @property
     def states(self) -> list[str]:
-        """What is held of every parameter; checkpoints of before there was a choice do not say."""
-        return self.manifest.get("states", [STATE, "exp_avg", "exp_avg_sq", "ema"])
+        """What is held of every parameter."""
+        return self.manifest["states"]
 
     def full(self, key: str, name: str) -> Tensor:
         """The full fp32 tensor of a parameter's master, moment or average."""

@@ -10,6 +10,7 @@ from megatron_dit.checkpoint.format import MANIFEST, STATE, CheckpointReader, To
 from megatron_dit.checkpoint.save import PREFIX
 from megatron_dit.errors import UserError
 from megatron_dit.optimizer import state_keys
+from megatron_dit.parallel.topology import gather
 
 if TYPE_CHECKING:
     from megatron_dit.engine import Engine
@@ -18,13 +19,38 @@ if TYPE_CHECKING:
 def newest(folder: Path) -> tuple[CheckpointReader | None, list[str]]:
     """The newest whole checkpoint under ``folder`` (None if there is none), and what was wrong with newer ones."""
     torn = []
-    for path in sorted(folder.glob(PREFIX + "*"), reverse=True):
-        if path.suffix != ".part":
-            try:
-                return CheckpointReader(path), torn
-            except Torn as error:
-                torn.append(f"checkpoint {path.name} is torn and passed over ({error})")
+    for path in _candidates(folder):
+        try:
+            return CheckpointReader(path), torn
+        except Torn as error:
+            torn.append(_passed_over(path, str(error)))
     return None, torn
+
+
+def newest_intact(folder: Path, rank: int, world: int) -> tuple[CheckpointReader | None, list[str]]:
+    """As :func:`newest`, by the files' SHA-256 too, each rank reading its share of them. Collective."""
+    torn = []
+    for path in _candidates(folder):
+        reader, wrong = None, None
+        try:
+            reader = CheckpointReader(path)
+            reader.verify(slice(rank, None, world))
+        except Torn as error:
+            wrong = str(error)
+        wrong = next((text for text in gather(wrong) if text is not None), None)
+        if wrong is None:
+            return reader, torn
+        torn.append(_passed_over(path, wrong))
+    return None, torn
+
+
+def _candidates(folder: Path) -> list[Path]:
+    """Newest first."""
+    return sorted((path for path in folder.glob(PREFIX + "*") if path.suffix != ".part"), reverse=True)
+
+
+def _passed_over(path: Path, why: str) -> str:
+    return f"checkpoint {path.name} is torn and passed over ({why})"
 
 
 def open_checkpoint(path: str | Path) -> CheckpointReader:

@@ -1,13 +1,17 @@
-"""Writing checkpoints: each rank its share, aside, fsynced, then renamed into place."""
+"""Writing checkpoints: each rank its share, beside training and in a folder aside, fsynced, then renamed into place."""
 
 from __future__ import annotations
 
+import hashlib
+import itertools
 import json
 import os
 import shutil
 import struct
-from collections.abc import Callable, Mapping, Sequence
+import threading
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
+from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,64 +22,131 @@ from megatron_dit.checkpoint.format import FORMAT, MANIFEST, STATE
 from megatron_dit.errors import UserError
 from megatron_dit.mup.init import forward_multipliers
 from megatron_dit.optimizer import state_keys
-from megatron_dit.parallel.topology import agree
+from megatron_dit.parallel.topology import agree, gather
 
 if TYPE_CHECKING:
     from megatron_dit.engine import Engine
 
 PREFIX = "step_"
+PACKAGES = ("megatron_dit", "torch", "deepspeed", "megatron-core")  # whose versions are written down
 
 
 def step_folder(folder: Path, step: int) -> Path:
     return folder / f"{PREFIX}{step:08d}"
 
 
-def save(engine: Engine, folder: Path, keys: Sequence[str] = ()) -> Path:
-    """Write ``folder/step_N``: masters and every state, or ``keys`` of them alone.
+class Saver:
+    """Writes an engine's checkpoints, while training goes on if it is let.
 
-    Collective; every rank raises if one cannot write.
+    ``begin`` copies this rank's share to CPU memory that is kept for the next time, and a thread writes it; ``commit``
+    waits for all ranks and makes it a checkpoint. Until then the folder is called ``step_N.part``.
     """
-    keys = keys or (STATE, *state_keys(engine.config.train))
-    target = step_folder(folder, engine.step)
-    part = target.with_suffix(".part")
-    first = engine.topology.rank == 0
-    _together(part, _make_folder if first else None, part)
-    _together(part, _write_share, engine, part, keys)
-    _together(part, _commit if first else None, engine, part, target, keys)
-    return target
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine, self.first = engine, engine.topology.rank == 0
+        self._copies: dict[str, Tensor] = {}
+        self._thread: threading.Thread | None = None
+
+    @property
+    def under_way(self) -> bool:
+        """Whether a checkpoint was begun and not committed."""
+        return self._thread is not None
+
+    @property
+    def writing(self) -> bool:
+        """Whether this rank is still writing its share."""
+        return self._thread is not None and self._thread.is_alive()
+
+    def begin(self, folder: Path, keys: Sequence[str] = ()) -> None:
+        """Start on ``folder/step_N``: masters and every state, or ``keys`` of them alone."""
+        assert not self.under_way
+        engine = self._engine
+        keys = keys or (STATE, *state_keys(engine.config.train))
+        self._target = step_folder(folder, engine.step)
+        self._part = self._target.with_suffix(".part")
+        self._manifest = _manifest(engine, keys) if self.first else {}
+        views, about = _share(engine, keys)
+        for name, view in views.items():
+            if name not in self._copies:
+                self._copies[name] = torch.empty(view.shape, pin_memory=view.is_cuda)
+            self._copies[name].copy_(view, non_blocking=True)
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        self._written: dict[str, dict[str, Any]] = {}
+        self._error: str | None = "its writer ended early"  # until it says otherwise
+        self._thread = threading.Thread(target=self._write, args=([*views], about), name="checkpoint")
+        self._thread.start()
+
+    def _write(self, names: Sequence[str], about: Mapping[str, str]) -> None:
+        try:
+            self._part.mkdir(parents=True, exist_ok=True)
+            if names:
+                path = self._part / f"rank_{self._engine.topology.rank:05d}.safetensors"
+                digest = write_safetensors(path, {name: self._copies[name] for name in names}, about)
+                _sync(path)
+                self._written[path.name] = {"bytes": path.stat().st_size, "sha256": digest}
+            self._error = None
+        except OSError as error:
+            self._error = str(error)
+
+    def commit(self) -> Path:
+        """Finish the checkpoint that was begun. Collective.
+
+        Raises UserError on every rank where one could not write; what was written is removed.
+        """
+        assert self._thread is not None
+        self._thread.join()
+        self._thread = None
+        shares = gather((self._error, self._written))
+        error = next((error for error, _ in shares if error), None)
+        if self.first and error is None:
+            try:
+                files = {name: record for _, written in shares for name, record in sorted(written.items())}
+                _finish(self._part, self._target, {**self._manifest, "files": files})
+            except OSError as caught:
+                error = str(caught)
+        if self.first and error is not None:
+            shutil.rmtree(self._part, ignore_errors=True)
+        agree(
+            UserError(f"checkpoint {self._target} could not be written ({error}): free space or change run_dir")
+            if error
+            else None
+        )
+        return self._target
 
 
-def prune(folder: Path, keep: int) -> None:
-    """Delete all but the newest ``keep`` checkpoints, and what unfinished saves left."""
+def save(engine: Engine, folder: Path, keys: Sequence[str] = ()) -> Path:
+    """Write ``folder/step_N`` and wait for it. Collective; every rank raises if one cannot write."""
+    saver = Saver(engine)
+    saver.begin(folder, keys)
+    return saver.commit()
+
+
+def prune(folder: Path, keep: int, keep_every: int = 0) -> None:
+    """Delete all but the newest ``keep`` checkpoints and those of every ``keep_every``-th step, and unfinished ones."""
     whole = sorted(path for path in folder.glob(PREFIX + "*") if path.suffix != ".part")
-    for path in [*whole[:-keep], *folder.glob(PREFIX + "*.part")]:
+    old = [path for path in whole[:-keep] if not (keep_every and step_of(path) % keep_every == 0)]
+    for path in [*old, *folder.glob(PREFIX + "*.part")]:
         shutil.rmtree(path, ignore_errors=True)
 
 
-def _together(part: Path, write: Callable[..., None] | None, *arguments: Any) -> None:
-    """Run ``write`` where given; every rank waits for the others and raises if one of them could not."""
-    error = None
-    try:
-        if write is not None:
-            write(*arguments)
-    except OSError as caught:
-        error = UserError(f"checkpoint {part} cannot be written ({caught}): free space or change run_dir")
-    agree(error)
+def step_of(path: Path) -> int:
+    """The step in a checkpoint folder's name."""
+    return int(path.name.removeprefix(PREFIX))
 
 
-def _make_folder(part: Path) -> None:
-    shutil.rmtree(part, ignore_errors=True)
-    part.mkdir(parents=True)
-
-
-def _commit(engine: Engine, part: Path, target: Path, keys: Sequence[str]) -> None:
-    _write_manifest(engine, part, keys)
+def _finish(part: Path, target: Path, manifest: Mapping[str, Any]) -> None:
+    path = part / MANIFEST
+    path.write_text(json.dumps(manifest))
+    _sync(path)
+    _sync(part)
     shutil.rmtree(target, ignore_errors=True)
     part.replace(target)
     _sync(target.parent)
 
 
-def _write_share(engine: Engine, part: Path, keys: Sequence[str]) -> None:
+def _share(engine: Engine, keys: Sequence[str]) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """What this rank writes: flat fp32 ranges by KEY/NAME, and the file's metadata."""
     topology = engine.topology
     views, starts = {}, {}
     for number, (name, shard) in enumerate(engine.masters.shards.items()):
@@ -86,17 +157,13 @@ def _write_share(engine: Engine, part: Path, keys: Sequence[str]) -> None:
         starts[name] = shard.start
         for key in keys:
             views[f"{key}/{name}"] = engine.view(shard, key)
-    if not views:
-        return
-    path = part / f"rank_{topology.rank:05d}.safetensors"
-    write_safetensors(path, views, {"tensor_rank": str(topology.tensor_rank), "starts": json.dumps(starts)})
-    _sync(path)
+    return views, {"tensor_rank": str(topology.tensor_rank), "starts": json.dumps(starts)}
 
 
-def write_safetensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+def write_safetensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:
     """Flat fp32 tensors to a safetensors file, one at a time: the package's own writer first copies them all.
 
-    The format: the header's length (8 bytes), the header (JSON), the tensors' bytes.
+    Returns the file's SHA-256. The format: the header's length (8 bytes), the header (JSON), the tensors' bytes.
     """
     header: dict[str, Any] = {"__metadata__": dict(metadata)}
     end = 0
@@ -106,34 +173,34 @@ def write_safetensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mappi
         end += tensor.nbytes
     encoded = json.dumps(header).encode()
     encoded += b" " * (-len(encoded) % 8)
+    digest = hashlib.sha256()
     with path.open("wb") as file:
-        file.write(struct.pack("<Q", len(encoded)) + encoded)
-        for tensor in tensors.values():
-            file.write(tensor.detach().contiguous().cpu().numpy().data)
+        pieces = (tensor.detach().contiguous().cpu().numpy().data for tensor in tensors.values())
+        for piece in itertools.chain((struct.pack("<Q", len(encoded)) + encoded,), pieces):
+            file.write(piece)
+            digest.update(piece)
+    return digest.hexdigest()
 
 
-def _write_manifest(engine: Engine, part: Path, keys: Sequence[str]) -> None:
+def _manifest(engine: Engine, keys: Sequence[str]) -> dict[str, Any]:
+    """All but the files. The schedule, the randomness and the order of the data are functions of config and step."""
     params = {
         name: {"shape": param.shape, "dim": param.dim, "pieces": param.pieces, "role": param.role}
         for name, param in engine.params.items()
     }
-    manifest = {
+    return {
         "format": FORMAT,
         "step": engine.step,
         "adam_steps": engine.adam_steps,
         "states": list(keys),
         "data": engine.data,
-        "bad_samples": engine.bad_samples,
+        "bad_samples": dict(engine.bad_samples),
         "config": asdict(engine.config),
         "layout": {"world": engine.topology.world, **asdict(engine.config.parallel)},
         "params": params,
         "multipliers": forward_multipliers(engine.params),
-        "files": {path.name: path.stat().st_size for path in sorted(part.glob("rank_*.safetensors"))},
+        "versions": {name: metadata.version(name) for name in PACKAGES},
     }
-    path = part / MANIFEST
-    path.write_text(json.dumps(manifest))
-    _sync(path)
-    _sync(part)
 
 
 def _sync(path: Path) -> None:

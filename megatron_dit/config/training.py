@@ -169,11 +169,13 @@ class TrainConfig:
 class CheckpointConfig:
     every: int = 1000  # steps between checkpoints; the last step is always saved
     keep: int = 2  # newest checkpoints kept
+    keep_every: int = 0  # those of steps divisible by it are kept too; 0: none
     ema_every: int = 0  # steps between snapshots of the averages of train.ema_sigma_rel, all kept; 0: none
 
     def __post_init__(self) -> None:
         at_least("checkpoint.every", self.every, 1)
         at_least("checkpoint.keep", self.keep, 1)
+        at_least("checkpoint.keep_every", self.keep_every, 0)
         at_least("checkpoint.ema_every", self.ema_every, 0)
 
 
