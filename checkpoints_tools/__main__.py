@@ -13,7 +13,7 @@ from rich.table import Table
 
 from checkpoints_tools.convert.command import add_convert
 from checkpoints_tools.ema import reconstruct
-from megatron_dit.checkpoint.format import CheckpointReader
+from megatron_dit.checkpoint.format import CheckpointReader, Torn
 from megatron_dit.checkpoint.load import open_checkpoint
 from megatron_dit.cli import Parser, add_command
 from megatron_dit.cli.common import write_json
@@ -37,7 +37,8 @@ def inspect(reader: CheckpointReader) -> dict[str, Any]:
         "roles": roles,
         "layout": manifest["layout"],
         "files": len(manifest["files"]),
-        "bytes": sum(manifest["files"].values()),
+        "bytes": sum(record["bytes"] for record in manifest["files"].values()),
+        "versions": manifest["versions"],
     }
 
 
@@ -69,9 +70,15 @@ def main(arguments: list[str]) -> int:
 
 
 def _inspect(parsed: argparse.Namespace) -> int:
-    figures = inspect(open_checkpoint(parsed.checkpoint))
+    reader = open_checkpoint(parsed.checkpoint)
+    figures = inspect(reader)
+    try:
+        reader.verify()
+        figures["integrity"] = "every file is as it was written (SHA-256)"
+    except Torn as error:
+        figures["integrity"] = f"TORN: {error}"
     table = Table(title=figures["folder"], show_header=False)
-    for key in ("arch", "step", "parameters", "files", "bytes"):
+    for key in ("arch", "step", "parameters", "files", "bytes", "integrity"):
         table.add_row(key, f"{figures[key]:,}" if isinstance(figures[key], int) else figures[key])
     table.add_row("states", ", ".join(figures["states"]))
     table.add_row("layout", ", ".join(f"{key} {value}" for key, value in figures["layout"].items()))
@@ -79,7 +86,7 @@ def _inspect(parsed: argparse.Namespace) -> int:
         table.add_row(role, f"{counts['elements']:,} in {counts['tensors']} tensors")
     Console().print(table)
     write_json(parsed, figures)
-    return 0
+    return 1 if figures["integrity"].startswith("TORN") else 0
 
 
 def _ema(parsed: argparse.Namespace) -> int:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from megatron_dit.checkpoint.format import MANIFEST, CheckpointReader, Torn
-from megatron_dit.checkpoint.save import PREFIX, write_safetensors
+from megatron_dit.checkpoint.save import checkpoints, write_safetensors
 from megatron_dit.config import ParallelConfig, config_from_dict
 from megatron_dit.config.checks import check_sigma_rel
 from megatron_dit.errors import UserError
@@ -64,13 +64,12 @@ def reconstruct(run: Path, sigma_rel: float, step: int | None, out: Path) -> dic
 def _snapshots(run: Path) -> list[CheckpointReader]:
     """Those of different ages, in order: skipped steps do not age an average."""
     found: dict[int, CheckpointReader] = {}
-    for path in sorted((run / SNAPSHOTS).glob(PREFIX + "*")):
-        if path.suffix != ".part":
-            try:
-                reader = CheckpointReader(path)
-            except Torn as error:
-                raise UserError(f"snapshot {path} is torn ({error}): delete it to go without it") from None
-            found[reader.manifest["adam_steps"]] = reader
+    for path in checkpoints(run / SNAPSHOTS):
+        try:
+            reader = CheckpointReader(path)
+        except Torn as error:
+            raise UserError(f"snapshot {path} is torn ({error}): delete it to go without it") from None
+        found[reader.manifest["adam_steps"]] = reader
     found.pop(0, None)
     if not found:
         raise UserError(f"{run / SNAPSHOTS} has no snapshots: set train.ema_sigma_rel and checkpoint.ema_every")
@@ -104,18 +103,19 @@ def _write(out: Path, newest: CheckpointReader, tensors: Iterable[tuple[str, Ten
         shutil.rmtree(part, ignore_errors=True)
         part.mkdir(parents=True)
         batch: dict[str, Tensor] = {}
+        files: dict[str, dict[str, Any]] = {}
         for name, tensor in tensors:
             batch[name] = tensor
             if sum(held.nbytes for held in batch.values()) >= FILE_BYTES:
-                _write_file(part, batch)
+                _write_file(part, batch, files)
                 batch = {}
-        _write_file(part, batch)
+        _write_file(part, batch, files)
         manifest = {
             **newest.manifest,
             "states": ["ema"],
             "post_hoc": figures,
             "layout": {"world": 1, **asdict(ParallelConfig())},
-            "files": {path.name: path.stat().st_size for path in sorted(part.iterdir())},
+            "files": files,
         }
         (part / MANIFEST).write_text(json.dumps(manifest))
         part.replace(out)
@@ -123,8 +123,8 @@ def _write(out: Path, newest: CheckpointReader, tensors: Iterable[tuple[str, Ten
         raise UserError(f"--out {out} cannot be written ({error}): free space or choose another folder") from None
 
 
-def _write_file(part: Path, tensors: dict[str, Tensor]) -> None:
-    number = len(list(part.iterdir()))
-    metadata = {"tensor_rank": "0", "starts": json.dumps(dict.fromkeys(tensors, 0))}
-    flat = {f"ema/{name}": tensor.reshape(-1) for name, tensor in tensors.items()}
-    write_safetensors(part / f"rank_{number:05d}.safetensors", flat, metadata)
+def _write_file(part: Path, tensors: dict[str, Tensor], files: dict[str, dict[str, Any]]) -> None:
+    name = f"rank_{len(files):05d}.safetensors"
+    about = {"tensor_rank": "0", "starts": json.dumps(dict.fromkeys(tensors, 0))}
+    flat = {f"ema/{param}": tensor.reshape(-1) for param, tensor in tensors.items()}
+    files[name] = write_safetensors(part / name, flat, about)

@@ -12,7 +12,7 @@ import torch
 
 from megatron_dit.checkpoint.format import CheckpointReader
 from megatron_dit.checkpoint.load import newest_intact, restore
-from megatron_dit.checkpoint.save import Saver, prune, save
+from megatron_dit.checkpoint.save import Saver, prune, save, set_aside
 from megatron_dit.config import CheckpointConfig, Config
 from megatron_dit.data.fit import check_same, identity
 from megatron_dit.data.health import DataHealth, check_shards
@@ -50,6 +50,8 @@ def train(config: Config) -> dict[str, Any]:
     else:
         notes += [*torn, *_resume(engine, reader), f"resumed {run.path} at step {start}"]
     first = topology.rank == 0
+    if first:
+        set_aside(run.checkpoints, start)
     logger = Logger(run, config, engine, topology.world) if first else None
     health, saver = DataHealth(config), Saver(engine)
     with ProgressBar("train", config.train.steps, start, show=first) as bar:

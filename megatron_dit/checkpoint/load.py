@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megatron_dit.checkpoint.format import MANIFEST, STATE, CheckpointReader, Torn
-from megatron_dit.checkpoint.save import PREFIX
+from megatron_dit.checkpoint.save import checkpoints
 from megatron_dit.errors import UserError
 from megatron_dit.optimizer import state_keys
 from megatron_dit.parallel.topology import gather
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 def newest(folder: Path) -> tuple[CheckpointReader | None, list[str]]:
     """The newest whole checkpoint under ``folder`` (None if there is none), and what was wrong with newer ones."""
     torn = []
-    for path in _candidates(folder):
+    for path in reversed(checkpoints(folder)):
         try:
             return CheckpointReader(path), torn
         except Torn as error:
@@ -30,7 +30,7 @@ def newest(folder: Path) -> tuple[CheckpointReader | None, list[str]]:
 def newest_intact(folder: Path, rank: int, world: int) -> tuple[CheckpointReader | None, list[str]]:
     """As :func:`newest`, by the files' SHA-256 too, each rank reading its share of them. Collective."""
     torn = []
-    for path in _candidates(folder):
+    for path in reversed(checkpoints(folder)):
         reader, wrong = None, None
         try:
             reader = CheckpointReader(path)
@@ -42,11 +42,6 @@ def newest_intact(folder: Path, rank: int, world: int) -> tuple[CheckpointReader
             return reader, torn
         torn.append(_passed_over(path, wrong))
     return None, torn
-
-
-def _candidates(folder: Path) -> list[Path]:
-    """Newest first."""
-    return sorted((path for path in folder.glob(PREFIX + "*") if path.suffix != ".part"), reverse=True)
 
 
 def _passed_over(path: Path, why: str) -> str:

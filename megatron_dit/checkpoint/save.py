@@ -27,7 +27,7 @@ from megatron_dit.parallel.topology import agree, gather
 if TYPE_CHECKING:
     from megatron_dit.engine import Engine
 
-PREFIX = "step_"
+PREFIX, PART, TORN = "step_", ".part", ".torn"
 PACKAGES = ("megatron_dit", "torch", "deepspeed", "megatron-core")  # whose versions are written down
 
 
@@ -63,7 +63,7 @@ class Saver:
         engine = self._engine
         keys = keys or (STATE, *state_keys(engine.config.train))
         self._target = step_folder(folder, engine.step)
-        self._part = self._target.with_suffix(".part")
+        self._part = self._target.with_suffix(PART)
         self._manifest = _manifest(engine, keys) if self.first else {}
         views, about = _share(engine, keys)
         for name, view in views.items():
@@ -82,9 +82,7 @@ class Saver:
             self._part.mkdir(parents=True, exist_ok=True)
             if names:
                 path = self._part / f"rank_{self._engine.topology.rank:05d}.safetensors"
-                digest = write_safetensors(path, {name: self._copies[name] for name in names}, about)
-                _sync(path)
-                self._written[path.name] = {"bytes": path.stat().st_size, "sha256": digest}
+                self._written[path.name] = write_safetensors(path, {name: self._copies[name] for name in names}, about)
             self._error = None
         except OSError as error:
             self._error = str(error)
@@ -124,10 +122,25 @@ def save(engine: Engine, folder: Path, keys: Sequence[str] = ()) -> Path:
 
 def prune(folder: Path, keep: int, keep_every: int = 0) -> None:
     """Delete all but the newest ``keep`` checkpoints and those of every ``keep_every``-th step, and unfinished ones."""
-    whole = sorted(path for path in folder.glob(PREFIX + "*") if path.suffix != ".part")
-    old = [path for path in whole[:-keep] if not (keep_every and step_of(path) % keep_every == 0)]
-    for path in [*old, *folder.glob(PREFIX + "*.part")]:
+    old = [path for path in checkpoints(folder)[:-keep] if not (keep_every and step_of(path) % keep_every == 0)]
+    for path in [*old, *folder.glob(f"{PREFIX}*{PART}"), *folder.glob(f"{PREFIX}*{TORN}")]:
         shutil.rmtree(path, ignore_errors=True)
+
+
+def set_aside(folder: Path, step: int) -> None:
+    """Rename checkpoints beyond ``step``, which were found torn, so that retention does not take them for the newest.
+
+    They and unfinished ones go when the next checkpoint has been written.
+    """
+    for path in checkpoints(folder):
+        if step_of(path) > step:
+            shutil.rmtree(path.with_suffix(TORN), ignore_errors=True)
+            path.rename(path.with_suffix(TORN))
+
+
+def checkpoints(folder: Path) -> list[Path]:
+    """Finished checkpoints, the oldest first."""
+    return sorted(path for path in folder.glob(PREFIX + "*") if not path.suffix)
 
 
 def step_of(path: Path) -> int:
@@ -160,12 +173,13 @@ def _share(engine: Engine, keys: Sequence[str]) -> tuple[dict[str, Tensor], dict
     return views, {"tensor_rank": str(topology.tensor_rank), "starts": json.dumps(starts)}
 
 
-def write_safetensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:
+def write_safetensors(path: Path, tensors: Mapping[str, Tensor], about: Mapping[str, str]) -> dict[str, Any]:
     """Flat fp32 tensors to a safetensors file, one at a time: the package's own writer first copies them all.
 
-    Returns the file's SHA-256. The format: the header's length (8 bytes), the header (JSON), the tensors' bytes.
+    Synced to the disk; ``about`` goes into the header. Returns what the manifest says of the file: bytes and SHA-256.
+    The format: the header's length (8 bytes), the header (JSON), the tensors' bytes.
     """
-    header: dict[str, Any] = {"__metadata__": dict(metadata)}
+    header: dict[str, Any] = {"__metadata__": dict(about)}
     end = 0
     for name, tensor in tensors.items():
         assert tensor.dtype == torch.float32
@@ -179,7 +193,9 @@ def write_safetensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mappi
         for piece in itertools.chain((struct.pack("<Q", len(encoded)) + encoded,), pieces):
             file.write(piece)
             digest.update(piece)
-    return digest.hexdigest()
+        file.flush()
+        os.fsync(file.fileno())
+        return {"bytes": file.tell(), "sha256": digest.hexdigest()}
 
 
 def _manifest(engine: Engine, keys: Sequence[str]) -> dict[str, Any]:

@@ -80,7 +80,7 @@ def test_every_rank_writes_only_its_share(saved):
     reader = CheckpointReader(folder)
     elements = sum(torch.Size(p["shape"]).numel() for p in reader.manifest["params"].values())
     payload = 4 * 4 * elements  # four fp32 states
-    sizes = list(reader.manifest["files"].values())
+    sizes = [record["bytes"] for record in reader.manifest["files"].values()]
     assert len(sizes) == 4
     assert payload < sum(sizes) < payload * 1.2 + 4 * 50000
     assert max(sizes) < 0.5 * sum(sizes)
@@ -121,6 +121,10 @@ def test_retention_keeps_the_newest(tmp_path):
     (tmp_path / "step_00000400.part").mkdir()
     prune(tmp_path, keep=2)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step_00000020", "step_00000300"]
+    for step in (100, 310, 320):
+        step_folder(tmp_path, step).mkdir()
+    prune(tmp_path, keep=1, keep_every=100)
+    assert sorted(path.name[-3:] for path in tmp_path.iterdir()) == ["100", "300", "320"]
 
 
 def save_where_it_cannot(folder):
@@ -135,7 +139,7 @@ def save_where_it_cannot(folder):
 def test_a_folder_that_cannot_be_written_is_told_on_every_rank(pool, tmp_path):
     (tmp_path / "file").write_text("")
     for outcome in pool.outcomes(2, save_where_it_cannot, str(tmp_path / "file" / "x")):
-        assert "cannot be written" in outcome.user_error
+        assert "could not be written" in outcome.user_error
 
 
 def test_inspect(pool, tmp_path, capsys):

@@ -1,0 +1,155 @@
+"""Checkpoints written beside training: exact, reported where they fail, and named where they are torn."""
+
+from __future__ import annotations
+
+import json
+import os
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+
+from megatron_dit.checkpoint import save as save_module
+from megatron_dit.checkpoint.format import CheckpointReader, Torn
+from megatron_dit.checkpoint.save import step_folder
+from megatron_dit.cli import run
+from tests.configs import small, write_config
+from tests.test_engine import batch, start
+
+
+def states(folder, step):
+    reader = CheckpointReader(step_folder(Path(folder), step))
+    return {(key, name): reader.full(key, name) for key in reader.states for name in reader.manifest["params"]}
+
+
+def beside_training(layout, folder):
+    """Begins a checkpoint at step 2 whose writer waits until step 4, and saves step 2 at once elsewhere."""
+    config = small("mmdit", **layout)
+    engine = start(config)
+    for step in range(2):
+        engine.train_step(batch(config, engine.topology, step))
+    save_module.save(engine, Path(folder) / "sync")
+    go_on, write = threading.Event(), save_module.write_safetensors
+
+    def held(*arguments):
+        assert go_on.wait(60)
+        return write(*arguments)
+
+    save_module.write_safetensors = held
+    try:
+        saver = save_module.Saver(engine)
+        saver.begin(Path(folder) / "async")
+        busy = [engine.train_step(batch(config, engine.topology, step), busy=saver.writing).busy for step in (2, 3)]
+        assert not list((Path(folder) / "async").glob("step_*2"))
+        go_on.set()
+        saver.commit()
+        saver.begin(Path(folder) / "async")
+        saver.commit()
+    finally:
+        save_module.write_safetensors = write
+    save_module.save(engine, Path(folder) / "sync")
+    return busy, saver.under_way
+
+
+@pytest.mark.parametrize(
+    ("ranks", "layout"),
+    [(1, {}), (2, {"parallel.zero_stage": 3}), (2, {"parallel.zero_stage": 1}), (2, {"parallel.tensor": 2})],
+)
+def test_training_goes_on_and_the_checkpoint_is_of_its_own_step(pool, tmp_path, ranks, layout):
+    for busy, under_way in pool.run(ranks, beside_training, layout, str(tmp_path)):
+        assert busy == [True, True]
+        assert not under_way
+    for step in (2, 4):
+        ours, theirs = states(tmp_path / "async", step), states(tmp_path / "sync", step)
+        assert ours.keys() == theirs.keys()
+        assert all(torch.equal(ours[key], value) for key, value in theirs.items())
+    assert not list(tmp_path.rglob("*.part"))
+
+
+@pytest.fixture
+def config(dataset, tmp_path):
+    options = {"data.path": str(dataset), "train.steps": 12, "checkpoint.every": 3, "checkpoint.keep": 4}
+    return write_config(tmp_path, "mmdit", **options)
+
+
+def steps(tmp_path):
+    return sorted(path.name for path in (tmp_path / "run" / "checkpoints").iterdir())
+
+
+def test_a_failed_write_is_told_and_training_goes_on(config, tmp_path, capsys, monkeypatch):
+    write = save_module.write_safetensors
+
+    def fails_at_six(path, *arguments):
+        if "00000006" in str(path):
+            path.write_bytes(b"half")
+            raise OSError(28, "No space left on device")
+        return write(path, *arguments)
+
+    monkeypatch.setattr(save_module, "write_safetensors", fails_at_six)
+    assert run(["train", str(config)]) == 0
+    out = capsys.readouterr().out
+    assert "step_00000006 could not be written ([Errno 28] No space left on device)" in out
+    assert "training goes on" in out
+    assert steps(tmp_path) == ["step_00000003", "step_00000009", "step_00000012"]
+
+
+def test_the_last_checkpoint_must_be_written(config, tmp_path, capsys, monkeypatch):
+    def fails(path, *arguments):
+        raise OSError(30, "Read-only file system")
+
+    monkeypatch.setattr(save_module, "write_safetensors", fails)
+    assert run(["train", str(config)]) == 2
+    assert "step_00000012 could not be written" in capsys.readouterr().err
+    assert steps(tmp_path) == []
+
+
+def test_a_writer_that_dies_leaves_no_checkpoint(config, tmp_path, capsys, monkeypatch):
+    """An error of ours in the thread is not taken for success."""
+    monkeypatch.setattr(threading, "excepthook", lambda _: None)
+    monkeypatch.setattr(save_module, "write_safetensors", lambda *_: 1 / 0)
+    assert run(["train", str(config)]) == 2
+    assert "its writer ended early" in capsys.readouterr().err
+    assert steps(tmp_path) == []
+
+
+@pytest.mark.parametrize("harm", ["flipped", "short", "missing", "manifest"])
+def test_a_harmed_checkpoint_is_named_and_the_one_before_used(config, tmp_path, capsys, harm):
+    assert run(["train", str(config)]) == 0
+    expected = states(tmp_path / "run" / "checkpoints", 12)
+    file = tmp_path / "run" / "checkpoints" / "step_00000012" / "rank_00000.safetensors"
+    data = bytearray(file.read_bytes())
+    if harm == "flipped":
+        data[-5] ^= 4
+        file.write_bytes(data)
+    elif harm == "short":
+        os.truncate(file, len(data) // 2)
+    elif harm == "missing":
+        file.unlink()
+    else:
+        (file.parent / "manifest.json").write_text("{")
+    capsys.readouterr()
+    assert run(["train", str(config), "checkpoint.keep=1"]) == 0
+    out = capsys.readouterr().out
+    assert "checkpoint step_00000012 is torn and passed over" in out
+    assert "resumed" in out
+    assert "at step 9" in out
+    found = states(tmp_path / "run" / "checkpoints", 12)
+    assert all(torch.equal(found[key], value) for key, value in expected.items())
+    assert steps(tmp_path) == ["step_00000012"]
+
+
+def test_inspect_tells_a_flipped_byte(config, tmp_path, capsys):
+    from checkpoints_tools.__main__ import main
+
+    assert run(["train", str(config)]) == 0
+    assert main(["inspect", str(tmp_path / "run"), "--json", str(tmp_path / "a.json")]) == 0
+    assert json.loads((tmp_path / "a.json").read_text())["versions"]["torch"] == torch.__version__.partition("+")[0]
+    file = tmp_path / "run" / "checkpoints" / "step_00000012" / "rank_00000.safetensors"
+    data = bytearray(file.read_bytes())
+    data[len(data) // 2] ^= 1
+    file.write_bytes(data)
+    assert main(["inspect", str(tmp_path / "run"), "--json", str(tmp_path / "b.json")]) == 1
+    assert "TORN" in json.loads((tmp_path / "b.json").read_text())["integrity"]
+    with pytest.raises(Torn, match="not what was written"):
+        CheckpointReader(file.parent).verify()
