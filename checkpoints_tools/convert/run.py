@@ -15,10 +15,11 @@ from torch import Tensor
 
 from checkpoints_tools.convert.tensors import Spec, TensorFile
 from megatron_dit.checkpoint.format import FORMAT, MANIFEST, STATE
-from megatron_dit.checkpoint.save import step_folder
+from megatron_dit.checkpoint.save import step_folder, versions
 from megatron_dit.config import Config, ParallelConfig, load_config, save_config
 from megatron_dit.data.fit import identity
 from megatron_dit.data.shards import read_index
+from megatron_dit.data.tar import sha256_of
 from megatron_dit.errors import UserError
 from megatron_dit.models import build_unsharded
 from megatron_dit.mup.init import forward_multipliers
@@ -104,7 +105,8 @@ def write_run(
                 for name, param in params.items()
             },
             "multipliers": forward_multipliers(params),
-            "files": {path.name: path.stat().st_size},
+            "versions": versions(),
+            "files": {path.name: {"bytes": path.stat().st_size, "sha256": sha256_of(path)}},
             **origin,
         }
         (folder / MANIFEST).write_text(json.dumps(manifest))

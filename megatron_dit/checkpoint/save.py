@@ -28,7 +28,6 @@ if TYPE_CHECKING:
     from megatron_dit.engine import Engine
 
 PREFIX, PART, TORN = "step_", ".part", ".torn"
-PACKAGES = ("megatron_dit", "torch", "deepspeed", "megatron-core")  # whose versions are written down
 
 
 def step_folder(folder: Path, step: int) -> Path:
@@ -198,6 +197,11 @@ def write_safetensors(path: Path, tensors: Mapping[str, Tensor], about: Mapping[
         return {"bytes": file.tell(), "sha256": digest.hexdigest()}
 
 
+def versions() -> dict[str, str]:
+    """Of this package and of those whose arithmetic it is."""
+    return {name: metadata.version(name) for name in ("megatron_dit", "torch", "deepspeed", "megatron-core")}
+
+
 def _manifest(engine: Engine, keys: Sequence[str]) -> dict[str, Any]:
     """All but the files. The schedule, the randomness and the order of the data are functions of config and step."""
     params = {
@@ -215,7 +219,7 @@ def _manifest(engine: Engine, keys: Sequence[str]) -> dict[str, Any]:
         "layout": {"world": engine.topology.world, **asdict(engine.config.parallel)},
         "params": params,
         "multipliers": forward_multipliers(engine.params),
-        "versions": {name: metadata.version(name) for name in PACKAGES},
+        "versions": versions(),
     }
 
 
