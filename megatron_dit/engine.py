@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,7 +21,7 @@ from megatron_dit.models import build, build_unsharded
 from megatron_dit.models.blocks import Taps
 from megatron_dit.monitor import StepMonitor
 from megatron_dit.mup.groups import optimizer_groups
-from megatron_dit.mup.init import forward_multipliers, initial_value, set_multipliers, shard_of
+from megatron_dit.mup.init import cut, forward_multipliers, initial_value, set_multipliers
 from megatron_dit.mup.rules import Param
 from megatron_dit.mup.shapes import describe
 from megatron_dit.objectives import OBJECTIVES, Noised
@@ -130,17 +130,27 @@ class Engine:
             for name in averages(self.config.train):
                 shard.state(self.optimizer, name).copy_(shard.master())
 
-    @torch.no_grad()
     def load(self, sources: Mapping[str, Callable[[str], Tensor]]) -> None:
         """Write masters and optimizer states from full tensors by global name. Collective.
 
         ``sources`` maps ``master`` or a state (``state_keys``) to a function that returns a parameter's full
         fp32 tensor; one tensor at a time is held.
         """
-        named = dict(self.model.named_parameters())
-        for key, full in sources.items():
+        rank, size = self.topology.tensor_rank, self.topology.tensor_size
+
+        def range_of(key: str, name: str, shard: MasterShard) -> Tensor:
+            param = self.params[name]
+            whole = cut(sources[key](name), param.dim, param.pieces, rank, size)
+            return whole.reshape(-1)[shard.start : shard.start + shard.numel]
+
+        self.fill(list(sources), range_of)
+
+    @torch.no_grad()
+    def fill(self, keys: Sequence[str], range_of: Callable[[str, str, MasterShard], Tensor]) -> None:
+        """Write this rank's ranges of masters and optimizer states (``keys``) from outside. Collective."""
+        for key in keys:
             for name, shard in self.masters.shards.items():
-                self._write(shard, key, self._local(full(name), named[name]))
+                self.view(shard, key).copy_(range_of(key, name, shard))
         self.masters.publish()
 
     def resume_at(self, step: int, adam_steps: float) -> None:
@@ -163,12 +173,6 @@ class Engine:
         moments = sum(state[key].nbytes for state in states for key in ("exp_avg", "exp_avg_sq"))
         ema = sum(state[name].nbytes for state in states for name in averages(self.config.train))
         return StateBytes(weights, gradients, masters, moments, ema)
-
-    def _write(self, shard: MasterShard, key: str, local: Tensor) -> None:
-        self.view(shard, key).copy_(local.reshape(-1)[shard.start : shard.start + shard.numel])
-
-    def _local(self, full: Tensor, p: nn.Parameter) -> Tensor:
-        return shard_of(full, p, self.topology.tensor_rank, self.topology.tensor_size)
 
     # --- one step -----------------------------------------------------------------------------------
 

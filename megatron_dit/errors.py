@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
 
 class UserError(Exception):
     """A mistake the user can mend: one line with the value, what was expected and the remedy.
@@ -9,3 +13,12 @@ class UserError(Exception):
     The command line prints the message on rank 0 and exits with status 2; no traceback is shown.
     Broken invariants of our own code are asserts instead.
     """
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """What cannot be written inside is told as a UserError that names ``path``."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"{path} cannot be written ({error}): free space or choose another folder") from None

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from megatron_dit.config import Config, first_difference, load_config, save_config
-from megatron_dit.errors import UserError
+from megatron_dit.errors import UserError, writing
+
+if TYPE_CHECKING:
+    from torch.utils.tensorboard import SummaryWriter
 
 CONFIG = "config.yaml"
 METRICS = "metrics.jsonl"
@@ -40,24 +43,39 @@ class RunFolder:
 
     def open(self, step: int) -> None:
         """Create the folder, write the config, and drop metrics that a run resumed at ``step`` will write anew."""
+        with writing(self.path):
+            self.path.mkdir(parents=True, exist_ok=True)
+            save_config(self._config, self.path / CONFIG)
+            kept = [line for line in self.metrics() if line["step"] <= step]
+            path = self.path / METRICS
+            part = path.with_suffix(".part")
+            part.write_text("".join(json.dumps(line) + "\n" for line in kept))
+            part.replace(path)
+            self._file, self._waiting = path.open("ab", buffering=0), b""
+            self._board: SummaryWriter | None = self._open_board(step)
+
+    def _open_board(self, step: int) -> SummaryWriter:
         from torch.utils.tensorboard import SummaryWriter
 
-        self.path.mkdir(parents=True, exist_ok=True)
-        save_config(self._config, self.path / CONFIG)
-        kept = [line for line in self.metrics() if line["step"] <= step]
-        path = self.path / METRICS
-        part = path.with_suffix(".part")
-        part.write_text("".join(json.dumps(line) + "\n" for line in kept))
-        part.replace(path)
-        self._file = path.open("a", buffering=1)
-        self._board = SummaryWriter(str(self.path / "tensorboard"), purge_step=step + 1)
+        return SummaryWriter(str(self.path / "tensorboard"), purge_step=step + 1)
 
-    def log(self, step: int, figures: dict[str, Any]) -> None:
-        """Add a line to metrics.jsonl and TensorBoard; None stands for a figure that is not finite."""
-        self._file.write(json.dumps({"step": step, **figures}) + "\n")
-        for name, value in figures.items():
-            if value is not None:
-                self._board.add_scalar(f"train/{name}", value, step)
+    def log(self, step: int, figures: dict[str, Any]) -> str:
+        """Add a line to metrics.jsonl and TensorBoard; None stands for a figure that is not finite.
+
+        Returns "", or why that could not be done: the line then waits for the next one, TensorBoard goes without it.
+        """
+        self._waiting += json.dumps({"step": step, **figures}).encode() + b"\n"
+        try:
+            while self._waiting:
+                self._waiting = self._waiting[self._file.write(self._waiting) :]
+            self._board = self._board or self._open_board(step - 1)
+            for name, value in figures.items():
+                if value is not None:
+                    self._board.add_scalar(f"train/{name}", value, step)
+        except OSError as error:
+            self._board = None  # its writer has ended
+            return f"metrics cannot be written ({error})"
+        return ""
 
     def metrics(self) -> list[dict[str, Any]]:
         """The lines logged so far."""
@@ -82,5 +100,9 @@ class RunFolder:
         figure.savefig(self.path / "loss.png", dpi=120)
 
     def close(self) -> None:
-        self._file.close()
-        self._board.close()
+        """Raises UserError where metrics are still waiting to be written."""
+        with writing(self.path):
+            self._file.write(self._waiting)
+            self._file.close()
+            if self._board is not None:
+                self._board.close()

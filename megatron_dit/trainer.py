@@ -12,8 +12,7 @@ import torch
 
 from megatron_dit.checkpoint.format import CheckpointReader
 from megatron_dit.checkpoint.load import newest_intact, restore
-from megatron_dit.checkpoint.save import Saver, prune, save, set_aside
-from megatron_dit.config import CheckpointConfig, Config
+from megatron_dit.config import Config
 from megatron_dit.data.fit import check_same, identity
 from megatron_dit.data.health import DataHealth, check_shards
 from megatron_dit.data.stream import batches, read_data
@@ -22,10 +21,10 @@ from megatron_dit.engine import Engine, StepMetrics
 from megatron_dit.errors import UserError
 from megatron_dit.models.flops import model_flops
 from megatron_dit.monitor import SpikeDetector
-from megatron_dit.optimizer import power_averages
 from megatron_dit.parallel.topology import agreed, build_topology, connect
 from megatron_dit.progress import ProgressBar
 from megatron_dit.run_folder import RunFolder
+from megatron_dit.saving import RunSaver
 
 
 def train(config: Config) -> dict[str, Any]:
@@ -50,10 +49,10 @@ def train(config: Config) -> dict[str, Any]:
     else:
         notes += [*torn, *_resume(engine, reader), f"resumed {run.path} at step {start}"]
     first = topology.rank == 0
-    if first:
-        set_aside(run.checkpoints, start)
-    logger = Logger(run, config, engine, topology.world) if first else None
-    health, saver = DataHealth(config), Saver(engine)
+    logger = agreed(lambda: Logger(run, config, engine, topology.world) if first else None)
+    saver = RunSaver(engine, run)
+    notes += agreed(lambda: saver.prepare() if first else [])
+    health = DataHealth(config)
     with ProgressBar("train", config.train.steps, start, show=first) as bar:
         for line in [*notes, f"optimizer: {engine.optimizer.title}"]:
             bar.say(line)
@@ -65,19 +64,16 @@ def train(config: Config) -> dict[str, Any]:
             skipped_in_a_row = skipped_in_a_row + 1 if metrics.skipped else 0
             if logger:
                 bar.advance(logger.log(engine.step, metrics))
-            _check_health(config, engine.step, metrics, skipped_in_a_row)
-            for line in health.check(metrics.bad_samples, batch.bad):
+            try:
+                _check_skipped(engine.step, metrics, skipped_in_a_row, config.train.max_skipped_steps)
+                for line in health.check(metrics.bad_samples, batch.bad):
+                    bar.say(line)
+            except UserError:
+                saver.finish()  # what is being written is good
+                raise
+            last = metrics.stop or engine.step == config.train.steps
+            for line in saver.after_step(metrics.busy, last):
                 bar.say(line)
-            if _snapshot_is_due(config, engine.step):  # before the checkpoint that a killed run resumes from
-                save(engine, run.snapshots, list(power_averages(config.train)))
-            done = metrics.stop or engine.step == config.train.steps
-            due = done or engine.step % config.checkpoint.every == 0
-            if saver.under_way and (due or not metrics.busy):
-                bar.say(_commit(saver, run, config.checkpoint, last=False))
-            if due:
-                saver.begin(run.checkpoints)
-            if done:
-                bar.say(_commit(saver, run, config.checkpoint, last=True))
             if metrics.stop:
                 bar.say(f"stopped by a signal and saved at step {engine.step}: the same command goes on from here")
                 break
@@ -102,31 +98,9 @@ def _resume(engine: Engine, reader: CheckpointReader) -> list[str]:
     return [changed] if changed else []
 
 
-def _commit(saver: Saver, run: RunFolder, config: CheckpointConfig, last: bool) -> str:
-    """Finish the checkpoint under way; a line to say. Collective.
-
-    A failed write does not stop a run, which says so and tries again at the next; only the ``last`` one's does.
-    """
-    try:
-        path = saver.commit()
-    except UserError as error:
-        if last:
-            raise
-        return f"{error}; training goes on, older checkpoints are as they were"
-    if saver.first:
-        prune(run.checkpoints, config.keep, config.keep_every)
-        run.plot()
-    return f"saved {path.name}"
-
-
-def _snapshot_is_due(config: Config, step: int) -> bool:
-    every = config.checkpoint.ema_every
-    return every > 0 and (step % every == 0 or step == config.train.steps)
-
-
-def _check_health(config: Config, step: int, metrics: StepMetrics, skipped: int) -> None:
+def _check_skipped(step: int, metrics: StepMetrics, skipped: int, limit: int) -> None:
     """Stop on every rank after too many skipped steps."""
-    if skipped >= config.train.max_skipped_steps:
+    if skipped >= limit:
         raise UserError(
             f"loss or gradient was not finite in {skipped} steps in a row up to step {step} (loss {metrics.loss}): "
             "lower optimizer.lr, raise optimizer.warmup_steps or set optimizer.grad_clip"
@@ -146,7 +120,7 @@ class Logger:
         self._sample_flops = model_flops(config.model, side, side).total.model
         self._peak = device_peak("fp8" if config.train.fp8 != "none" else config.train.dtype)
         self._devices = devices
-        self._rate = 0.0
+        self._rate, self._trouble = 0.0, ""
         self._since = time.monotonic()
 
     def log(self, step: int, metrics: StepMetrics) -> str:
@@ -175,7 +149,7 @@ class Logger:
             **({} if metrics.alignment is None else {"alignment": metrics.alignment}),
             **metrics.monitors,
         }
-        self._run.log(step, figures)
+        self._trouble = self._run.log(step, figures)
         self._losses, self._since = [], now
         return self._text(metrics)
 
@@ -187,7 +161,7 @@ class Logger:
 
     def _text(self, metrics: StepMetrics) -> str:
         skipped = f" skipped {self._skipped}" if self._skipped else ""
-        return f"loss {metrics.loss:.4f} {self._rate:.0f} samples/s{skipped}"
+        return f"loss {metrics.loss:.4f} {self._rate:.0f} samples/s{skipped} {self._trouble}".rstrip()
 
 
 class StopSignal:

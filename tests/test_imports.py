@@ -21,6 +21,7 @@ FLOORS = [
     ["checkpoint", "pipeline", "memory", "monitor"],
     ["engine"],
     ["run_folder"],
+    ["saving"],
     ["trainer"],
     ["sampling", "launch"],
     ["evaluation"],

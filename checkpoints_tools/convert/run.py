@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,15 +14,14 @@ import yaml
 from torch import Tensor
 
 from checkpoints_tools.convert.tensors import Spec, TensorFile
-from megatron_dit.checkpoint.format import FORMAT, MANIFEST, STATE
-from megatron_dit.checkpoint.save import step_folder, versions
-from megatron_dit.config import Config, ParallelConfig, load_config, save_config
+from megatron_dit.checkpoint.format import MANIFEST, STATE, manifest_of
+from megatron_dit.checkpoint.save import step_folder
+from megatron_dit.config import Config, load_config, save_config
 from megatron_dit.data.fit import identity
 from megatron_dit.data.shards import read_index
 from megatron_dit.data.tar import sha256_of
 from megatron_dit.errors import UserError
 from megatron_dit.models import build_unsharded
-from megatron_dit.mup.init import forward_multipliers
 from megatron_dit.mup.rules import Param
 from megatron_dit.mup.shapes import describe
 from megatron_dit.optimizer import averages, state_keys
@@ -92,20 +91,7 @@ def write_run(
         path = folder / "rank_00000.safetensors"
         _write_states(path, params, states, [STATE, *averages(config.train)], weights)
         manifest = {
-            "format": FORMAT,
-            "step": 0,
-            "adam_steps": 0,
-            "states": states,
-            "data": dict(data),
-            "bad_samples": {},
-            "config": asdict(config),
-            "layout": {"world": 1, **asdict(ParallelConfig())},
-            "params": {
-                name: {"shape": param.shape, "dim": param.dim, "pieces": param.pieces, "role": param.role}
-                for name, param in params.items()
-            },
-            "multipliers": forward_multipliers(params),
-            "versions": versions(),
+            **manifest_of(config, params, states, data=dict(data)),
             "files": {path.name: {"bytes": path.stat().st_size, "sha256": sha256_of(path)}},
             **origin,
         }

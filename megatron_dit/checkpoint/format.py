@@ -3,7 +3,8 @@
 ``step_00001000/manifest.json`` beside one ``rank_00000.safetensors`` per writing rank. A rank's file has
 flat fp32 ranges of tensor-parallel shards under ``KEY/NAME`` (KEY: master, exp_avg, exp_avg_sq, ema, and ema_0, ...
 of ``train.ema_sigma_rel``; the manifest's ``states`` says which) and, in its metadata, where each NAME's range begins
-and of which shard it is. So a checkpoint of any layout opens in any other.
+and of which shard it is. So a checkpoint of any layout opens in any other. Learning rate, noise, dropped conditions
+and the order of the data are functions of the config, the seed and the step, so there is no more state to keep.
 """
 
 from __future__ import annotations
@@ -11,8 +12,10 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
 from functools import cached_property
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +23,10 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from megatron_dit.config import Config, ParallelConfig
 from megatron_dit.errors import UserError
-from megatron_dit.mup.init import unshard
+from megatron_dit.mup.init import cut, forward_multipliers, unshard
+from megatron_dit.mup.rules import Param
 
 FORMAT = 3
 MANIFEST = "manifest.json"
@@ -45,11 +50,50 @@ class Torn(Exception):
     """A checkpoint that is not whole: files missing, short or unreadable."""
 
 
+def manifest_of(
+    config: Config,
+    params: Mapping[str, Param],
+    states: Sequence[str],
+    world: int = 1,
+    parallel: ParallelConfig | None = None,
+    **progress: Any,
+) -> dict[str, Any]:
+    """A manifest but for its ``files``; ``progress`` may give step, adam_steps, data and bad_samples.
+
+    Written by ``world`` ranks in the layout ``parallel`` (None: by one process).
+    """
+    return {
+        "format": FORMAT,
+        "step": 0,
+        "adam_steps": 0,
+        "states": list(states),
+        "data": {},
+        "bad_samples": {},
+        **progress,
+        "config": asdict(config),
+        "layout": {"world": world, **asdict(parallel or ParallelConfig())},
+        "params": {
+            name: {
+                "shape": list(param.shape),
+                "dim": param.dim,
+                "pieces": param.pieces,
+                "role": param.role,
+                "lr": param.lr_multiplier,
+                "weight_decay": param.weight_decay_multiplier,
+            }
+            for name, param in params.items()
+        },
+        "multipliers": forward_multipliers(params),
+        "versions": {name: metadata.version(name) for name in ("megatron_dit", "torch", "deepspeed", "megatron-core")},
+    }
+
+
 @dataclass(frozen=True)
 class Fragment:
     file: Path
     tensor_rank: int
     start: int  # in the flattened tensor-parallel shard
+    stop: int
 
 
 class CheckpointReader:
@@ -68,8 +112,12 @@ class CheckpointReader:
                 found = (folder / name).stat().st_size
                 if found != record["bytes"]:
                     raise Torn(f"{folder / name} has {found} bytes, expected {record['bytes']}")
-        except (OSError, TypeError, ValueError) as error:
-            raise Torn(f"{folder}: {error}") from None
+        except FileNotFoundError as error:
+            raise Torn(f"{error.filename} is missing") from None
+        except OSError as error:
+            raise _unreadable(error) from None
+        except (KeyError, TypeError, ValueError) as error:
+            raise Torn(f"{folder / MANIFEST}: {error}") from None
 
     @property
     def step(self) -> int:
@@ -84,11 +132,11 @@ class CheckpointReader:
                     while piece := file.read(1 << 24):
                         digest.update(piece)
             except OSError as error:
-                raise Torn(f"{self.folder / name}: {error}") from None
+                raise _unreadable(error) from None
             if digest.hexdigest() != self.manifest["files"][name]["sha256"]:
                 raise Torn(f"{self.folder / name} is not what was written (SHA-256)")
 
-    def check(self, shapes: dict[str, tuple[int, ...]]) -> None:
+    def check(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
         """Raise UserError with the first parameter in which the checkpoint differs from a model."""
         held = {name: tuple(param["shape"]) for name, param in self.manifest["params"].items()}
         for name, shape in shapes.items():
@@ -101,6 +149,17 @@ class CheckpointReader:
         if extra is not None:
             raise UserError(f"{self.folder} is a checkpoint of another architecture: the model has no {extra}")
 
+    def check_mup(self, params: Mapping[str, Param]) -> None:
+        """Raise UserError with the first parameter that was trained under another ratio of lr or weight decay."""
+        for name, param in params.items():
+            held = self.manifest["params"][name]
+            for key, ratio in (("lr", param.lr_multiplier), ("weight_decay", param.weight_decay_multiplier)):
+                if held[key] != ratio:
+                    raise UserError(
+                        f"{self.folder} was trained with {key} x {held[key]:g} on {name}, which μP's table gives "
+                        f"x {ratio:g} here: set mup.* as they were"
+                    )
+
     @property
     def states(self) -> list[str]:
         """What is held of every parameter."""
@@ -108,28 +167,45 @@ class CheckpointReader:
 
     def full(self, key: str, name: str) -> Tensor:
         """The full fp32 tensor of a parameter's master, moment or average."""
-        if key not in self.states:
-            raise UserError(f"{self.folder} holds no {key}: it has {', '.join(self.states)}")
         param = self.manifest["params"][name]
-        shape, dim = list(param["shape"]), param["dim"]
-        shards = 1 if dim is None else self.manifest["layout"]["tensor"]
+        shape, dim, shards = list(param["shape"]), param["dim"], self._shards(name)
         if dim is not None:
             shape[dim] //= shards
-        numel = math.prod(shape)
-        flat = torch.empty(shards, numel)
-        covered = [0] * shards
+        tensors = [self._range(key, name, rank, 0, math.prod(shape)).view(shape) for rank in range(shards)]
+        return tensors[0] if dim is None else unshard(tensors, dim, param["pieces"])
+
+    def part(self, key: str, name: str, tensor_rank: int, tensor_size: int, start: int, numel: int) -> Tensor:
+        """Elements [start, start + numel) of a flattened tensor-parallel shard, read alone if it was cut so before."""
+        param = self.manifest["params"][name]
+        if param["dim"] is None:
+            return self._range(key, name, 0, start, numel)
+        if tensor_size == self._shards(name):
+            return self._range(key, name, tensor_rank, start, numel)
+        shard = cut(self.full(key, name), param["dim"], param["pieces"], tensor_rank, tensor_size)
+        return shard.reshape(-1)[start : start + numel]
+
+    def _shards(self, name: str) -> int:
+        return 1 if self.manifest["params"][name]["dim"] is None else self.manifest["layout"]["tensor"]
+
+    def _range(self, key: str, name: str, tensor_rank: int, start: int, numel: int) -> Tensor:
+        """Put together from the files that hold some of it."""
+        if key not in self.states:
+            raise UserError(f"{self.folder} holds no {key}: it has {', '.join(self.states)}")
+        flat, covered, stop = torch.empty(numel), 0, start + numel
         for fragment in self._fragments.get(name, []):
+            low, high = max(start, fragment.start), min(stop, fragment.stop)
+            if fragment.tensor_rank != tensor_rank or low >= high:
+                continue
             try:
                 with safe_open(fragment.file, framework="pt") as file:
-                    piece = file.get_tensor(f"{key}/{name}")
-            except SafetensorError as error:
+                    piece = file.get_slice(f"{key}/{name}")[low - fragment.start : high - fragment.start]
+            except (SafetensorError, OSError) as error:
                 raise Torn(f"{fragment.file}: {error}") from None
-            flat[fragment.tensor_rank, fragment.start : fragment.start + len(piece)] = piece
-            covered[fragment.tensor_rank] += len(piece)
-        if any(count != numel for count in covered):
-            raise Torn(f"{self.folder}: {key}/{name} has {covered} of {numel} elements a shard")
-        tensors = [row.view(shape) for row in flat]
-        return tensors[0] if dim is None else unshard(tensors, dim, param["pieces"])
+            flat[low - start : high - start] = piece
+            covered += high - low
+        if covered != numel:
+            raise Torn(f"{self.folder}: {key}/{name} has {covered} of {numel} elements")
+        return flat
 
     @cached_property
     def _fragments(self) -> dict[str, list[Fragment]]:
@@ -138,10 +214,16 @@ class CheckpointReader:
             path = self.folder / name
             try:
                 with safe_open(path, framework="pt") as file:
-                    metadata = file.metadata()
-            except SafetensorError as error:
+                    about = file.metadata()
+                    starts = json.loads(about["starts"])
+                    sizes = [file.get_slice(f"{self.states[0]}/{param}").get_shape()[0] for param in starts]
+            except (SafetensorError, OSError) as error:
                 raise Torn(f"{path}: {error}") from None
-            tensor_rank = int(metadata["tensor_rank"])
-            for param, start in json.loads(metadata["starts"]).items():
-                found.setdefault(param, []).append(Fragment(file=path, tensor_rank=tensor_rank, start=start))
+            for (param, start), size in zip(starts.items(), sizes, strict=True):
+                found.setdefault(param, []).append(Fragment(path, int(about["tensor_rank"]), start, start + size))
         return found
+
+
+def _unreadable(error: OSError) -> UserError:
+    """Of a disk or mount that fails: the checkpoint may well be whole, so none before it is to be used for that."""
+    return UserError(f"checkpoint file {error.filename} cannot be read ({error.strerror}): mend its disk or mount")

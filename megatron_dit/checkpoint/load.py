@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+from torch import Tensor
 
 from megatron_dit.checkpoint.format import MANIFEST, STATE, CheckpointReader, Torn
 from megatron_dit.checkpoint.save import checkpoints
 from megatron_dit.errors import UserError
 from megatron_dit.optimizer import state_keys
-from megatron_dit.parallel.topology import gather
+from megatron_dit.parallel.topology import agreed, gather
 
 if TYPE_CHECKING:
     from megatron_dit.engine import Engine
+    from megatron_dit.parallel.masters import MasterShard
 
 
 def newest(folder: Path) -> tuple[CheckpointReader | None, list[str]]:
@@ -28,20 +30,29 @@ def newest(folder: Path) -> tuple[CheckpointReader | None, list[str]]:
 
 
 def newest_intact(folder: Path, rank: int, world: int) -> tuple[CheckpointReader | None, list[str]]:
-    """As :func:`newest`, by the files' SHA-256 too, each rank reading its share of them. Collective."""
+    """As :func:`newest`, by the files' SHA-256 too, each rank reading its share of them. Collective.
+
+    Raises UserError where all are torn: to begin anew would be to throw the run away.
+    """
     torn = []
-    for path in reversed(checkpoints(folder)):
-        reader, wrong = None, None
-        try:
-            reader = CheckpointReader(path)
-            reader.verify(slice(rank, None, world))
-        except Torn as error:
-            wrong = str(error)
+    for path in reversed(agreed(lambda: checkpoints(folder))):
+        reader, wrong = agreed(lambda path=path: _verified(path, slice(rank, None, world)))
         wrong = next((text for text in gather(wrong) if text is not None), None)
         if wrong is None:
             return reader, torn
         torn.append(_passed_over(path, wrong))
+    if torn:
+        raise UserError(f"no checkpoint of {folder} is whole: {'; '.join(torn)}: mend one, or set a new run_dir")
     return None, torn
+
+
+def _verified(path: Path, share: slice) -> tuple[CheckpointReader | None, str | None]:
+    try:
+        reader = CheckpointReader(path)
+        reader.verify(share)
+        return reader, None
+    except Torn as error:
+        return None, str(error)
 
 
 def _passed_over(path: Path, why: str) -> str:
@@ -66,8 +77,17 @@ def open_checkpoint(path: str | Path) -> CheckpointReader:
 
 
 def restore(engine: Engine, reader: CheckpointReader) -> None:
-    """Masters, moments, averages and step, into whatever layout the engine has. Collective."""
+    """Masters, moments, averages and step, into whatever layout the engine has. Collective.
+
+    μP's ratios of lr and weight decay are made anew from the config, and compared with those it was trained with.
+    """
     reader.check({name: param.shape for name, param in engine.params.items()})
-    engine.load({key: partial(reader.full, key) for key in (STATE, *state_keys(engine.config.train))})
+    reader.check_mup(engine.params)
+    topology = engine.topology
+
+    def range_of(key: str, name: str, shard: MasterShard) -> Tensor:
+        return reader.part(key, name, topology.tensor_rank, topology.tensor_size, shard.start, shard.numel)
+
+    engine.fill((STATE, *state_keys(engine.config.train)), range_of)
     engine.resume_at(reader.step, reader.manifest["adam_steps"])
     engine.bad_samples.update(reader.manifest["bad_samples"])

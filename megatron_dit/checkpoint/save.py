@@ -10,24 +10,22 @@ import shutil
 import struct
 import threading
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
-from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from megatron_dit.checkpoint.format import FORMAT, MANIFEST, STATE
-from megatron_dit.errors import UserError
-from megatron_dit.mup.init import forward_multipliers
+from megatron_dit.checkpoint.format import MANIFEST, STATE, manifest_of
+from megatron_dit.errors import UserError, writing
 from megatron_dit.optimizer import state_keys
-from megatron_dit.parallel.topology import agree, gather
+from megatron_dit.parallel.topology import agree, agreed, gather
 
 if TYPE_CHECKING:
     from megatron_dit.engine import Engine
 
 PREFIX, PART, TORN = "step_", ".part", ".torn"
+LATEST = "latest"  # a text file with the name of the newest checkpoint's folder, for scripts
 
 
 def step_folder(folder: Path, step: int) -> Path:
@@ -57,7 +55,7 @@ class Saver:
         return self._thread is not None and self._thread.is_alive()
 
     def begin(self, folder: Path, keys: Sequence[str] = ()) -> None:
-        """Start on ``folder/step_N``: masters and every state, or ``keys`` of them alone."""
+        """Start on ``folder/step_N``: masters and every state, or ``keys`` of them alone. ``folder`` must exist."""
         assert not self.under_way
         engine = self._engine
         keys = keys or (STATE, *state_keys(engine.config.train))
@@ -78,7 +76,9 @@ class Saver:
 
     def _write(self, names: Sequence[str], about: Mapping[str, str]) -> None:
         try:
-            self._part.mkdir(parents=True, exist_ok=True)
+            self._part.mkdir(
+                exist_ok=True
+            )  # not its parents: where a mount was lost, nothing goes to the disk below it
             if names:
                 path = self._part / f"rank_{self._engine.topology.rank:05d}.safetensors"
                 self._written[path.name] = write_safetensors(path, {name: self._copies[name] for name in names}, about)
@@ -114,37 +114,69 @@ class Saver:
 
 def save(engine: Engine, folder: Path, keys: Sequence[str] = ()) -> Path:
     """Write ``folder/step_N`` and wait for it. Collective; every rank raises if one cannot write."""
+    agreed(lambda: _make(folder))
     saver = Saver(engine)
     saver.begin(folder, keys)
     return saver.commit()
 
 
-def prune(folder: Path, keep: int, keep_every: int = 0) -> None:
-    """Delete all but the newest ``keep`` checkpoints and those of every ``keep_every``-th step, and unfinished ones."""
+def _make(folder: Path) -> None:
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+
+
+def prune(folder: Path, keep: int, keep_every: int = 0) -> list[Path]:
+    """Delete all but the newest ``keep`` checkpoints and those of every ``keep_every``-th step; returns what went."""
     old = [path for path in checkpoints(folder)[:-keep] if not (keep_every and step_of(path) % keep_every == 0)]
-    for path in [*old, *folder.glob(f"{PREFIX}*{PART}"), *folder.glob(f"{PREFIX}*{TORN}")]:
-        shutil.rmtree(path, ignore_errors=True)
+    for path in old:
+        shutil.rmtree(path)
+    return old
 
 
-def set_aside(folder: Path, step: int) -> None:
-    """Rename checkpoints beyond ``step``, which were found torn, so that retention does not take them for the newest.
+def clear(folder: Path) -> None:
+    """Delete what unfinished saves left."""
+    for path in folder.glob(f"*{PART}"):
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
 
-    They and unfinished ones go when the next checkpoint has been written.
+
+def set_aside(folder: Path, step: int) -> list[str]:
+    """Rename checkpoints beyond ``step`` to ``step_N.torn``, as a run that goes on from there writes its own.
+
+    They were found torn, and are left for people to judge. Returns lines to say.
     """
-    for path in checkpoints(folder):
-        if step_of(path) > step:
-            shutil.rmtree(path.with_suffix(TORN), ignore_errors=True)
-            path.rename(path.with_suffix(TORN))
+    torn = [path for path in checkpoints(folder) if step_of(path) > step]
+    for path in torn:
+        shutil.rmtree(path.with_suffix(TORN), ignore_errors=True)
+        path.rename(path.with_suffix(TORN))
+    if torn:
+        _point(step_folder(folder, step))
+    return [f"{path} is kept as {path.with_suffix(TORN).name}" for path in torn]
 
 
 def checkpoints(folder: Path) -> list[Path]:
     """Finished checkpoints, the oldest first."""
-    return sorted(path for path in folder.glob(PREFIX + "*") if not path.suffix)
+    if not folder.is_dir():
+        return []
+    return sorted(path for path in folder.iterdir() if path.name.startswith(PREFIX) and not path.suffix)
 
 
 def step_of(path: Path) -> int:
     """The step in a checkpoint folder's name."""
     return int(path.name.removeprefix(PREFIX))
+
+
+def _manifest(engine: Engine, keys: Sequence[str]) -> dict[str, Any]:
+    return manifest_of(
+        engine.config,
+        engine.params,
+        keys,
+        engine.topology.world,
+        engine.config.parallel,
+        step=engine.step,
+        adam_steps=engine.adam_steps,
+        data=engine.data,
+        bad_samples=dict(engine.bad_samples),
+    )
 
 
 def _finish(part: Path, target: Path, manifest: Mapping[str, Any]) -> None:
@@ -155,6 +187,14 @@ def _finish(part: Path, target: Path, manifest: Mapping[str, Any]) -> None:
     shutil.rmtree(target, ignore_errors=True)
     part.replace(target)
     _sync(target.parent)
+    _point(target)
+
+
+def _point(target: Path) -> None:
+    aside = target.with_name(LATEST + PART)
+    aside.write_text(target.name + "\n")
+    _sync(aside)
+    aside.replace(target.with_name(LATEST))
 
 
 def _share(engine: Engine, keys: Sequence[str]) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -195,32 +235,6 @@ def write_safetensors(path: Path, tensors: Mapping[str, Tensor], about: Mapping[
         file.flush()
         os.fsync(file.fileno())
         return {"bytes": file.tell(), "sha256": digest.hexdigest()}
-
-
-def versions() -> dict[str, str]:
-    """Of this package and of those whose arithmetic it is."""
-    return {name: metadata.version(name) for name in ("megatron_dit", "torch", "deepspeed", "megatron-core")}
-
-
-def _manifest(engine: Engine, keys: Sequence[str]) -> dict[str, Any]:
-    """All but the files. The schedule, the randomness and the order of the data are functions of config and step."""
-    params = {
-        name: {"shape": param.shape, "dim": param.dim, "pieces": param.pieces, "role": param.role}
-        for name, param in engine.params.items()
-    }
-    return {
-        "format": FORMAT,
-        "step": engine.step,
-        "adam_steps": engine.adam_steps,
-        "states": list(keys),
-        "data": engine.data,
-        "bad_samples": dict(engine.bad_samples),
-        "config": asdict(engine.config),
-        "layout": {"world": engine.topology.world, **asdict(engine.config.parallel)},
-        "params": params,
-        "multipliers": forward_multipliers(engine.params),
-        "versions": versions(),
-    }
 
 
 def _sync(path: Path) -> None:

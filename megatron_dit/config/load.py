@@ -77,8 +77,10 @@ def _merged(schema: type[T], *parts: Any) -> T:
 
 
 def save_config(config: Config, path: Path) -> None:
-    """Write the resolved config as YAML."""
-    path.write_text(yaml.safe_dump(asdict(config), sort_keys=False))
+    """Write the resolved config as YAML, aside and then renamed."""
+    part = path.with_suffix(".part")
+    part.write_text(yaml.safe_dump(asdict(config), sort_keys=False))
+    part.replace(path)
 
 
 def flatten(config: Any, prefix: str = "") -> dict[str, Any]:

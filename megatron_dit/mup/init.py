@@ -26,17 +26,16 @@ def initial_value(param: Param, seed: int) -> Tensor:
     return torch.randn(param.shape, generator=generator).mul_(std)
 
 
-def shard_of(full: Tensor, p: nn.Parameter, tensor_rank: int, tensor_size: int) -> Tensor:
-    """The tensor-parallel shard of a full tensor that ``p`` holds (its Megatron attributes say which)."""
-    if not getattr(p, "tensor_model_parallel", False) or tensor_size == 1:
+def cut(full: Tensor, dim: int | None, pieces: int, tensor_rank: int, tensor_size: int) -> Tensor:
+    """The tensor-parallel shard of a full tensor, each of ``pieces`` equal parts of ``dim`` being cut (None: all)."""
+    if dim is None or tensor_size == 1:
         return full
-    dim, pieces = p.partition_dim, p.partition_stride  # pyright: ignore[reportAttributeAccessIssue]
     chunks = full.chunk(pieces * tensor_size, dim=dim)
     return torch.cat(chunks[tensor_rank::tensor_size], dim=dim)
 
 
 def unshard(shards: list[Tensor], dim: int, pieces: int) -> Tensor:
-    """Inverse of :func:`shard_of`: the full tensor from all tensor-parallel shards, in rank order."""
+    """Inverse of :func:`cut`: the full tensor from all tensor-parallel shards, in rank order."""
     parts = [shard.chunk(pieces, dim=dim) for shard in shards]
     return torch.cat([part[i] for i in range(pieces) for part in parts], dim=dim)
 

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from megatron_dit.checkpoint.format import CheckpointReader, Torn
-from megatron_dit.checkpoint.save import prune, step_folder
-from megatron_dit.mup.init import shard_of, unshard
+from megatron_dit.checkpoint.save import clear, prune, step_folder
+from megatron_dit.mup.init import cut, unshard
 from tests.configs import small
 from tests.test_engine import batch, start
 
@@ -87,11 +87,8 @@ def test_every_rank_writes_only_its_share(saved):
 
 
 def test_shards_and_full_tensors_are_inverse():
-    class Sharded:
-        tensor_model_parallel, partition_dim, partition_stride = True, 0, 3
-
     full = torch.arange(24.0).view(12, 2)
-    shards = [shard_of(full, Sharded, rank, 2) for rank in range(2)]
+    shards = [cut(full, 0, 3, rank, 2) for rank in range(2)]
     # q, k and v are 4 rows each; rank 0 has the first half of each.
     assert shards[0][:, 0].tolist() == [0, 2, 8, 10, 16, 18]
     assert torch.equal(unshard(shards, 0, 3), full)
@@ -115,15 +112,16 @@ def test_torn_checkpoints_are_seen(pool, tmp_path, harm):
         CheckpointReader(folder)
 
 
-def test_retention_keeps_the_newest(tmp_path):
+def test_retention_keeps_the_newest_and_every_mth(tmp_path):
     for step in (1, 20, 300):
         step_folder(tmp_path, step).mkdir()
     (tmp_path / "step_00000400.part").mkdir()
-    prune(tmp_path, keep=2)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["step_00000020", "step_00000300"]
+    assert prune(tmp_path, keep=2) == [step_folder(tmp_path, 1)]
+    assert sorted(path.name[-3:] for path in tmp_path.iterdir()) == ["020", "300", "art"]
     for step in (100, 310, 320):
         step_folder(tmp_path, step).mkdir()
     prune(tmp_path, keep=1, keep_every=100)
+    clear(tmp_path)
     assert sorted(path.name[-3:] for path in tmp_path.iterdir()) == ["100", "300", "320"]
 
 
@@ -139,7 +137,7 @@ def save_where_it_cannot(folder):
 def test_a_folder_that_cannot_be_written_is_told_on_every_rank(pool, tmp_path):
     (tmp_path / "file").write_text("")
     for outcome in pool.outcomes(2, save_where_it_cannot, str(tmp_path / "file" / "x")):
-        assert "could not be written" in outcome.user_error
+        assert "cannot be written" in outcome.user_error
 
 
 def test_inspect(pool, tmp_path, capsys):

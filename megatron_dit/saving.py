@@ -1,0 +1,70 @@
+"""What a run saves and when: checkpoints to resume from, snapshots of its averages, both written beside training."""
+
+from __future__ import annotations
+
+from megatron_dit.checkpoint.save import Saver, clear, prune, set_aside
+from megatron_dit.engine import Engine
+from megatron_dit.errors import UserError, writing
+from megatron_dit.optimizer import power_averages
+from megatron_dit.run_folder import RunFolder
+
+
+class RunSaver:
+    """Saves an engine's state after the steps that ``checkpoint.*`` names."""
+
+    def __init__(self, engine: Engine, run: RunFolder) -> None:
+        self._engine, self._run, self._config = engine, run, engine.config
+        self._snapshot, self._checkpoint = Saver(engine), Saver(engine)
+
+    def prepare(self) -> list[str]:
+        """Make the folders, clear what unfinished saves left in them; lines to say. Rank 0 alone, before any step."""
+        run = self._run
+        with writing(run.path):
+            for folder in (run.checkpoints, run.snapshots) if self._config.checkpoint.ema_every else (run.checkpoints,):
+                folder.mkdir(exist_ok=True)
+                clear(folder)
+            return set_aside(run.checkpoints, self._engine.step)
+
+    @property
+    def writing(self) -> bool:
+        """Whether this rank is still writing its share of something."""
+        return self._snapshot.writing or self._checkpoint.writing
+
+    def after_step(self, busy: bool, last: bool) -> list[str]:
+        """Finish what all ranks have written (``busy``: some have not), begin what is due; lines to say. Collective.
+
+        A failed write does not stop a run, which says so and tries again at the next; after the ``last`` step it
+        raises UserError.
+        """
+        step, config = self._engine.step, self._config.checkpoint
+        of_averages = config.ema_every > 0 and (step % config.ema_every == 0 or step == self._config.train.steps)
+        due = last or step % config.every == 0
+        lines = self.finish() if due or of_averages or not busy else []
+        if of_averages:
+            self._snapshot.begin(self._run.snapshots, list(power_averages(self._config.train)))
+        if due:
+            self._checkpoint.begin(self._run.checkpoints)
+        return lines + (self.finish(must=True) if last else [])
+
+    def finish(self, must: bool = False) -> list[str]:
+        """Wait for what is being written; lines to say. ``must`` raises UserError where it failed. Collective."""
+        lines = []
+        # The snapshot first: a run that was killed between them and resumes from the checkpoint never writes it again.
+        for saver in (self._snapshot, self._checkpoint):
+            if not saver.under_way:
+                continue
+            try:
+                path = saver.commit()
+                lines.append(f"saved {path.parent.name}/{path.name}")
+            except UserError as error:
+                if must:
+                    raise
+                lines.append(f"{error}; training goes on, older ones are as they were")
+                continue
+            if saver is self._checkpoint and saver.first:
+                try:
+                    prune(self._run.checkpoints, self._config.checkpoint.keep, self._config.checkpoint.keep_every)
+                    self._run.plot()
+                except OSError as error:
+                    lines.append(f"{error}; training goes on")
+        return lines
