@@ -1,9 +1,10 @@
-"""``python -m checkpoints_tools``: inspect, ema, convert."""
+"""``python -m checkpoints_tools``: inspect, convert, average, reshard, prune."""
 
 from __future__ import annotations
 
 import argparse
 import math
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -11,23 +12,33 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from checkpoints_tools.average import average
 from checkpoints_tools.convert.command import add_convert
-from checkpoints_tools.ema import reconstruct
+from checkpoints_tools.reshard import reshard
 from megatron_dit.checkpoint.format import CheckpointReader, Torn
-from megatron_dit.checkpoint.load import open_checkpoint
+from megatron_dit.checkpoint.load import newest, open_checkpoint
+from megatron_dit.checkpoint.save import old_ones
 from megatron_dit.cli import Parser, add_command
 from megatron_dit.cli.common import write_json
-from megatron_dit.errors import UserError
+from megatron_dit.errors import UserError, writing
 
 
 def inspect(reader: CheckpointReader) -> dict[str, Any]:
     """What a checkpoint is: step, layout, parameters by μP role, bytes."""
     manifest = reader.manifest
-    roles: dict[str, dict[str, int]] = {}
-    for param in manifest["params"].values():
-        role = roles.setdefault(param["role"], {"tensors": 0, "elements": 0})
+    roles: dict[str, dict[str, Any]] = {}
+    for name, param in manifest["params"].items():
+        empty = {"tensors": 0, "elements": 0, "lr": set(), "weight_decay": set(), "multiplier": set()}
+        role = roles.setdefault(param["role"], empty)
         role["tensors"] += 1
         role["elements"] += math.prod(param["shape"])
+        ratios = {**param, "multiplier": manifest["multipliers"].get(name, 1.0)}
+        for key in ("lr", "weight_decay", "multiplier"):
+            role[key].add(ratios[key])
+    roles = {
+        name: {key: sorted(value) if isinstance(value, set) else value for key, value in role.items()}
+        for name, role in roles.items()
+    }
     return {
         "folder": str(reader.folder),
         "arch": manifest["config"]["model"]["arch"],
@@ -43,28 +54,43 @@ def inspect(reader: CheckpointReader) -> dict[str, Any]:
 
 
 def main(arguments: list[str]) -> int:
-    parser = Parser(prog="python -m checkpoints_tools", description="Look into checkpoints, average and convert them.")
+    parser = Parser(
+        prog="python -m checkpoints_tools",
+        description="Look into checkpoints, convert, average, cut anew and delete them.",
+    )
     commands = parser.add_subparsers(required=True, metavar="COMMAND", parser_class=Parser)
     example = "python -m checkpoints_tools inspect runs/quickstart"
     command = add_command(commands, "inspect", "Print what a checkpoint holds.", example, _inspect)
     command.add_argument("checkpoint", help="a run's folder (its newest checkpoint) or one checkpoint")
-    example = "python -m checkpoints_tools ema runs/quickstart --sigma-rel 0.08 --out runs/ema-0.08"
-    command = add_command(
-        commands, "ema", "Post-hoc EMA: weights averaged with any width, from a run's snapshots.", example, _ema
-    )
-    command.add_argument(
-        "run_folder", type=Path, metavar="run", help="a run's folder, trained with checkpoint.ema_every"
-    )
+    add_convert(commands)
+    example = "python -m checkpoints_tools average runs/quickstart --sigma-rel 0.08 --out runs/ema-0.08"
+    text = "Post-hoc EMA: weights averaged with any width, from a run's snapshots."
+    command = add_command(commands, "average", text, example, _average)
+    command.add_argument("folder", type=Path, metavar="run", help="a run's folder, trained with checkpoint.ema_every")
     command.add_argument(
         "--sigma-rel", type=float, required=True, help="standard deviation of the average over its age"
     )
     command.add_argument("--step", type=int, help="step of the snapshot to average at (the last)")
     command.add_argument("--out", type=Path, required=True, help="folder of the checkpoint to write")
-    add_convert(commands)
+    example = "python -m checkpoints_tools reshard runs/quickstart runs/moved --tensor 2"
+    text = (
+        "Cut a checkpoint anew, one file a tensor-parallel rank. Training opens any layout without: this is for many "
+    )
+    text += "ranks that would all read all of it."
+    command = add_command(commands, "reshard", text, example, _reshard)
+    command.add_argument("checkpoint", help="a run's folder (its newest checkpoint) or one checkpoint")
+    command.add_argument("out", type=Path, help="the run folder to write; it must not exist")
+    command.add_argument("--tensor", type=int, default=1, help="parallel.tensor of the runs to come (1)")
+    example = "python -m checkpoints_tools prune runs/quickstart --keep 2 --keep-every 1000 --dry-run"
+    command = add_command(commands, "prune", "Delete old checkpoints of a run.", example, _prune)
+    command.add_argument("folder", type=Path, metavar="run", help="a run's folder")
+    command.add_argument("--keep", type=int, required=True, help="the newest whole ones to keep, at least 1")
+    command.add_argument("--keep-every", type=int, default=0, metavar="N", help="keep those of every N-th step too")
+    command.add_argument("--dry-run", action="store_true", help="say what would go")
     try:
         parsed = parser.parse_args(arguments)
         return parsed.run(parsed)
-    except UserError as error:
+    except (UserError, Torn) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
 
@@ -82,20 +108,51 @@ def _inspect(parsed: argparse.Namespace) -> int:
         table.add_row(key, f"{figures[key]:,}" if isinstance(figures[key], int) else figures[key])
     table.add_row("states", ", ".join(figures["states"]))
     table.add_row("layout", ", ".join(f"{key} {value}" for key, value in figures["layout"].items()))
-    for role, counts in figures["roles"].items():
-        table.add_row(role, f"{counts['elements']:,} in {counts['tensors']} tensors")
+    Console().print(table)
+    table = Table(title="what μP made of it: ratios to the base values, by role")
+    for column in ("role", "tensors", "elements", "lr", "weight decay", "forward multiplier"):
+        table.add_column(column)
+    for role, found in figures["roles"].items():
+        ratios = [", ".join(f"{x:g}" for x in found[key]) for key in ("lr", "weight_decay", "multiplier")]
+        table.add_row(role, str(found["tensors"]), f"{found['elements']:,}", *ratios)
     Console().print(table)
     write_json(parsed, figures)
     return 1 if figures["integrity"].startswith("TORN") else 0
 
 
-def _ema(parsed: argparse.Namespace) -> int:
-    figures = reconstruct(parsed.run_folder, parsed.sigma_rel, parsed.step, parsed.out)
+def _average(parsed: argparse.Namespace) -> int:
+    figures = average(parsed.folder, parsed.sigma_rel, parsed.step, parsed.out)
     print(
         f"wrote {parsed.out}: sigma_rel {figures['sigma_rel']} at step {figures['step']} from {figures['averages']} "
         f"averages, which miss {100 * figures['missed']:.2g}% of its profile"
     )
     write_json(parsed, figures)
+    return 0
+
+
+def _reshard(parsed: argparse.Namespace) -> int:
+    reader = open_checkpoint(parsed.checkpoint)
+    reshard(reader, parsed.out, parsed.tensor)
+    print(f"wrote {parsed.out}: step {reader.step} in {parsed.tensor} files")
+    write_json(parsed, {"out": str(parsed.out), "step": reader.step, "files": parsed.tensor})
+    return 0
+
+
+def _prune(parsed: argparse.Namespace) -> int:
+    for name, least in (("keep", 1), ("keep_every", 0)):
+        if getattr(parsed, name) < least:
+            raise UserError(f"--{name.replace('_', '-')} {getattr(parsed, name)}: expected at least {least}")
+    folder = open_checkpoint(parsed.folder).folder.parent  # raises where no checkpoint is whole
+    torn = newest(folder)[1]
+    if torn:
+        raise UserError(f"{torn[0]}: move it away first, so that what is kept is whole")
+    old = old_ones(folder, parsed.keep, parsed.keep_every)
+    for path in old:
+        if not parsed.dry_run:
+            with writing(path):
+                shutil.rmtree(path)
+        print(f"{'would delete' if parsed.dry_run else 'deleted'} {path}")
+    write_json(parsed, {"deleted": [] if parsed.dry_run else [str(path) for path in old]})
     return 0
 
 

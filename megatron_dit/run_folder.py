@@ -57,7 +57,9 @@ class RunFolder:
     def _open_board(self, step: int) -> SummaryWriter:
         from torch.utils.tensorboard import SummaryWriter
 
-        return SummaryWriter(str(self.path / "tensorboard"), purge_step=step + 1)
+        folder = self.path / "tensorboard"
+        folder.mkdir(exist_ok=True)  # it would make the parents too, on the disk below a mount that was lost
+        return SummaryWriter(str(folder), purge_step=step + 1)
 
     def log(self, step: int, figures: dict[str, Any]) -> str:
         """Add a line to metrics.jsonl and TensorBoard; None stands for a figure that is not finite.

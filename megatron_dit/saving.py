@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from megatron_dit.checkpoint.save import Saver, clear, prune, set_aside
+import shutil
+
+from megatron_dit.checkpoint.save import Saver, clear, old_ones, set_aside
 from megatron_dit.engine import Engine
 from megatron_dit.errors import UserError, writing
 from megatron_dit.optimizer import power_averages
@@ -48,7 +50,7 @@ class RunSaver:
 
     def finish(self, must: bool = False) -> list[str]:
         """Wait for what is being written; lines to say. ``must`` raises UserError where it failed. Collective."""
-        lines = []
+        lines, config = [], self._config.checkpoint
         # The snapshot first: a run that was killed between them and resumes from the checkpoint never writes it again.
         for saver in (self._snapshot, self._checkpoint):
             if not saver.under_way:
@@ -63,7 +65,8 @@ class RunSaver:
                 continue
             if saver is self._checkpoint and saver.first:
                 try:
-                    prune(self._run.checkpoints, self._config.checkpoint.keep, self._config.checkpoint.keep_every)
+                    for old in old_ones(self._run.checkpoints, config.keep, config.keep_every):
+                        shutil.rmtree(old)
                     self._run.plot()
                 except OSError as error:
                     lines.append(f"{error}; training goes on")

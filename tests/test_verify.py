@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -38,6 +39,33 @@ def test_unknown_layout_and_wrong_batch(config, capsys):
     assert "layout 'dp3'" in capsys.readouterr().err
     assert run(["verify", config, "train.global_batch=3", "train.micro_batch=1", "--layouts", "dp2-zero0"]) == 2
     assert "train.global_batch=3" in capsys.readouterr().err
+
+
+def test_verify_resume_prints_and_writes_every_pair(config, tmp_path, capsys):
+    figures, layouts = tmp_path / "figures.json", ["dp1", "tp2-sp"]
+    command = ["verify", config, "--resume", "--layouts", ",".join(layouts), "--steps", "6", "--json", str(figures)]
+    assert run(command) == 0
+    found = json.loads(figures.read_text())
+    assert list(found) == [f"{saved} to {loaded}" for loaded in layouts for saved in layouts]
+    for pair in found.values():
+        assert pair["good"]
+        assert pair["schedule"]
+        assert pair["order"]
+        assert pair["mup"]
+        assert pair["loss"] <= 1e-5
+        assert pair["equal"] == (pair["saved"] == pair["loaded"])
+    assert found["tp2-sp to tp2-sp"]["loss"] > 0  # two processes do not add up as one does
+    out = capsys.readouterr().out
+    assert "samples and their order are the single process's: 4 of 4" in out
+
+
+@pytest.mark.parametrize(
+    "fault", [{"loss": 1e-4}, {"ema": 0.5}, {"schedule": False}, {"order": False}, {"mup": False}, {"equal": False}]
+)
+def test_a_pair_with_a_fault_is_not_good(fault):
+    pair = verify.Pair("tp2", "tp2", loss=1e-6, ema=1e-3, schedule=True, order=True, mup=True, equal=True)
+    assert pair.good
+    assert not replace(pair, **fault).good
 
 
 def test_differences_beyond_the_tolerance_fail():

@@ -125,12 +125,9 @@ def _make(folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
 
 
-def prune(folder: Path, keep: int, keep_every: int = 0) -> list[Path]:
-    """Delete all but the newest ``keep`` checkpoints and those of every ``keep_every``-th step; returns what went."""
-    old = [path for path in checkpoints(folder)[:-keep] if not (keep_every and step_of(path) % keep_every == 0)]
-    for path in old:
-        shutil.rmtree(path)
-    return old
+def old_ones(folder: Path, keep: int, keep_every: int = 0) -> list[Path]:
+    """All checkpoints but the newest ``keep`` and those of every ``keep_every``-th step (0: of none)."""
+    return [path for path in checkpoints(folder)[:-keep] if not (keep_every and step_of(path) % keep_every == 0)]
 
 
 def clear(folder: Path) -> None:

@@ -41,6 +41,7 @@ def add_commands(commands: Any) -> None:
     config_arguments(verify)
     verify.add_argument("--layouts", metavar="A,B", help="comma-separated layouts (all)")
     verify.add_argument("--steps", type=int, default=10, help="steps to run")
+    verify.add_argument("--resume", action="store_true", help="save each layout's run halfway, go on from it in each")
     layout = add_command(
         commands,
         "verify-layout",
@@ -113,12 +114,21 @@ def _share(arguments: argparse.Namespace, config: Config) -> int:
 
 
 def _verify(arguments: argparse.Namespace) -> int:
-    from megatron_dit.verify import verify
+    from megatron_dit.verify import verify, verify_resume
 
     names = arguments.layouts.split(",") if arguments.layouts else None
-    results = verify(arguments.config, arguments.overrides, names, arguments.steps)
-    write_json(arguments, {row.layout: {**asdict(row), "good": row.good} for row in results})
-    return 0 if all(row.good for row in results) else 1
+    if arguments.steps < 1 + arguments.resume:
+        raise UserError(f"--steps {arguments.steps}: expected at least {1 + arguments.resume}")
+    if arguments.resume:
+        pairs = verify_resume(arguments.config, arguments.overrides, names, arguments.steps)
+        figures = {f"{pair.saved} to {pair.loaded}": {**asdict(pair), "good": pair.good} for pair in pairs}
+        good = all(pair.good for pair in pairs)
+    else:
+        results = verify(arguments.config, arguments.overrides, names, arguments.steps)
+        figures = {row.layout: {**asdict(row), "good": row.good} for row in results}
+        good = all(row.good for row in results)
+    write_json(arguments, figures)
+    return 0 if good else 1
 
 
 def _verify_layout(arguments: argparse.Namespace) -> int:

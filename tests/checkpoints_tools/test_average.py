@@ -9,8 +9,9 @@ import torch
 import yaml
 
 from checkpoints_tools.__main__ import main
-from checkpoints_tools.ema import reconstruct
+from checkpoints_tools.average import average
 from megatron_dit.checkpoint.load import open_checkpoint
+from megatron_dit.checkpoint.save import checkpoints
 from megatron_dit.cli import run as command_line
 from megatron_dit.errors import UserError
 from megatron_dit.optimizer.averages import gamma_of
@@ -44,7 +45,7 @@ def trained(dataset, tmp_path_factory):
 
 def test_snapshots_hold_the_averages_alone_and_are_all_kept(trained):
     _, run = trained
-    snapshots = sorted((run / "ema").iterdir())
+    snapshots = checkpoints(run / "ema")
     assert [int(path.name[5:]) for path in snapshots] == [4, 8, 12, 16, 20, 22, 24]
     for path in snapshots:
         snapshot, checkpoint = open_checkpoint(path), open_checkpoint(run / "checkpoints" / path.name)
@@ -56,7 +57,7 @@ def test_snapshots_hold_the_averages_alone_and_are_all_kept(trained):
 @pytest.mark.parametrize(("key", "width", "step"), [("ema_0", 0.05, None), ("ema_1", 0.1, 16)])
 def test_a_stored_average_comes_back(trained, tmp_path, key, width, step):
     _, run = trained
-    figures = reconstruct(run, width, step, tmp_path / "out")
+    figures = average(run, width, step, tmp_path / "out")
     assert figures["step"] == (step or STEPS)
     out, stored = open_checkpoint(tmp_path / "out"), open_checkpoint(run / "ema" / f"step_{step or STEPS:08d}")
     for name in stored.manifest["params"]:
@@ -67,7 +68,7 @@ def test_a_stored_average_comes_back(trained, tmp_path, key, width, step):
 def test_another_width_is_near_the_average_of_all_steps(trained, tmp_path, capsys):
     """Within 2% of the distance between the two stored averages; from 7 snapshots of a run this short."""
     _, run = trained
-    arguments = ["ema", str(run), "--sigma-rel", "0.08", "--out", str(tmp_path / "out")]
+    arguments = ["average", str(run), "--sigma-rel", "0.08", "--out", str(tmp_path / "out")]
     assert main([*arguments, "--json", str(tmp_path / "figures.json")]) == 0
     figures = json.loads((tmp_path / "figures.json").read_text())
     assert (figures["step"], figures["averages"]) == (STEPS, 14)
@@ -85,9 +86,9 @@ def test_another_width_is_near_the_average_of_all_steps(trained, tmp_path, capsy
 
 def test_files_are_bounded(trained, tmp_path, monkeypatch):
     _, run = trained
-    reconstruct(run, 0.08, None, tmp_path / "one")
+    average(run, 0.08, None, tmp_path / "one")
     monkeypatch.setattr("checkpoints_tools.ema.FILE_BYTES", 20_000)
-    reconstruct(run, 0.08, None, tmp_path / "many")
+    average(run, 0.08, None, tmp_path / "many")
     one, many = open_checkpoint(tmp_path / "one"), open_checkpoint(tmp_path / "many")
     assert len(one.manifest["files"]) == 1
     assert len(many.manifest["files"]) > 3
@@ -98,7 +99,7 @@ def test_files_are_bounded(trained, tmp_path, monkeypatch):
 def test_what_was_written_draws(trained, tmp_path, capsys):
     _, run = trained
     out = tmp_path / "out"
-    reconstruct(run, 0.07, None, out)
+    average(run, 0.07, None, out)
     drawing = ["sample", str(out), "--prompt", "a red circle", "--steps", "2", "--out", str(tmp_path / "grid.png")]
     assert command_line(drawing) == 0
     assert (tmp_path / "grid.png").is_file()
@@ -121,7 +122,7 @@ def test_refused(trained, tmp_path):
         (0.08, None, "", "exists: give a new folder"),
     ]:
         with pytest.raises(UserError, match=message):
-            reconstruct(run, width, step, tmp_path / out)
+            average(run, width, step, tmp_path / out)
     with pytest.raises(UserError, match="has no snapshots: set"):
-        reconstruct(tmp_path, 0.08, None, tmp_path / "out")
-    assert main(["ema", str(run), "--sigma-rel", "0.08"]) == 2
+        average(tmp_path, 0.08, None, tmp_path / "out")
+    assert main(["average", str(run), "--sigma-rel", "0.08"]) == 2

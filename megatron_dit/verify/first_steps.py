@@ -9,11 +9,10 @@ wrong gradients behind it for as long as the warm-up lasts.
 from __future__ import annotations
 
 import hashlib
-import json
 import math
 import tempfile
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from rich.console import Console
@@ -22,66 +21,17 @@ from torch import Tensor
 
 from megatron_dit.checkpoint.format import STATE, CheckpointReader
 from megatron_dit.checkpoint.save import save
-from megatron_dit.config import Config, MupConfig, load_config, save_config
+from megatron_dit.config import Config, MupConfig
 from megatron_dit.data.stream import batches, read_data
 from megatron_dit.engine import Engine
-from megatron_dit.errors import UserError
-from megatron_dit.launch import run_ranks
 from megatron_dit.mup.init import initial_value
 from megatron_dit.mup.rules import Param
 from megatron_dit.parallel.topology import build_topology, connect
 from megatron_dit.progress import ProgressBar
 from megatron_dit.trainer import use_threads
+from megatron_dit.verify.layouts import LAYOUTS, SINGLE, layouts_of, run_layout
 
 TOLERANCE = 1e-5
-
-
-@dataclass(frozen=True)
-class Layout:
-    ranks: int
-    tensor: int = 1
-    sequence: bool = False
-    pipeline: int = 1
-    chunks: int = 1
-    zero: int = 0
-    accumulation: int = 1
-    recompute: str = "none"
-
-    def overrides(self, config: Config) -> list[str]:
-        """Overrides that give ``config`` this layout, with its own global batch."""
-        replicas = self.ranks // (self.tensor * self.pipeline)
-        share = max(1, config.train.global_batch // (replicas * self.accumulation))
-        return [
-            f"parallel.tensor={self.tensor}",
-            f"parallel.sequence={str(self.sequence).lower()}",
-            f"parallel.pipeline={self.pipeline}",
-            f"parallel.chunks={self.chunks}",
-            "parallel.blocks=[]",
-            f"parallel.zero_stage={self.zero}",
-            f"train.recompute={self.recompute}",
-            "train.recompute_blocks=0",
-            f"train.micro_batch={share}",
-        ]
-
-
-REFERENCE = Layout(1)
-LAYOUTS = {
-    "accumulate4": Layout(1, accumulation=4),
-    "dp2-zero0": Layout(2),
-    "dp2-zero1": Layout(2, zero=1),
-    "dp2-zero2": Layout(2, zero=2),
-    "dp2-zero3": Layout(2, zero=3),
-    "tp2": Layout(2, tensor=2),
-    "tp2-sp": Layout(2, tensor=2, sequence=True),
-    "dp2-tp2-zero3": Layout(4, tensor=2, zero=3),
-    "pp2": Layout(2, pipeline=2, accumulation=4),
-    "pp2-interleaved": Layout(2, pipeline=2, chunks=2, accumulation=4),
-    "dp2-pp2-zero1": Layout(4, pipeline=2, zero=1, accumulation=4),
-    "tp2-pp2": Layout(4, tensor=2, pipeline=2, accumulation=4),
-    "tp2-sp-pp2": Layout(4, tensor=2, sequence=True, pipeline=2, accumulation=4),
-    "recompute-selective": Layout(1, recompute="selective"),
-    "recompute-full": Layout(1, recompute="full"),
-}
 
 
 @dataclass(frozen=True)
@@ -111,8 +61,8 @@ def compare(layout: str, trace: Trace, reference: Trace) -> Comparison:
         layout=layout,
         initial=trace.initial,
         equal_initial=trace.initial == reference.initial,
-        loss=_greatest_difference(trace.losses, reference.losses),
-        norm=_greatest_difference(trace.norms, reference.norms),
+        loss=greatest_difference(trace.losses, reference.losses),
+        norm=greatest_difference(trace.norms, reference.norms),
     )
 
 
@@ -159,51 +109,22 @@ def verify(path: str, overrides: Sequence[str], names: Sequence[str] | None, ste
 
     ``names`` None: all, but for those that the model cannot have, which are told.
     """
-    unknown = next((name for name in names or () if name not in LAYOUTS), None)
-    if unknown is not None:
-        raise UserError(f"layout {unknown!r}: expected some of {', '.join(LAYOUTS)}")
-    # Stage 0 cannot offload; Transformer Engine multiplies fp32 in TF32, whose differences exceed the tolerance.
-    forced = [*overrides, "train.dtype=fp32", "optimizer.offload=false", "train.fp8=none", "parallel.backend=local"]
-    base = load_config(path, forced)
-    read_data(base.data)
-    configs, impossible = {}, {}
-    for name, layout in {"reference": REFERENCE, **{name: LAYOUTS[name] for name in names or LAYOUTS}}.items():
-        try:
-            configs[name] = load_config(path, [*forced, f"train.steps={steps}", *layout.overrides(base)])
-            configs[name].data_parallel(layout.ranks)
-        except UserError as error:
-            if names or layout is REFERENCE:
-                raise
-            impossible[name] = str(error)
-            configs.pop(name, None)
-    layouts = {name: LAYOUTS.get(name, REFERENCE) for name in configs}
+    layouts, impossible = layouts_of(path, overrides, names or list(LAYOUTS), steps, all_of_them=names is not None)
     traces: dict[str, Trace] = {}
     with tempfile.TemporaryDirectory() as scratch, ProgressBar("verify", len(layouts)) as bar:
-        for name, layout in layouts.items():
-            folder = Path(scratch) / name
-            folder.mkdir()
-            save_config(configs[name], folder / "config.yaml")
-            status = run_ranks(["verify-layout", str(folder)], layout.ranks, quiet=True)
-            if status:
-                raise UserError(f"layout {name} ended with status {status}: see its message above")
-            traces[name] = Trace(**json.loads((folder / "trace.json").read_text()))
+        for name, (layout, config) in layouts.items():
+            found = run_layout(Path(scratch) / name, name, layout, config, {})
+            traces[name] = Trace(**found)
             bar.advance(name)
-    reference = traces.pop("reference")
+    reference = traces.pop(SINGLE)
     results = [compare(name, trace, reference) for name, trace in traces.items()]
     _print(results, reference, steps)
-    for name, reason in impossible.items():
-        print(f"{name} not run: {reason}")
+    for line in impossible:
+        print(line)
     return results
 
 
-def verify_layout(folder: Path) -> None:
-    """One rank of one layout, started by :func:`verify`."""
-    trace = first_steps(load_config(folder / "config.yaml"), folder / "checkpoints")
-    if trace is not None:
-        (folder / "trace.json").write_text(json.dumps(asdict(trace)))
-
-
-def _greatest_difference(found: list[float], expected: list[float]) -> float:
+def greatest_difference(found: list[float], expected: list[float]) -> float:
     assert len(found) == len(expected)
     return max(abs(a - b) / abs(b) if math.isfinite(a) else math.inf for a, b in zip(found, expected, strict=True))
 

@@ -1,0 +1,35 @@
+"""``megatron-dit verify``: layouts against a single process, in their first steps and across checkpoints."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+
+from megatron_dit.config import load_config
+from megatron_dit.verify.first_steps import Comparison, Trace, compare, disturbed, first_steps, verify
+from megatron_dit.verify.layouts import FOUND, LAYOUTS, REFERENCE, TASK, Layout
+from megatron_dit.verify.resume import Pair, resumed, verify_resume
+
+__all__ = [
+    "LAYOUTS",
+    "REFERENCE",
+    "Comparison",
+    "Layout",
+    "Pair",
+    "Trace",
+    "compare",
+    "disturbed",
+    "first_steps",
+    "verify",
+    "verify_layout",
+    "verify_resume",
+]
+
+
+def verify_layout(folder: Path) -> None:
+    """One rank of one layout, started by :func:`verify` and :func:`verify_resume`."""
+    config, task = load_config(folder / "config.yaml"), json.loads((folder / TASK).read_text())
+    found = resumed(config, folder, **task) if task else first_steps(config, folder / "checkpoints")
+    if found is not None:
+        (folder / FOUND).write_text(json.dumps(asdict(found)))

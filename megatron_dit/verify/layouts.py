@@ -1,0 +1,104 @@
+"""Layouts by name, and a process group for each of them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from megatron_dit.config import Config, load_config, save_config
+from megatron_dit.data.stream import read_data
+from megatron_dit.errors import UserError
+from megatron_dit.launch import run_ranks
+
+TASK, FOUND = "task.json", "found.json"
+
+
+@dataclass(frozen=True)
+class Layout:
+    ranks: int
+    tensor: int = 1
+    sequence: bool = False
+    pipeline: int = 1
+    chunks: int = 1
+    zero: int = 0
+    accumulation: int = 1
+    recompute: str = "none"
+
+    def overrides(self, config: Config) -> list[str]:
+        """Overrides that give ``config`` this layout, with its own global batch."""
+        replicas = self.ranks // (self.tensor * self.pipeline)
+        share = max(1, config.train.global_batch // (replicas * self.accumulation))
+        return [
+            f"parallel.tensor={self.tensor}",
+            f"parallel.sequence={str(self.sequence).lower()}",
+            f"parallel.pipeline={self.pipeline}",
+            f"parallel.chunks={self.chunks}",
+            "parallel.blocks=[]",
+            f"parallel.zero_stage={self.zero}",
+            f"train.recompute={self.recompute}",
+            "train.recompute_blocks=0",
+            f"train.micro_batch={share}",
+        ]
+
+
+SINGLE, REFERENCE = "dp1", Layout(1)
+LAYOUTS = {
+    "accumulate4": Layout(1, accumulation=4),
+    "dp2-zero0": Layout(2),
+    "dp2-zero1": Layout(2, zero=1),
+    "dp2-zero2": Layout(2, zero=2),
+    "dp2-zero3": Layout(2, zero=3),
+    "tp2": Layout(2, tensor=2),
+    "tp2-sp": Layout(2, tensor=2, sequence=True),
+    "dp2-tp2-zero3": Layout(4, tensor=2, zero=3),
+    "pp2": Layout(2, pipeline=2, accumulation=4),
+    "pp2-interleaved": Layout(2, pipeline=2, chunks=2, accumulation=4),
+    "dp2-pp2-zero1": Layout(4, pipeline=2, zero=1, accumulation=4),
+    "tp2-pp2": Layout(4, tensor=2, pipeline=2, accumulation=4),
+    "tp2-sp-pp2": Layout(4, tensor=2, sequence=True, pipeline=2, accumulation=4),
+    "recompute-selective": Layout(1, recompute="selective"),
+    "recompute-full": Layout(1, recompute="full"),
+}
+
+
+def layouts_of(
+    path: str, overrides: Sequence[str], names: Sequence[str], steps: int, *, all_of_them: bool
+) -> tuple[dict[str, tuple[Layout, Config]], list[str]]:
+    """The reference and each named layout with its config, and lines to say of those that the model cannot have.
+
+    Raises UserError for these too if it is to be ``all_of_them``, and for a name that is none.
+    """
+    known = {SINGLE: REFERENCE, **LAYOUTS}
+    unknown = next((name for name in names if name not in known), None)
+    if unknown is not None:
+        raise UserError(f"layout {unknown!r}: expected some of {', '.join(known)}")
+    # Stage 0 cannot offload; Transformer Engine multiplies fp32 in TF32, whose differences exceed the tolerance.
+    forced = [*overrides, "train.dtype=fp32", "optimizer.offload=false", "train.fp8=none", "parallel.backend=local"]
+    base = load_config(path, forced)
+    read_data(base.data)
+    found, impossible = {}, []
+    for name in dict.fromkeys([SINGLE, *names]):
+        layout = known[name]
+        try:
+            config = load_config(path, [*forced, f"train.steps={steps}", *layout.overrides(base)])
+            config.data_parallel(layout.ranks)
+            found[name] = layout, config
+        except UserError as error:
+            if all_of_them or name == SINGLE:
+                raise
+            impossible.append(f"{name} not run: {error}")
+    return found, impossible
+
+
+def run_layout(folder: Path, name: str, layout: Layout, config: Config, task: dict[str, Any]) -> Any:
+    """What rank 0 of ``megatron-dit verify-layout`` made of a ``task``, in processes of their own."""
+    folder.mkdir()
+    save_config(config, folder / "config.yaml")
+    (folder / TASK).write_text(json.dumps(task))
+    status = run_ranks(["verify-layout", str(folder)], layout.ranks, quiet=True)
+    if status:
+        raise UserError(f"layout {name} ended with status {status}: see its message above")
+    return json.loads((folder / FOUND).read_text())

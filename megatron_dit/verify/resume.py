@@ -1,0 +1,207 @@
+"""Save in each layout, load in each other one, go on, and compare with a single process that was never stopped.
+
+Losses must be equal to rounding; learning rates, keys of the samples and μP's ratios exactly; averages to a fraction
+of what they moved meanwhile: Adam turns a rounding difference of a gradient near zero into a step of full size. A
+layout's own checkpoint must lead to the very bits of its own unbroken run.
+"""
+
+from __future__ import annotations
+
+import math
+import shutil
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from megatron_dit.checkpoint.format import STATE, CheckpointReader
+from megatron_dit.checkpoint.load import restore
+from megatron_dit.checkpoint.save import save, step_folder
+from megatron_dit.config import Config
+from megatron_dit.data.stream import batches, read_data
+from megatron_dit.engine import Engine
+from megatron_dit.parallel.topology import Topology, build_topology, connect, gather
+from megatron_dit.progress import ProgressBar
+from megatron_dit.trainer import use_threads
+from megatron_dit.verify.first_steps import TOLERANCE, disturbed, greatest_difference
+from megatron_dit.verify.layouts import SINGLE, layouts_of, run_layout
+
+EMA_TOLERANCE = 0.05  # an average that is not restored is off by all that it moved: by 1
+PAIRED = [
+    SINGLE,
+    "dp2-zero1",
+    "dp2-zero2",
+    "dp2-zero3",
+    "tp2-sp",
+    "pp2",
+    "pp2-interleaved",
+    "dp2-tp2-zero3",
+    "tp2-pp2",
+]
+
+
+@dataclass
+class Stretch:
+    """What a layout did from one step to another; equal on all ranks."""
+
+    losses: list[float] = field(default_factory=list)
+    lrs: list[float] = field(default_factory=list)
+    keys: list[list[str]] = field(default_factory=list)  # of each step's samples, in the order of the global batch
+    ratios: dict[str, list[float]] = field(default_factory=dict)  # peak lr and weight decay by parameter, at the end
+
+
+@dataclass
+class Resumed:
+    """A layout's stretches by the layout whose checkpoint it went on from, its own unbroken run under ""."""
+
+    stretches: dict[str, Stretch]
+    ema: dict[str, float]  # the averages' distance to the single process's, over how far these moved
+    equal: dict[str, bool]  # whether all states are those of the layout's own unbroken run, bit for bit
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A checkpoint of one layout, loaded in another."""
+
+    saved: str
+    loaded: str
+    loss: float  # greatest relative difference over the steps
+    ema: float  # distance over movement
+    schedule: bool  # whether it is the single process's
+    order: bool
+    mup: bool
+    equal: bool  # bit for bit; asked of a layout's own checkpoint only
+
+    @property
+    def good(self) -> bool:
+        exact = self.schedule and self.order and self.mup and (self.equal or self.saved != self.loaded)
+        return exact and self.loss <= TOLERANCE and self.ema <= EMA_TOLERANCE
+
+
+def verify_resume(path: str, overrides: Sequence[str], names: Sequence[str] | None, steps: int) -> list[Pair]:
+    """Save each layout's run halfway through ``steps`` steps and go on from it in each; prints a table of all pairs.
+
+    ``names`` None: ``PAIRED``, but for those that the model cannot have, which are told.
+    """
+    layouts, impossible = layouts_of(path, overrides, names or PAIRED, steps, all_of_them=names is not None)
+    pairs = []
+    with tempfile.TemporaryDirectory() as scratch, ProgressBar("verify", 2 * len(layouts)) as bar:
+        folders = {name: str(Path(scratch) / name) for name in layouts}
+        wholes: dict[str, Stretch] = {}
+        for name, (layout, config) in layouts.items():
+            found = run_layout(Path(folders[name]), name, layout, config, {"stop": steps // 2})
+            wholes[name] = Stretch(**found["stretches"][""])
+            bar.advance(f"{name} saved")
+        rest = Stretch(*(getattr(wholes[SINGLE], part)[steps // 2 :] for part in ("losses", "lrs", "keys")))
+        rest.ratios = wholes[SINGLE].ratios
+        for name, (layout, config) in layouts.items():
+            task = {"stop": steps // 2, "sources": folders, "own": folders[name], "single": folders[SINGLE]}
+            found = run_layout(Path(folders[name] + ".loads"), name, layout, config, task)
+            pairs += [
+                _compare(saved, name, Stretch(**stretch), rest, found["ema"][saved], found["equal"][saved])
+                for saved, stretch in found["stretches"].items()
+            ]
+            bar.advance(f"{name} loaded")
+    _print(pairs, list(layouts), steps)
+    for line in impossible:
+        print(line)
+    return pairs
+
+
+def resumed(
+    config: Config, folder: Path, stop: int, sources: Mapping[str, str] | None = None, own: str = "", single: str = ""
+) -> Resumed | None:
+    """One rank of one layout: the unbroken run, saved at ``stop`` and at the end, or the rest of it from each source.
+
+    Collective; returns what was found on rank 0, None elsewhere.
+    """
+    connect()
+    topology = build_topology(config)
+    use_threads(config)
+    engine = Engine(config, topology)
+    found = Resumed({}, {}, {})
+    if sources is None:
+        engine.initialise()
+        engine.load({STATE: lambda name: disturbed(engine.params[name], config.seed)})
+        found.stretches[""] = _train(engine, config, topology, folder, stop)
+    for name, source in (sources or {}).items():
+        restore(engine, CheckpointReader(step_folder(Path(source), stop)))
+        found.stretches[name] = _train(engine, config, topology, folder, stop)
+        if topology.rank == 0:
+            last = CheckpointReader(step_folder(folder, engine.step))
+            start, end = (CheckpointReader(step_folder(Path(single), step)) for step in (stop, engine.step))
+            unbroken = CheckpointReader(step_folder(Path(own), engine.step))
+            found.ema[name] = _drift(last, start, end)
+            found.equal[name] = all(_equal(last, unbroken, key) for key in last.states)
+            shutil.rmtree(last.folder)
+    return found if topology.rank == 0 else None
+
+
+def _train(engine: Engine, config: Config, topology: Topology, folder: Path, stop: int) -> Stretch:
+    """From the engine's step to the last, saving at ``stop`` and at the end."""
+    stretch = Stretch()
+    for batch in batches(read_data(config.data), config, engine.step, topology.data_rank, topology.data_size):
+        metrics = engine.train_step(batch)
+        stretch.losses.append(metrics.loss)
+        stretch.lrs.append(metrics.lr)
+        shares = sorted(set(gather((topology.data_rank, batch.keys))))
+        stretch.keys.append([key for _, keys in shares for key in keys])
+        if engine.step in (stop, config.train.steps):
+            save(engine, folder)
+    for groups in gather([(g["names"], g["initial_lr"], g["weight_decay"]) for g in engine.groups]):
+        stretch.ratios.update({name: [lr, decay] for names, lr, decay in groups for name in names})
+    return stretch
+
+
+def _drift(found: CheckpointReader, start: CheckpointReader, end: CheckpointReader) -> float:
+    """How far averages are from the single process's ``end``, over how far they moved from ``start``."""
+    off, moved = 0.0, 0.0
+    for key in (key for key in found.states if key.startswith("ema")):
+        for name in found.manifest["params"]:
+            value = end.full(key, name)
+            off += float((found.full(key, name) - value).square().sum())
+            moved += float((start.full(key, name) - value).square().sum())
+    return math.sqrt(off / moved)
+
+
+def _equal(one: CheckpointReader, other: CheckpointReader, key: str) -> bool:
+    return all(one.full(key, name).equal(other.full(key, name)) for name in one.manifest["params"])
+
+
+def _compare(saved: str, loaded: str, found: Stretch, expected: Stretch, ema: float, equal: bool) -> Pair:
+    return Pair(
+        saved=saved,
+        loaded=loaded,
+        loss=greatest_difference(found.losses, expected.losses),
+        ema=ema,
+        schedule=found.lrs == expected.lrs,
+        order=found.keys == expected.keys and all(expected.keys),
+        mup=found.ratios == expected.ratios,
+        equal=equal,
+    )
+
+
+def _print(pairs: list[Pair], layouts: list[str], steps: int) -> None:
+    title = f"saved after {steps // 2} steps, loaded, {steps - steps // 2} more steps: greatest relative difference"
+    table = Table(title=f"{title} of the loss to one process, and that of the averages over what they moved")
+    table.add_column("saved \\ loaded")
+    for name in layouts:
+        table.add_column(name, width=11)
+    by_name = {(pair.saved, pair.loaded): pair for pair in pairs}
+    for saved in layouts:
+        row = [by_name[saved, loaded] for loaded in layouts]
+        cells = [f"{pair.loss:.0e} {pair.ema:.0e}" + ("" if pair.good else " DIFFERS") for pair in row]
+        table.add_row(saved, *cells, end_section=True)
+    Console(width=130).print(table)
+    for text, part in {
+        "learning rates are the single process's": [pair.schedule for pair in pairs],
+        "samples and their order are the single process's": [pair.order for pair in pairs],
+        "μP's lr and weight decay of each parameter are the single process's": [pair.mup for pair in pairs],
+        "a layout's own checkpoint leads to the bits of its unbroken run": [
+            pair.equal for pair in pairs if pair.saved == pair.loaded
+        ],
+    }.items():
+        print(f"{text}: {sum(part)} of {len(part)}")

@@ -1,0 +1,102 @@
+"""inspect, reshard and prune."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+from checkpoints_tools.__main__ import main
+from megatron_dit.checkpoint.load import open_checkpoint
+from megatron_dit.checkpoint.save import checkpoints
+from megatron_dit.cli import run as command_line
+from megatron_dit.models import build_unsharded
+from megatron_dit.mup.shapes import describe
+from tests.checkpoint.test_checkpoints import LAYOUTS, save_after
+from tests.configs import small, write_config
+
+
+def everything(reader):
+    return {(key, name): reader.full(key, name) for key in reader.states for name in reader.manifest["params"]}
+
+
+@pytest.fixture(scope="module")
+def from_four(pool, tmp_path_factory):
+    """A checkpoint of step 2 from tensor-parallel ZeRO-3 ranks, in a run's folder."""
+    run = tmp_path_factory.mktemp("run")
+    pool.run(4, save_after, "mmdit", LAYOUTS["dp2-tp2-zero3"][1], str(run / "checkpoints"))
+    return run
+
+
+@pytest.mark.parametrize("tensor", [1, 2, 4])
+def test_reshard_changes_the_files_and_no_bit(from_four, tmp_path, tensor):
+    out = tmp_path / "out"
+    assert main(["reshard", str(from_four), str(out), "--tensor", str(tensor)]) == 0
+    old, new = open_checkpoint(from_four), open_checkpoint(out)
+    new.verify()
+    assert len(new.manifest["files"]) == tensor
+    assert new.manifest["layout"]["tensor"] == tensor
+    expected, found = everything(old), everything(new)
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[key], value) for key, value in expected.items())
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_a_resharded_run_goes_on(dataset, tmp_path):
+    config = write_config(tmp_path, "mmdit", **{"data.path": str(dataset), "train.steps": 4})
+    assert command_line(["train", str(config), "train.steps=2"]) == 0
+    assert main(["reshard", str(tmp_path / "run"), str(tmp_path / "moved"), "--tensor", "2"]) == 0
+    assert command_line(["train", str(config), f"run_dir={tmp_path / 'moved'}"]) == 0
+    assert command_line(["train", str(config)]) == 0
+    one, other = (everything(open_checkpoint(tmp_path / name)) for name in ("run", "moved"))
+    assert all(torch.equal(one[key], value) for key, value in other.items())
+
+
+@pytest.mark.parametrize(
+    ("tensor", "told"), [("3", "parallel.tensor=3"), ("0", "parallel.tensor=0")], ids=["three", "none"]
+)
+def test_a_cut_that_cannot_be_is_one_line(from_four, tmp_path, capsys, tensor, told):
+    assert main(["reshard", str(from_four), str(tmp_path / "out"), "--tensor", tensor]) == 2
+    err = capsys.readouterr().err
+    assert told in err
+    assert err.count("\n") == 1
+    assert not list(tmp_path.iterdir())
+
+
+def test_inspect_tells_mups_ratios(from_four, tmp_path, capsys):
+    assert main(["inspect", str(from_four), "--json", str(tmp_path / "found.json")]) == 0
+    roles = json.loads((tmp_path / "found.json").read_text())["roles"]
+    assert (roles["hidden"]["lr"], roles["hidden"]["weight_decay"]) == ([0.5], [2.0])  # twice the base width
+    assert (roles["output"]["lr"], roles["output"]["multiplier"]) == ([1.0], [0.5])
+    params = describe(build_unsharded, small("mmdit"))
+    assert roles["hidden"]["tensors"] == sum(param.role == "hidden" for param in params.values())
+    assert "forward multiplier" in capsys.readouterr().out
+
+
+@pytest.fixture
+def run(dataset, tmp_path):
+    values = {"data.path": str(dataset), "train.steps": 6, "checkpoint.every": 1, "checkpoint.keep": 9}
+    assert command_line(["train", str(write_config(tmp_path, "mmdit", **values))]) == 0
+    return tmp_path / "run"
+
+
+def left(run):
+    return [int(path.name[5:]) for path in checkpoints(run / "checkpoints")]
+
+
+def test_prune(run, capsys):
+    assert main(["prune", str(run), "--keep", "1", "--keep-every", "3", "--dry-run"]) == 0
+    assert left(run) == [1, 2, 3, 4, 5, 6]
+    assert capsys.readouterr().out.count("would delete") == 4
+    assert main(["prune", str(run), "--keep", "1", "--keep-every", "3"]) == 0
+    assert left(run) == [3, 6]
+    assert main(["prune", str(run), "--keep", "0"]) == 2
+    assert left(run) == [3, 6]
+
+
+def test_prune_does_not_take_a_torn_one_for_what_is_kept(run, capsys):
+    (run / "checkpoints" / "step_00000006" / "rank_00000.safetensors").write_bytes(b"short")
+    assert main(["prune", str(run), "--keep", "1"]) == 2
+    assert "step_00000006 is torn" in capsys.readouterr().err
+    assert left(run) == [1, 2, 3, 4, 5, 6]
