@@ -56,32 +56,38 @@ class Saver:
 
     def begin(self, folder: Path, keys: Sequence[str] = ()) -> None:
         """Start on ``folder/step_N``: masters and every state, or ``keys`` of them alone. ``folder`` must exist."""
-        assert not self.under_way
-        engine = self._engine
-        keys = keys or (STATE, *state_keys(engine.config.train))
-        self._target = step_folder(folder, engine.step)
-        self._part = self._target.with_suffix(PART)
-        self._manifest = _manifest(engine, keys) if self.first else {}
-        views, about = _share(engine, keys)
+        keys = keys or (STATE, *state_keys(self._engine.config.train))
+        views, about = _share(self._engine, keys)
         for name, view in views.items():
             if name not in self._copies:
                 self._copies[name] = torch.empty(view.shape, pin_memory=view.is_cuda)
             self._copies[name].copy_(view, non_blocking=True)
         if torch.cuda.is_available():
             torch.cuda.synchronize()
+        self._start(folder, keys, {name: self._copies[name] for name in views}, about)
+
+    def save(self, folder: Path, keys: Sequence[str] = ()) -> Path:
+        """As ``begin`` and ``commit``, without a copy: for when there is nothing to do meanwhile. Collective."""
+        keys = keys or (STATE, *state_keys(self._engine.config.train))
+        self._start(folder, keys, *_share(self._engine, keys))
+        return self.commit()
+
+    def _start(self, folder: Path, keys: Sequence[str], tensors: dict[str, Tensor], about: dict[str, str]) -> None:
+        assert not self.under_way
+        self._target = step_folder(folder, self._engine.step)
+        self._part = self._target.with_suffix(PART)
+        self._manifest = _manifest(self._engine, keys) if self.first else {}
         self._written: dict[str, dict[str, Any]] = {}
         self._error: str | None = "its writer ended early"  # until it says otherwise
-        self._thread = threading.Thread(target=self._write, args=([*views], about), name="checkpoint")
+        self._thread = threading.Thread(target=self._write, args=(tensors, about), name="checkpoint")
         self._thread.start()
 
-    def _write(self, names: Sequence[str], about: Mapping[str, str]) -> None:
+    def _write(self, tensors: Mapping[str, Tensor], about: Mapping[str, str]) -> None:
         try:
-            self._part.mkdir(
-                exist_ok=True
-            )  # not its parents: where a mount was lost, nothing goes to the disk below it
-            if names:
+            self._part.mkdir(exist_ok=True)  # not its parents: of a lost mount the disk below would be written
+            if tensors:
                 path = self._part / f"rank_{self._engine.topology.rank:05d}.safetensors"
-                self._written[path.name] = write_safetensors(path, {name: self._copies[name] for name in names}, about)
+                self._written[path.name] = write_safetensors(path, tensors, about)
             self._error = None
         except OSError as error:
             self._error = str(error)
@@ -115,9 +121,7 @@ class Saver:
 def save(engine: Engine, folder: Path, keys: Sequence[str] = ()) -> Path:
     """Write ``folder/step_N`` and wait for it. Collective; every rank raises if one cannot write."""
     agreed(lambda: _make(folder))
-    saver = Saver(engine)
-    saver.begin(folder, keys)
-    return saver.commit()
+    return Saver(engine).save(folder, keys)
 
 
 def _make(folder: Path) -> None:
