@@ -115,7 +115,7 @@ class CheckpointReader:
         except FileNotFoundError as error:
             raise Torn(f"{error.filename} is missing") from None
         except OSError as error:
-            raise _unreadable(error) from None
+            raise unreadable(error) from None
         except (KeyError, TypeError, ValueError) as error:
             raise Torn(f"{folder / MANIFEST}: {error}") from None
 
@@ -132,7 +132,7 @@ class CheckpointReader:
                     while piece := file.read(1 << 24):
                         digest.update(piece)
             except OSError as error:
-                raise _unreadable(error) from None
+                raise unreadable(error) from None
             if digest.hexdigest() != self.manifest["files"][name]["sha256"]:
                 raise Torn(f"{self.folder / name} is not what was written (SHA-256)")
 
@@ -224,6 +224,6 @@ class CheckpointReader:
         return found
 
 
-def _unreadable(error: OSError) -> UserError:
+def unreadable(error: OSError) -> UserError:
     """Of a disk or mount that fails: the checkpoint may well be whole, so none before it is to be used for that."""
     return UserError(f"checkpoint file {error.filename} cannot be read ({error.strerror}): mend its disk or mount")

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from megatron_dit.checkpoint.format import MANIFEST, STATE, CheckpointReader, Torn
+from megatron_dit.checkpoint.format import MANIFEST, STATE, CheckpointReader, Torn, unreadable
 from megatron_dit.checkpoint.save import checkpoints
 from megatron_dit.errors import UserError
 from megatron_dit.optimizer import state_keys
@@ -35,7 +35,7 @@ def newest_intact(folder: Path, rank: int, world: int) -> tuple[CheckpointReader
     Raises UserError where all are torn: to begin anew would be to throw the run away.
     """
     torn = []
-    for path in reversed(agreed(lambda: checkpoints(folder))):
+    for path in reversed(gather(agreed(lambda: _listed(folder)))[0]):
         reader, wrong = agreed(lambda path=path: _verified(path, slice(rank, None, world)))
         wrong = next((text for text in gather(wrong) if text is not None), None)
         if wrong is None:
@@ -44,6 +44,13 @@ def newest_intact(folder: Path, rank: int, world: int) -> tuple[CheckpointReader
     if torn:
         raise UserError(f"no checkpoint of {folder} is whole: {'; '.join(torn)}: mend one, or set a new run_dir")
     return None, torn
+
+
+def _listed(folder: Path) -> list[Path]:
+    try:
+        return checkpoints(folder)
+    except OSError as error:
+        raise unreadable(error) from None
 
 
 def _verified(path: Path, share: slice) -> tuple[CheckpointReader | None, str | None]:

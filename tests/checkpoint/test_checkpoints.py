@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 import json
+import math
+import random
 
 import pytest
 import torch
+from safetensors import safe_open
 
+from megatron_dit.checkpoint import format as format_module
 from megatron_dit.checkpoint.format import CheckpointReader, Torn
 from megatron_dit.checkpoint.save import clear, old_ones, step_folder
+from megatron_dit.errors import UserError
+from megatron_dit.models import build_unsharded
 from megatron_dit.mup.init import cut, unshard
+from megatron_dit.mup.shapes import describe
 from tests.configs import small
 from tests.test_engine import batch, start
 
@@ -84,6 +91,41 @@ def test_every_rank_writes_only_its_share(saved):
     assert len(sizes) == 4
     assert payload < sum(sizes) < payload * 1.2 + 4 * 50000
     assert max(sizes) < 0.5 * sum(sizes)
+
+
+@pytest.mark.parametrize("size", [1, 2, 4])
+def test_a_part_is_that_of_the_full_tensor(saved, size):
+    """The checkpoint is of two tensor-parallel and two ZeRO-3 ranks: parts lie in one file, or across several."""
+    reader = CheckpointReader(step_folder(saved["mmdit"], 2))
+    draw = random.Random(size)
+    for name, param in reader.manifest["params"].items():
+        for rank in range(size):
+            whole = cut(reader.full("ema", name), param["dim"], param["pieces"], rank, size).reshape(-1)
+            start = draw.randrange(len(whole))
+            numel = draw.randint(1, len(whole) - start)
+            part = reader.part("ema", name, rank, size, start, numel)
+            assert torch.equal(part, whole[start : start + numel])
+
+
+def test_a_rank_of_the_same_cut_reads_its_own_files_alone(saved, monkeypatch):
+    reader = CheckpointReader(step_folder(saved["mmdit"], 2))
+    name = next(name for name, param in reader.manifest["params"].items() if param["dim"] is not None)
+    whole = reader.part("master", name, 1, 2, 0, math.prod(reader.manifest["params"][name]["shape"]) // 2)
+    opened = []
+    monkeypatch.setattr(
+        format_module, "safe_open", lambda file, **kw: opened.append(file.name) or safe_open(file, **kw)
+    )
+    assert torch.equal(reader.part("master", name, 1, 2, 3, 2), whole[3:5])
+    assert len(opened) == 1
+
+
+def test_other_ratios_of_mup_are_refused(saved):
+    """A checkpoint whose hidden weights learned at half the base rate, opened where the table gives another ratio."""
+    config = small("mmdit", **{"mup.base_heads": 4})
+    reader = CheckpointReader(step_folder(saved["mmdit"], 2))
+    reader.check_mup(describe(build_unsharded, small("mmdit")))
+    with pytest.raises(UserError, match=r"was trained with lr x 0\.5 on .*, which μP's table gives x 1 here"):
+        reader.check_mup(describe(build_unsharded, config))
 
 
 def test_shards_and_full_tensors_are_inverse():

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from megatron_dit.checkpoint import format as format_module
 from megatron_dit.checkpoint import save as save_module
 from megatron_dit.checkpoint.format import CheckpointReader, Torn
 from megatron_dit.checkpoint.save import step_folder
@@ -30,6 +31,7 @@ def beside_training(layout, folder):
     for step in range(2):
         engine.train_step(batch(config, engine.topology, step))
     save_module.save(engine, Path(folder) / "sync")
+    (Path(folder) / "async").mkdir(exist_ok=True)
     go_on, write = threading.Event(), save_module.write_safetensors
 
     def held(*arguments):
@@ -74,7 +76,12 @@ def config(dataset, tmp_path):
 
 
 def steps(tmp_path):
-    return sorted(path.name for path in (tmp_path / "run" / "checkpoints").iterdir())
+    """What stands beside ``latest``, which must name the newest checkpoint."""
+    names = sorted(path.name for path in (tmp_path / "run" / "checkpoints").iterdir())
+    if "latest" in names:
+        newest = max(name for name in names if name.startswith("step_") and "." not in name)
+        assert (tmp_path / "run" / "checkpoints" / "latest").read_text() == newest + "\n"
+    return [name for name in names if name != "latest"]
 
 
 def test_a_failed_write_is_told_and_training_goes_on(config, tmp_path, capsys, monkeypatch):
@@ -136,7 +143,30 @@ def test_a_harmed_checkpoint_is_named_and_the_one_before_used(config, tmp_path, 
     assert "at step 9" in out
     found = states(tmp_path / "run" / "checkpoints", 12)
     assert all(torch.equal(found[key], value) for key, value in expected.items())
-    assert steps(tmp_path) == ["step_00000012"]
+    assert steps(tmp_path) == ["step_00000012", "step_00000012.torn"]
+
+
+def test_a_run_without_a_whole_checkpoint_is_not_begun_anew(config, tmp_path, capsys):
+    assert run(["train", str(config), "checkpoint.keep=1"]) == 0
+    (tmp_path / "run" / "checkpoints" / "step_00000012" / "manifest.json").unlink()
+    before = sorted((tmp_path / "run").rglob("*"))
+    assert run(["train", str(config)]) == 2
+    err = capsys.readouterr().err
+    assert "no checkpoint of" in err
+    assert "step_00000012 is torn" in err
+    assert sorted((tmp_path / "run").rglob("*")) == before
+
+
+def test_a_file_that_cannot_be_read_is_not_taken_for_torn(config, tmp_path, capsys, monkeypatch):
+    assert run(["train", str(config)]) == 0
+
+    def fails(reader, share):
+        raise format_module.unreadable(OSError(5, "Input/output error", str(reader.folder)))
+
+    monkeypatch.setattr(CheckpointReader, "verify", fails)
+    assert run(["train", str(config)]) == 2
+    assert "cannot be read (Input/output error)" in capsys.readouterr().err
+    assert len(steps(tmp_path)) == 4
 
 
 def test_inspect_tells_a_flipped_byte(config, tmp_path, capsys):
