@@ -6,6 +6,7 @@ import argparse
 import re
 import shutil
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from checkpoints_tools.convert.card import card
 from checkpoints_tools.convert.export import WEIGHTS, Export, write_model
 from checkpoints_tools.convert.importing import from_diffusers
 from checkpoints_tools.convert.pipeline import find_index, find_parts, tokens_of, write_pipeline
+from checkpoints_tools.convert.published.importing import FORMATS, from_published
 from checkpoints_tools.convert.run import Import
 from megatron_dit.checkpoint.load import open_checkpoint
 from megatron_dit.cli import add_command
@@ -21,7 +23,10 @@ from megatron_dit.config import config_from_dict
 from megatron_dit.data.text import DTYPES
 from megatron_dit.errors import UserError
 
-IMPORTERS: dict[str, Callable[[Import], list[str]]] = {"diffusers": from_diffusers}
+IMPORTERS: dict[str, Callable[[Import], list[str]]] = {
+    "diffusers": from_diffusers,
+    **{name: partial(from_published, form) for name, form in FORMATS.items()},
+}
 UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 
 
@@ -45,6 +50,7 @@ def add_convert(commands: Any) -> None:
     back = command.add_argument_group("with --from")
     back.add_argument("--data", metavar="PATH", help="folder of data to sample, evaluate and train with (data.path)")
     back.add_argument("--set", nargs="+", metavar="a.b=v", help="overrides of the run's config")
+    back.add_argument("--base-shapes", type=Path, metavar="F.bsh", help="base widths of a dit-mup (package mup)")
     back.add_argument("--drop-clip", action="store_true", help="import an SD3 without the pooled text of CLIP")
 
 
@@ -53,7 +59,7 @@ def _convert(parsed: argparse.Namespace) -> int:
         raise UserError(f"give one of --to diffusers and --from {'|'.join(IMPORTERS)}")
     groups = {
         "--to": ("weights", "dtype", "max_shard_size", "pipeline", "vae", "text_encoder", "link"),
-        "--from": ("data", "set", "drop_clip"),
+        "--from": ("data", "set", "base_shapes", "drop_clip"),
     }
     idle = "--from" if parsed.to else "--to"
     wrong = next((name for name in groups[idle] if getattr(parsed, name)), None)
@@ -97,7 +103,7 @@ def _to_diffusers(parsed: argparse.Namespace) -> list[str]:
 
 
 def _from_others(parsed: argparse.Namespace) -> list[str]:
-    asked = Import(parsed.source, parsed.out, parsed.data, parsed.set or (), parsed.drop_clip)
+    asked = Import(parsed.source, parsed.out, parsed.data, parsed.set or (), parsed.drop_clip, parsed.base_shapes)
     return IMPORTERS[parsed.source_format](asked)
 
 

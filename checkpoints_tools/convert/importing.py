@@ -25,6 +25,8 @@ from megatron_dit.objectives.ddpm import SCHEDULES
 
 def from_diffusers(asked: Import) -> list[str]:
     """Write the run; returns lines to say."""
+    if asked.base_shapes:
+        raise UserError("--base-shapes goes with --from dit-mup: here it is --set mup.base_shapes=F.bsh")
     folder = DiffusersFolder(asked.source)
     counterpart = next((c for c in COUNTERPARTS.values() if c.class_name == folder.class_name), None)
     if counterpart is None:

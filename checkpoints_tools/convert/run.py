@@ -40,6 +40,7 @@ class Import:
     data: str | None = None
     overrides: Sequence[str] = ()
     drop_clip: bool = False
+    base_shapes: Path | None = None  # a .bsh file
 
 
 def config_of(values: Mapping[str, Any], asked: Import) -> Config:
@@ -72,13 +73,17 @@ def data_of(config: Config, asked: Import) -> dict[str, str]:
 
 
 def write_run(
-    config: Config, weights: Callable[[Param], Tensor], data: Mapping[str, str], origin: Mapping[str, Any]
+    config: Config,
+    weights: Callable[[Param], Tensor],
+    data: Mapping[str, str],
+    origin: Mapping[str, Any],
+    averaged: Callable[[Param], Tensor] | None = None,
 ) -> int:
     """Write ``config.run_dir``; returns its number of parameters.
 
-    ``weights`` gives each parameter's full fp32 tensor, asked for once and in the model's order. Masters and averages
-    begin as the weights, moments as zero. ``data`` is what the weights were trained on (``data.fit.identity``), {}
-    where that is not known; ``origin`` goes into the manifest as it is.
+    ``weights`` gives each parameter's full fp32 tensor, asked for once and in the model's order. Masters begin as the
+    weights, averages as ``averaged`` (the weights, where there are none), moments as zero. ``data`` is what the weights
+    were trained on (``data.fit.identity``), {} where that is not known; ``origin`` goes into the manifest as it is.
     """
     out = Path(config.run_dir)
     part = out.with_name(out.name + ".part")
@@ -89,7 +94,8 @@ def write_run(
         folder.mkdir(parents=True)
         states = [STATE, *state_keys(config.train)]
         path = folder / "rank_00000.safetensors"
-        _write_states(path, params, states, [STATE, *averages(config.train)], weights)
+        starts = {STATE: weights, **dict.fromkeys(averages(config.train), averaged or weights)}
+        _write_states(path, params, states, starts)
         manifest = {
             **manifest_of(config, params, states, data=dict(data)),
             "files": {path.name: {"bytes": path.stat().st_size, "sha256": sha256_of(path)}},
@@ -109,10 +115,9 @@ def _write_states(
     path: Path,
     params: Mapping[str, Param],
     states: Sequence[str],
-    alike: Sequence[str],
-    weights: Callable[[Param], Tensor],
+    starts: Mapping[str, Callable[[Param], Tensor]],
 ) -> None:
-    """One rank's file; states that are not ``alike`` the weights stay zero."""
+    """One rank's file; states that are not in ``starts`` stay zero."""
     specs: dict[str, Spec] = {
         f"{state}/{name}": (torch.float32, (torch.Size(param.shape).numel(),))
         for state in states
@@ -121,8 +126,9 @@ def _write_states(
     metadata = {"tensor_rank": "0", "starts": json.dumps(dict.fromkeys(params, 0))}
     with TensorFile(path, specs, metadata) as file, ProgressBar("convert", len(params)) as bar:
         for name, param in params.items():
-            value = weights(param)
-            assert tuple(value.shape) == tuple(param.shape), f"{name}: {tuple(value.shape)}, not {param.shape}"
-            for state in alike:
+            values = {give: give(param) for give in dict.fromkeys(starts.values())}
+            for state, give in starts.items():
+                value = values[give]
+                assert tuple(value.shape) == tuple(param.shape), f"{name}: {tuple(value.shape)}, not {param.shape}"
                 file.put(f"{state}/{name}", value.flatten())
             bar.advance(name)

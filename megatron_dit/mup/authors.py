@@ -48,7 +48,7 @@ def to_ours(base: Mapping[str, Dims], arch: str) -> dict[str, Dims]:
     """
     found: dict[str, Dims] = {}
     for name, dims in base.items():
-        ours = _rename(name, arch)
+        ours = rename(name, arch)
         if ours is not None:
             convolution = name.endswith("x_embedder.proj.weight") and len(dims) == 4 and dims[1:] == (None, None, None)
             found[ours] = (dims[0], None) if convolution else dims
@@ -57,7 +57,8 @@ def to_ours(base: Mapping[str, Dims], arch: str) -> dict[str, Dims]:
     return found
 
 
-def _rename(name: str, arch: str) -> str | None:
+def rename(name: str, arch: str) -> str | None:
+    """Our name of the authors' ``name``, None for fixed positions; another name stays as it is."""
     for pattern, replacement in NAMES.get(arch, {}).items():
         if re.search(pattern, name):
             return None if replacement is None else re.sub(pattern, replacement, name)

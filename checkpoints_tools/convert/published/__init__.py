@@ -1,0 +1,1 @@
+"""Checkpoints as the architectures' own projects publish them, as runs."""

@@ -1,0 +1,40 @@
+"""facebookresearch/DiT, and DiT-μP by the paper's authors, whose files have the same names."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+from checkpoints_tools.convert.published.formats import (
+    Format,
+    Given,
+    by_authors_names,
+    check_positions,
+    count,
+    fixed_positions,
+    pad_labels,
+    shape_of,
+)
+from checkpoints_tools.convert.published.pickles import Published, Weights
+from megatron_dit.config import ModelConfig
+
+SIZES = {(12, 384): 6, (12, 768): 12, (24, 1024): 16, (28, 1152): 16}  # S, B, L, XL (arXiv 2212.09748, table 1)
+MUP_SIZES = {**SIZES, (28, 144): 2, (28, 288): 4, (28, 576): 8}  # arXiv 2505.15270
+
+
+def model(file: Published, given: Given, patch: int) -> dict[str, Any]:
+    rows, _ = shape_of(file, "y_embedder.embedding_table.weight", 2)
+    return {
+        **fixed_positions(file, given, patch),
+        "depth": count(file, "blocks"),
+        "num_classes": rows - 1,  # the last row stands for "no class"
+    }
+
+
+def adapt(file: Published, found: Weights, config: ModelConfig) -> list[str]:
+    check_positions(file, config)
+    return pad_labels(found, config)
+
+
+DIT = Format("dit", "dit", "facebookresearch/DiT", "x_embedder.proj", "blocks.0", model, SIZES, by_authors_names, adapt)
+DIT_MUP = replace(DIT, name="dit-mup", title="DiT-μP", sizes=MUP_SIZES, mup=True)

@@ -1,0 +1,159 @@
+"""A published checkpoint as a run."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from checkpoints_tools.convert import fold
+from checkpoints_tools.convert.published.dit import DIT, DIT_MUP
+from checkpoints_tools.convert.published.formats import Format, Given, shape_of
+from checkpoints_tools.convert.published.pickles import Published, Weights, read_published
+from checkpoints_tools.convert.published.pixart import PIXART
+from checkpoints_tools.convert.published.uvit import UVIT
+from checkpoints_tools.convert.run import Import, config_of, data_of, fresh, write_run
+from megatron_dit.config import OBJECTIVE_OF, Config
+from megatron_dit.errors import UserError
+from megatron_dit.models import build_unsharded
+from megatron_dit.mup.rules import Param
+from megatron_dit.mup.shapes import describe
+
+FORMATS = {form.name: form for form in (DIT, DIT_MUP, PIXART, UVIT)}
+BASE_KEYS = ("mup.base_heads", "mup.base_shapes")
+
+
+def from_published(form: Format, asked: Import) -> list[str]:
+    """Write the run; returns lines to say."""
+    if asked.drop_clip:
+        raise UserError("--drop-clip goes with --from diffusers: leave it out")
+    if asked.base_shapes and not form.mup:
+        raise UserError(f"--base-shapes goes with --from {DIT_MUP.name}: leave it out")
+    file = read_published(asked.source)
+    given = {key: value for key, _, value in (word.partition("=") for word in asked.overrides)}
+    config = _config(form, file, given, asked)
+    params = describe(build_unsharded, config)
+    raw, notes = _ours(form, file, file.raw, config, params)
+    averages, _ = _ours(form, file, file.averages, config, params)
+
+    def give(weights: Weights) -> Callable[[Param], Tensor]:
+        return lambda param: _unfolded(weights[param.name].float().reshape(param.shape), param, config, form.mup)
+
+    both = file.raw is not file.averages
+    number = write_run(config, give(raw), data_of(config, asked), {}, give(averages) if both else None)
+    notes.insert(0, f"wrote {asked.out}: {form.title} as a run of {number:,} parameters")
+    notes.append("masters and averages are the file's own" if both else "masters and averages begin as its weights")
+    if file.moments:
+        notes.append("Adam's moments are not taken over: they begin at zero")
+    return [*notes, f"its training is not known: see {asked.out / 'config.yaml'} before you train it on"]
+
+
+def _config(form: Format, file: Published, given: Given, asked: Import) -> Config:
+    """What the tensors say of the model, the file's arguments of heads and learning rate, and the user of the rest."""
+    trained_under_mup = getattr(file.args, "mup", None)
+    if trained_under_mup not in (None, form.mup):
+        other = DIT if form.mup else DIT_MUP
+        raise UserError(f"{file.path} has mup={trained_under_mup} in its args: import it with --from {other.name}")
+    for name in file.raw:
+        why = next((why for beginning, why in form.refused.items() if name.startswith(beginning)), None)
+        if why is not None:
+            raise UserError(f"{file.path} has {name}: {why}, it cannot be imported")
+    model = _model(form, file, given)
+    values = fresh(model, {"kind": OBJECTIVE_OF[form.arch], "beta_schedule": form.schedule(model)})
+    if not form.mup:
+        return config_of(values, asked)
+    values["mup"] = {"parametrization": "mup", "init": "dit-mup"}
+    for name, section, key in (("logstd", "mup", "output_multiplier"), ("loglr", "optimizer", "lr")):
+        exponent = getattr(file.args, name, None)
+        if isinstance(exponent, int | float):
+            values[section][key] = 2.0**exponent
+    if bool(asked.base_shapes) == any(key in given for key in BASE_KEYS):
+        raise UserError(
+            "give the base width in one way: --base-shapes F.bsh, or --set mup.base_heads=N (4 in the paper)"
+        )
+    return config_of(values, asked) if asked.base_shapes is None else _with_base(values, asked, asked.base_shapes)
+
+
+def _model(form: Format, file: Published, given: Given) -> dict[str, Any]:
+    """Keys of ModelConfig."""
+    width, channels, patch, _ = shape_of(file, f"{form.embedding}.weight", 4)
+    hidden, _ = shape_of(file, f"{form.block}.mlp.fc1.weight", 2)
+    read = form.model(file, given, patch)
+    told = getattr(file.args, "num_heads", None)
+    published = form.sizes.get((read["depth"], width))
+    heads = given.get("model.heads") or str((told if isinstance(told, int) else published) or "")
+    if not heads:
+        raise UserError(
+            f"{file.path} does not say how many attention heads it has, and nothing published as {form.name} has depth "
+            f"{read['depth']} and width {width}: add --set model.heads=N"
+        )
+    if not heads.isdigit() or int(heads) < 1 or width % int(heads):
+        raise UserError(f"model.heads={heads}: expected a divisor of the width {width}")
+    shape = {
+        "arch": form.arch,
+        "heads": int(heads),
+        "head_dim": width // int(heads),
+        "patch_size": patch,
+        "in_channels": channels,
+        "mlp_ratio": max(1, hidden // width),
+    }
+    return {**shape, **read}
+
+
+def _with_base(values: dict[str, Any], asked: Import, path: Path) -> Config:
+    """The config whose base, a number of heads, is the base shapes' of a file: so that the run needs no such file."""
+
+    def read(**base: Any) -> tuple[Config, dict[str, Param]]:
+        config = config_of({**values, "mup": {**values["mup"], **base}}, asked)
+        return config, describe(build_unsharded, config)
+
+    _, expected = read(base_shapes=str(path))
+    base, head_dim = expected["patch_embed.bias"].base[0] or 0, values["model"]["head_dim"]
+    if base and base % head_dim == 0:
+        config, found = read(base_heads=base // head_dim)
+        if {name: param.base for name, param in found.items()} == {n: param.base for n, param in expected.items()}:
+            return config
+    raise UserError(
+        f"{path} has no base of whole heads of {head_dim}: it stays beside the run with --set mup.base_shapes={path}"
+    )
+
+
+def _ours(
+    form: Format, file: Published, weights: Weights, config: Config, params: Mapping[str, Param]
+) -> tuple[Weights, list[str]]:
+    """Weights under our names, and lines to say. Raises UserError unless they are all of the model's and no others."""
+    found: Weights = {}
+    for name, value in weights.items():
+        ours = form.rename(name, config.model)
+        if ours is not None and (ours not in params or ours in found):
+            raise UserError(f"{file.path} has {name}, for which {form.arch} has no place: it cannot be imported")
+        if ours is not None:
+            found[ours] = value
+    notes = form.adapt(file, found, config.model)
+    kernel = (config.model.width, config.model.in_channels, config.model.patch_size, config.model.patch_size)
+    for name, param in params.items():
+        if name not in found:
+            raise UserError(f"{file.path} has nothing that becomes {name}: it is torn, or not of this format")
+        views = {"patch_embed.weight": kernel, "positions": (1, *param.shape)}  # those that are not as ours
+        expected = views.get(name, tuple(param.shape))
+        if tuple(found[name].shape) != expected:
+            raise UserError(
+                f"{file.path} has {list(found[name].shape)} for {name}, which is {list(expected)} in {form.arch} of "
+                f"depth {config.model.depth} and {config.model.heads} heads: another model, or another --set"
+            )
+    return found, notes
+
+
+def _unfolded(value: Tensor, param: Param, config: Config, mup: bool) -> Tensor:
+    """Without the factors that the run's own forward pass applies and the original's does not."""
+    if not mup and param.multiplier != 1.0:
+        value = fold.unfold(value, param.multiplier)
+    query = config.model.attention_scale * math.sqrt(config.model.head_dim)
+    if query != 1.0 and (".qkv." in param.name or ".cross_q." in param.name):
+        rows = len(value) // (3 if ".qkv." in param.name else 1)
+        value = torch.cat([fold.unfold(value[:rows], query), value[rows:]])
+    return value

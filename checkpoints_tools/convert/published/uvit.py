@@ -1,0 +1,116 @@
+"""baofff/U-ViT's own files: blocks in three groups, the label's token before the timestep's."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from checkpoints_tools.convert.published.formats import (
+    LABELS,
+    Format,
+    Given,
+    count,
+    pad_labels,
+    shape_of,
+    side_of,
+)
+from checkpoints_tools.convert.published.pickles import Published, Weights
+from megatron_dit.config import ModelConfig
+from megatron_dit.errors import UserError
+
+SIZES = {  # (arXiv 2209.12152, table 1)
+    (13, 512): 8,  # small
+    (17, 512): 8,  # small, deep
+    (17, 768): 12,  # mid
+    (21, 1024): 16,  # large
+    (29, 1152): 16,  # huge
+}
+CLIP_TOKENS = 77
+PARTS = {
+    "patch_embed.proj.": "patch_embed.",
+    "context_embed.": "text_embed.",
+    "norm.weight": "head.norm.gain",
+    "norm.bias": "head.norm.bias",
+    "decoder_pred.": "head.linear.",
+    "final_layer.": "head.conv.",
+    "label_emb.weight": LABELS,
+    "pos_embed": "positions",
+}
+BLOCK_PARTS = {"attn.qkv.": "qkv.", "attn.proj.": "out.", "skip_linear.": "skip."}
+
+
+def model(file: Published, given: Given, patch: int) -> dict[str, Any]:
+    _, positions, _ = shape_of(file, "pos_embed", 3)
+    if "label_emb.weight" in file.raw:
+        rows, _ = shape_of(file, "label_emb.weight", 2)
+        condition = {"num_classes": rows - 1}  # the last row stands for "no class"
+        extras = 2
+    elif "context_embed.weight" in file.raw:
+        asked = given.get("model.text_tokens", str(CLIP_TOKENS))
+        tokens = int(asked) if asked.isdigit() else CLIP_TOKENS
+        condition = {"text_dim": shape_of(file, "context_embed.weight", 2)[1], "text_tokens": tokens}
+        extras = 1 + tokens
+    else:
+        raise UserError(f"{file.path} has neither label_emb nor context_embed: ours needs labels or a text")
+    return {
+        **condition,
+        "depth": count(file, "in_blocks") + 1 + count(file, "out_blocks"),
+        "sample_size": side_of(file, positions - extras, patch),
+    }
+
+
+def rename(name: str, config: ModelConfig) -> str:
+    """Block i of ``out_blocks`` comes after the middle one."""
+    middle = config.depth // 2
+    block = re.match(r"(in_blocks|mid_block|out_blocks)\.(?:(\d+)\.)?(.+)", name)
+    if block is None:
+        theirs = next((theirs for theirs in PARTS if name.startswith(theirs)), None)
+        return name if theirs is None else PARTS[theirs] + name.removeprefix(theirs)
+    first = {"in_blocks": 0, "mid_block": middle, "out_blocks": middle + 1}[block[1]]
+    part = re.sub(r"^(norm[12])\.weight$", r"\1.gain", block[3])
+    for theirs, ours in BLOCK_PARTS.items():
+        part = ours + part.removeprefix(theirs) if part.startswith(theirs) else part
+    return f"blocks.{first + int(block[2] or 0)}.{part}"
+
+
+def adapt(file: Published, found: Weights, config: ModelConfig) -> list[str]:
+    notes = pad_labels(found, config)
+    if config.num_classes:
+        if not notes:
+            rows = config.num_classes + 1
+            notes.append(f'the last of {rows} labels is "no class": if it is a class, --set model.num_classes={rows}')
+        # The label's token comes first there and the timestep's here; but for positions, attention knows no order.
+        label, time, patches = found["positions"].split([1, 1, found["positions"].shape[1] - 2], dim=1)
+        found["positions"] = torch.cat([time, label, patches], dim=1)
+    if not any(name.startswith("final_layer.") for name in file.raw):
+        channels = config.in_channels
+        found["head.conv.weight"] = nn.init.dirac_(torch.empty(channels, channels, 3, 3))
+        found["head.conv.bias"] = torch.zeros(channels)
+        notes.append("it has no last convolution: ours begins as one that changes nothing")
+    if config.text_dim:
+        notes.append("it draws from the features it was trained with (CLIP), and no caption is zeros here")
+    return notes
+
+
+def schedule(values: Mapping[str, Any]) -> str:
+    """Stable Diffusion's on its latents, DDPM's on pixels."""
+    return "scaled_linear" if values["in_channels"] == 4 else "linear"
+
+
+UVIT = Format(
+    "uvit",
+    "uvit",
+    "baofff/U-ViT",
+    "patch_embed.proj",
+    "mid_block",
+    model,
+    SIZES,
+    rename,
+    adapt,
+    refused={"time_embed.": "ours adds the timestep's sinusoids without an MLP"},
+    schedule=schedule,
+)

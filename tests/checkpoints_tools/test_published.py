@@ -1,0 +1,186 @@
+"""Checkpoints that look like the published ones as runs: equal outputs, and training goes on."""
+
+from __future__ import annotations
+
+import argparse
+from collections import OrderedDict
+
+import pytest
+import torch
+
+from megatron_dit.checkpoint.load import open_checkpoint
+from megatron_dit.config import load_config
+from megatron_dit.mup.shapes import describe
+from megatron_dit.models import build_unsharded
+from tests.checkpoints_tools.made import TOLERANCE, convert, inputs, our_model, tensors
+from tests.models.published import DiT, PixArt, UViT, dit_mup, randomise
+
+
+@torch.no_grad()
+def their_output(theirs, config, x, t, condition):
+    """The condition as the published model takes it, written out by hand."""
+    if config.num_classes:
+        return theirs(x, t, torch.where(condition.dropped, config.num_classes, condition.label))
+    if config.arch == "uvit":
+        return theirs(x, t, condition.text * (condition.mask & ~condition.dropped[:, None])[..., None])
+    text = torch.where(condition.dropped[:, None, None], theirs.y_embedder.y_embedding, condition.text)
+    return theirs(x, t, text, condition.mask | condition.dropped[:, None])
+
+
+@torch.no_grad()
+def difference(run, theirs, ema=True):
+    """Relative, between the outputs of a run's model and of a published one."""
+    ours = our_model(run, ema)
+    x, t, condition = inputs(ours.config)
+    expected = their_output(theirs, ours.config, x, t, condition)
+    assert expected.abs().mean() > 0.01
+    return float((ours(x, t, condition) - expected).norm() / expected.norm())
+
+
+def moments(model):
+    """As Adam's state_dict has them."""
+    adam = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    for p in model.parameters():
+        p.grad = torch.ones_like(p)
+    adam.step()
+    return adam.state_dict()
+
+
+def training_file(path, make, **arguments):
+    """{model, ema, opt, args} of DiT's training script; returns the raw model and its average."""
+    model, ema = randomise(make(), seed=0), randomise(make(), seed=1)
+    state = {"model": model.state_dict(), "ema": ema.state_dict(), "opt": moments(make())}
+    torch.save({**state, "args": argparse.Namespace(epochs=1400, ckpt=None, **arguments)}, path)
+    return model, ema
+
+
+def pixart_file(path, prefix="", **options):
+    model, ema = (randomise(PixArt(**options), seed) for seed in (0, 1))
+    states = ({prefix + name: value for name, value in each.state_dict().items()} for each in (model, ema))
+    names = ("state_dict", "state_dict_ema")
+    torch.save({**dict(zip(names, states, strict=True)), "epoch": 3, "optimizer": moments(model)}, path)
+    return model, ema
+
+
+def test_dits_training_file_gives_its_weights_and_their_average(tmp_path, capsys):
+    raw, ema = training_file(tmp_path / "0050000.pt", DiT, model="DiT-XL/2", image_size=256)
+    convert(tmp_path / "0050000.pt", tmp_path / "run", "--from", "dit", "--set", "model.heads=2")
+    assert difference(tmp_path / "run", raw, ema=False) <= TOLERANCE
+    assert difference(tmp_path / "run", ema) <= TOLERANCE
+    assert "Adam's moments are not taken over" in capsys.readouterr().out
+    assert all(not value.any() for value in tensors(tmp_path / "run", "exp_avg").values())
+
+
+@pytest.mark.parametrize("zipped", [True, False], ids=["zip", "legacy"])
+def test_a_plain_state_dict_is_weights_and_average_at_once(tmp_path, zipped):
+    theirs = randomise(DiT(dim=384, depth=12, heads=6, p=4, classes=3), seed=0)  # DiT-S, whose heads are known
+    path = tmp_path / "DiT-S-4.pt"
+    torch.save(OrderedDict(theirs.state_dict()), path, _use_new_zipfile_serialization=zipped)
+    convert(path, tmp_path / "run", "--from", "dit")
+    assert load_config(tmp_path / "run" / "config.yaml").model.heads == 6
+    assert difference(tmp_path / "run", theirs) <= TOLERANCE
+    assert difference(tmp_path / "run", theirs, ema=False) <= TOLERANCE
+
+
+def test_weights_may_be_unfolded_into_another_parametrization(tmp_path):
+    theirs, _ = training_file(tmp_path / "x.pt", DiT)
+    mup = ["model.heads=2", "mup.parametrization=mup", "mup.base_heads=1", "mup.output_multiplier=3"]
+    convert(tmp_path / "x.pt", tmp_path / "run", "--from", "dit", "--set", *mup, "model.base_head_dim=4")
+    assert open_checkpoint(tmp_path / "run").manifest["multipliers"] == {"head.linear.weight": 3 / 4}
+    assert difference(tmp_path / "run", theirs, ema=False) <= TOLERANCE
+
+
+def test_dit_mup_keeps_its_weights_and_multipliers(tmp_path):
+    """The file's arguments tell heads, learning rate and output multiplier, the .bsh the base."""
+    bsh = tmp_path / "width16.bsh"
+
+    def make():
+        return dit_mup(8, 2, output_multiplier=4.0, base_shapes=bsh)
+
+    told = {"mup": True, "num_heads": 8, "dim_heads": 8, "logstd": 2, "loglr": -10.0, "load_base_shapes": "./x.bsh"}
+    raw, ema = training_file(tmp_path / "x.pt", make, **told)
+    convert(tmp_path / "x.pt", tmp_path / "run", "--from", "dit-mup", "--base-shapes", bsh)
+    bsh.unlink()  # the run needs it no more
+    config = load_config(tmp_path / "run" / "config.yaml")
+    assert (config.mup.base_heads, config.mup.output_multiplier, config.optimizer.lr) == (2, 4.0, 2**-10)
+    readout = raw.final_layer.linear
+    assert open_checkpoint(tmp_path / "run").manifest["multipliers"] == {
+        "head.linear.weight": readout.output_mult / readout.width_mult()
+    }
+    params = describe(build_unsharded, config)
+    assert params["blocks.1.qkv.weight"].lr_multiplier == 1 / readout.width_mult() == 1 / 4
+    assert torch.equal(tensors(tmp_path / "run", "master")["head.linear.weight"], readout.weight.data)
+    assert difference(tmp_path / "run", raw, ema=False) <= TOLERANCE
+    assert difference(tmp_path / "run", ema) <= TOLERANCE
+
+
+def test_dit_mups_base_may_be_a_number_of_heads(tmp_path):
+    raw, _ = training_file(tmp_path / "x.pt", lambda: dit_mup(8, 4))
+    convert(tmp_path / "x.pt", tmp_path / "run", "--from", "dit-mup", "--set", "model.heads=8", "mup.base_heads=4")
+    assert open_checkpoint(tmp_path / "run").manifest["multipliers"] == {"head.linear.weight": 1 / 2}
+    assert difference(tmp_path / "run", raw, ema=False) <= TOLERANCE
+
+
+@pytest.mark.parametrize("scale", [1.0, 2.0])
+@pytest.mark.parametrize("prefix", ["", "module."])
+def test_pixarts_training_file_is_imported(tmp_path, scale, prefix):
+    raw, ema = pixart_file(tmp_path / "epoch_3.pth", prefix, scale=scale)
+    convert(tmp_path / "epoch_3.pth", tmp_path / "run", "--from", "pixart", "--set", "model.heads=2")
+    assert load_config(tmp_path / "run" / "config.yaml").model.interpolation_scale == scale
+    assert difference(tmp_path / "run", raw, ema=False) <= TOLERANCE
+    assert difference(tmp_path / "run", ema) <= TOLERANCE
+    assert torch.equal(tensors(tmp_path / "run")["null_caption.table"], ema.y_embedder.y_embedding)
+
+
+def test_pixarts_released_file_may_lack_positions(tmp_path):
+    theirs = randomise(PixArt(), seed=0)
+    state = {name: value for name, value in theirs.state_dict().items() if name != "pos_embed"}
+    torch.save({"state_dict": state}, tmp_path / "PixArt.pth")
+    words = ["--from", "pixart", "--set", "model.heads=2", "model.sample_size=8"]
+    convert(tmp_path / "PixArt.pth", tmp_path / "run", *words)
+    assert difference(tmp_path / "run", theirs) <= TOLERANCE
+
+
+@pytest.mark.parametrize(
+    ("options", "changes"),
+    [
+        ({}, ()),
+        ({"conv": False, "channels": 4}, ()),
+        ({"text_dim": 12, "text_tokens": 77}, ()),
+        ({"text_dim": 12, "text_tokens": 5}, ("model.text_tokens=5",)),
+    ],
+    ids=["labels", "huge", "clip", "text"],
+)
+def test_uvit_is_imported(tmp_path, options, changes):
+    theirs = randomise(UViT(**options), seed=0)
+    torch.save(theirs.state_dict(), tmp_path / "nnet_ema.pth")
+    convert(tmp_path / "nnet_ema.pth", tmp_path / "run", "--from", "uvit", "--set", "model.heads=2", *changes)
+    assert difference(tmp_path / "run", theirs) <= TOLERANCE
+    schedule = load_config(tmp_path / "run" / "config.yaml").objective.beta_schedule
+    assert schedule == ("scaled_linear" if options.get("channels") == 4 else "linear")
+
+
+def test_a_label_table_without_no_class_gets_a_row(tmp_path, capsys):
+    theirs = randomise(UViT(labels=10), seed=0)
+    torch.save(theirs.state_dict(), tmp_path / "nnet.pth")
+    words = ["--from", "uvit", "--set", "model.heads=2", "model.num_classes=10"]
+    convert(tmp_path / "nnet.pth", tmp_path / "run", *words)
+    assert "draw without guidance" in capsys.readouterr().out
+    ours = our_model(tmp_path / "run")
+    x, t, condition = inputs(ours.config)
+    with torch.no_grad():
+        expected = theirs(x, t, condition.label)
+        out = ours(x, t, condition)
+    kept = ~condition.dropped
+    assert (out - expected)[kept].norm() <= TOLERANCE * expected[kept].norm()
+
+
+def step_in(folder):
+    """A step of an imported run in the layout of its config; collective. Returns whether the weights it began with
+    are the imported ones, and whether the step changed them."""
+    from megatron_dit.cli import run
+
+    begun = tensors(folder, "master")
+    assert run(["train", f"{folder}/config.yaml"]) == 0
+    ended = tensors(folder, "master")
+    return max(float((ended[name] - value).abs().max()) for name, value in begun.items())
