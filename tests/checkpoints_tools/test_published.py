@@ -4,15 +4,21 @@ from __future__ import annotations
 
 import argparse
 from collections import OrderedDict
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
+from checkpoints_tools.convert.published.importing import FORMATS, model_of
+from checkpoints_tools.convert.published.pickles import Published
 from megatron_dit.checkpoint.load import open_checkpoint
+from megatron_dit.cli import run
 from megatron_dit.config import load_config
-from megatron_dit.mup.shapes import describe
 from megatron_dit.models import build_unsharded
+from megatron_dit.mup.shapes import describe
 from tests.checkpoints_tools.made import TOLERANCE, convert, inputs, our_model, tensors
+from tests.data.made import make_folder
 from tests.models.published import DiT, PixArt, UViT, dit_mup, randomise
 
 
@@ -73,13 +79,31 @@ def test_dits_training_file_gives_its_weights_and_their_average(tmp_path, capsys
 
 @pytest.mark.parametrize("zipped", [True, False], ids=["zip", "legacy"])
 def test_a_plain_state_dict_is_weights_and_average_at_once(tmp_path, zipped):
-    theirs = randomise(DiT(dim=384, depth=12, heads=6, p=4, classes=3), seed=0)  # DiT-S, whose heads are known
-    path = tmp_path / "DiT-S-4.pt"
+    theirs = randomise(DiT(), seed=0)
+    path = tmp_path / "DiT.pt"
     torch.save(OrderedDict(theirs.state_dict()), path, _use_new_zipfile_serialization=zipped)
-    convert(path, tmp_path / "run", "--from", "dit")
-    assert load_config(tmp_path / "run" / "config.yaml").model.heads == 6
+    convert(path, tmp_path / "run", "--from", "dit", "--set", "model.heads=2")
     assert difference(tmp_path / "run", theirs) <= TOLERANCE
     assert difference(tmp_path / "run", theirs, ema=False) <= TOLERANCE
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "depth", "heads", "dim"),
+    [
+        ("dit", DiT, 12, 6, 384), ("dit", DiT, 12, 12, 768), ("dit", DiT, 24, 16, 1024), ("dit", DiT, 28, 16, 1152),
+        ("dit-mup", DiT, 28, 4, 288), ("dit-mup", DiT, 28, 8, 576), ("pixart", PixArt, 28, 16, 1152),
+        ("uvit", UViT, 13, 8, 512), ("uvit", UViT, 17, 8, 512), ("uvit", UViT, 17, 12, 768),
+        ("uvit", UViT, 21, 16, 1024), ("uvit", UViT, 29, 16, 1152),
+    ],
+)  # fmt: skip
+def test_the_heads_of_published_sizes_are_known(name, kind, depth, heads, dim):
+    with torch.device("meta"):
+        weights = kind(dim=dim, depth=depth, heads=heads).state_dict()
+    if name != "uvit":
+        del weights["pos_embed"]  # its values tell the interpolation
+    file = Published(Path("x.pt"), weights, weights, argparse.Namespace(), False)
+    model = model_of(FORMATS[name], file, {"model.sample_size": "8"})
+    assert (model["depth"], model["heads"], model["head_dim"]) == (depth, heads, dim // heads)
 
 
 def test_weights_may_be_unfolded_into_another_parametrization(tmp_path):
@@ -175,12 +199,33 @@ def test_a_label_table_without_no_class_gets_a_row(tmp_path, capsys):
     assert (out - expected)[kept].norm() <= TOLERANCE * expected[kept].norm()
 
 
-def step_in(folder):
-    """A step of an imported run in the layout of its config; collective. Returns whether the weights it began with
-    are the imported ones, and whether the step changed them."""
-    from megatron_dit.cli import run
+def trained_on(path, overrides):
+    """The run's figures and its masters after its steps; collective."""
+    import megatron_dit.trainer
 
-    begun = tensors(folder, "master")
-    assert run(["train", f"{folder}/config.yaml"]) == 0
-    ended = tensors(folder, "master")
-    return max(float((ended[name] - value).abs().max()) for name, value in begun.items())
+    config = load_config(path, overrides)
+    figures = megatron_dit.trainer.train(config)
+    return figures["step"], {name: value.numpy() for name, value in tensors(config.run_dir, "master").items()}
+
+
+def test_an_imported_run_is_drawn_from_and_trained_on_in_any_layout(tmp_path, pool):
+    raw, _ = training_file(tmp_path / "x.pt", lambda: dit_mup(4, 2, classes=24), num_heads=4)
+    make_folder(tmp_path / "data", [((8, 8), 16)])
+    changes = ["mup.base_heads=2", "train.steps=2", "train.global_batch=4", "train.micro_batch=2"]
+    ended = {}
+    for name, ranks, layout in (
+        ("alone", 1, []),
+        ("tensor and pipeline", 4, ["parallel.tensor=2", "parallel.pipeline=2"]),
+        ("zero", 2, ["parallel.zero_stage=3"]),
+    ):
+        folder = tmp_path / name
+        convert(tmp_path / "x.pt", folder, "--from", "dit-mup", "--data", tmp_path / "data", "--set", *changes)
+        step, ended[name] = pool.run(ranks, trained_on, str(folder / "config.yaml"), layout)[0]
+        assert step == 2
+    before = raw.state_dict()
+    assert not np.array_equal(ended["alone"]["head.linear.weight"], before["final_layer.linear.weight"].numpy())
+    for weights in ended.values():
+        for name, value in weights.items():
+            np.testing.assert_allclose(value, ended["alone"][name], atol=2e-5)
+    drawing = ["sample", str(tmp_path / "alone"), "--prompt", "3", "--steps", "2", "--out", str(tmp_path / "grid.png")]
+    assert run(drawing) == 0

@@ -220,9 +220,9 @@ def randomise(model, seed):
     return model.eval()
 
 
-def dit_mup(heads=8, base_heads=2, output_multiplier=1.0, base_shapes=None):
+def dit_mup(heads=8, base_heads=2, output_multiplier=1.0, base_shapes=None, **shape):
     """DiT with its base shapes set by the package mup, which are also saved where ``base_shapes`` says."""
-    options = {"readout": mup.MuReadout, "output_mult": output_multiplier}
+    options = {"readout": mup.MuReadout, "output_mult": output_multiplier, **shape}
     target, base, delta = (DiT(dim=8 * n, heads=n, **options) for n in (heads, base_heads, 2 * base_heads))
     mup.set_base_shapes(target, base, delta=delta, savefile=None if base_shapes is None else str(base_shapes))
     return target

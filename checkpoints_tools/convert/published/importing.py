@@ -62,7 +62,7 @@ def _config(form: Format, file: Published, given: Given, asked: Import) -> Confi
         why = next((why for beginning, why in form.refused.items() if name.startswith(beginning)), None)
         if why is not None:
             raise UserError(f"{file.path} has {name}: {why}, it cannot be imported")
-    model = _model(form, file, given)
+    model = model_of(form, file, given)
     values = fresh(model, {"kind": OBJECTIVE_OF[form.arch], "beta_schedule": form.schedule(model)})
     if not form.mup:
         return config_of(values, asked)
@@ -78,7 +78,7 @@ def _config(form: Format, file: Published, given: Given, asked: Import) -> Confi
     return config_of(values, asked) if asked.base_shapes is None else _with_base(values, asked, asked.base_shapes)
 
 
-def _model(form: Format, file: Published, given: Given) -> dict[str, Any]:
+def model_of(form: Format, file: Published, given: Given) -> dict[str, Any]:
     """Keys of ModelConfig."""
     width, channels, patch, _ = shape_of(file, f"{form.embedding}.weight", 4)
     hidden, _ = shape_of(file, f"{form.block}.mlp.fc1.weight", 2)

@@ -1,0 +1,177 @@
+"""Published checkpoints that are not taken: what would run code, is torn, or has no place in our models."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import pickle
+
+import pytest
+import torch
+
+from checkpoints_tools.__main__ import main
+from tests.checkpoints_tools.made import convert, our_model
+from tests.models.published import DiT, PixArt, UViT, dit_mup, randomise
+
+
+class Payload:
+    """Unpickling it calls ``function``."""
+
+    def __init__(self, function, *arguments):
+        self.call = function, arguments
+
+    def __reduce__(self):
+        return self.call
+
+
+class Empty:
+    """A class of somebody's own."""
+
+
+def save(path, model, **changes):
+    """A plain state dict; None takes a tensor away."""
+    state = {**randomise(model, seed=0).state_dict(), **changes}
+    torch.save({name: value for name, value in state.items() if value is not None}, path)
+    return path
+
+
+def refused(capsys, path, form, *words):
+    """The one line of an error, after which there is no run."""
+    out = path.with_name("run")
+    assert main(["convert", str(path), str(out), "--from", form, *map(str, words)]) == 2
+    assert not list(path.parent.glob("run*"))
+    line = capsys.readouterr().err
+    assert line.count("\n") == 1, line
+    return line
+
+
+@pytest.mark.parametrize("zipped", [True, False], ids=["zip", "legacy"])
+@pytest.mark.parametrize(("function", "named"), [(os.system, "posix.system"), (eval, "eval")])
+def test_a_pickle_with_a_payload_is_refused_and_nothing_is_run(tmp_path, capsys, function, named, zipped):
+    mark = tmp_path / "mark"
+    payload = Payload(function, f"open({str(mark)!r}, 'w')" if function is eval else f"touch {mark}")
+    state = {"model": DiT().state_dict(), "args": payload}
+    torch.save(state, tmp_path / "x.pt", _use_new_zipfile_serialization=zipped)
+    line = refused(capsys, tmp_path / "x.pt", "dit", "--set", "model.heads=2")
+    assert f"needs {named}, which would run code" in line
+    assert not mark.exists()
+    pickle.loads(pickle.dumps(payload))
+    assert mark.exists()  # the payload was a real one
+
+
+@pytest.mark.parametrize("value", [Empty(), torch.distributed.ReduceOp.SUM, argparse.Namespace(x=Empty())])
+def test_what_is_no_tensor_and_no_plain_value_is_refused_by_name(tmp_path, capsys, value):
+    torch.save({"model": DiT().state_dict(), "args": value}, tmp_path / "x.pt")
+    line = refused(capsys, tmp_path / "x.pt", "dit", "--set", "model.heads=2")
+    assert "nothing of it was run" in line
+
+
+def test_types_that_other_libraries_allow_are_refused_and_stay_allowed(tmp_path, capsys):
+    """megatron-core lets torch.load make pathlib.PosixPath, among others, in the whole process."""
+    torch.serialization.add_safe_globals([Empty])
+    before = set(torch.serialization.get_safe_globals())
+    torch.save({"model": DiT().state_dict(), "args": Empty()}, tmp_path / "x.pt")
+    assert f"needs {__name__}.Empty" in refused(capsys, tmp_path / "x.pt", "dit", "--set", "model.heads=2")
+    assert set(torch.serialization.get_safe_globals()) == before
+    assert Empty in before
+
+
+@pytest.mark.parametrize("zipped", [True, False], ids=["zip", "legacy"])
+@pytest.mark.parametrize("kept", [0.99, 0.5, 0.01, 0])
+def test_a_torn_file_is_refused(tmp_path, capsys, kept, zipped):
+    path = tmp_path / "x.pt"
+    torch.save(randomise(DiT(), seed=0).state_dict(), path, _use_new_zipfile_serialization=zipped)
+    whole = path.read_bytes()
+    path.write_bytes(whole[: int(kept * len(whole))])
+    assert "cannot be read" in refused(capsys, path, "dit", "--set", "model.heads=2")
+
+
+def test_what_is_no_checkpoint_is_refused(tmp_path, capsys):
+    path = tmp_path / "x.pt"
+    assert "is no file" in refused(capsys, path, "dit")
+    path.write_text("<html>not found</html>")
+    assert "cannot be read" in refused(capsys, path, "dit")
+    torch.save([torch.ones(2)], path)
+    assert "holds a list" in refused(capsys, path, "dit")
+    torch.save({"step": 3}, path)
+    assert "has 'step', which is no dense tensor of floats" in refused(capsys, path, "dit")
+    torch.save({"model": {"x": torch.ones(2)}, "ema": {"y": torch.ones(2)}}, path)
+    assert "they are of two models" in refused(capsys, path, "dit")
+
+
+def test_another_format_is_told(tmp_path, capsys):
+    path = save(tmp_path / "x.pt", PixArt())
+    assert "has no y_embedder.embedding_table.weight of 2 dimensions" in refused(capsys, path, "dit")
+    assert "has no patch_embed.proj.weight of 4 dimensions" in refused(capsys, path, "uvit")
+    assert main(["convert", str(path), str(tmp_path / "run"), "--from", "sit"]) == 2
+    assert "invalid choice: 'sit'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("form", "make", "changes", "message"),
+    [
+        ("dit", DiT, {"extra.weight": torch.ones(2)}, "has extra.weight, for which dit has no place"),
+        ("dit", DiT, {"blocks.1.mlp.fc2.bias": None}, "has nothing that becomes blocks.1.mlp.fc2.bias"),
+        ("dit", DiT, {"blocks.1.attn.proj.bias": torch.ones(3)}, "has [3] for blocks.1.out.bias, which is [16]"),
+        ("dit", DiT, {"final_layer.linear.weight": torch.ones(12, 16)}, "has [12, 16] for head.linear.weight"),
+        ("dit", DiT, {"pos_embed": torch.zeros(1, 16, 16)}, "another pos_embed than sin-cos"),
+        ("dit", DiT, {"pos_embed": torch.zeros(1, 15, 16)}, "positions of 15 patches: expected a square"),
+        ("dit", DiT, {"pos_embed": None}, "add --set model.sample_size=N"),
+        ("dit", DiT, {"blocks.0.attn.q_norm.weight": torch.ones(8)}, "has blocks.0.attn.q_norm.weight, for which"),
+        ("dit", DiT, {"t_embedder.mlp.0.weight": torch.ones(2, 2, dtype=torch.int8)}, "no dense tensor of floats"),
+        ("pixart", PixArt, {"csize_embedder.mlp.0.weight": torch.ones(2)}, "multi-scale models of side 1024"),
+        ("pixart", PixArt, {"ar_embedder.mlp.0.weight": torch.ones(2)}, "are told the picture's size"),
+        ("uvit", UViT, {"time_embed.0.weight": torch.ones(2)}, "has time_embed.0.weight: ours adds the timestep's"),
+        ("uvit", UViT, {"in_blocks.0.attn.qkv.bias": torch.ones(48)}, "has in_blocks.0.attn.qkv.bias, for which"),
+        ("uvit", UViT, {"label_emb.weight": None}, "has neither label_emb nor context_embed"),
+        ("uvit", UViT, {"final_layer.bias": None}, "has nothing that becomes head.conv.bias"),
+    ],
+)
+def test_weights_that_ours_has_no_place_for_or_lacks_are_refused(tmp_path, capsys, form, make, changes, message):
+    path = save(tmp_path / "x.pt", make(), **changes)
+    assert message in refused(capsys, path, form, "--set", "model.heads=2")
+
+
+def test_positions_that_averaging_moved_are_taken(tmp_path):
+    """DiT's script averages them with the weights: a decay of 0.9999 in fp32 moves them by up to 1.7e-4."""
+    fixed = DiT().pos_embed.data
+    moved = fixed.clone()
+    for _ in range(20_000):
+        moved.mul_(0.9999).add_(fixed, alpha=1 - 0.9999)
+    assert 5e-5 < (moved - fixed).abs().max() < 1e-3
+    path = save(tmp_path / "x.pt", DiT(), pos_embed=moved)
+    convert(path, tmp_path / "run", "--from", "dit", "--set", "model.heads=2")
+    assert our_model(tmp_path / "run").config.interpolation_scale == 1
+
+
+def test_what_the_file_does_not_say_is_asked_for(tmp_path, capsys):
+    path = save(tmp_path / "x.pt", DiT())
+    assert "depth 2 and width 16: add --set model.heads=N" in refused(capsys, path, "dit")
+    for heads in ("3", "0", "x"):
+        line = refused(capsys, path, "dit", "--set", f"model.heads={heads}")
+        assert f"model.heads={heads}: expected a divisor of the width 16" in line
+    heads = ["--set", "model.heads=2"]
+    assert "give the base width in one way: --base-shapes F.bsh, or" in refused(capsys, path, "dit-mup", *heads)
+    bsh = ["--base-shapes", tmp_path / "x.bsh"]
+    assert "give the base width in one way" in refused(capsys, path, "dit-mup", *heads, "mup.base_heads=1", *bsh)
+    assert "x.bsh does not exist" in refused(capsys, path, "dit-mup", *heads, *bsh)
+    assert "--base-shapes goes with --from dit-mup" in refused(capsys, path, "dit", *heads, *bsh)
+    assert "--base-shapes goes with --from dit-mup" in refused(capsys, path, "diffusers", *bsh)
+    assert "--drop-clip goes with --from diffusers" in refused(capsys, path, "dit", *heads, "--drop-clip")
+
+
+def test_base_shapes_of_another_model_are_refused(tmp_path, capsys):
+    path = save(tmp_path / "x.pt", dit_mup(8, 2))
+    dit_mup(8, 2, base_shapes=tmp_path / "deep.bsh", depth=3)
+    words = ["--set", "model.heads=8", "--base-shapes"]
+    assert "has blocks.2." in refused(capsys, path, "dit-mup", *words, tmp_path / "deep.bsh")
+    dit_mup(8, 2, base_shapes=tmp_path / "x.bsh")
+    line = refused(capsys, path, "dit-mup", "--set", "model.heads=2", "--base-shapes", tmp_path / "x.bsh")
+    assert "has no base of whole heads of 32" in line
+
+
+def test_the_two_parametrizations_are_not_mixed_up(tmp_path, capsys):
+    for name, mup, other in (("dit", True, "dit-mup"), ("dit-mup", False, "dit")):
+        state = {"model": DiT().state_dict(), "args": argparse.Namespace(mup=mup, num_heads=2)}
+        torch.save(state, tmp_path / "x.pt")
+        assert f"in its args: import it with --from {other}" in refused(capsys, tmp_path / "x.pt", name)
