@@ -119,14 +119,14 @@ def test_dit_mup_keeps_its_weights_and_multipliers(tmp_path):
     bsh = tmp_path / "width16.bsh"
 
     def make():
-        return dit_mup(8, 2, output_multiplier=4.0, base_shapes=bsh)
+        return dit_mup(8, 2, output_multiplier=2.0, base_shapes=bsh)
 
-    told = {"mup": True, "num_heads": 8, "dim_heads": 8, "logstd": 2, "loglr": -10.0, "load_base_shapes": "./x.bsh"}
+    told = {"mup": True, "num_heads": 8, "dim_heads": 8, "logstd": 1, "loglr": -10.0, "load_base_shapes": "./x.bsh"}
     raw, ema = training_file(tmp_path / "x.pt", make, **told)
     convert(tmp_path / "x.pt", tmp_path / "run", "--from", "dit-mup", "--base-shapes", bsh)
     bsh.unlink()  # the run needs it no more
     config = load_config(tmp_path / "run" / "config.yaml")
-    assert (config.mup.base_heads, config.mup.output_multiplier, config.optimizer.lr) == (2, 4.0, 2**-10)
+    assert (config.mup.base_heads, config.mup.output_multiplier, config.optimizer.lr) == (2, 2.0, 2**-10)
     readout = raw.final_layer.linear
     assert open_checkpoint(tmp_path / "run").manifest["multipliers"] == {
         "head.linear.weight": readout.output_mult / readout.width_mult()

@@ -68,12 +68,11 @@ def test_what_is_no_tensor_and_no_plain_value_is_refused_by_name(tmp_path, capsy
 
 def test_types_that_other_libraries_allow_are_refused_and_stay_allowed(tmp_path, capsys):
     """megatron-core lets torch.load make pathlib.PosixPath, among others, in the whole process."""
-    torch.serialization.add_safe_globals([Empty])
-    before = set(torch.serialization.get_safe_globals())
     torch.save({"model": DiT().state_dict(), "args": Empty()}, tmp_path / "x.pt")
-    assert f"needs {__name__}.Empty" in refused(capsys, tmp_path / "x.pt", "dit", "--set", "model.heads=2")
-    assert set(torch.serialization.get_safe_globals()) == before
-    assert Empty in before
+    with torch.serialization.safe_globals([Empty]):
+        before = set(torch.serialization.get_safe_globals())
+        assert f"needs {__name__}.Empty" in refused(capsys, tmp_path / "x.pt", "dit", "--set", "model.heads=2")
+        assert set(torch.serialization.get_safe_globals()) == before
 
 
 @pytest.mark.parametrize("zipped", [True, False], ids=["zip", "legacy"])
