@@ -84,18 +84,6 @@ def test_another_width_is_near_the_average_of_all_steps(trained, tmp_path, capsy
     assert error**0.5 <= 0.02 * distance**0.5
 
 
-def test_files_are_bounded(trained, tmp_path, monkeypatch):
-    _, run = trained
-    average(run, 0.08, None, tmp_path / "one")
-    monkeypatch.setattr("checkpoints_tools.ema.FILE_BYTES", 20_000)
-    average(run, 0.08, None, tmp_path / "many")
-    one, many = open_checkpoint(tmp_path / "one"), open_checkpoint(tmp_path / "many")
-    assert len(one.manifest["files"]) == 1
-    assert len(many.manifest["files"]) > 3
-    for name in one.manifest["params"]:
-        assert torch.equal(one.full("ema", name), many.full("ema", name))
-
-
 def test_what_was_written_draws(trained, tmp_path, capsys):
     _, run = trained
     out = tmp_path / "out"
