@@ -39,8 +39,13 @@ def command_of(config: str, overrides: Sequence[str], run: Path, procs: int) -> 
     return [sys.executable, "-m", "megatron_dit", "train", config, *values, "--procs", str(procs)]
 
 
-def torment(command: Sequence[str], run: Path, times: int, number: int, draw: random.Random) -> Counter[str]:
-    """Start, send the signal at a random moment, ``times`` times; then let the run finish. Returns what was met."""
+def torment(
+    command: Sequence[str], run: Path, times: int, number: int, draw: random.Random, longest: float = 0.5
+) -> Counter[str]:
+    """Start, send the signal at a random moment, ``times`` times; then let the run finish. Returns what was met.
+
+    A moment after a step is at most ``longest`` seconds after it.
+    """
     met: Counter[str] = Counter()
     with ProgressBar("torment", times) as bar:
         for _ in range(times):
@@ -49,7 +54,7 @@ def torment(command: Sequence[str], run: Path, times: int, number: int, draw: ra
                     command, stdout=output, stderr=subprocess.STDOUT, preexec_fn=die_with_parent, text=True
                 )
                 moment, one = draw.choice(MOMENTS), draw.random() < 0.5
-                _wait(process, run, moment, draw)
+                _wait(process, run, moment, draw, longest)
                 output.seek(0)
                 assert process.poll() is None, f"it ended before it was killed {times} times:\n{output.read()}"
                 _send(process, number, draw if one else None)
@@ -62,14 +67,14 @@ def torment(command: Sequence[str], run: Path, times: int, number: int, draw: ra
     return met
 
 
-def _wait(process: subprocess.Popen[str], run: Path, moment: str, draw: random.Random) -> None:
+def _wait(process: subprocess.Popen[str], run: Path, moment: str, draw: random.Random, longest: float) -> None:
     deadline, before = time.monotonic() + PATIENCE, _step(run)
     latest = time.monotonic() + draw.uniform(0, 10) if moment == "start" else deadline
     while process.poll() is None and _step(run) in (0, before) and time.monotonic() < latest:
         time.sleep(0.001)
     assert time.monotonic() < deadline, "no step was made"
     if moment != "start":
-        time.sleep(draw.uniform(0, 0.5))
+        time.sleep(draw.uniform(0, longest))
     while moment == "save" and process.poll() is None and not any(run.glob("checkpoints/*.part")):
         assert time.monotonic() < deadline, "no checkpoint was begun"
     if moment == "save":

@@ -13,7 +13,7 @@ from typing import Any
 import torch.multiprocessing as mp
 
 SIZE = 4
-RENEW = 100  # tasks after which the ranks are started anew: ZeRO-3 engines leave process groups, whose threads poll
+RENEW = 40  # tasks after which the ranks are started anew: ZeRO-3 engines leave process groups, whose threads poll
 
 
 @dataclass

@@ -96,7 +96,9 @@ def test_adaln_at_full_learning_rate_is_seen(pool, dataset):
     assert of_blocks[1] > 0.3
 
 
-@pytest.mark.parametrize("arch", ARCHITECTURES)
+@pytest.mark.parametrize(
+    "arch", [pytest.param(arch, marks=[] if arch == "mmdit" else pytest.mark.slow) for arch in ARCHITECTURES]
+)
 @pytest.mark.parametrize("layout", [{"parallel.tensor": 2, "parallel.sequence": True}, {"parallel.zero_stage": 3}])
 def test_figures_do_not_depend_on_the_layout(pool, dataset, arch, layout):
     expected = pool.run(1, measure, arch, dataset, {}, [2, 4])[0]

@@ -16,6 +16,7 @@ from tests.test_engine import batch, start
 STEPS = 50
 # Adam turns the rounding of a gradient that is nearly zero into steps of full size, unless eps is above it.
 OPTIONS = {"optimizer.eps": 1e-3, "train.ema_decay": 0.95}
+QUICK = ("dp2-zero1", "dp2-zero3", "tp2-sp", "pp2", "dp2-pp2-zero1")  # the others run with -m slow
 SHARDED = [name for name, layout in LAYOUTS.items() if layout.ranks > 1 or layout.recompute != "none"]
 
 
@@ -55,7 +56,10 @@ def trained_ema(arch, layout, folder):
 
 @pytest.mark.parametrize(
     ("arch", "name"),
-    [*(("mmdit", name) for name in SHARDED), *((a, "dp2-pp2-zero1") for a in ARCHITECTURES if a != "mmdit")],
+    [
+        *(pytest.param("mmdit", name, marks=[] if name in QUICK else pytest.mark.slow) for name in SHARDED),
+        *(pytest.param(arch, "dp2-pp2-zero1", marks=pytest.mark.slow) for arch in ARCHITECTURES if arch != "mmdit"),
+    ],
 )
 def test_ema_equals_plain_pytorch(pool, tmp_path, arch, name):
     layout: Layout = LAYOUTS[name]

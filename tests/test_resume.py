@@ -14,6 +14,7 @@ import pytest
 import torch
 import yaml
 
+from benchmarks.kill_and_resume import command_of, differences, torment
 from megatron_dit.checkpoint.load import open_checkpoint
 from tests.configs import small_dict
 
@@ -76,17 +77,18 @@ def equal(one, other):
 
 
 @pytest.mark.parametrize(("ranks", "layout"), [(1, {}), (2, {"parallel.zero_stage": 3})])
-def test_sigkill_at_random_steps_changes_no_bit(dataset, tmp_path, ranks, layout):
-    finish(write(tmp_path, dataset, "whole", **layout), ranks)
-    path, run = write(tmp_path, dataset, "killed", **layout), tmp_path / "killed"
-    moments = random.SystemRandom().sample(range(2, STEPS - 2), 2)
-    print("killed at steps", moments)
-    for moment in sorted(moments):
-        signal_at(path, ranks, run, moment, signal.SIGKILL)
-    finish(path, ranks)
-    equal(states(tmp_path / "whole"), states(run))
-    steps = [json.loads(line)["step"] for line in (run / "metrics.jsonl").read_text().splitlines()]
-    assert steps == list(range(1, STEPS + 1))
+def test_sigkill_at_random_moments_changes_no_bit(dataset, tmp_path, ranks, layout):
+    """Thirty kills are benchmarks/kill_and_resume.py's."""
+    path, seed = write(tmp_path, dataset, "x", **layout, **{"train.steps": 150}), random.SystemRandom().randrange(2**32)
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    subprocess.run(command_of(str(path), [], whole, ranks), check=True, capture_output=True)
+    print("seed", seed)
+    torment(command_of(str(path), [], killed, ranks), killed, 3, signal.SIGKILL, random.Random(seed), longest=0.1)
+    one, other = open_checkpoint(whole), open_checkpoint(killed)
+    assert one.step == other.step == 150
+    assert not differences(one, other)
+    steps = [json.loads(line)["step"] for line in (killed / "metrics.jsonl").read_text().splitlines()]
+    assert steps == list(range(1, 151))
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])

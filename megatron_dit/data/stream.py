@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
@@ -71,6 +72,7 @@ def batches(data: Sequence[Index], config: Config, start: int, data_rank: int, d
         num_workers=config.data.workers,
         collate_fn=dataset.collate,
         pin_memory=torch.cuda.is_available(),
+        worker_init_fn=_keep_what_is_inherited,
         generator=torch.Generator().manual_seed(0),
     )
     stream: Iterator[Batch] = iter(loader)
@@ -79,6 +81,11 @@ def batches(data: Sequence[Index], config: Config, start: int, data_rank: int, d
     if config.data.text_encoder and not config.model.num_classes:
         stream = map(_online_text(data[0], config), stream)
     return map(OnlineFeatures(data[0], config), stream) if config.data.repa_encoder else stream
+
+
+def _keep_what_is_inherited(_: int) -> None:
+    """A forked worker does not collect its parent's garbage: a process group's end waits for threads it has not."""
+    gc.freeze()
 
 
 def _fetching_ahead(

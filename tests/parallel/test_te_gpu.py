@@ -12,7 +12,7 @@ from data_prep.demo import demo
 from tests.child import in_child
 from tests.configs import ARCHITECTURES, small
 
-pytestmark = [pytest.mark.gpu, pytest.mark.slow]
+pytestmark = pytest.mark.gpu
 
 CUDA = {"DS_ACCELERATOR": "cuda"}  # the tests' own processes have DeepSpeed on the CPU
 KINDS = [*ARCHITECTURES, "uvit-class"]

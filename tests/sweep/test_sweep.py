@@ -171,6 +171,7 @@ def test_two_processes_share_one_sweep(dataset, tmp_path):
         assert len(events) == 1  # opened once
 
 
+@pytest.mark.slow
 def test_the_hopeless_are_stopped(dataset, tmp_path):
     space = {"seed": {"choice": [0, 1, 2, 3, 4]}, "optimizer.lr": {"choice": [2**-7, 2**-20]}}
     path = write_sweep(tmp_path, dataset, space, base={"train.steps": 60, "train.log_every": 10}, stop_early=True)
