@@ -53,6 +53,7 @@ def test_verify_resume_prints_and_writes_every_pair(config, tmp_path, capsys):
         assert pair["order"]
         assert pair["mup"]
         assert pair["loss"] <= 1e-5
+        assert pair["state"] <= 0.01
         assert pair["equal"] == (pair["saved"] == pair["loaded"])
     assert found["tp2-sp to tp2-sp"]["loss"] > 0  # two processes do not add up as one does
     out = capsys.readouterr().out
@@ -60,10 +61,10 @@ def test_verify_resume_prints_and_writes_every_pair(config, tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
-    "fault", [{"loss": 1e-4}, {"ema": 0.5}, {"schedule": False}, {"order": False}, {"mup": False}, {"equal": False}]
+    "fault", [{"loss": 1e-4}, {"state": 0.5}, {"schedule": False}, {"order": False}, {"mup": False}, {"equal": False}]
 )
 def test_a_pair_with_a_fault_is_not_good(fault):
-    pair = verify.Pair("tp2", "tp2", loss=1e-6, ema=1e-3, schedule=True, order=True, mup=True, equal=True)
+    pair = verify.Pair("tp2", "tp2", loss=1e-6, state=1e-3, schedule=True, order=True, mup=True, equal=True)
     assert pair.good
     assert not replace(pair, **fault).good
 
