@@ -1,7 +1,10 @@
 """Kill a run again and again, start it again each time, and compare its end with that of an undisturbed run.
 
-    python benchmarks/kill_and_resume.py configs/quickstart.yaml train.steps=400 --procs 2 --signal KILL
-    python benchmarks/kill_and_resume.py configs/quickstart.yaml train.steps=400 --procs 2 --signal TERM
+    python benchmarks/kill_and_resume.py configs/quickstart.yaml $SMALL --procs 2 --signal KILL
+    python benchmarks/kill_and_resume.py configs/quickstart.yaml $SMALL --procs 2 --signal TERM
+
+where SMALL is "model.depth=2 model.heads=2 mup.base_heads=2 train.global_batch=16 train.micro_batch=8
+parallel.zero_stage=3 train.steps=1500": ten minutes each on two cores.
 
 Each time a moment is drawn: while the ranks start, some time after a step, or while a checkpoint is being written;
 and who gets the signal: one rank, or the launcher and with it all. Exit status 0 if every weight, moment and average
@@ -40,7 +43,7 @@ def command_of(config: str, overrides: Sequence[str], run: Path, procs: int) -> 
 
 
 def torment(
-    command: Sequence[str], run: Path, times: int, number: int, draw: random.Random, longest: float = 0.5
+    command: Sequence[str], run: Path, times: int, number: int, draw: random.Random, longest: float
 ) -> Counter[str]:
     """Start, send the signal at a random moment, ``times`` times; then let the run finish. Returns what was met.
 
@@ -109,6 +112,7 @@ def main() -> int:
     parser.add_argument("--procs", type=int, default=2)
     parser.add_argument("--times", type=int, default=30)
     parser.add_argument("--signal", choices=["KILL", "TERM"], default="KILL")
+    parser.add_argument("--longest", type=float, default=3.0, help="seconds from a run's first step to the signal")
     parser.add_argument("--seed", type=int, default=0)
     parsed = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
@@ -118,7 +122,7 @@ def main() -> int:
         subprocess.run(commands[0], check=True, stdout=subprocess.DEVNULL)
         print(f"undisturbed: {time.monotonic() - started:.0f} s")
         number = signal.Signals[f"SIG{parsed.signal}"]
-        met = torment(commands[1], killed, parsed.times, number, random.Random(parsed.seed))
+        met = torment(commands[1], killed, parsed.times, number, random.Random(parsed.seed), parsed.longest)
         one, other = open_checkpoint(whole), open_checkpoint(killed)
         different = differences(one, other)
         steps = [json.loads(line)["step"] for line in (killed / "metrics.jsonl").read_text().splitlines()]

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import shutil
+import time
 
 from megatron_dit.checkpoint.save import Saver, clear, old_ones, set_aside
 from megatron_dit.engine import Engine
 from megatron_dit.errors import UserError, writing
 from megatron_dit.optimizer import power_averages
 from megatron_dit.run_folder import RunFolder
+
+SECONDS_BETWEEN_PICTURES = 60.0  # to draw one takes longer than to save a small model
 
 
 class RunSaver:
@@ -17,6 +20,7 @@ class RunSaver:
     def __init__(self, engine: Engine, run: RunFolder) -> None:
         self._engine, self._run, self._config = engine, run, engine.config
         self._snapshot, self._checkpoint = Saver(engine), Saver(engine)
+        self._drawn = time.monotonic()
 
     def prepare(self) -> list[str]:
         """Make the folders, clear what unfinished saves left in them; lines to say. Rank 0 alone, before any step."""
@@ -67,7 +71,9 @@ class RunSaver:
                 try:
                     for old in old_ones(self._run.checkpoints, config.keep, config.keep_every):
                         shutil.rmtree(old)
-                    self._run.plot()
+                    if must or time.monotonic() - self._drawn > SECONDS_BETWEEN_PICTURES:
+                        self._run.plot()
+                        self._drawn = time.monotonic()
                 except OSError as error:
                     lines.append(f"{error}; training goes on")
         return lines
