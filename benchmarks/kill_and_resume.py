@@ -42,6 +42,10 @@ def command_of(config: str, overrides: Sequence[str], run: Path, procs: int) -> 
     return [sys.executable, "-m", "megatron_dit", "train", config, *values, "--procs", str(procs)]
 
 
+def undisturbed(command: Sequence[str]) -> None:
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL, preexec_fn=die_with_parent)
+
+
 def torment(
     command: Sequence[str], run: Path, times: int, number: int, draw: random.Random, longest: float
 ) -> Counter[str]:
@@ -66,7 +70,7 @@ def torment(
             met[f"{moment}, {'one rank' if one else 'all'}"] += 1
             met["while a checkpoint was written"] += torn
             bar.advance(f"{moment}, step {_step(run)}{', a checkpoint under way' if torn else ''}")
-    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+    undisturbed(command)
     return met
 
 
@@ -119,7 +123,7 @@ def main() -> int:
         whole, killed = Path(scratch) / "whole", Path(scratch) / "killed"
         commands = [command_of(parsed.config, parsed.overrides, run, parsed.procs) for run in (whole, killed)]
         started = time.monotonic()
-        subprocess.run(commands[0], check=True, stdout=subprocess.DEVNULL)
+        undisturbed(commands[0])
         print(f"undisturbed: {time.monotonic() - started:.0f} s")
         number = signal.Signals[f"SIG{parsed.signal}"]
         met = torment(commands[1], killed, parsed.times, number, random.Random(parsed.seed), parsed.longest)

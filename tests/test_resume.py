@@ -14,7 +14,7 @@ import pytest
 import torch
 import yaml
 
-from benchmarks.kill_and_resume import command_of, differences, torment
+from benchmarks.kill_and_resume import command_of, differences, torment, undisturbed
 from megatron_dit.checkpoint.load import open_checkpoint
 from tests.configs import small_dict
 
@@ -81,7 +81,7 @@ def test_sigkill_at_random_moments_changes_no_bit(dataset, tmp_path, ranks, layo
     """Thirty kills are benchmarks/kill_and_resume.py's."""
     path, seed = write(tmp_path, dataset, "x", **layout, **{"train.steps": 150}), random.SystemRandom().randrange(2**32)
     whole, killed = tmp_path / "whole", tmp_path / "killed"
-    subprocess.run(command_of(str(path), [], whole, ranks), check=True, capture_output=True)
+    undisturbed(command_of(str(path), [], whole, ranks))
     print("seed", seed)
     torment(command_of(str(path), [], killed, ranks), killed, 3, signal.SIGKILL, random.Random(seed), longest=0.1)
     one, other = open_checkpoint(whole), open_checkpoint(killed)
