@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -58,6 +59,30 @@ def test_verify_resume_prints_and_writes_every_pair(config, tmp_path, capsys):
     assert found["tp2-sp to tp2-sp"]["loss"] > 0  # two processes do not add up as one does
     out = capsys.readouterr().out
     assert "samples and their order are the single process's: 4 of 4" in out
+
+
+def resumed_without(lost, dataset, folder):
+    """Runs in the pool's rank: a run of six steps, and its end again from step 3 with a state that is not restored."""
+    from megatron_dit.checkpoint import load
+    from megatron_dit.verify.resume import resumed
+
+    config, folder = small("mmdit", **{"data.path": str(dataset), "train.steps": 6}), Path(folder)
+    resumed(config, folder / "whole", 3)
+    keys = load.state_keys
+    load.state_keys = lambda train: [key for key in keys(train) if key != lost]
+    try:
+        whole = str(folder / "whole")
+        found = resumed(config, folder / "again", 3, {"dp1": whole}, whole, whole)
+    finally:
+        load.state_keys = keys
+    return found.state["dp1"], found.equal["dp1"]
+
+
+@pytest.mark.parametrize("lost", [None, "exp_avg", "exp_avg_sq", "ema"])
+def test_a_state_that_is_not_restored_is_seen(pool, dataset, tmp_path, lost):
+    ((distance, equal),) = pool.run(1, resumed_without, lost, str(dataset), str(tmp_path))
+    assert equal == (lost is None)
+    assert (distance > 0.5) == (lost is not None)
 
 
 @pytest.mark.parametrize(

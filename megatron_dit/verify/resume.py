@@ -165,7 +165,7 @@ def _drift(found: CheckpointReader, start: CheckpointReader, end: CheckpointRead
             value = end.full(key, name)
             off += float((found.full(key, name) - value).square().sum())
             moved += float((start.full(key, name) - value).square().sum())
-        ratios.append(math.sqrt(off / moved))
+        ratios.append(math.sqrt(off / moved) if math.isfinite(off) else math.inf)
     return max(ratios)
 
 
