@@ -68,7 +68,7 @@ def torment(
                 process.wait(PATIENCE)
             torn = number == signal.SIGKILL and any(run.glob("checkpoints/*.part"))
             met[f"{moment}, {'one rank' if one else 'all'}"] += 1
-            met["while a checkpoint was written"] += torn
+            met["with an unfinished checkpoint in the folder"] += torn
             bar.advance(f"{moment}, step {_step(run)}{', a checkpoint under way' if torn else ''}")
     undisturbed(command)
     return met
