@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -61,7 +62,10 @@ class Saver:
         for name, view in views.items():
             if name not in self._copies:
                 self._copies[name] = torch.empty(view.shape, pin_memory=view.is_cuda)
-            self._copies[name].copy_(view, non_blocking=True)
+            if view.is_cuda:
+                self._copies[name].copy_(view, non_blocking=True)
+            else:  # by one thread: torch's would wait for one another at each tensor on cores that read data
+                np.copyto(self._copies[name].numpy(), view.numpy())
         if torch.cuda.is_available():
             torch.cuda.synchronize()
         self._start(folder, keys, {name: self._copies[name] for name in views}, about)
