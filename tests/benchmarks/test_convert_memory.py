@@ -8,9 +8,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parents[2]
 
 
+@pytest.mark.slow
 def test_peak_is_within_two_files_and_an_empty_process(tmp_path):
     """0.13B parameters are 480 MB in fp32, in files of 50 MB; in a process of its own, whose peak is nobody else's."""
     figures = tmp_path / "figures.json"

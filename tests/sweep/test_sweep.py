@@ -160,6 +160,7 @@ def test_one_trial_alone_is_the_sweeps_own(dataset, tmp_path, capsys):
     assert "--trial 3" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_two_processes_share_one_sweep(dataset, tmp_path):
     path = write_sweep(tmp_path, dataset, {"optimizer.lr": {"log2": [-10, -7]}})
     command = [sys.executable, "-m", "megatron_dit", "sweep", str(path)]
