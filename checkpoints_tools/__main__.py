@@ -73,10 +73,7 @@ def main(arguments: list[str]) -> int:
     command.add_argument("--step", type=int, help="step of the snapshot to average at (the last)")
     command.add_argument("--out", type=Path, required=True, help="folder of the checkpoint to write")
     example = "python -m checkpoints_tools reshard runs/quickstart runs/moved --tensor 2"
-    text = (
-        "Cut a checkpoint anew, one file a tensor-parallel rank. Training opens any layout without: this is for many "
-    )
-    text += "ranks that would all read all of it."
+    text = "Cut a checkpoint anew for tensor parallelism, one file a rank. Training opens any layout without."
     command = add_command(commands, "reshard", text, example, _reshard)
     command.add_argument("checkpoint", help="a run's folder (its newest checkpoint) or one checkpoint")
     command.add_argument("out", type=Path, help="the run folder to write; it must not exist")
@@ -142,8 +139,10 @@ def _prune(parsed: argparse.Namespace) -> int:
     for name, least in (("keep", 1), ("keep_every", 0)):
         if getattr(parsed, name) < least:
             raise UserError(f"--{name.replace('_', '-')} {getattr(parsed, name)}: expected at least {least}")
-    folder = open_checkpoint(parsed.folder).folder.parent  # raises where no checkpoint is whole
-    torn = newest(folder)[1]
+    folder = parsed.folder / "checkpoints"
+    found, torn = newest(folder)
+    if found is None and not torn:
+        raise UserError(f"{parsed.folder} has no checkpoints: give a run's folder")
     if torn:
         raise UserError(f"{torn[0]}: move it away first, so that what is kept is whole")
     old = old_ones(folder, parsed.keep, parsed.keep_every)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,12 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from checkpoints_tools.write import write_checkpoint
+from checkpoints_tools.write import aside, write_checkpoint
 from megatron_dit.checkpoint.format import CheckpointReader, Torn
 from megatron_dit.checkpoint.save import checkpoints
 from megatron_dit.config import config_from_dict
 from megatron_dit.config.checks import check_sigma_rel
-from megatron_dit.errors import UserError, writing
+from megatron_dit.errors import UserError
 from megatron_dit.optimizer import power_averages
 from megatron_dit.optimizer.averages import Profile, combination, gamma_of
 from megatron_dit.progress import ProgressBar
@@ -55,15 +54,9 @@ def average(run: Path, sigma_rel: float, step: int | None, out: Path) -> dict[st
     target = Profile(gamma_of(sigma_rel), readers[-1].manifest["adam_steps"])
     coefficients, missed = combination([item.profile for item in stored], target)
     figures = {"sigma_rel": sigma_rel, "step": step, "averages": len(stored), "missed": missed}
-    part = out.with_name(out.name + ".part")
-    with writing(out):
-        try:
-            shutil.rmtree(part, ignore_errors=True)
-            manifest = {**readers[-1].manifest, "states": ["ema"], "post_hoc": figures}
-            write_checkpoint(part, manifest, _combined(stored, coefficients.tolist()))
-            part.replace(out)
-        finally:
-            shutil.rmtree(part, ignore_errors=True)
+    with aside(out) as part:
+        manifest = {**readers[-1].manifest, "states": ["ema"], "post_hoc": figures}
+        write_checkpoint(part, manifest, _combined(stored, coefficients.tolist()))
     return figures
 
 

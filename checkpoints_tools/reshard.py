@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
 from torch import Tensor
 
-from checkpoints_tools.write import write_checkpoint
+from checkpoints_tools.write import aside, write_checkpoint
 from megatron_dit.checkpoint.format import CheckpointReader
 from megatron_dit.checkpoint.save import step_folder
 from megatron_dit.config import config_from_dict, save_config
-from megatron_dit.errors import UserError, writing
+from megatron_dit.errors import UserError
 from megatron_dit.progress import ProgressBar
 from megatron_dit.run_folder import CONFIG
 
@@ -27,17 +26,9 @@ def reshard(reader: CheckpointReader, out: Path, tensor_size: int) -> None:
         raise UserError(f"{out} exists: give a new folder")
     config = config_from_dict(reader.manifest["config"])
     config = replace(config, run_dir=str(out), parallel=replace(config.parallel, tensor=tensor_size))
-    part = out.with_name(out.name + ".part")
-    with writing(out):
-        try:
-            shutil.rmtree(part, ignore_errors=True)
-            write_checkpoint(
-                step_folder(part / "checkpoints", reader.step), reader.manifest, _tensors(reader), tensor_size
-            )
-            save_config(config, part / CONFIG)
-            part.replace(out)
-        finally:
-            shutil.rmtree(part, ignore_errors=True)
+    with aside(out) as part:
+        write_checkpoint(step_folder(part / "checkpoints", reader.step), reader.manifest, _tensors(reader), tensor_size)
+        save_config(config, part / CONFIG)
 
 
 def _tensors(reader: CheckpointReader) -> Iterator[tuple[str, str, Tensor]]:

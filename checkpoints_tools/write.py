@@ -1,10 +1,11 @@
-"""Checkpoints made of full tensors, one at a time, as training writes them."""
+"""Folders written aside, and checkpoints made of full tensors, one at a time, as training writes them."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
-from contextlib import ExitStack
+import shutil
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,25 @@ from checkpoints_tools.convert.tensors import Spec, TensorFile
 from megatron_dit.checkpoint.format import MANIFEST
 from megatron_dit.config import ParallelConfig
 from megatron_dit.data.tar import sha256_of
+from megatron_dit.errors import writing
 from megatron_dit.mup.init import cut
+
+
+@contextmanager
+def aside(out: Path) -> Iterator[Path]:
+    """A folder beside ``out`` that becomes it if all goes well, and is removed if not.
+
+    Raises UserError where it cannot be written.
+    """
+    part = out.with_name(out.name + ".part")
+    with writing(out):
+        try:
+            shutil.rmtree(part, ignore_errors=True)
+            part.mkdir(parents=True)
+            yield part
+            part.replace(out)
+        finally:
+            shutil.rmtree(part, ignore_errors=True)
 
 
 def write_checkpoint(
@@ -24,10 +43,9 @@ def write_checkpoint(
 ) -> None:
     """Fill ``folder`` with one file a tensor-parallel rank and the manifest, its layout and files made anew.
 
-    ``tensors`` gives (state, name, full fp32 tensor) for each of the manifest's states and parameters once, in any
-    order.
+    ``tensors`` gives (state, name, full fp32 tensor) in any order; what it does not give is zero.
     """
-    folder.mkdir(parents=True)
+    folder.mkdir(parents=True, exist_ok=True)
     params, states = manifest["params"], manifest["states"]
     paths = [folder / f"rank_{rank:05d}.safetensors" for rank in range(tensor_size)]
     with ExitStack() as stack:

@@ -77,3 +77,17 @@ def test_module_equals_console_script():
         pytest.fail("the console script is not installed: pip install -e .")
     assert helps[0] == helps[1]
     assert "verify" in helps[0]
+
+
+def test_a_thread_that_never_ends_keeps_no_command_from_ending():
+    """As a collective's does whose other ranks are gone."""
+    code = """
+import sys, threading
+from megatron_dit.cli import main
+threading.Thread(target=threading.Event().wait).start()
+sys.argv = ["megatron-dit", "train", "/nowhere.yaml"]
+main()
+"""
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert out.returncode == 2
+    assert out.stderr.startswith("error: config /nowhere.yaml does not exist")

@@ -127,11 +127,13 @@ def _pipeline_usage(export: Export, parts: Parts) -> str:
         return usage
     more = _PIXART if model.arch == "pixart" else _MMDIT
     values = {"tokens": model.text_tokens, "steps": sampling.steps, "guidance": f"{sampling.guidance:g}"}
-    return f"{usage}\n\nOr with `{stock}`, without code of this folder:\n\n{more.format(**values)}"
+    plain = f"With `{stock}`, without code of this folder:\n\n{more.format(**values)}"
+    return f"{plain}\n\nOr in one call, with code of this folder:\n\n{usage}"
 
 
 _PIXART = """```python
 import torch
+from diffusers import DiffusionPipeline
 from safetensors.torch import load_file
 
 pipe = DiffusionPipeline.from_pretrained("THIS FOLDER")
@@ -154,6 +156,7 @@ pictures = pipe(
 
 _MMDIT = """```python
 import torch
+from diffusers import DiffusionPipeline
 
 clip = dict.fromkeys(["text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2"])
 pipe = DiffusionPipeline.from_pretrained("THIS FOLDER", **clip)

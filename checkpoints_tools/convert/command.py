@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import re
-import shutil
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -16,6 +15,7 @@ from checkpoints_tools.convert.importing import from_diffusers
 from checkpoints_tools.convert.pipeline import find_index, find_parts, tokens_of, write_pipeline
 from checkpoints_tools.convert.published.importing import FORMATS, from_published
 from checkpoints_tools.convert.run import Import
+from checkpoints_tools.write import aside
 from megatron_dit.checkpoint.load import open_checkpoint
 from megatron_dit.cli import add_command
 from megatron_dit.cli.common import write_json
@@ -88,17 +88,9 @@ def _to_diffusers(parsed: argparse.Namespace) -> list[str]:
         _bytes(parsed.max_shard_size or "5GB"),
         tokens_of(config, index),
     )
-    part = parsed.out.with_name(parsed.out.name + ".part")
-    try:
-        shutil.rmtree(part, ignore_errors=True)
-        part.mkdir(parents=True)
+    with aside(parsed.out) as part:
         notes = write_model(export, part) if parts is None else write_pipeline(export, part, parts, parsed.link)
         (part / "README.md").write_text(card(export, parts))
-        part.replace(parsed.out)
-    except OSError as error:
-        raise UserError(f"{parsed.out} cannot be written ({error}): free space or choose another folder") from None
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
     return notes
 
 

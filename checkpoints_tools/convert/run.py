@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
-import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,14 +11,12 @@ import torch
 import yaml
 from torch import Tensor
 
-from checkpoints_tools.convert.tensors import Spec, TensorFile
-from megatron_dit.checkpoint.format import MANIFEST, STATE, manifest_of
+from checkpoints_tools.write import aside, write_checkpoint
+from megatron_dit.checkpoint.format import STATE, manifest_of
 from megatron_dit.checkpoint.save import step_folder
 from megatron_dit.config import Config, load_config, save_config
 from megatron_dit.data.fit import identity
 from megatron_dit.data.shards import read_index
-from megatron_dit.data.tar import sha256_of
-from megatron_dit.errors import UserError
 from megatron_dit.models import build_unsharded
 from megatron_dit.mup.rules import Param
 from megatron_dit.mup.shapes import describe
@@ -86,49 +82,25 @@ def write_run(
     were trained on (``data.fit.identity``), {} where that is not known; ``origin`` goes into the manifest as it is.
     """
     out = Path(config.run_dir)
-    part = out.with_name(out.name + ".part")
     params = describe(build_unsharded, config)
-    try:
-        shutil.rmtree(part, ignore_errors=True)
-        folder = step_folder(part / "checkpoints", 0)
-        folder.mkdir(parents=True)
-        states = [STATE, *state_keys(config.train)]
-        path = folder / "rank_00000.safetensors"
-        starts = {STATE: weights, **dict.fromkeys(averages(config.train), averaged or weights)}
-        _write_states(path, params, states, starts)
-        manifest = {
-            **manifest_of(config, params, states, data=dict(data)),
-            "files": {path.name: {"bytes": path.stat().st_size, "sha256": sha256_of(path)}},
-            **origin,
-        }
-        (folder / MANIFEST).write_text(json.dumps(manifest))
+    states = [STATE, *state_keys(config.train)]
+    starts = {STATE: weights, **dict.fromkeys(averages(config.train), averaged or weights)}
+    with aside(out) as part:
+        manifest = {**manifest_of(config, params, states, data=dict(data)), **origin}
+        write_checkpoint(step_folder(part / "checkpoints", 0), manifest, _tensors(params, starts))
         save_config(config, part / CONFIG)
-        part.replace(out)
-    except OSError as error:
-        raise UserError(f"{out} cannot be written ({error}): free space or choose another folder") from None
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
     return sum(torch.Size(param.shape).numel() for param in params.values())
 
 
-def _write_states(
-    path: Path,
-    params: Mapping[str, Param],
-    states: Sequence[str],
-    starts: Mapping[str, Callable[[Param], Tensor]],
-) -> None:
-    """One rank's file; states that are not in ``starts`` stay zero."""
-    specs: dict[str, Spec] = {
-        f"{state}/{name}": (torch.float32, (torch.Size(param.shape).numel(),))
-        for state in states
-        for name, param in params.items()
-    }
-    metadata = {"tensor_rank": "0", "starts": json.dumps(dict.fromkeys(params, 0))}
-    with TensorFile(path, specs, metadata) as file, ProgressBar("convert", len(params)) as bar:
+def _tensors(
+    params: Mapping[str, Param], starts: Mapping[str, Callable[[Param], Tensor]]
+) -> Iterator[tuple[str, str, Tensor]]:
+    """States that are not in ``starts`` are not given."""
+    with ProgressBar("convert", len(params)) as bar:
         for name, param in params.items():
             values = {give: give(param) for give in dict.fromkeys(starts.values())}
             for state, give in starts.items():
                 value = values[give]
                 assert tuple(value.shape) == tuple(param.shape), f"{name}: {tuple(value.shape)}, not {param.shape}"
-                file.put(f"{state}/{name}", value.flatten())
+                yield state, name, value
             bar.advance(name)

@@ -13,23 +13,24 @@ from typing import NoReturn
 from megatron_dit.cli import pictures, training, tuning
 from megatron_dit.cli.common import Parser, add_command
 from megatron_dit.errors import UserError
+from megatron_dit.launch import leave
 
 __all__ = ["Parser", "add_command", "main", "run"]
 
 
 def main() -> NoReturn:
-    sys.exit(run(sys.argv[1:]))
+    leave(run(sys.argv[1:]))
 
 
 def run(arguments: list[str]) -> int:
     """Run one command; returns the exit status."""
     try:
         parsed = _parse(_without_launcher_flags(arguments))
-        return _leave(parsed.run(parsed))
+        return parsed.run(parsed)
     except UserError as error:
         if os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0":
             print(f"error: {error}", file=sys.stderr)
-        return _leave(2)
+        return 2
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
@@ -46,19 +47,6 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
     if overrides:
         parsed.overrides = [*parsed.overrides, *overrides]
     return parsed
-
-
-def _leave(status: int) -> int:
-    """Leave at once in a multi-rank job.
-
-    After an error teardown would wait for collectives that will never come; after a pipeline's last message gloo's
-    threads now and then abort it.
-    """
-    if os.environ.get("WORLD_SIZE", "1") != "1":
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(status)
-    return status
 
 
 def _without_launcher_flags(arguments: list[str]) -> list[str]:

@@ -18,7 +18,7 @@ from typing import Any
 
 from megatron_dit.config import Config, load_config
 from megatron_dit.errors import UserError
-from megatron_dit.launch import die_with_parent, run_ranks
+from megatron_dit.launch import die_with_parent, leave, run_ranks
 from megatron_dit.run_folder import read_metrics
 from megatron_dit.trainer import train
 
@@ -86,16 +86,16 @@ def run_trial(files: TrialFiles, procs: int, last: float, keep: bool, devices: s
         os.environ["CUDA_VISIBLE_DEVICES"] = devices
     with files.lock() as mine:
         if not mine:
-            _leave(TAKEN)
+            leave(TAKEN)
         if files.result() is None:
             started = time.monotonic()
             reason = _train(files, procs)
             if reason is None:
-                _leave(INTERRUPTED)
+                leave(INTERRUPTED)
             files.write(judge(files, last, str(reason), time.monotonic() - started))
         if not keep:
             shutil.rmtree(files.folder / "checkpoints", ignore_errors=True)
-    _leave(0)
+    leave(0)
 
 
 def judge(files: TrialFiles, last: float, reason: str, seconds: float) -> Result:
@@ -149,9 +149,3 @@ def _last_error(files: TrialFiles) -> str:
     lines = files.file(".log").read_text().strip().splitlines()
     errors = [line.removeprefix("error: ") for line in lines if line.startswith("error: ")]
     return (errors or lines or ["no message"])[-1]
-
-
-def _leave(status: int) -> None:
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(status)
