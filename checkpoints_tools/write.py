@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from checkpoints_tools.convert.tensors import Spec, TensorFile
-from megatron_dit.checkpoint.format import MANIFEST
+from megatron_dit.checkpoint.format import write_manifest
 from megatron_dit.config import ParallelConfig
 from megatron_dit.data.tar import sha256_of
 from megatron_dit.errors import writing
@@ -69,7 +69,7 @@ def write_checkpoint(
         "layout": {"world": tensor_size, **asdict(ParallelConfig(tensor=tensor_size))},
         "files": {path.name: {"bytes": path.stat().st_size, "sha256": sha256_of(path)} for path in paths},
     }
-    (folder / MANIFEST).write_text(json.dumps(whole))
+    write_manifest(folder, whole)
 
 
 def _numel(param: Mapping[str, Any]) -> int:

@@ -83,6 +83,7 @@ def test_a_missing_readout_multiplier_is_seen(pool, dataset):
     assert abs(worst(found, "mup").slope) > 0.5
 
 
+@pytest.mark.slow
 def test_adaln_at_full_learning_rate_is_seen(pool, dataset):
     """Its gates start at zero, so its own growth with width shows from the second step on, in every block."""
     good, bad = (

@@ -76,7 +76,9 @@ def equal(one, other):
     assert not different, different
 
 
-@pytest.mark.parametrize(("ranks", "layout"), [(1, {}), (2, {"parallel.zero_stage": 3})])
+@pytest.mark.parametrize(
+    ("ranks", "layout"), [pytest.param(1, {}, marks=pytest.mark.slow), (2, {"parallel.zero_stage": 3})]
+)
 def test_sigkill_at_random_moments_changes_no_bit(dataset, tmp_path, ranks, layout):
     """Thirty kills are benchmarks/kill_and_resume.py's."""
     path, seed = write(tmp_path, dataset, "x", **layout, **{"train.steps": 150}), random.SystemRandom().randrange(2**32)
@@ -91,7 +93,7 @@ def test_sigkill_at_random_moments_changes_no_bit(dataset, tmp_path, ranks, layo
     assert steps == list(range(1, 151))
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
 def test_signal_saves_and_leaves(dataset, tmp_path, number):
     finish(write(tmp_path, dataset, "whole"), 2)
     path, run = write(tmp_path, dataset, "stopped", **{"checkpoint.every": 1000}), tmp_path / "stopped"
@@ -120,15 +122,3 @@ def test_resume_in_another_layout(dataset, tmp_path):
         assert (found[key] - value).norm() <= 1e-4 * value.norm().clamp_min(1e-3), key
     losses = [[json.loads(x)["loss"] for x in (tmp_path / n / "metrics.jsonl").open()] for n in ("whole", "moved")]
     assert losses[1] == pytest.approx(losses[0], rel=1e-5)
-
-
-def test_torn_checkpoint_is_named_and_the_one_before_used(dataset, tmp_path):
-    finish(write(tmp_path, dataset, "whole"), 1)
-    path, run = write(tmp_path, dataset, "torn"), tmp_path / "torn"
-    finish(path, 1)
-    newest = run / "checkpoints" / f"step_{STEPS:08d}" / "rank_00000.safetensors"
-    newest.write_bytes(newest.read_bytes()[:1000])
-    out = finish(path, 1)
-    assert f"step_{STEPS:08d} is torn" in out
-    assert "resumed" in out
-    equal(states(tmp_path / "whole"), states(run))

@@ -30,6 +30,7 @@ from megatron_dit.mup.rules import Param
 
 FORMAT = 3
 MANIFEST = "manifest.json"
+SEAL = "sha256"  # the manifest's last key: of all before it
 KEYS = (
     "format",
     "step",
@@ -42,6 +43,7 @@ KEYS = (
     "params",
     "multipliers",
     "files",
+    SEAL,
 )
 STATE = "master"
 
@@ -88,6 +90,17 @@ def manifest_of(
     }
 
 
+def write_manifest(folder: Path, manifest: Mapping[str, Any]) -> Path:
+    """Write ``folder/manifest.json`` and its seal; returns its path."""
+    path = folder / MANIFEST
+    path.write_text(json.dumps({**manifest, SEAL: _seal(manifest)}))
+    return path
+
+
+def _seal(manifest: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(manifest).encode()).hexdigest()
+
+
 @dataclass(frozen=True)
 class Fragment:
     file: Path
@@ -106,6 +119,8 @@ class CheckpointReader:
             lacking = next((key for key in KEYS if key not in self.manifest), None)
             if lacking is not None:
                 raise Torn(f"{folder / MANIFEST} has no {lacking}")
+            if self.manifest.pop(SEAL) != _seal(self.manifest):
+                raise Torn(f"{folder / MANIFEST} is not what was written (SHA-256)")
             if self.manifest["format"] != FORMAT:
                 raise UserError(f"{folder} has checkpoint format {self.manifest['format']}, expected {FORMAT}")
             for name, record in self.manifest["files"].items():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -67,7 +68,10 @@ def _passed_over(path: Path, why: str) -> str:
 
 
 def open_checkpoint(path: str | Path) -> CheckpointReader:
-    """A checkpoint by its own folder, or the newest of a run's folder. Raises UserError if there is none."""
+    """A checkpoint by its own folder, or the newest of a run's folder, naming torn ones on standard error.
+
+    Raises UserError if there is none.
+    """
     path = Path(path)
     if not path.is_dir():
         raise UserError(f"checkpoint {path} does not exist: give a run's folder or one of its checkpoints/step_*")
@@ -80,6 +84,8 @@ def open_checkpoint(path: str | Path) -> CheckpointReader:
     if reader is None:
         detail = f" ({'; '.join(torn)})" if torn else ""
         raise UserError(f"{path} holds no whole checkpoint{detail}: give a run's folder or a checkpoints/step_*")
+    for line in torn:
+        print(line, file=sys.stderr)
     return reader
 
 

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from megatron_dit.checkpoint.format import MANIFEST, STATE, manifest_of
+from megatron_dit.checkpoint.format import STATE, manifest_of, write_manifest
 from megatron_dit.errors import UserError, writing
 from megatron_dit.optimizer import state_keys
 from megatron_dit.parallel.topology import agree, agreed, gather
@@ -185,9 +185,7 @@ def _manifest(engine: Engine, keys: Sequence[str]) -> dict[str, Any]:
 
 
 def _finish(part: Path, target: Path, manifest: Mapping[str, Any]) -> None:
-    path = part / MANIFEST
-    path.write_text(json.dumps(manifest))
-    _sync(path)
+    _sync(write_manifest(part, manifest))
     _sync(part)
     shutil.rmtree(target, ignore_errors=True)
     part.replace(target)

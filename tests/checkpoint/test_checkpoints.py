@@ -136,7 +136,7 @@ def test_shards_and_full_tensors_are_inverse():
     assert torch.equal(unshard(shards, 0, 3), full)
 
 
-@pytest.mark.parametrize("harm", ["short", "missing", "manifest", "version"])
+@pytest.mark.parametrize("harm", ["short", "missing", "manifest", "version", "figure"])
 def test_torn_checkpoints_are_seen(pool, tmp_path, harm):
     pool.run(1, save_after, "mmdit", {}, str(tmp_path))
     folder = step_folder(tmp_path, 2)
@@ -148,6 +148,10 @@ def test_torn_checkpoints_are_seen(pool, tmp_path, harm):
         file.unlink()
     elif harm == "manifest":
         manifest.write_text(manifest.read_text()[:100])
+    elif harm == "figure":  # one digit: still a manifest in every other way
+        text = manifest.read_text()
+        assert '"adam_steps": 2,' in text
+        manifest.write_text(text.replace('"adam_steps": 2,', '"adam_steps": 3,'))
     else:
         manifest.write_text(json.dumps({k: v for k, v in json.loads(manifest.read_text()).items() if k != "files"}))
     with pytest.raises(Torn):

@@ -183,3 +183,14 @@ def test_inspect_tells_a_flipped_byte(config, tmp_path, capsys):
     assert "TORN" in json.loads((tmp_path / "b.json").read_text())["integrity"]
     with pytest.raises(Torn, match="not what was written"):
         CheckpointReader(file.parent).verify()
+
+
+def test_the_tools_name_a_torn_checkpoint_and_take_the_one_before(config, tmp_path, capsys):
+    from checkpoints_tools.__main__ import main
+
+    assert run(["train", str(config)]) == 0
+    manifest = tmp_path / "run" / "checkpoints" / "step_00000012" / "manifest.json"
+    manifest.write_text(manifest.read_text().replace('"step": 12', '"step": 13'))
+    assert main(["inspect", str(tmp_path / "run"), "--json", str(tmp_path / "a.json")]) == 0
+    assert json.loads((tmp_path / "a.json").read_text())["step"] == 9
+    assert "checkpoint step_00000012 is torn and passed over" in capsys.readouterr().err

@@ -20,7 +20,7 @@ KINDS = [*ARCHITECTURES, "uvit-class"]
 SEED = 2
 STEPS = 6
 # The others have no layer that these do not cut; they run with -m slow.
-OFTEN = {(arch, name) for arch in ARCHITECTURES for name in ("dp2-zero3", "pp2-interleaved", "tp2-sp-pp2")}
+OFTEN = {(arch, name) for arch in ARCHITECTURES for name in ("dp2-zero3", "pp2-interleaved", "tp2-sp")}
 CASES = [
     pytest.param(name, arch, marks=[] if arch == "mmdit" or (arch, name) in OFTEN else pytest.mark.slow)
     for name in LAYOUTS
