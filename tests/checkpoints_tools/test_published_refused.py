@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import pickle
 
 import pytest
 import torch
@@ -55,8 +54,9 @@ def test_a_pickle_with_a_payload_is_refused_and_nothing_is_run(tmp_path, capsys,
     line = refused(capsys, tmp_path / "x.pt", "dit", "--set", "model.heads=2")
     assert f"needs {named}, which would run code" in line
     assert not mark.exists()
-    pickle.loads(pickle.dumps(payload))
-    assert mark.exists()  # the payload was a real one
+    call, arguments = payload.__reduce__()  # what unpickling does
+    call(*arguments)
+    assert mark.exists()
 
 
 @pytest.mark.parametrize("value", [Empty(), torch.distributed.ReduceOp.SUM, argparse.Namespace(x=Empty())])
