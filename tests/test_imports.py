@@ -11,7 +11,7 @@ ROOT = Path(__file__).parents[1]
 
 # From the ground up; rooms on one line do not import each other.
 FLOORS = [
-    ["errors"],
+    ["errors", "runtime"],
     ["config"],
     ["mup"],
     ["parallel", "optimizer", "progress", "devices"],
