@@ -25,6 +25,7 @@ class ModelConfig:
     text_dim: int = 0  # mmdit, pixart, uvit: features of one text token
     text_tokens: int = 0  # mmdit, pixart, uvit: tokens a caption is padded or cut to
     num_classes: int = 0  # dit, uvit: class labels (uvit: these or text)
+    train_null_caption: bool = False  # pixart: train the null caption; the original's is fixed at its random values
     mlp_ratio: int = 4
     position_size: int = 0  # mmdit: side of the position table in patches (SD3 crops its centre); 0: as sample_size
     interpolation_scale: float = 1.0  # dit, pixart: positions are divided by it
@@ -45,6 +46,10 @@ class ModelConfig:
             at_least(f"model.{name}", getattr(self, name), 1)
         for name in {"num_classes", "text_dim", "text_tokens"} - set(conditions):
             check(getattr(self, name) == 0, f"model.{name}={getattr(self, name)}: {self.arch} has none, leave it out")
+        check(
+            not self.train_null_caption or self.arch == "pixart",
+            f"model.train_null_caption=true: {self.arch} has no null caption, remove the key",
+        )
         check(self.arch != "uvit" or self.depth % 2 == 1, f"model.depth={self.depth}: uvit expects an odd number")
         check(
             self.width % 4 == 0,
@@ -128,10 +133,12 @@ class ObjectiveConfig:
     shift: float = 1.0  # rectified_flow: resolution shift of t (SD3, eq. 23)
     repa_weight: float = 0.5  # with model.repa_block: weight of the alignment loss (REPA, arXiv 2410.06940, table 2)
     beta_schedule: str = "linear"  # ddpm: linear (1e-4 to 0.02) | scaled_linear (Stable Diffusion's)
+    normal_cdf: str = "exact"  # ddpm, learned range: exact | tanh, the approximation of DiT's and PixArt-α's own code
 
     def __post_init__(self) -> None:
         choice("objective.kind", self.kind, ("rectified_flow", "ddpm"))
         choice("objective.beta_schedule", self.beta_schedule, ("linear", "scaled_linear"))
+        choice("objective.normal_cdf", self.normal_cdf, ("exact", "tanh"))
         at_least("objective.repa_weight", self.repa_weight, 0)
         check(self.logit_std > 0, f"objective.logit_std={self.logit_std}: expected a positive number")
         check(self.shift > 0, f"objective.shift={self.shift}: expected a positive number")

@@ -82,7 +82,8 @@ class UViT(DiffusionTransformer):
 
     def embed(self, x: Tensor, t: Tensor, condition: Condition, taps: Taps | None) -> State:
         patches = self.patch_embed(patchify(x, self.config.patch_size))
-        time = timestep_features(t, self.config.width).to(x.dtype)[None]
+        # The original's steps are numbered from 1: it is given n = t + 1, where alpha_bar has the index t.
+        time = timestep_features(t + 1, self.config.width).to(x.dtype)[None]
         tokens = torch.cat([time, self._condition(condition), patches]) + self.positions[:, None]
         tokens = self.backend.shard_tokens(tokens)
         if taps is not None:
