@@ -45,7 +45,7 @@ class DiT(DiffusionTransformer):
 
     def build_embedders(self) -> None:
         backend, config = self.backend, self.config
-        self.patch_embed = backend.linear(config.in_channels * config.patch_size**2, config.width)
+        self.patch_embed = backend.patch_embedding(config.in_channels, config.patch_size, config.width)
         self.time_embed = TimestepEmbedder(backend, config.width)
         self.label_embed = LabelEmbedder(config.num_classes, config.width)
 

@@ -77,7 +77,7 @@ class MMDiT(DiffusionTransformer):
 
     def build_embedders(self) -> None:
         backend, config = self.backend, self.config
-        self.patch_embed = backend.linear(config.in_channels * config.patch_size**2, config.width)
+        self.patch_embed = backend.patch_embedding(config.in_channels, config.patch_size, config.width)
         self.time_embed = TimestepEmbedder(backend, config.width)
         self.text_embed = backend.linear(config.text_dim, config.width)
 

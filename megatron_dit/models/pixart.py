@@ -1,4 +1,4 @@
-"""PixArt-α (arXiv 2310.00426): adaLN-single, masked cross-attention to T5, learned null caption and sigma."""
+"""PixArt-α (arXiv 2310.00426): adaLN-single, masked cross-attention to T5, fixed null caption, learned sigma."""
 
 from __future__ import annotations
 
@@ -78,30 +78,36 @@ class Head(nn.Module):
 
 
 class NullCaption(nn.Module):
-    """The learned (T, text_dim) caption that stands for "no caption"."""
+    """The (T, text_dim) caption that stands for "no caption".
 
-    def __init__(self, tokens: int, text_dim: int) -> None:
+    PixArt-α keeps its random initial values (a buffer there); ``model.train_null_caption`` trains it.
+    """
+
+    def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.table = nn.Parameter(torch.empty(tokens, text_dim))
-        set_init(self.table, "fan_in")
+        self.table = nn.Parameter(torch.empty(config.text_tokens, config.text_dim))
+        set_init(self.table, "fan_in", trained=config.train_null_caption)
+        self.trained = config.train_null_caption
 
     def forward(self, text: Tensor, dropped: Tensor) -> Tensor:
-        return torch.where(dropped[:, None, None], self.table.to(text.dtype), text)
+        """text (B, T, text_dim), dropped (B,) -> (B, T, text_dim)."""
+        table = self.table if self.trained else self.table.detach()
+        return torch.where(dropped[:, None, None], table.to(text.dtype), text)
 
 
 class PixArt(DiffusionTransformer):
     """State: patches (S, B, D), text (T, B, D), modulation (6, B, D), the timestep's embedding (1, B, D).
 
-    ``condition`` with text: masked tokens are not attended to, and a dropped text is the learned null caption,
-    unmasked; t in [0, 1000).
+    ``condition`` with text: masked tokens are not attended to. A dropped text is the null caption under the text's
+    own mask, as in the original: as many null tokens as the caption has. t in [0, 1000).
     """
 
     def build_embedders(self) -> None:
         backend, config, width = self.backend, self.config, self.config.width
-        self.patch_embed = backend.linear(config.in_channels * config.patch_size**2, width)
+        self.patch_embed = backend.patch_embedding(config.in_channels, config.patch_size, width)
         self.time_embed = TimestepEmbedder(backend, width)
         self.time_modulation = backend.gathered(width, 6 * width)
-        self.null_caption = NullCaption(config.text_tokens, config.text_dim)
+        self.null_caption = NullCaption(config)
         self.text_embed = CaptionEmbedder(backend, config.text_dim, width)
 
     def build_block(self, i: int) -> nn.Module:
@@ -123,7 +129,7 @@ class PixArt(DiffusionTransformer):
 
     def step(self, i: int, state: State, condition: Condition) -> State:
         image, text, t6, c = state
-        mask = condition.words()[1] | condition.dropped[:, None]  # (B, T)
+        _, mask = condition.words()  # (B, T)
         return self.blocks[str(i)](image, text, t6, mask[:, None, None]), text, t6, c
 
     def readout(self, state: State, height: int, width: int) -> Tensor:

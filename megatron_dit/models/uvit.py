@@ -61,7 +61,7 @@ class UViT(DiffusionTransformer):
 
     def build_embedders(self) -> None:
         backend, config, width = self.backend, self.config, self.config.width
-        self.patch_embed = backend.linear(config.in_channels * config.patch_size**2, width)
+        self.patch_embed = backend.patch_embedding(config.in_channels, config.patch_size, width)
         if config.num_classes:
             self.label_embed = LabelEmbedder(config.num_classes, width)
         else:

@@ -40,6 +40,8 @@ class Param:
     mup: MupConfig
     dim: int | None = None  # the dimension that tensor parallelism cuts, each of ``pieces`` equal parts of it
     pieces: int = 1
+    trained: bool = True  # False: it keeps its initial values
+    kernel: int = 1  # elements of the convolution kernel that the columns of a patch embedding stand for
 
     @property
     def role(self) -> str:
@@ -66,10 +68,12 @@ class Param:
 
     @property
     def lr_multiplier(self) -> float:
-        return self._power(RULES[self.role].lr)
+        return self._power(RULES[self.role].lr) if self.trained else 0.0
 
     @property
     def weight_decay_multiplier(self) -> float:
+        if not self.trained:
+            return 0.0
         return self._power(RULES[self.role].weight_decay) if self.mup.coupled_decay else 1.0
 
     @property
@@ -91,6 +95,8 @@ class Param:
         standard = self.mup.parametrization == "standard"
         sizes = zip(self.shape, self.base, strict=True)
         base_shape = tuple(size if base is None or standard else base for size, base in sizes)
+        if self.kernel > 1:  # (outputs, channels, kernel), as the convolution's
+            base_shape = (base_shape[0], base_shape[1] // self.kernel, self.kernel)
         return self.scheme.std(base_shape) * self._power(RULES[self.role].init_std)
 
     @property

@@ -29,6 +29,11 @@ def _xavier(shape: Shape) -> float:
     return math.sqrt(2 / (math.prod(shape[1:]) + shape[0] * math.prod(shape[2:])))
 
 
+def _xavier_matrix(shape: Shape) -> float:
+    """Of a convolution that is viewed as a matrix, (outputs, channels * kernel)."""
+    return _xavier((shape[0], math.prod(shape[1:])))
+
+
 def _normal(std: float) -> Scheme:
     return Scheme(lambda _: std)
 
@@ -36,6 +41,7 @@ def _normal(std: float) -> Scheme:
 FAN_IN = Scheme(fan_in)
 ZERO = _normal(0.0)
 XAVIER = Scheme(_xavier, uniform=True)
+XAVIER_MATRIX = Scheme(_xavier_matrix, uniform=True)
 
 KINDS: dict[str, Scheme] = {  # what a layer marks its parameters with (parallel.layers.set_init)
     "fan_in": FAN_IN,
@@ -54,6 +60,7 @@ PRESETS: dict[str, dict[str, Scheme]] = {
         "time_embed.*.weight": _normal(0.02),
         "label_embed.table": _normal(0.02),
         "*modulation.weight": ZERO,
+        "patch_embed.weight": XAVIER_MATRIX,
         "*.weight": XAVIER,
     },
     # DiT-μP (arXiv 2505.15270): Kaiming normal everywhere, adaLN not zero.
@@ -65,11 +72,11 @@ PRESETS: dict[str, dict[str, Scheme]] = {
         "text_embed.*.weight": _normal(0.02),
         "*modulation.table": FAN_IN,
         "*cross_out.weight": ZERO,
+        "patch_embed.weight": XAVIER_MATRIX,
         "*.weight": XAVIER,
     },
     # PixArt-α-μP (arXiv 2505.15270).
     "pixart-mup": {
-        "patch_embed.weight": _normal(0.02),
         "time_*.weight": _normal(0.02),
         "text_embed.*.weight": _normal(0.02),
         "*cross_out.weight": ZERO,

@@ -56,6 +56,8 @@ def _marks(p: Any) -> dict[str, Any]:
     cut = getattr(p, "tensor_model_parallel", False)
     return {
         "init_kind": p.init_kind,
+        "trained": p.trained,
+        "kernel": getattr(p, "kernel", 1),
         "dim": p.partition_dim if cut else None,
         "pieces": p.partition_stride if cut else 1,
     }

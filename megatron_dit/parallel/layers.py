@@ -31,11 +31,15 @@ from megatron_dit.parallel.topology import SOLO, Topology
 
 
 class Linear(nn.Linear):
-    """A replicated linear layer. ``multiplier`` is μP's forward multiplier (readouts: 1/n)."""
+    """A replicated linear layer. ``multiplier`` is μP's forward multiplier (readouts: 1/n).
 
-    def __init__(self, inputs: int, outputs: int, *, init: str = "fan_in") -> None:
+    ``kernel`` is the number of elements of the convolution kernel that the layer stands for (patch embedding: p²).
+    """
+
+    def __init__(self, inputs: int, outputs: int, *, init: str = "fan_in", kernel: int = 1) -> None:
         super().__init__(inputs, outputs)
         self.multiplier = 1.0
+        self.weight.kernel = kernel  # pyright: ignore[reportAttributeAccessIssue]
         set_init(self.weight, init)
         set_init(self.bias, "zero")
 
@@ -200,6 +204,10 @@ class Backend:
     def linear(self, inputs: int, outputs: int, *, init: str = "fan_in") -> Linear:
         return Linear(inputs, outputs, init=init)
 
+    def patch_embedding(self, channels: int, patch: int, outputs: int) -> Linear:
+        """A convolution of stride ``patch`` as a linear layer of patches (S, B, channels * patch²)."""
+        return Linear(channels * patch**2, outputs, kernel=patch**2)
+
     def column(
         self, inputs: int, outputs: int, *, pieces: int = 1, sharded_input: bool = True, bias: bool = True
     ) -> ColumnLinear:
@@ -277,9 +285,13 @@ class Backend:
         return out
 
 
-def set_init(parameter: Any, kind: str) -> None:
-    """Mark how ``mup.rules`` initialises a parameter: a key of ``mup.schemes.KINDS``."""
-    parameter.init_kind = kind
+def set_init(parameter: Any, kind: str, *, trained: bool = True) -> None:
+    """Mark how ``mup.rules`` treats a parameter: ``kind`` is a key of ``mup.schemes.KINDS``.
+
+    One that is not ``trained`` keeps its initial values: its learning rate and weight decay are zero, and its module
+    detaches it.
+    """
+    parameter.init_kind, parameter.trained = kind, trained
 
 
 def _never(_: Tensor) -> None:

@@ -103,7 +103,7 @@ def their_model(folder, arch):
 
 
 def inputs(model):
-    """(x, t, condition): three pictures, the second one's condition dropped, the last one's text cut short."""
+    """(x, t, condition): three pictures, the second one's condition dropped, the texts of the last two cut short."""
     generator = torch.Generator().manual_seed(5)
     side = model.sample_size
     x = torch.randn(3, model.in_channels, side, side, generator=generator)
@@ -112,7 +112,7 @@ def inputs(model):
     if model.num_classes:
         return x, t, Condition(dropped, label=torch.randint(model.num_classes, (3,), generator=generator))
     mask = torch.ones(3, model.text_tokens, dtype=torch.bool)
-    mask[2, model.text_tokens // 2 :] = False
+    mask[1:, model.text_tokens // 2 :] = False
     return x, t, Condition(dropped, torch.randn(3, model.text_tokens, model.text_dim, generator=generator), mask)
 
 
@@ -125,8 +125,7 @@ def their_output(theirs, config, x, t, condition, null_caption=None):
         return theirs(x, timestep=t, class_labels=labels).sample
     if config.arch == "pixart":
         text = torch.where(dropped[:, None, None], null_caption, condition.text)
-        mask = condition.mask | dropped[:, None]
-        return theirs(x, encoder_hidden_states=text, timestep=t, encoder_attention_mask=mask).sample
+        return theirs(x, encoder_hidden_states=text, timestep=t, encoder_attention_mask=condition.mask).sample
     text = condition.text * (condition.mask & ~dropped[:, None])[..., None]
     if config.arch == "uvit":
         return theirs(x, encoder_hidden_states=text, timestep=t).sample

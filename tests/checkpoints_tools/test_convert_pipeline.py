@@ -105,7 +105,7 @@ def test_diffusers_own_pixart_pipeline_draws_ours(run):
     null = load_file(folder / "transformer" / "null_caption.safetensors")["null_caption"].expand_as(text)
     drawn = pipe(
         prompt_embeds=text, prompt_attention_mask=mask, negative_prompt=None, negative_prompt_embeds=null,
-        negative_prompt_attention_mask=torch.ones_like(mask), num_inference_steps=4, guidance_scale=2,
+        negative_prompt_attention_mask=mask, num_inference_steps=4, guidance_scale=2,
         use_resolution_binning=False, latents=noise, output_type="np",
     )  # fmt: skip
     assert same(drawn.images, expected)

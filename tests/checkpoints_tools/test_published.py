@@ -26,11 +26,13 @@ from tests.models.published import DiT, PixArt, UViT, dit_mup, randomise
 def their_output(theirs, config, x, t, condition):
     """The condition as the published model takes it, written out by hand."""
     if config.num_classes:
-        return theirs(x, t, torch.where(condition.dropped, config.num_classes, condition.label))
+        return theirs(
+            x, t + (config.arch == "uvit"), torch.where(condition.dropped, config.num_classes, condition.label)
+        )
     if config.arch == "uvit":
-        return theirs(x, t, condition.text * (condition.mask & ~condition.dropped[:, None])[..., None])
+        return theirs(x, t + 1, condition.text * (condition.mask & ~condition.dropped[:, None])[..., None])
     text = torch.where(condition.dropped[:, None, None], theirs.y_embedder.y_embedding, condition.text)
-    return theirs(x, t, text, condition.mask | condition.dropped[:, None])
+    return theirs(x, t, text, condition.mask)
 
 
 @torch.no_grad()
@@ -193,7 +195,7 @@ def test_a_label_table_without_no_class_gets_a_row(tmp_path, capsys):
     ours = our_model(tmp_path / "run")
     x, t, condition = inputs(ours.config)
     with torch.no_grad():
-        expected = theirs(x, t, condition.label)
+        expected = theirs(x, t + 1, condition.label)
         out = ours(x, t, condition)
     kept = ~condition.dropped
     assert (out - expected)[kept].norm() <= TOLERANCE * expected[kept].norm()

@@ -54,6 +54,27 @@ def test_presets_equal_the_packages_init(arch, preset, name, fill):
     assert kurtosis == pytest.approx(1.8 if fill is mup.init.xavier_uniform_ else 3.0, rel=0.15)
 
 
+@pytest.mark.parametrize("preset", ["pixart-mup", "pixart"])
+def test_patch_embedding_starts_as_the_originals_convolution(preset):
+    """PixArt-α-μP draws the kernel by mup's Xavier; PixArt-α draws it as the matrix that it is viewed as."""
+    config = small("pixart", heads=32, base_heads=8, **{"mup.init": preset})
+    param = describe(build_unsharded, config)["patch_embed.weight"]
+    patch = config.model.patch_size
+    target, base, delta = (torch.nn.Conv2d(3, 8 * heads, patch, patch) for heads in (32, 8, 16))
+    mup.set_base_shapes(target, base, delta=delta, rescale_params=False)
+    torch.manual_seed(0)
+    if preset == "pixart-mup":
+        mup.init.xavier_uniform_(target.weight)
+        assert param.init_std == pytest.approx(math.sqrt(2 / (patch**2 * (64 + 3))))
+    else:
+        torch.nn.init.xavier_uniform_(base.weight.flatten(1))
+        target = base
+    ours = initial_value(param, seed=0)
+    error = 5 / math.sqrt(2 * target.weight.numel())
+    assert param.init_std == pytest.approx(float(target.weight.std()), rel=error)
+    assert float(ours.abs().max()) <= math.sqrt(3) * param.init_std
+
+
 def test_presets_start_what_the_authors_start_at_zero():
     zero = {
         name

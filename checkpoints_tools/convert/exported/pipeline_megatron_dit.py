@@ -123,7 +123,7 @@ class MegatronDiTPipeline(DiffusionPipeline):
         if self._kind == "PixArtTransformer2DModel":
             null = load_file(self._file("null_caption.safetensors"))["null_caption"].to(text)
             names = ("encoder_hidden_states", "encoder_attention_mask")
-            values = (text, mask), (null.expand_as(text), torch.ones_like(mask))
+            values = (text, mask), (null.expand_as(text), mask)
             return dict(zip(names, values[0], strict=True)), dict(zip(names, values[1], strict=True))
         inputs = {"encoder_hidden_states": text * mask[..., None]}  # padding is attended to, as zeros
         if self._kind == "SD3Transformer2DModel":

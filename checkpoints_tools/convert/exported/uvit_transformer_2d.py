@@ -82,9 +82,9 @@ class UViTTransformer2DModel(ModelMixin, ConfigMixin):
         encoder_hidden_states: Tensor | None = None,
         return_dict: bool = True,
     ) -> Transformer2DModelOutput | tuple[Tensor]:
-        """hidden_states (B, C, H, W), timestep (B,) in [0, 1000), labels (B,) or text (B, T, text_dim).
+        """Return ε (B, C, H, W) of hidden_states (B, C, H, W) with labels (B,) or text (B, T, text_dim).
 
-        Returns ε (B, C, H, W).
+        timestep (B,) in [0, 1000) counts from 0, as diffusers' schedulers do; U-ViT itself counts from 1.
         """
         settings: Any = self.config
         height, width = (side // settings.patch_size for side in hidden_states.shape[-2:])
@@ -93,7 +93,7 @@ class UViTTransformer2DModel(ModelMixin, ConfigMixin):
             condition = self.label_embed(class_labels)[:, None]
         else:
             condition = self.text_embed(encoder_hidden_states)
-        time = self._sinusoids(timestep).to(patches.dtype)[:, None]
+        time = self._sinusoids(timestep + 1).to(patches.dtype)[:, None]
         x = torch.cat([time, condition, patches], dim=1) + self.positions
         kept: list[Tensor] = []
         for i, block in enumerate(self.blocks):
