@@ -50,7 +50,9 @@ def add_convert(commands: Any) -> None:
     back = command.add_argument_group("with --from")
     back.add_argument("--data", metavar="PATH", help="folder of data to sample, evaluate and train with (data.path)")
     back.add_argument("--set", nargs="+", metavar="a.b=v", help="overrides of the run's config")
-    back.add_argument("--base-shapes", type=Path, metavar="F.bsh", help="base widths of a dit-mup (package mup)")
+    back.add_argument(
+        "--base-shapes", type=Path, metavar="F.bsh", help="base widths of a dit-mup or pixart-mup (package mup)"
+    )
     back.add_argument("--drop-clip", action="store_true", help="import an SD3 without the pooled text of CLIP")
 
 

@@ -6,6 +6,7 @@ import argparse
 from collections import OrderedDict
 from pathlib import Path
 
+import mup
 import numpy as np
 import pytest
 import torch
@@ -45,9 +46,9 @@ def difference(run, theirs, ema=True):
     return float((ours(x, t, condition) - expected).norm() / expected.norm())
 
 
-def moments(model):
-    """As Adam's state_dict has them."""
-    adam = torch.optim.AdamW(model.parameters(), lr=1e-3)
+def moments(model, optimizer=torch.optim.AdamW):
+    """As the optimizer's state_dict has them."""
+    adam = optimizer(model.parameters(), lr=1e-3, weight_decay=0.02)
     for p in model.parameters():
         p.grad = torch.ones_like(p)
     adam.step()
@@ -57,7 +58,9 @@ def moments(model):
 def training_file(path, make, **arguments):
     """{model, ema, opt, args} of DiT's training script; returns the raw model and its average."""
     model, ema = randomise(make(), seed=0), randomise(make(), seed=1)
-    state = {"model": model.state_dict(), "ema": ema.state_dict(), "opt": moments(make())}
+    state = {"model": model.state_dict(), "ema": ema.state_dict()}
+    under_mup = any(hasattr(p, "infshape") for p in model.parameters())
+    state["opt"] = moments(make(), mup.MuAdamW if under_mup else torch.optim.AdamW)
     torch.save({**state, "args": argparse.Namespace(epochs=1400, ckpt=None, **arguments)}, path)
     return model, ema
 
@@ -94,6 +97,7 @@ def test_a_plain_state_dict_is_weights_and_average_at_once(tmp_path, zipped):
     [
         ("dit", DiT, 12, 6, 384), ("dit", DiT, 12, 12, 768), ("dit", DiT, 24, 16, 1024), ("dit", DiT, 28, 16, 1152),
         ("dit-mup", DiT, 28, 4, 288), ("dit-mup", DiT, 28, 8, 576), ("pixart", PixArt, 28, 16, 1152),
+        ("pixart-mup", PixArt, 28, 4, 288), ("pixart-mup", PixArt, 28, 16, 1152),
         ("uvit", UViT, 13, 8, 512), ("uvit", UViT, 17, 8, 512), ("uvit", UViT, 17, 12, 768),
         ("uvit", UViT, 21, 16, 1024), ("uvit", UViT, 29, 16, 1152),
     ],
@@ -103,7 +107,7 @@ def test_the_heads_of_published_sizes_are_known(name, kind, depth, heads, dim):
         weights = kind(dim=dim, depth=depth, heads=heads).state_dict()
     if name != "uvit":
         del weights["pos_embed"]  # its values tell the interpolation
-    file = Published(Path("x.pt"), weights, weights, argparse.Namespace(), False)
+    file = Published(Path("x.pt"), weights, weights, argparse.Namespace(), None)
     model = model_of(FORMATS[name], file, {"model.sample_size": "8"})
     assert (model["depth"], model["heads"], model["head_dim"]) == (depth, heads, dim // heads)
 
@@ -123,12 +127,17 @@ def test_dit_mup_keeps_its_weights_and_multipliers(tmp_path):
     def make():
         return dit_mup(8, 2, output_multiplier=2.0, base_shapes=bsh)
 
-    told = {"mup": True, "num_heads": 8, "dim_heads": 8, "logstd": 1, "loglr": -10.0, "load_base_shapes": "./x.bsh"}
+    told = {"mup": True, "num_heads": 8, "dim_heads": 8, "logstd": 1, "loglr": -9.0, "load_base_shapes": "./x.bsh"}
     raw, ema = training_file(tmp_path / "x.pt", make, **told)
     convert(tmp_path / "x.pt", tmp_path / "run", "--from", "dit-mup", "--base-shapes", bsh)
     bsh.unlink()  # the run needs it no more
     config = load_config(tmp_path / "run" / "config.yaml")
-    assert (config.mup.base_heads, config.mup.output_multiplier, config.optimizer.lr) == (2, 2.0, 2**-10)
+    assert (config.mup.base_heads, config.mup.output_multiplier, config.optimizer.lr) == (
+        2,
+        2.0,
+        1e-3,
+    )  # the optimizer's rate, not args.loglr's
+    assert config.optimizer.weight_decay == 0.02  # μP's hidden group has 4 times as much
     readout = raw.final_layer.linear
     assert open_checkpoint(tmp_path / "run").manifest["multipliers"] == {
         "head.linear.weight": readout.output_mult / readout.width_mult()
@@ -171,7 +180,7 @@ def test_pixarts_released_file_may_lack_positions(tmp_path):
     ("options", "changes"),
     [
         ({}, ()),
-        ({"conv": False, "channels": 4}, ()),
+        ({"conv": False}, ()),
         ({"text_dim": 12, "text_tokens": 77}, ()),
         ({"text_dim": 12, "text_tokens": 5}, ("model.text_tokens=5",)),
     ],
@@ -183,7 +192,7 @@ def test_uvit_is_imported(tmp_path, options, changes):
     convert(tmp_path / "nnet_ema.pth", tmp_path / "run", "--from", "uvit", "--set", "model.heads=2", *changes)
     assert difference(tmp_path / "run", theirs) <= TOLERANCE
     schedule = load_config(tmp_path / "run" / "config.yaml").objective.beta_schedule
-    assert schedule == ("scaled_linear" if options.get("channels") == 4 else "linear")
+    assert schedule == "scaled_linear"
 
 
 def test_a_label_table_without_no_class_gets_a_row(tmp_path, capsys):

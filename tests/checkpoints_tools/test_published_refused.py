@@ -122,6 +122,7 @@ def test_another_format_is_told(tmp_path, capsys):
         ("pixart", PixArt, {"ar_embedder.mlp.0.weight": torch.ones(2)}, "are told the picture's size"),
         ("uvit", UViT, {"time_embed.0.weight": torch.ones(2)}, "has time_embed.0.weight: ours adds the timestep's"),
         ("uvit", UViT, {"in_blocks.0.attn.qkv.bias": torch.ones(48)}, "has in_blocks.0.attn.qkv.bias, for which"),
+        ("uvit", lambda: UViT(channels=3), {}, "is a U-ViT on pixels (3 channels)"),
         ("uvit", UViT, {"label_emb.weight": None}, "has neither label_emb nor context_embed"),
         ("uvit", UViT, {"final_layer.bias": None}, "has nothing that becomes head.conv.bias"),
     ],
@@ -154,7 +155,7 @@ def test_what_the_file_does_not_say_is_asked_for(tmp_path, capsys):
     bsh = ["--base-shapes", tmp_path / "x.bsh"]
     assert "give the base width in one way" in refused(capsys, path, "dit-mup", *heads, "mup.base_heads=1", *bsh)
     assert "x.bsh does not exist" in refused(capsys, path, "dit-mup", *heads, *bsh)
-    assert "--base-shapes goes with --from dit-mup" in refused(capsys, path, "dit", *heads, *bsh)
+    assert "--base-shapes goes with --from dit-mup or pixart-mup" in refused(capsys, path, "dit", *heads, *bsh)
     assert "--base-shapes goes with --from dit-mup" in refused(capsys, path, "diffusers", *bsh)
     assert "--drop-clip goes with --from diffusers" in refused(capsys, path, "dit", *heads, "--drop-clip")
 

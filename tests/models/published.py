@@ -177,7 +177,7 @@ class UViT(nn.Module):
     """Tokens are label, timestep, patches, or with ``text_dim`` timestep, text, patches."""
 
     def __init__(
-        self, dim=16, depth=5, heads=2, p=2, channels=3, side=8, labels=11, text_dim=0, text_tokens=0, conv=True
+        self, dim=16, depth=5, heads=2, p=2, channels=4, side=8, labels=11, text_dim=0, text_tokens=0, conv=True
     ):
         super().__init__()
         self.p, self.channels, self.dim = p, channels, dim

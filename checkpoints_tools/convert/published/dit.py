@@ -19,7 +19,6 @@ from checkpoints_tools.convert.published.pickles import Published, Weights
 from megatron_dit.config import ModelConfig
 
 SIZES = {(12, 384): 6, (12, 768): 12, (24, 1024): 16, (28, 1152): 16}  # S, B, L, XL (arXiv 2212.09748, table 1)
-MUP_SIZES = {**SIZES, (28, 144): 2, (28, 288): 4, (28, 576): 8}  # arXiv 2505.15270
 
 
 def model(file: Published, given: Given, patch: int) -> dict[str, Any]:
@@ -36,5 +35,16 @@ def adapt(file: Published, found: Weights, config: ModelConfig) -> list[str]:
     return pad_labels(found, config)
 
 
-DIT = Format("dit", "dit", "facebookresearch/DiT", "x_embedder.proj", "blocks.0", model, SIZES, by_authors_names, adapt)
-DIT_MUP = replace(DIT, name="dit-mup", title="DiT-μP", sizes=MUP_SIZES, mup=True)
+DIT = Format(
+    "dit",
+    "dit",
+    "facebookresearch/DiT",
+    "x_embedder.proj",
+    "blocks.0",
+    model,
+    SIZES,
+    by_authors_names,
+    adapt,
+    objective={"normal_cdf": "tanh"},
+)
+DIT_MUP = replace(DIT, name="dit-mup", title="DiT-μP", mup="dit-mup")

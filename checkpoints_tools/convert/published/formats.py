@@ -19,6 +19,7 @@ POSITIONS = "pos_embed"
 LABELS = "label_embed.table"
 # Averaging fixed positions by 0.9999 in fp32, as DiT's training script does, moves them by up to 1.7e-4.
 DRIFT = 1e-3
+HEAD_DIM = 72  # of every model that the authors of arXiv 2505.15270 trained under μP
 
 Given = Mapping[str, str]  # what the user sets, by key of the config
 
@@ -39,9 +40,11 @@ class Format:
     rename: Callable[[str, ModelConfig], str | None]
     # Changes weights under our names into ours where they are not the same; returns lines to say.
     adapt: Callable[[Published, Weights, ModelConfig], list[str]]
-    mup: bool = False  # trained under μP: weights are taken as they are, and the run needs a base width
+    # Trained under μP, with these initial values (``mup.init``): weights are taken as they are, and the run needs a
+    # base width.
+    mup: str | None = None
     refused: Mapping[str, str] = field(default_factory=dict)  # beginnings of names -> why a file that has them is
-    schedule: Callable[[Mapping[str, Any]], str] = lambda _: "linear"  # objective.beta_schedule of a model
+    objective: Mapping[str, str] = field(default_factory=dict)  # keys of the objective that the project trains with
 
 
 def by_authors_names(name: str, config: ModelConfig) -> str | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +12,10 @@ from torch import Tensor
 
 from checkpoints_tools.convert import fold
 from checkpoints_tools.convert.published.dit import DIT, DIT_MUP
-from checkpoints_tools.convert.published.formats import Format, Given, shape_of
+from checkpoints_tools.convert.published.formats import HEAD_DIM, Format, Given, shape_of
 from checkpoints_tools.convert.published.pickles import Published, Weights, read_published
-from checkpoints_tools.convert.published.pixart import PIXART
+from checkpoints_tools.convert.published.pixart import PIXART, PIXART_MUP
+from checkpoints_tools.convert.published.recipe import Recipe, recipe_of
 from checkpoints_tools.convert.published.uvit import UVIT
 from checkpoints_tools.convert.run import Import, config_of, data_of, fresh, write_run
 from megatron_dit.config import OBJECTIVE_OF, Config
@@ -23,7 +24,8 @@ from megatron_dit.models import build_unsharded
 from megatron_dit.mup.rules import Param
 from megatron_dit.mup.shapes import describe
 
-FORMATS = {form.name: form for form in (DIT, DIT_MUP, PIXART, UVIT)}
+FORMATS = {form.name: form for form in (DIT, DIT_MUP, PIXART, PIXART_MUP, UVIT)}
+MUP_FORMATS = " or ".join(form.name for form in FORMATS.values() if form.mup)
 BASE_KEYS = ("mup.base_heads", "mup.base_shapes")
 
 
@@ -32,7 +34,7 @@ def from_published(form: Format, asked: Import) -> list[str]:
     if asked.drop_clip:
         raise UserError("--drop-clip goes with --from diffusers: leave it out")
     if asked.base_shapes and not form.mup:
-        raise UserError(f"--base-shapes goes with --from {DIT_MUP.name}: leave it out")
+        raise UserError(f"--base-shapes goes with --from {MUP_FORMATS}: leave it out")
     file = read_published(asked.source)
     given = {key: value for key, _, value in (word.partition("=") for word in asked.overrides)}
     config = _config(form, file, given, asked)
@@ -41,41 +43,79 @@ def from_published(form: Format, asked: Import) -> list[str]:
     averages, _ = _ours(form, file, file.averages, config, params)
 
     def give(weights: Weights) -> Callable[[Param], Tensor]:
-        return lambda param: _unfolded(weights[param.name].float().reshape(param.shape), param, config, form.mup)
+        return lambda param: _unfolded(weights[param.name].float().reshape(param.shape), param, config, bool(form.mup))
 
     both = file.raw is not file.averages
     number = write_run(config, give(raw), data_of(config, asked), {}, give(averages) if both else None)
     notes.insert(0, f"wrote {asked.out}: {form.title} as a run of {number:,} parameters")
     notes.append("masters and averages are the file's own" if both else "masters and averages begin as its weights")
-    if file.moments:
+    if file.groups is not None:
         notes.append("Adam's moments are not taken over: they begin at zero")
     return [*notes, f"its training is not known: see {asked.out / 'config.yaml'} before you train it on"]
 
 
 def _config(form: Format, file: Published, given: Given, asked: Import) -> Config:
-    """What the tensors say of the model, the file's arguments of heads and learning rate, and the user of the rest."""
-    trained_under_mup = getattr(file.args, "mup", None)
-    if trained_under_mup not in (None, form.mup):
-        other = DIT if form.mup else DIT_MUP
-        raise UserError(f"{file.path} has mup={trained_under_mup} in its args: import it with --from {other.name}")
+    """The config by the tensors' shapes, the file's optimizer groups and arguments, and the user's overrides."""
+    recipe = recipe_of(file)
+    _check_parametrization(form, file, recipe)
     for name in file.raw:
         why = next((why for beginning, why in form.refused.items() if name.startswith(beginning)), None)
         if why is not None:
             raise UserError(f"{file.path} has {name}: {why}, it cannot be imported")
     model = model_of(form, file, given)
-    values = fresh(model, {"kind": OBJECTIVE_OF[form.arch], "beta_schedule": form.schedule(model)})
+    values = fresh(model, {"kind": OBJECTIVE_OF[form.arch], **form.objective})
+    if form.mup:
+        values["mup"] = {"parametrization": "mup", "init": form.mup}
+        for name, section, key in (("logstd", "mup", "output_multiplier"), ("loglr", "optimizer", "lr")):
+            exponent = getattr(file.args, name, None)
+            if isinstance(exponent, int | float):
+                values[section][key] = 2.0**exponent
+    if recipe is not None:
+        values["optimizer"] |= recipe.optimizer()
     if not form.mup:
         return config_of(values, asked)
-    values["mup"] = {"parametrization": "mup", "init": "dit-mup"}
-    for name, section, key in (("logstd", "mup", "output_multiplier"), ("loglr", "optimizer", "lr")):
-        exponent = getattr(file.args, name, None)
-        if isinstance(exponent, int | float):
-            values[section][key] = 2.0**exponent
-    if bool(asked.base_shapes) == any(key in given for key in BASE_KEYS):
+    config = _with_base_width(values, given, asked, recipe)
+    if recipe is not None and not math.isclose(recipe.ratio, width_multiplier(config), rel_tol=1e-6):
+        raise UserError(
+            f"{file.path} was trained with the learning rates {_listed(recipe.lrs)}, so its width is {recipe.ratio:g} "
+            f"times the base width, but here it is {width_multiplier(config):g} times: give the base width it was "
+            "trained with, by --base-shapes or --set mup.base_heads=N"
+        )
+    return config
+
+
+def _check_parametrization(form: Format, file: Published, recipe: Recipe | None) -> None:
+    """Raise UserError for a file trained under μP that is imported as one that was not, or the other way round."""
+    others = [each.name for each in FORMATS.values() if each.arch == form.arch and bool(each.mup) != bool(form.mup)]
+    remedy = f"import it with --from {others[0]}" if others else "it cannot be imported"
+    told = getattr(file.args, "mup", None)
+    if told is not None and bool(told) != bool(form.mup):
+        raise UserError(f"{file.path} has mup={told} in its args: {remedy}")
+    if recipe is not None and recipe.ratio != 1 and not form.mup:
+        raise UserError(
+            f"{file.path} was trained under μP, by the learning rates {_listed(recipe.lrs)} of its optimizer: {remedy}"
+        )
+
+
+def _with_base_width(values: dict[str, Any], given: Given, asked: Import, recipe: Recipe | None) -> Config:
+    """The config with the base width that the user gives, or else the one that the optimizer's groups tell."""
+    ways = bool(asked.base_shapes) + any(key in given for key in BASE_KEYS)
+    if ways == 0 and recipe is not None and values["model"]["heads"] % recipe.ratio == 0:
+        values["mup"]["base_heads"] = int(values["model"]["heads"] / recipe.ratio)
+    elif ways != 1:
         raise UserError(
             "give the base width in one way: --base-shapes F.bsh, or --set mup.base_heads=N (4 in the paper)"
         )
     return config_of(values, asked) if asked.base_shapes is None else _with_base(values, asked, asked.base_shapes)
+
+
+def width_multiplier(config: Config) -> float:
+    """μP's n of a config: that of the readout, whose fan-in is the width."""
+    return describe(build_unsharded, config)["head.linear.weight"].width_multiplier
+
+
+def _listed(lrs: Sequence[float]) -> str:
+    return " and ".join(f"{lr:g}" for lr in lrs)
 
 
 def model_of(form: Format, file: Published, given: Given) -> dict[str, Any]:
@@ -85,6 +125,8 @@ def model_of(form: Format, file: Published, given: Given) -> dict[str, Any]:
     read = form.model(file, given, patch)
     told = getattr(file.args, "num_heads", None)
     published = form.sizes.get((read["depth"], width))
+    if published is None and form.mup and width % HEAD_DIM == 0:
+        published = width // HEAD_DIM
     heads = given.get("model.heads") or str((told if isinstance(told, int) else published) or "")
     if not heads:
         raise UserError(

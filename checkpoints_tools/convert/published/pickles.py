@@ -6,7 +6,7 @@ import argparse
 import pickle
 import re
 import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +20,7 @@ from megatron_dit.errors import UserError
 # Beside tensors and Python's own containers: what DiT's training script saves its arguments as.
 SAFE: list[Any] = [argparse.Namespace]
 RAW, AVERAGES = ("model", "state_dict"), ("ema", "state_dict_ema")
+OPTIMIZER = ("opt", "optimizer")
 WRAPPER = "module."  # before each name of a model that DistributedDataParallel or DeepSpeed wraps
 
 Weights = dict[str, Tensor]
@@ -33,7 +34,7 @@ class Published:
     raw: Weights
     averages: Weights
     args: argparse.Namespace  # of the training script; empty where there are none
-    moments: bool  # whether there is an optimizer's state
+    groups: Sequence[Mapping[str, Any]] | None  # the optimizer's parameter groups; None where it has no optimizer
 
 
 def read_published(path: Path) -> Published:
@@ -55,8 +56,16 @@ def read_published(path: Path) -> Published:
         one if one is not None else other or {},
         other if other is not None else one or {},
         args if isinstance(args, argparse.Namespace) else argparse.Namespace(),
-        any(key in found for key in ("opt", "optimizer")),
+        _groups(next((found[key] for key in OPTIMIZER if key in found), None)),
     )
+
+
+def _groups(optimizer: Any) -> Sequence[Mapping[str, Any]] | None:
+    """The groups of what ``torch.optim.Optimizer.state_dict`` returned; [] for an optimizer of another kind."""
+    if optimizer is None:
+        return None
+    groups = optimizer.get("param_groups") if isinstance(optimizer, Mapping) else None
+    return [group for group in groups if isinstance(group, Mapping)] if isinstance(groups, list) else []
 
 
 def _load(path: Path) -> Any:

@@ -1,7 +1,11 @@
-"""PixArt-α's own files. The null caption is a buffer there and a parameter here."""
+"""PixArt-α's own files, and PixArt-α-μP's by the paper's authors, which have the same names.
+
+The null caption is a buffer there, and here a parameter that is not trained.
+"""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from checkpoints_tools.convert.published.formats import (
@@ -45,5 +49,7 @@ PIXART = Format(
     SIZES,
     by_authors_names,
     adapt,
+    objective={"normal_cdf": "tanh"},
     refused={"csize_embedder.": SIZE_CONDITIONS, "ar_embedder.": SIZE_CONDITIONS},
 )
+PIXART_MUP = replace(PIXART, name="pixart-mup", title="PixArt-α-μP", mup="pixart-mup")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -30,6 +29,7 @@ SIZES = {  # (arXiv 2209.12152, table 1)
     (29, 1152): 16,  # huge
 }
 CLIP_TOKENS = 77
+RGB = 3
 PARTS = {
     "patch_embed.proj.": "patch_embed.",
     "context_embed.": "text_embed.",
@@ -45,6 +45,12 @@ BLOCK_PARTS = {"attn.qkv.": "qkv.", "attn.proj.": "out.", "skip_linear.": "skip.
 
 def model(file: Published, given: Given, patch: int) -> dict[str, Any]:
     _, positions, _ = shape_of(file, "pos_embed", 3)
+    if file.raw["patch_embed.proj.weight"].shape[1] == RGB:
+        raise UserError(
+            f"{file.path} is a U-ViT on pixels ({RGB} channels): the published ones (CIFAR-10, CelebA 64, ImageNet 64) "
+            "are trained on a continuous VP-SDE with 999 * t as the timestep, which this project does not have; only "
+            "those on latents, with 1000 discrete steps, can be imported"
+        )
     if "label_emb.weight" in file.raw:
         rows, _ = shape_of(file, "label_emb.weight", 2)
         condition = {"num_classes": rows - 1}  # the last row stands for "no class"
@@ -96,11 +102,6 @@ def adapt(file: Published, found: Weights, config: ModelConfig) -> list[str]:
     return notes
 
 
-def schedule(values: Mapping[str, Any]) -> str:
-    """Stable Diffusion's on its latents, DDPM's on pixels."""
-    return "scaled_linear" if values["in_channels"] == 4 else "linear"
-
-
 UVIT = Format(
     "uvit",
     "uvit",
@@ -112,5 +113,5 @@ UVIT = Format(
     rename,
     adapt,
     refused={"time_embed.": "ours adds the timestep's sinusoids without an MLP"},
-    schedule=schedule,
+    objective={"beta_schedule": "scaled_linear"},  # Stable Diffusion's
 )

@@ -1,0 +1,72 @@
+"""What the optimizer's parameter groups in a published checkpoint tell of its training."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from checkpoints_tools.convert.published.pickles import Published
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """AdamW's hyperparameters. Under μP, ``mup.MuAdamW`` gives hidden weights lr / n and weight decay * n."""
+
+    lrs: tuple[float, ...]  # the groups' different peak learning rates, ascending
+    weight_decay: float  # the least of the groups'
+    eps: float
+    betas: tuple[float, float]
+
+    @property
+    def lr(self) -> float:
+        """The base learning rate, which μP's input, output and vector parameters have."""
+        return self.lrs[-1]
+
+    @property
+    def ratio(self) -> float:
+        """μP's width multiplier n; 1 if all parameters have one learning rate."""
+        return self.lrs[-1] / self.lrs[0]
+
+    def optimizer(self) -> dict[str, float]:
+        """Keys of OptimizerConfig."""
+        beta1, beta2 = self.betas
+        return {"lr": self.lr, "weight_decay": self.weight_decay, "eps": self.eps, "beta1": beta1, "beta2": beta2}
+
+
+def recipe_of(file: Published) -> Recipe | None:
+    """The recipe of a file that holds AdamW's groups; None for one that does not.
+
+    A scheduler's ``initial_lr`` counts rather than the rate that it had reached. Groups without a learning rate
+    (frozen parameters) do not count.
+    """
+    groups = [group for group in file.groups or () if _number(_lr(group), least=0)]
+    if not groups or not all(_complete(group) for group in groups):
+        return None
+    return Recipe(
+        lrs=tuple(sorted({float(_lr(group)) for group in groups})),
+        weight_decay=min(float(group["weight_decay"]) for group in groups),
+        eps=float(groups[0]["eps"]),
+        betas=(float(groups[0]["betas"][0]), float(groups[0]["betas"][1])),
+    )
+
+
+def _lr(group: Mapping[str, Any]) -> Any:
+    return group.get("initial_lr", group.get("lr"))
+
+
+def _complete(group: Mapping[str, Any]) -> bool:
+    betas = group.get("betas")
+    return (
+        isinstance(betas, tuple | list)
+        and len(betas) == 2
+        and all(_number(beta, least=-1) and beta < 1 for beta in betas)
+        and _number(group.get("weight_decay"), least=-1)
+        and _number(group.get("eps"), least=-1)
+    )
+
+
+def _number(value: Any, least: float) -> bool:
+    """Whether it is a finite number above ``least``."""
+    return isinstance(value, int | float) and math.isfinite(value) and value > least
