@@ -20,7 +20,7 @@ class OptimizerConfig:
     eps: float = 1e-8
     weight_decay: float = 0.0
     grad_clip: float = 0.0  # greatest global gradient norm; 0: no clipping
-    warmup_steps: int = 0
+    warmup_steps: int = 0  # optimizer steps: step k (from 0) has lr * (k + 1) / warmup_steps
     schedule: str = "constant"  # after warm-up: constant | cosine
     final_lr_ratio: float = 0.0  # cosine: lr at the last step / peak lr
     fused: str = "auto"  # whose AdamW: apex | te | deepspeed | torch; auto: the first that is there (CPU: torch)

@@ -222,7 +222,7 @@ def trained_on(path, overrides):
 def test_an_imported_run_is_drawn_from_and_trained_on_in_any_layout(tmp_path, pool):
     raw, _ = training_file(tmp_path / "x.pt", lambda: dit_mup(4, 2, classes=24), num_heads=4)
     make_folder(tmp_path / "data", [((8, 8), 16)])
-    changes = ["mup.base_heads=2", "train.steps=2", "train.global_batch=4", "train.micro_batch=2"]
+    changes = ["mup.base_heads=2", "optimizer.lr=1e-4", "train.steps=2", "train.global_batch=4", "train.micro_batch=2"]
     ended = {}
     for name, ranks, layout in (
         ("alone", 1, []),
