@@ -11,8 +11,9 @@ import torch
 from safetensors import safe_open
 
 from megatron_dit.checkpoint import format as format_module
-from megatron_dit.checkpoint.format import CheckpointReader, Torn
-from megatron_dit.checkpoint.save import clear, old_ones, step_folder
+from megatron_dit.checkpoint.format import CheckpointReader
+from megatron_dit.checkpoint.listing import clear, old_ones, step_folder
+from megatron_dit.checkpoint.manifest import Torn
 from megatron_dit.errors import UserError
 from megatron_dit.models import build_unsharded
 from megatron_dit.mup.init import cut, unshard

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from checkpoints_tools.__main__ import main
+from megatron_dit.checkpoint.listing import checkpoints
 from megatron_dit.checkpoint.load import open_checkpoint
-from megatron_dit.checkpoint.save import checkpoints
 from megatron_dit.cli import run as command_line
 from megatron_dit.models import build_unsharded
 from megatron_dit.mup.shapes import describe
@@ -98,5 +98,5 @@ def test_prune(run, capsys):
 def test_prune_does_not_take_a_torn_one_for_what_is_kept(run, capsys):
     (run / "checkpoints" / "step_00000006" / "rank_00000.safetensors").write_bytes(b"short")
     assert main(["prune", str(run), "--keep", "1"]) == 2
-    assert "step_00000006 is torn" in capsys.readouterr().err
+    assert "step_00000006 is incomplete" in capsys.readouterr().err
     assert left(run) == [1, 2, 3, 4, 5, 6]
