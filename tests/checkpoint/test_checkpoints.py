@@ -18,6 +18,7 @@ from megatron_dit.errors import UserError
 from megatron_dit.models import build_unsharded
 from megatron_dit.mup.init import cut, unshard
 from megatron_dit.mup.shapes import describe
+from tests.checkpoint.made import checkpoint
 from tests.configs import small
 from tests.test_engine import batch, start
 
@@ -161,11 +162,11 @@ def test_torn_checkpoints_are_seen(pool, tmp_path, harm):
 
 def test_retention_keeps_the_newest_and_every_mth(tmp_path):
     for step in (1, 20, 300):
-        step_folder(tmp_path, step).mkdir()
+        checkpoint(tmp_path, step)
     (tmp_path / "step_00000400.part").mkdir()
     assert old_ones(tmp_path, keep=2) == [step_folder(tmp_path, 1)]
     for step in (100, 310, 320):
-        step_folder(tmp_path, step).mkdir()
+        checkpoint(tmp_path, step)
     assert old_ones(tmp_path, keep=1, keep_every=100) == [step_folder(tmp_path, step) for step in (1, 20, 310)]
     clear(tmp_path)
     assert not list(tmp_path.glob("*.part"))
