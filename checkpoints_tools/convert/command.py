@@ -94,6 +94,9 @@ def _to_diffusers(parsed: argparse.Namespace) -> list[str]:
 
 
 def _from_others(parsed: argparse.Namespace) -> list[str]:
+    moved = next((item for item in parsed.set or () if item.partition("=")[0].strip() == "run_dir"), None)
+    if moved is not None:
+        raise UserError(f"--set {moved}: the run is written to {parsed.out}, leave run_dir out")
     asked = Import(parsed.source, parsed.out, parsed.data, parsed.set or (), parsed.drop_clip, parsed.base_shapes)
     return IMPORTERS[parsed.source_format](asked)
 

@@ -18,7 +18,6 @@ from megatron_dit.checkpoint.manifest import STATE, manifest_of
 from megatron_dit.config import Config, load_config, save_config
 from megatron_dit.data.fit import identity
 from megatron_dit.data.shards import read_index
-from megatron_dit.errors import UserError
 from megatron_dit.models import build_unsharded
 from megatron_dit.mup.rules import Param
 from megatron_dit.mup.shapes import describe
@@ -43,9 +42,6 @@ class Import:
 
 def config_of(values: Mapping[str, Any], asked: Import) -> Config:
     """The config of the run: ``values`` (as in a config's YAML), then what was asked for."""
-    moved = next((item for item in asked.overrides if item.partition("=")[0].strip() == "run_dir"), None)
-    if moved is not None:
-        raise UserError(f"--set {moved}: the run is written to {asked.out}, leave run_dir out")
     data = {**values["data"], **({"path": asked.data} if asked.data else {})}
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / f"{asked.out.name}.yaml"

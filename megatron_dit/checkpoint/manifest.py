@@ -77,6 +77,7 @@ class _Layout(_Strict):
 class Manifest(_Strict):
     """The schema. ``data`` is empty for imported weights whose data are not known."""
 
+    format: Annotated[int, Field(ge=FORMAT, le=FORMAT)]
     step: Natural
     adam_steps: Annotated[float, Field(ge=0, le=LARGEST, allow_inf_nan=False)]
     states: Annotated[list[str], Field(min_length=1)]
@@ -114,7 +115,7 @@ class Manifest(_Strict):
         return self
 
 
-KEYS = ("format", *(name for name, field in Manifest.model_fields.items() if field.is_required()), SEAL)
+KEYS = (*(name for name, field in Manifest.model_fields.items() if field.is_required()), SEAL)
 
 
 def manifest_of(
@@ -205,9 +206,9 @@ def size_of(folder: Path, name: str) -> int:
     try:
         status = path.lstat()
         if stat.S_ISLNK(status.st_mode):
+            if not path.exists() or path.resolve().parent != folder.resolve():
+                raise Torn(f"{path} is a link that leads out of the checkpoint: put the file itself there")
             status = path.stat()
-            if path.resolve().parent != folder.resolve():
-                raise Torn(f"{path} is a link to a file outside of the checkpoint: put the file itself there")
     except (FileNotFoundError, NotADirectoryError):
         raise Torn(f"{path} is missing") from None
     except OSError as error:
@@ -231,8 +232,9 @@ def _validate(path: Path, manifest: Mapping[str, Any]) -> None:
         Manifest.model_validate(manifest)
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
-        where = "".join(f"{part}: " for part in first["loc"])
-        raise Torn(f"{path}: {where}{first['msg']}, got {reprlib.repr(first['input'])}") from None
+        where, message = ".".join(map(str, first["loc"])), first["msg"].removeprefix("Value error, ")
+        got = f"{where}={reprlib.repr(first['input'])}: " if where else ""
+        raise Torn(f"{path}: {got}{message}") from None
 
 
 def _seal(manifest: Mapping[str, Any]) -> str:
