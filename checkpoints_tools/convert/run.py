@@ -18,6 +18,7 @@ from megatron_dit.checkpoint.manifest import STATE, manifest_of
 from megatron_dit.config import Config, load_config, save_config
 from megatron_dit.data.fit import identity
 from megatron_dit.data.shards import read_index
+from megatron_dit.errors import UserError
 from megatron_dit.models import build_unsharded
 from megatron_dit.mup.rules import Param
 from megatron_dit.mup.shapes import describe
@@ -97,6 +98,8 @@ def _tensors(
     with ProgressBar("convert", len(params)) as bar:
         for name, param in params.items():
             values = {give: give(param) for give in dict.fromkeys(starts.values())}
+            if not all(value.isfinite().all() for value in values.values()):
+                raise UserError(f"{name} would get NaN or infinite values: such a model cannot be imported")
             for state, give in starts.items():
                 value = values[give]
                 assert tuple(value.shape) == tuple(param.shape), f"{name}: {tuple(value.shape)}, not {param.shape}"

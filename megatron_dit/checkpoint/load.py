@@ -11,7 +11,7 @@ from torch import Tensor
 
 from megatron_dit.checkpoint.format import CheckpointReader
 from megatron_dit.checkpoint.listing import CHECKPOINTS, list_checkpoints
-from megatron_dit.checkpoint.manifest import MANIFEST, STATE, Torn
+from megatron_dit.checkpoint.manifest import MANIFEST, STATE, Torn, unreadable
 from megatron_dit.errors import UserError
 from megatron_dit.optimizer import state_keys
 from megatron_dit.parallel.topology import agreed, gather
@@ -78,8 +78,12 @@ def open_checkpoint(path: str | Path, *, verify: bool = True) -> CheckpointReade
     if there is none.
     """
     path = Path(path)
-    if not path.is_dir():
-        raise UserError(f"checkpoint {path} does not exist: give a run's folder or one of its checkpoints/step_*")
+    try:
+        if not path.is_dir():
+            wrong = "is not a folder" if path.exists() else "does not exist"
+            raise UserError(f"checkpoint {path} {wrong}: give a run's folder or one of its checkpoints/step_*")
+    except OSError as error:
+        raise unreadable(error) from None
     if os.path.lexists(path / MANIFEST):
         reader, wrong = _opened(path, slice(None) if verify else slice(0), show=True)
         if reader is None:

@@ -181,6 +181,12 @@ def test_a_file_is_called_what_it_is_and_unsafe_loading_is_not_advised(tmp_path,
     assert "weights_only" not in line
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_that_are_no_numbers_are_refused(tmp_path, capsys, value):
+    path = save(tmp_path / "x.pt", DiT(), **{"blocks.1.mlp.fc2.bias": torch.full((16,), value)})
+    assert "blocks.1.mlp.fc2.bias would get NaN" in refused(capsys, path, "dit", "--set", "model.heads=2")
+
+
 def test_wrappers_of_a_model_are_recognised(tmp_path):
     torch.save({"model": {f"module._orig_mod.model.{x}": torch.ones(1) for x in "ab"}}, tmp_path / "x.pt")
     assert list(read_published(tmp_path / "x.pt").raw) == ["a", "b"]
