@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import math
-import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -15,12 +14,15 @@ from rich.table import Table
 from checkpoints_tools.average import average
 from checkpoints_tools.convert.command import add_convert
 from checkpoints_tools.reshard import reshard
-from megatron_dit.checkpoint.format import CheckpointReader, Torn
-from megatron_dit.checkpoint.load import newest, open_checkpoint
-from megatron_dit.checkpoint.save import old_ones
+from checkpoints_tools.write import new_folder
+from megatron_dit.checkpoint.format import CheckpointReader
+from megatron_dit.checkpoint.listing import CHECKPOINTS, delete, list_checkpoints, old_ones
+from megatron_dit.checkpoint.load import open_checkpoint
+from megatron_dit.checkpoint.manifest import Torn
 from megatron_dit.cli import Parser, add_command
 from megatron_dit.cli.common import write_json
 from megatron_dit.errors import UserError, writing
+from megatron_dit.runtime.text import printable
 
 
 def inspect(reader: CheckpointReader) -> dict[str, Any]:
@@ -49,7 +51,7 @@ def inspect(reader: CheckpointReader) -> dict[str, Any]:
         "layout": manifest["layout"],
         "files": len(manifest["files"]),
         "bytes": sum(record["bytes"] for record in manifest["files"].values()),
-        "versions": manifest["versions"],
+        "versions": manifest.get("versions", {}),
     }
 
 
@@ -87,51 +89,59 @@ def main(arguments: list[str]) -> int:
     try:
         parsed = parser.parse_args(arguments)
         return parsed.run(parsed)
-    except (UserError, Torn) as error:
-        print(f"error: {error}", file=sys.stderr)
+    except UserError as error:
+        print(f"error: {printable(error)}", file=sys.stderr)
         return 2
 
 
 def _inspect(parsed: argparse.Namespace) -> int:
-    reader = open_checkpoint(parsed.checkpoint)
+    reader = open_checkpoint(parsed.checkpoint, verify=False)
     figures = inspect(reader)
     try:
-        reader.verify()
-        figures["integrity"] = "every file is as it was written (SHA-256)"
+        reader.verify(show=True)
+        figures["integrity"] = "every file is what was written (SHA-256)"
     except Torn as error:
-        figures["integrity"] = f"TORN: {error}"
-    table = Table(title=figures["folder"], show_header=False)
+        figures["integrity"] = f"CORRUPT: {error}"
+    corrupt = figures["integrity"].startswith("CORRUPT")
+    table = Table(title=printable(figures["folder"]), show_header=False)
     for key in ("arch", "step", "parameters", "files", "bytes", "integrity"):
-        table.add_row(key, f"{figures[key]:,}" if isinstance(figures[key], int) else figures[key])
-    table.add_row("states", ", ".join(figures["states"]))
-    table.add_row("layout", ", ".join(f"{key} {value}" for key, value in figures["layout"].items()))
-    Console().print(table)
-    table = Table(title="what μP made of it: ratios to the base values, by role")
+        table.add_row(key, f"{figures[key]:,}" if isinstance(figures[key], int) else printable(figures[key]))
+    table.add_row("states", printable(", ".join(figures["states"])))
+    table.add_row("layout", printable(", ".join(f"{key} {value}" for key, value in figures["layout"].items())))
+    _print(table)
+    table = Table(title="μP ratios to the base values, by role")
     for column in ("role", "tensors", "elements", "lr", "weight decay", "forward multiplier"):
         table.add_column(column)
     for role, found in figures["roles"].items():
         ratios = [", ".join(f"{x:g}" for x in found[key]) for key in ("lr", "weight_decay", "multiplier")]
-        table.add_row(role, str(found["tensors"]), f"{found['elements']:,}", *ratios)
-    Console().print(table)
+        table.add_row(printable(role), str(found["tensors"]), f"{found['elements']:,}", *ratios)
+    _print(table)
     write_json(parsed, figures)
-    return 1 if figures["integrity"].startswith("TORN") else 0
+    return 1 if corrupt else 0
+
+
+def _print(table: Table) -> None:
+    """Without rich's markup and emoji codes: names in a checkpoint may hold either."""
+    Console(markup=False, emoji=False, highlight=False).print(table)
 
 
 def _average(parsed: argparse.Namespace) -> int:
-    figures = average(parsed.folder, parsed.sigma_rel, parsed.step, parsed.out)
+    out = new_folder(parsed.out)
+    figures = average(parsed.folder, parsed.sigma_rel, parsed.step, out)
     print(
-        f"wrote {parsed.out}: sigma_rel {figures['sigma_rel']} at step {figures['step']} from {figures['averages']} "
-        f"averages, which miss {100 * figures['missed']:.2g}% of its profile"
+        f"wrote {printable(out)}: sigma_rel {figures['sigma_rel']} at step {figures['step']} from "
+        f"{figures['averages']} averages, which miss {100 * figures['missed']:.2g}% of its profile"
     )
     write_json(parsed, figures)
     return 0
 
 
 def _reshard(parsed: argparse.Namespace) -> int:
+    out = new_folder(parsed.out)
     reader = open_checkpoint(parsed.checkpoint)
-    reshard(reader, parsed.out, parsed.tensor)
-    print(f"wrote {parsed.out}: step {reader.step} in {parsed.tensor} files")
-    write_json(parsed, {"out": str(parsed.out), "step": reader.step, "files": parsed.tensor})
+    reshard(reader, out, parsed.tensor)
+    print(f"wrote {printable(out)}: step {reader.step} in {parsed.tensor} files")
+    write_json(parsed, {"out": str(out), "step": reader.step, "files": parsed.tensor})
     return 0
 
 
@@ -139,18 +149,25 @@ def _prune(parsed: argparse.Namespace) -> int:
     for name, least in (("keep", 1), ("keep_every", 0)):
         if getattr(parsed, name) < least:
             raise UserError(f"--{name.replace('_', '-')} {getattr(parsed, name)}: expected at least {least}")
-    folder = parsed.folder / "checkpoints"
-    found, torn = newest(folder)
-    if found is None and not torn:
+    folder = parsed.folder / CHECKPOINTS
+    listing = list_checkpoints(folder)
+    if not listing.checkpoints:
         raise UserError(f"{parsed.folder} has no checkpoints: give a run's folder")
-    if torn:
-        raise UserError(f"{torn[0]}: move it away first, so that what is kept is whole")
+    for line in listing.notes:
+        print(line)
+    for path in listing.checkpoints[-parsed.keep :]:
+        try:
+            CheckpointReader(path).verify(show=True)
+        except Torn as error:
+            raise UserError(
+                f"checkpoint {path} is incomplete ({error}): move it away, so that it is not kept"
+            ) from None
     old = old_ones(folder, parsed.keep, parsed.keep_every)
     for path in old:
         if not parsed.dry_run:
             with writing(path):
-                shutil.rmtree(path)
-        print(f"{'would delete' if parsed.dry_run else 'deleted'} {path}")
+                delete(path)
+        print(f"{'would delete' if parsed.dry_run else 'deleted'} {printable(path)}")
     write_json(parsed, {"deleted": [] if parsed.dry_run else [str(path) for path in old]})
     return 0
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,10 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from checkpoints_tools.write import aside, write_checkpoint
-from megatron_dit.checkpoint.format import CheckpointReader, Torn
-from megatron_dit.checkpoint.save import checkpoints
-from megatron_dit.config import config_from_dict
+from checkpoints_tools.write import aside, new_folder, write_checkpoint
+from megatron_dit.checkpoint.format import CheckpointReader
+from megatron_dit.checkpoint.listing import list_checkpoints
+from megatron_dit.checkpoint.manifest import Torn
 from megatron_dit.config.checks import check_sigma_rel
 from megatron_dit.errors import UserError
 from megatron_dit.optimizer import power_averages
@@ -34,18 +36,18 @@ class Stored:
 def average(run: Path, sigma_rel: float, step: int | None, out: Path) -> dict[str, Any]:
     """Write to ``out`` a checkpoint whose EMA is the power-function average at ``step`` (the last snapshot's).
 
-    Returns what was combined, and how much of the wanted profile that misses. Raises UserError where the run has
-    no snapshots, or none of ``step``, and where ``out`` is taken.
+    Returns what was combined, and how much of the wanted profile that misses. Raises UserError if the run has no
+    snapshots or none of ``step``, if one of them is incomplete, or if ``out`` cannot be written.
     """
     check_sigma_rel("--sigma-rel", sigma_rel)
-    if out.exists():
-        raise UserError(f"--out {out} exists: give a new folder")
+    out = new_folder(out)
     readers = _snapshots(run)
     steps = [reader.step for reader in readers]
     step = steps[-1] if step is None else step
     if step not in steps:
         raise UserError(f"--step {step}: expected a step with a snapshot, one of {', '.join(map(str, steps))}")
     readers = readers[: steps.index(step) + 1]
+    _check_alike(readers)
     stored = [
         Stored(reader, key, Profile(gamma_of(width), reader.manifest["adam_steps"]))
         for reader in readers
@@ -63,11 +65,12 @@ def average(run: Path, sigma_rel: float, step: int | None, out: Path) -> dict[st
 def _snapshots(run: Path) -> list[CheckpointReader]:
     """Those of different ages, in order: skipped steps do not age an average."""
     found: dict[int, CheckpointReader] = {}
-    for path in checkpoints(run / SNAPSHOTS):
-        try:
+    listing = list_checkpoints(run / SNAPSHOTS)
+    for line in listing.notes:
+        print(line, file=sys.stderr)
+    for path in listing.checkpoints:
+        with _whole(path):
             reader = CheckpointReader(path)
-        except Torn as error:
-            raise UserError(f"snapshot {path} is torn ({error}): delete it to go without it") from None
         found[reader.manifest["adam_steps"]] = reader
     found.pop(0, None)
     if not found:
@@ -75,8 +78,25 @@ def _snapshots(run: Path) -> list[CheckpointReader]:
     return list(found.values())
 
 
+def _check_alike(readers: list[CheckpointReader]) -> None:
+    """Raise UserError for a snapshot of another model, or one whose files are not what was written."""
+    shapes = {name: tuple(param["shape"]) for name, param in readers[0].manifest["params"].items()}
+    for reader in readers:
+        reader.check(shapes)
+        with _whole(reader.folder):
+            reader.verify(show=True)
+
+
+@contextmanager
+def _whole(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except Torn as error:
+        raise UserError(f"snapshot {path} is incomplete ({error}): delete it to average without it") from None
+
+
 def _widths(reader: CheckpointReader) -> dict[str, float]:
-    train = config_from_dict(reader.manifest["config"]).train
+    train = reader.config.train
     return dict(zip(power_averages(train), train.ema_sigma_rel, strict=True))
 
 
@@ -87,9 +107,6 @@ def _combined(stored: list[Stored], coefficients: list[float]) -> Iterator[tuple
         for name, param in params.items():
             total = torch.zeros(param["shape"], dtype=torch.float64)
             for item, coefficient in zip(stored, coefficients, strict=True):
-                try:
-                    total.add_(item.reader.full(item.key, name), alpha=coefficient)
-                except Torn as error:
-                    raise UserError(f"snapshot {error} is torn: delete it to go without it") from None
+                total.add_(item.reader.full(item.key, name), alpha=coefficient)
             yield "ema", name, total.float()
             bar.advance(name)

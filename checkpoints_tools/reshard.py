@@ -10,9 +10,8 @@ from torch import Tensor
 
 from checkpoints_tools.write import aside, write_checkpoint
 from megatron_dit.checkpoint.format import CheckpointReader
-from megatron_dit.checkpoint.save import step_folder
-from megatron_dit.config import config_from_dict, save_config
-from megatron_dit.errors import UserError
+from megatron_dit.checkpoint.listing import CHECKPOINTS, step_folder
+from megatron_dit.config import save_config
 from megatron_dit.progress import ProgressBar
 from megatron_dit.run_folder import CONFIG
 
@@ -20,14 +19,12 @@ from megatron_dit.run_folder import CONFIG
 def reshard(reader: CheckpointReader, out: Path, tensor_size: int) -> None:
     """Write the run folder ``out`` with this one checkpoint, cut for ``parallel.tensor=tensor_size``.
 
-    Holds one full tensor at a time. Raises UserError where the model cannot be cut so, and where ``out`` is taken.
+    Holds one full tensor at a time. Raises UserError if the model cannot be cut so, or if ``out`` cannot be written.
     """
-    if out.exists():
-        raise UserError(f"{out} exists: give a new folder")
-    config = config_from_dict(reader.manifest["config"])
-    config = replace(config, run_dir=str(out), parallel=replace(config.parallel, tensor=tensor_size))
+    parallel = replace(reader.config.parallel, tensor=tensor_size)
+    config = replace(reader.config, run_dir=str(out), parallel=parallel)
     with aside(out) as part:
-        write_checkpoint(step_folder(part / "checkpoints", reader.step), reader.manifest, _tensors(reader), tensor_size)
+        write_checkpoint(step_folder(part / CHECKPOINTS, reader.step), reader.manifest, _tensors(reader), tensor_size)
         save_config(config, part / CONFIG)
 
 

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
+import secrets
 import shutil
+import tempfile
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -14,28 +17,57 @@ import torch
 from torch import Tensor
 
 from checkpoints_tools.convert.tensors import Spec, TensorFile
-from megatron_dit.checkpoint.format import write_manifest
+from megatron_dit.checkpoint.listing import CHECKPOINTS
+from megatron_dit.checkpoint.manifest import MANIFEST, write_manifest
 from megatron_dit.config import ParallelConfig
 from megatron_dit.data.tar import sha256_of
-from megatron_dit.errors import writing
+from megatron_dit.errors import UserError, writing
 from megatron_dit.mup.init import cut
+from megatron_dit.run_folder import CONFIG, SNAPSHOTS
+
+
+def new_folder(out: Path) -> Path:
+    """Return the path of a folder to write, normalised and with ``~`` expanded, after a check that it can be written.
+
+    Raises UserError if something has that name already, if it is inside of a checkpoint or among a run's checkpoints,
+    or if it cannot be created.
+    """
+    out = Path(os.path.normpath(os.path.expanduser(out)))  # noqa: PTH111 - a Path raises for unknown users
+    with writing(out):
+        if os.path.lexists(out):
+            raise UserError(f"{out} exists: give a new folder")
+        parents = [parent for parent in out.absolute().parents if os.path.lexists(parent)]
+        for folder in parents:
+            of_a_run = folder.name in (CHECKPOINTS, SNAPSHOTS) and (folder.parent / CONFIG).exists()
+            if of_a_run or (folder / MANIFEST).exists():
+                raise UserError(f"{out} is inside of {folder}, which holds checkpoints: choose another folder")
+        with suppress(FileNotFoundError):
+            _part_of(out).lstat()  # raises if a name is too long or a parent is not a folder
+        with tempfile.TemporaryDirectory(dir=parents[0]):
+            pass
+    return out
 
 
 @contextmanager
 def aside(out: Path) -> Iterator[Path]:
     """A folder beside ``out`` that becomes it if all goes well, and is removed if not.
 
-    Raises UserError where it cannot be written.
+    Raises UserError if it cannot be written.
     """
-    part = out.with_name(out.name + ".part")
+    out = new_folder(out)
+    part = _part_of(out)
     with writing(out):
         try:
-            shutil.rmtree(part, ignore_errors=True)
             part.mkdir(parents=True)
             yield part
-            part.replace(out)
+            part.rename(out)
         finally:
             shutil.rmtree(part, ignore_errors=True)
+
+
+def _part_of(out: Path) -> Path:
+    """Return a name that nobody else uses: what is there already is not ours to delete."""
+    return out.with_name(f"{out.name}.{secrets.token_hex(4)}.part")
 
 
 def write_checkpoint(

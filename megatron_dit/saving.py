@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import shutil
 import time
+from pathlib import Path
 
-from megatron_dit.checkpoint.save import Saver, clear, old_ones, set_aside
+from megatron_dit.checkpoint.listing import clear, delete, list_checkpoints, old_ones, step_of
+from megatron_dit.checkpoint.save import Saver, set_aside
 from megatron_dit.engine import Engine
 from megatron_dit.errors import UserError, writing
 from megatron_dit.optimizer import power_averages
@@ -23,13 +24,30 @@ class RunSaver:
         self._drawn = time.monotonic()
 
     def prepare(self) -> list[str]:
-        """Make the folders, clear what unfinished saves left in them; lines to say. Rank 0 alone, before any step."""
-        run = self._run
+        """Make the folders, delete what unfinished saves left in them; messages. Rank 0 alone, before any step.
+
+        Raises UserError if something that is not a checkpoint has the name of one that this run will write.
+        """
+        run, config = self._run, self._config.checkpoint
+        folders = {run.checkpoints: config.every}
+        if config.ema_every:
+            folders[run.snapshots] = config.ema_every
+        notes = []
         with writing(run.path):
-            for folder in (run.checkpoints, run.snapshots) if self._config.checkpoint.ema_every else (run.checkpoints,):
+            for folder, every in folders.items():
                 folder.mkdir(exist_ok=True)
+                self._check_names_are_free(folder, every)
                 clear(folder)
-            return set_aside(run.checkpoints, self._engine.step)
+            if config.ema_every:  # those of the checkpoints were reported when one was looked for
+                notes += list_checkpoints(run.snapshots).notes
+            return notes + set_aside(run.checkpoints, self._engine.step)
+
+    def _check_names_are_free(self, folder: Path, every: int) -> None:
+        last = self._config.train.steps
+        for path, why in list_checkpoints(folder).strays.items():
+            step = step_of(path)
+            if step is not None and self._engine.step < step <= last and (step % every == 0 or step == last):
+                raise UserError(f"{path} is {why}, but this run will save step {step} under that name: move it away")
 
     @property
     def writing(self) -> bool:
@@ -70,7 +88,7 @@ class RunSaver:
             if saver is self._checkpoint and saver.first:
                 try:
                     for old in old_ones(self._run.checkpoints, config.keep, config.keep_every):
-                        shutil.rmtree(old)
+                        delete(old)
                     if must or time.monotonic() - self._drawn > SECONDS_BETWEEN_PICTURES:
                         self._run.plot()
                         self._drawn = time.monotonic()

@@ -39,7 +39,8 @@ def train(config: Config) -> dict[str, Any]:
     use_threads(config)
     run, data = agreed(lambda: (RunFolder(config), read_data(config.data)))
     notes = check_shards(data, config.data, topology.rank, topology.world)
-    reader, torn = newest_intact(run.checkpoints, topology.rank, topology.world)
+    reader, skipped = newest_intact(run.checkpoints, topology.rank, topology.world)
+    notes += skipped
     start = reader.step if reader else 0
     stream = batches(data, config, start, topology.data_rank, topology.data_size)
     engine = Engine(config, topology)
@@ -47,7 +48,7 @@ def train(config: Config) -> dict[str, Any]:
     if reader is None:
         engine.initialise()
     else:
-        notes += [*torn, *_resume(engine, reader), f"resumed {run.path} at step {start}"]
+        notes += [*_resume(engine, reader), f"resumed {run.path} at step {start}"]
     first = topology.rank == 0
     logger = agreed(lambda: Logger(run, config, engine, topology.world) if first else None)
     saver = RunSaver(engine, run)

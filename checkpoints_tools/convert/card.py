@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
@@ -10,6 +11,7 @@ import yaml
 
 from checkpoints_tools.convert.export import NULL_FILE, Export
 from checkpoints_tools.convert.pipeline import OURS, Parts, stock_class
+from megatron_dit.runtime.text import printable
 
 TITLES = {"dit": "DiT", "mmdit": "MMDiT", "pixart": "PixArt-α", "uvit": "U-ViT"}
 
@@ -53,16 +55,30 @@ def card(export: Export, parts: Parts | None) -> str:
             "",
             "## Config of the run",
             "",
-            "```yaml",
-            yaml.safe_dump(asdict(config), sort_keys=False).rstrip(),
-            "```",
+            *_fenced(yaml.safe_dump(asdict(config), sort_keys=False).rstrip()),
             "",
         ]
     )
 
 
 def _table(left: str, right: str, rows: Mapping[str, Any]) -> list[str]:
-    return [f"| {left} | {right} |", "|---|---|", *(f"| {key} | {value} |" for key, value in rows.items())]
+    lines = [f"| {left} | {right} |", "|---|---|"]
+    return [*lines, *(f"| {_cell(key)} | {_cell(value)} |" for key, value in rows.items())]
+
+
+def _cell(value: object) -> str:
+    """A table's cell on one line: names and paths come from a checkpoint, and may hold anything."""
+    text = printable(value)
+    for character in "\\|`<[":
+        text = text.replace(character, f"\\{character}")
+    return text
+
+
+def _fenced(text: str) -> list[str]:
+    """A block of YAML whose fence is longer than any in the text."""
+    runs = re.findall("`{3,}", text)
+    fence = "`" * (1 + max((len(run) for run in runs), default=2))
+    return [f"{fence}yaml", text, fence]
 
 
 def _parametrization(export: Export) -> list[str]:
@@ -70,7 +86,7 @@ def _parametrization(export: Export) -> list[str]:
     for name, param in export.reader.manifest["params"].items():
         if name not in export.left_out:
             roles[param["role"]] = roles.get(param["role"], 0) + 1
-    base = mup.base_shapes or f"{mup.base_heads} heads"
+    base = _cell(mup.base_shapes or f"{mup.base_heads} heads")
     lines = [f"Trained with {mup.parametrization} parametrization, base {base}.", ""]
     lines += _table("role", "tensors", roles)
     values: dict[float, int] = {}

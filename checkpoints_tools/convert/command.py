@@ -15,13 +15,13 @@ from checkpoints_tools.convert.importing import from_diffusers
 from checkpoints_tools.convert.pipeline import find_index, find_parts, tokens_of, write_pipeline
 from checkpoints_tools.convert.published.importing import FORMATS, from_published
 from checkpoints_tools.convert.run import Import
-from checkpoints_tools.write import aside
+from checkpoints_tools.write import aside, new_folder
 from megatron_dit.checkpoint.load import open_checkpoint
 from megatron_dit.cli import add_command
 from megatron_dit.cli.common import write_json
-from megatron_dit.config import config_from_dict
 from megatron_dit.data.text import DTYPES
 from megatron_dit.errors import UserError
+from megatron_dit.runtime.text import printable
 
 IMPORTERS: dict[str, Callable[[Import], list[str]]] = {
     "diffusers": from_diffusers,
@@ -67,11 +67,10 @@ def _convert(parsed: argparse.Namespace) -> int:
     wrong = next((name for name in groups[idle] if getattr(parsed, name)), None)
     if wrong is not None:
         raise UserError(f"--{wrong.replace('_', '-')} goes with {idle}: leave it out")
-    if parsed.out.exists():
-        raise UserError(f"{parsed.out} exists: give a new folder")
+    parsed.out = new_folder(parsed.out)
     notes = _to_diffusers(parsed) if parsed.to else _from_others(parsed)
     for line in notes:
-        print(line)
+        print(printable(line))
     write_json(parsed, {"out": str(parsed.out), "notes": notes})
     return 0
 
@@ -80,7 +79,7 @@ def _to_diffusers(parsed: argparse.Namespace) -> list[str]:
     if not parsed.pipeline and (parsed.vae or parsed.text_encoder or parsed.link):
         raise UserError("--vae, --text-encoder and --link are parts of a pipeline: add --pipeline")
     reader = open_checkpoint(parsed.source)
-    config = config_from_dict(reader.manifest["config"])
+    config = reader.config
     index = find_index(config)
     parts = find_parts(config, index, parsed.vae, parsed.text_encoder) if parsed.pipeline else None
     export = Export(
@@ -97,6 +96,9 @@ def _to_diffusers(parsed: argparse.Namespace) -> list[str]:
 
 
 def _from_others(parsed: argparse.Namespace) -> list[str]:
+    moved = next((item for item in parsed.set or () if item.partition("=")[0].strip() == "run_dir"), None)
+    if moved is not None:
+        raise UserError(f"--set {moved}: the run is written to {parsed.out}, leave run_dir out")
     asked = Import(parsed.source, parsed.out, parsed.data, parsed.set or (), parsed.drop_clip, parsed.base_shapes)
     return IMPORTERS[parsed.source_format](asked)
 

@@ -24,8 +24,9 @@ from checkpoints_tools.convert.pixart import NULL_CAPTION
 from checkpoints_tools.convert.read import FACTS, KEY, LOST
 from checkpoints_tools.convert.table import Counterpart, Row, Settings
 from checkpoints_tools.convert.tensors import Spec, TensorFile, write_shards
-from megatron_dit.checkpoint.format import STATE, CheckpointReader, Torn
-from megatron_dit.config import Config, config_from_dict
+from megatron_dit.checkpoint.format import CheckpointReader
+from megatron_dit.checkpoint.manifest import STATE
+from megatron_dit.config import Config
 from megatron_dit.data.text import DTYPES
 from megatron_dit.errors import UserError
 from megatron_dit.progress import ProgressBar
@@ -47,7 +48,7 @@ class Export:
 
     @cached_property
     def config(self) -> Config:
-        return config_from_dict(self.reader.manifest["config"])
+        return self.reader.config
 
     @cached_property
     def counterpart(self) -> Counterpart:
@@ -81,10 +82,7 @@ class Export:
         return sum(math.prod(params[name]["shape"]) for name in params if name not in self.left_out)
 
     def full(self, name: str) -> Tensor:
-        try:
-            return self.reader.full(WEIGHTS[self.weights], name)
-        except Torn as error:
-            raise UserError(f"checkpoint is torn ({error}): use an older one beside it") from None
+        return self.reader.full(WEIGHTS[self.weights], name)
 
 
 def write_model(export: Export, folder: Path) -> list[str]:

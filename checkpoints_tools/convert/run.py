@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,11 +13,12 @@ import yaml
 from torch import Tensor
 
 from checkpoints_tools.write import aside, write_checkpoint
-from megatron_dit.checkpoint.format import STATE, manifest_of
-from megatron_dit.checkpoint.save import step_folder
+from megatron_dit.checkpoint.listing import CHECKPOINTS, step_folder
+from megatron_dit.checkpoint.manifest import STATE, manifest_of
 from megatron_dit.config import Config, load_config, save_config
 from megatron_dit.data.fit import identity
 from megatron_dit.data.shards import read_index
+from megatron_dit.errors import UserError
 from megatron_dit.models import build_unsharded
 from megatron_dit.mup.rules import Param
 from megatron_dit.mup.shapes import describe
@@ -42,13 +44,10 @@ class Import:
 def config_of(values: Mapping[str, Any], asked: Import) -> Config:
     """The config of the run: ``values`` (as in a config's YAML), then what was asked for."""
     data = {**values["data"], **({"path": asked.data} if asked.data else {})}
-    part = asked.out.with_name(asked.out.name + ".yaml.part")
-    part.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        part.write_text(yaml.safe_dump({**values, "run_dir": str(asked.out), "data": data}, sort_keys=False))
-        return load_config(part, asked.overrides)
-    finally:
-        part.unlink(missing_ok=True)
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / f"{asked.out.name}.yaml"
+        path.write_text(yaml.safe_dump({**values, "run_dir": str(asked.out), "data": data}, sort_keys=False))
+        return load_config(path, asked.overrides)
 
 
 def fresh(model: Mapping[str, Any], objective: Mapping[str, Any]) -> dict[str, Any]:
@@ -87,7 +86,7 @@ def write_run(
     starts = {STATE: weights, **dict.fromkeys(averages(config.train), averaged or weights)}
     with aside(out) as part:
         manifest = {**manifest_of(config, params, states, data=dict(data)), **origin}
-        write_checkpoint(step_folder(part / "checkpoints", 0), manifest, _tensors(params, starts))
+        write_checkpoint(step_folder(part / CHECKPOINTS, 0), manifest, _tensors(params, starts))
         save_config(config, part / CONFIG)
     return sum(torch.Size(param.shape).numel() for param in params.values())
 
@@ -99,6 +98,8 @@ def _tensors(
     with ProgressBar("convert", len(params)) as bar:
         for name, param in params.items():
             values = {give: give(param) for give in dict.fromkeys(starts.values())}
+            if not all(value.isfinite().all() for value in values.values()):
+                raise UserError(f"{name} would get NaN or infinite values: such a model cannot be imported")
             for state, give in starts.items():
                 value = values[give]
                 assert tuple(value.shape) == tuple(param.shape), f"{name}: {tuple(value.shape)}, not {param.shape}"

@@ -12,93 +12,25 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import cached_property
-from importlib import metadata
+from itertools import pairwise
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from megatron_dit.config import Config, ParallelConfig
+from megatron_dit.checkpoint.manifest import Torn, read_manifest, size_of, unreadable
+from megatron_dit.config import Config, config_from_dict
 from megatron_dit.errors import UserError
-from megatron_dit.mup.init import cut, forward_multipliers, unshard
+from megatron_dit.mup.init import cut, unshard
 from megatron_dit.mup.rules import Param
+from megatron_dit.progress import ProgressBar
 
-FORMAT = 3
-MANIFEST = "manifest.json"
-SEAL = "sha256"  # the manifest's last key: of all before it
-KEYS = (
-    "format",
-    "step",
-    "adam_steps",
-    "states",
-    "data",
-    "bad_samples",
-    "config",
-    "layout",
-    "params",
-    "multipliers",
-    "files",
-    SEAL,
-)
-STATE = "master"
-
-
-class Torn(Exception):
-    """A checkpoint that is not whole: files missing, short or unreadable."""
-
-
-def manifest_of(
-    config: Config,
-    params: Mapping[str, Param],
-    states: Sequence[str],
-    world: int = 1,
-    parallel: ParallelConfig | None = None,
-    **progress: Any,
-) -> dict[str, Any]:
-    """A manifest but for its ``files``; ``progress`` may give step, adam_steps, data and bad_samples.
-
-    Written by ``world`` ranks in the layout ``parallel`` (None: by one process).
-    """
-    return {
-        "format": FORMAT,
-        "step": 0,
-        "adam_steps": 0,
-        "states": list(states),
-        "data": {},
-        "bad_samples": {},
-        **progress,
-        "config": asdict(config),
-        "layout": {"world": world, **asdict(parallel or ParallelConfig())},
-        "params": {
-            name: {
-                "shape": list(param.shape),
-                "dim": param.dim,
-                "pieces": param.pieces,
-                "role": param.role,
-                "lr": param.lr_multiplier,
-                "weight_decay": param.weight_decay_multiplier,
-            }
-            for name, param in params.items()
-        },
-        "multipliers": forward_multipliers(params),
-        "versions": {name: metadata.version(name) for name in ("megatron_dit", "torch", "deepspeed", "megatron-core")},
-    }
-
-
-def write_manifest(folder: Path, manifest: Mapping[str, Any]) -> Path:
-    """Write ``folder/manifest.json`` and its seal; returns its path."""
-    path = folder / MANIFEST
-    path.write_text(json.dumps({**manifest, SEAL: _seal(manifest)}))
-    return path
-
-
-def _seal(manifest: Mapping[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(manifest).encode()).hexdigest()
+SHOWN = 1 << 30  # bytes, of which hashing takes about a second
 
 
 @dataclass(frozen=True)
@@ -110,46 +42,51 @@ class Fragment:
 
 
 class CheckpointReader:
-    """Full tensors by global name from a checkpoint folder. Raises Torn where it is not whole."""
+    """Full tensors by global name from a checkpoint's folder.
+
+    Raises Torn if its manifest is not valid or a file is missing or of another size. What the files hold is compared
+    with their hashes by :meth:`verify` alone.
+    """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
+        self.manifest = read_manifest(folder)
+        for name, record in self.manifest["files"].items():
+            found = size_of(folder, name)
+            if found != record["bytes"]:
+                raise Torn(f"{folder / name} has {found} bytes, expected {record['bytes']}")
+
+    @cached_property
+    def config(self) -> Config:
+        """The config of the run that wrote it. Raises UserError if this version cannot use it."""
         try:
-            self.manifest: dict[str, Any] = json.loads((folder / MANIFEST).read_text())
-            lacking = next((key for key in KEYS if key not in self.manifest), None)
-            if lacking is not None:
-                raise Torn(f"{folder / MANIFEST} has no {lacking}")
-            if self.manifest.pop(SEAL) != _seal(self.manifest):
-                raise Torn(f"{folder / MANIFEST} is not what was written (SHA-256)")
-            if self.manifest["format"] != FORMAT:
-                raise UserError(f"{folder} has checkpoint format {self.manifest['format']}, expected {FORMAT}")
-            for name, record in self.manifest["files"].items():
-                found = (folder / name).stat().st_size
-                if found != record["bytes"]:
-                    raise Torn(f"{folder / name} has {found} bytes, expected {record['bytes']}")
-        except FileNotFoundError as error:
-            raise Torn(f"{error.filename} is missing") from None
-        except OSError as error:
-            raise unreadable(error) from None
-        except (KeyError, TypeError, ValueError) as error:
-            raise Torn(f"{folder / MANIFEST}: {error}") from None
+            return config_from_dict(self.manifest["config"])
+        except UserError as error:
+            raise UserError(f"{self.folder} holds a config that cannot be used: {error}") from None
 
     @property
     def step(self) -> int:
         return self.manifest["step"]
 
-    def verify(self, share: slice = slice(None)) -> None:
-        """Read a ``share`` of the files and compare their SHA-256. Raises Torn for the first that differs."""
-        for name in sorted(self.manifest["files"])[share]:
-            try:
-                with (self.folder / name).open("rb") as file:
-                    digest = hashlib.sha256()
-                    while piece := file.read(1 << 24):
-                        digest.update(piece)
-            except OSError as error:
-                raise unreadable(error) from None
-            if digest.hexdigest() != self.manifest["files"][name]["sha256"]:
-                raise Torn(f"{self.folder / name} is not what was written (SHA-256)")
+    def verify(self, share: slice = slice(None), *, show: bool = False) -> None:
+        """Read a ``share`` of the files and compare their SHA-256. Raises Torn for the first that differs.
+
+        ``show`` prints the progress if there is so much to read that it takes longer than a moment.
+        """
+        names = sorted(self.manifest["files"])[share]
+        total = sum(self.manifest["files"][name]["bytes"] for name in names)
+        with ProgressBar("verify", len(names), show=show and total > SHOWN) as bar:
+            for name in names:
+                try:
+                    with (self.folder / name).open("rb") as file:
+                        digest = hashlib.sha256()
+                        while piece := file.read(1 << 24):
+                            digest.update(piece)
+                except OSError as error:
+                    raise unreadable(error) from None
+                if digest.hexdigest() != self.manifest["files"][name]["sha256"]:
+                    raise Torn(f"{self.folder / name} is not what was written (SHA-256)")
+                bar.advance(name)
 
     def check(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
         """Raise UserError with the first parameter in which the checkpoint differs from a model."""
@@ -211,11 +148,10 @@ class CheckpointReader:
             low, high = max(start, fragment.start), min(stop, fragment.stop)
             if fragment.tensor_rank != tensor_rank or low >= high:
                 continue
-            try:
-                with safe_open(fragment.file, framework="pt") as file:
-                    piece = file.get_slice(f"{key}/{name}")[low - fragment.start : high - fragment.start]
-            except (SafetensorError, OSError) as error:
-                raise Torn(f"{fragment.file}: {error}") from None
+            with _damage(fragment.file), safe_open(fragment.file, framework="pt") as file:
+                piece = file.get_slice(f"{key}/{name}")[low - fragment.start : high - fragment.start]
+                if piece.shape != (high - low,):
+                    raise Torn(f"{fragment.file}: {key}/{name} is shorter than {fragment.stop - fragment.start}")
             flat[low - start : high - start] = piece
             covered += high - low
         if covered != numel:
@@ -224,21 +160,28 @@ class CheckpointReader:
 
     @cached_property
     def _fragments(self) -> dict[str, list[Fragment]]:
+        """Which file holds which elements of a parameter: no element is in two of them."""
         found: dict[str, list[Fragment]] = {}
         for name in self.manifest["files"]:
             path = self.folder / name
-            try:
-                with safe_open(path, framework="pt") as file:
-                    about = file.metadata()
-                    starts = json.loads(about["starts"])
-                    sizes = [file.get_slice(f"{self.states[0]}/{param}").get_shape()[0] for param in starts]
-            except (SafetensorError, OSError) as error:
-                raise Torn(f"{path}: {error}") from None
-            for (param, start), size in zip(starts.items(), sizes, strict=True):
-                found.setdefault(param, []).append(Fragment(path, int(about["tensor_rank"]), start, start + size))
+            with _damage(path), safe_open(path, framework="pt") as file:
+                about = file.metadata()
+                rank = int(about["tensor_rank"])
+                for param, start in json.loads(about["starts"]).items():
+                    (size,) = file.get_slice(f"{self.states[0]}/{param}").get_shape()
+                    found.setdefault(param, []).append(Fragment(path, rank, int(start), int(start) + size))
+        for name, fragments in found.items():
+            fragments.sort(key=lambda fragment: (fragment.tensor_rank, fragment.start))
+            for one, other in pairwise(fragments):
+                if one.tensor_rank == other.tensor_rank and other.start < one.stop:
+                    raise Torn(f"{other.file} and {one.file} hold the same elements of {name}")
         return found
 
 
-def unreadable(error: OSError) -> UserError:
-    """Of a disk or mount that fails: the checkpoint may well be whole, so none before it is to be used for that."""
-    return UserError(f"checkpoint file {error.filename} cannot be read ({error.strerror}): mend its disk or mount")
+@contextmanager
+def _damage(path: Path) -> Iterator[None]:
+    """Raise Torn for whatever is wrong with a file of tensors: its header may say anything."""
+    try:
+        yield
+    except (SafetensorError, OSError, ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
+        raise Torn(f"{path} is damaged ({type(error).__name__}: {error})") from None

@@ -2,90 +2,99 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from megatron_dit.checkpoint.format import MANIFEST, STATE, CheckpointReader, Torn, unreadable
-from megatron_dit.checkpoint.save import checkpoints
+from megatron_dit.checkpoint.format import CheckpointReader
+from megatron_dit.checkpoint.listing import CHECKPOINTS, list_checkpoints
+from megatron_dit.checkpoint.manifest import MANIFEST, STATE, Torn, unreadable
 from megatron_dit.errors import UserError
 from megatron_dit.optimizer import state_keys
 from megatron_dit.parallel.topology import agreed, gather
+from megatron_dit.runtime.text import printable
 
 if TYPE_CHECKING:
     from megatron_dit.engine import Engine
     from megatron_dit.parallel.masters import MasterShard
 
 
-def newest(folder: Path) -> tuple[CheckpointReader | None, list[str]]:
-    """The newest whole checkpoint under ``folder`` (None if there is none), and what was wrong with newer ones."""
-    torn = []
-    for path in reversed(checkpoints(folder)):
-        try:
-            return CheckpointReader(path), torn
-        except Torn as error:
-            torn.append(_passed_over(path, str(error)))
-    return None, torn
+def newest(folder: Path, *, verify: bool = True) -> tuple[CheckpointReader | None, list[str]]:
+    """Return the newest intact checkpoint of ``folder`` (None if there is none), and messages about what is not one.
+
+    ``verify`` reads its files to compare their SHA-256; otherwise one whose files have the right sizes is taken.
+    """
+    listing = list_checkpoints(folder)
+    notes = listing.notes
+    for path in reversed(listing.checkpoints):
+        reader, wrong = _opened(path, slice(None) if verify else slice(0), show=True)
+        if wrong is None:
+            return reader, notes
+        notes.append(_skipped(path, wrong))
+    return None, notes
 
 
 def newest_intact(folder: Path, rank: int, world: int) -> tuple[CheckpointReader | None, list[str]]:
-    """As :func:`newest`, by the files' SHA-256 too, each rank reading its share of them. Collective.
+    """As :func:`newest`, each rank reading its share of the files. Collective.
 
-    Raises UserError where all are torn: to begin anew would be to throw the run away.
+    Raises UserError if there are checkpoints and none is intact: to start from step 0 would throw the run away.
     """
-    torn = []
-    for path in reversed(gather(agreed(lambda: _listed(folder)))[0]):
-        reader, wrong = agreed(lambda path=path: _verified(path, slice(rank, None, world)))
+    listing = gather(agreed(lambda: list_checkpoints(folder) if rank == 0 else None))[0]
+    assert listing is not None
+    skipped = []
+    for path in reversed(listing.checkpoints):
+        reader, wrong = agreed(lambda path=path: _opened(path, slice(rank, None, world)))
         wrong = next((text for text in gather(wrong) if text is not None), None)
         if wrong is None:
-            return reader, torn
-        torn.append(_passed_over(path, wrong))
-    if torn:
-        raise UserError(f"no checkpoint of {folder} is whole: {'; '.join(torn)}: mend one, or set a new run_dir")
-    return None, torn
+            return reader, [*listing.notes, *skipped]
+        skipped.append(_skipped(path, wrong))
+    if skipped:
+        raise UserError(f"no checkpoint of {folder} is intact: {'; '.join(skipped)}: repair one, or set a new run_dir")
+    return None, listing.notes
 
 
-def _listed(folder: Path) -> list[Path]:
-    try:
-        return checkpoints(folder)
-    except OSError as error:
-        raise unreadable(error) from None
-
-
-def _verified(path: Path, share: slice) -> tuple[CheckpointReader | None, str | None]:
+def _opened(path: Path, share: slice, *, show: bool = False) -> tuple[CheckpointReader | None, str | None]:
+    """Return the checkpoint, or why it is incomplete."""
     try:
         reader = CheckpointReader(path)
-        reader.verify(share)
+        reader.verify(share, show=show)
         return reader, None
     except Torn as error:
         return None, str(error)
 
 
-def _passed_over(path: Path, why: str) -> str:
-    return f"checkpoint {path.name} is torn and passed over ({why})"
+def _skipped(path: Path, why: str) -> str:
+    return f"skipping incomplete checkpoint {path.name} ({why})"
 
 
-def open_checkpoint(path: str | Path) -> CheckpointReader:
-    """A checkpoint by its own folder, or the newest of a run's folder, naming torn ones on standard error.
+def open_checkpoint(path: str | Path, *, verify: bool = True) -> CheckpointReader:
+    """Return a checkpoint by its own folder, or the newest intact one of a run's folder.
 
-    Raises UserError if there is none.
+    Prints to standard error which newer ones of a run are incomplete and skipped. A checkpoint given by its own folder
+    is taken whatever that is called, and refused if it is incomplete. ``verify`` as in :func:`newest`. Raises UserError
+    if there is none.
     """
     path = Path(path)
-    if not path.is_dir():
-        raise UserError(f"checkpoint {path} does not exist: give a run's folder or one of its checkpoints/step_*")
-    if (path / MANIFEST).is_file():
-        try:
-            return CheckpointReader(path)
-        except Torn as error:
-            raise UserError(f"checkpoint {path} is torn ({error}): use an older one beside it") from None
-    reader, torn = newest(path / "checkpoints")
+    try:
+        if not path.is_dir():
+            wrong = "is not a folder" if path.exists() else "does not exist"
+            raise UserError(f"checkpoint {path} {wrong}: give a run's folder or one of its checkpoints/step_*")
+    except OSError as error:
+        raise unreadable(error) from None
+    if os.path.lexists(path / MANIFEST):
+        reader, wrong = _opened(path, slice(None) if verify else slice(0), show=True)
+        if reader is None:
+            raise UserError(f"checkpoint {path} is incomplete ({wrong}): use another one")
+        return reader
+    reader, notes = newest(path / CHECKPOINTS, verify=verify)
     if reader is None:
-        detail = f" ({'; '.join(torn)})" if torn else ""
-        raise UserError(f"{path} holds no whole checkpoint{detail}: give a run's folder or a checkpoints/step_*")
-    for line in torn:
-        print(line, file=sys.stderr)
+        detail = f" ({'; '.join(notes)})" if notes else ""
+        raise UserError(f"{path} holds no complete checkpoint{detail}: give a run's folder or a checkpoints/step_*")
+    for line in notes:
+        print(printable(line), file=sys.stderr)
     return reader
 
 

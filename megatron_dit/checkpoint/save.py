@@ -17,20 +17,24 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from megatron_dit.checkpoint.format import STATE, manifest_of, write_manifest
+from megatron_dit.checkpoint.listing import (
+    LATEST,
+    PART,
+    TORN,
+    checkpoints,
+    out_of_the_way,
+    remove,
+    step_folder,
+    step_of,
+    why_stray,
+)
+from megatron_dit.checkpoint.manifest import STATE, manifest_of, write_manifest
 from megatron_dit.errors import UserError, writing
 from megatron_dit.optimizer import state_keys
 from megatron_dit.parallel.topology import agree, agreed, gather
 
 if TYPE_CHECKING:
     from megatron_dit.engine import Engine
-
-PREFIX, PART, TORN = "step_", ".part", ".torn"
-LATEST = "latest"  # a text file with the name of the newest checkpoint's folder, for scripts
-
-
-def step_folder(folder: Path, step: int) -> Path:
-    return folder / f"{PREFIX}{step:08d}"
 
 
 class Saver:
@@ -110,7 +114,7 @@ class Saver:
             try:
                 files = {name: record for _, written in shares for name, record in sorted(written.items())}
                 _finish(self._part, self._target, {**self._manifest, "files": files})
-            except OSError as caught:
+            except (OSError, UserError) as caught:
                 error = str(caught)
         if self.first and error is not None:
             shutil.rmtree(self._part, ignore_errors=True)
@@ -133,43 +137,6 @@ def _make(folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
 
 
-def old_ones(folder: Path, keep: int, keep_every: int = 0) -> list[Path]:
-    """All checkpoints but the newest ``keep`` and those of every ``keep_every``-th step (0: of none)."""
-    return [path for path in checkpoints(folder)[:-keep] if not (keep_every and step_of(path) % keep_every == 0)]
-
-
-def clear(folder: Path) -> None:
-    """Delete what unfinished saves left."""
-    for path in folder.glob(f"*{PART}"):
-        shutil.rmtree(path) if path.is_dir() else path.unlink()
-
-
-def set_aside(folder: Path, step: int) -> list[str]:
-    """Rename checkpoints beyond ``step`` to ``step_N.torn``, as a run that goes on from there writes its own.
-
-    They were found torn, and are left for people to judge. Returns lines to say.
-    """
-    torn = [path for path in checkpoints(folder) if step_of(path) > step]
-    for path in torn:
-        shutil.rmtree(path.with_suffix(TORN), ignore_errors=True)
-        path.rename(path.with_suffix(TORN))
-    if torn:
-        _point(step_folder(folder, step))
-    return [f"{path} is kept as {path.with_suffix(TORN).name}" for path in torn]
-
-
-def checkpoints(folder: Path) -> list[Path]:
-    """Finished checkpoints, the oldest first."""
-    if not folder.is_dir():
-        return []
-    return sorted(path for path in folder.iterdir() if path.name.startswith(PREFIX) and not path.suffix)
-
-
-def step_of(path: Path) -> int:
-    """The step in a checkpoint folder's name."""
-    return int(path.name.removeprefix(PREFIX))
-
-
 def _manifest(engine: Engine, keys: Sequence[str]) -> dict[str, Any]:
     return manifest_of(
         engine.config,
@@ -187,17 +154,45 @@ def _manifest(engine: Engine, keys: Sequence[str]) -> dict[str, Any]:
 def _finish(part: Path, target: Path, manifest: Mapping[str, Any]) -> None:
     _sync(write_manifest(part, manifest))
     _sync(part)
-    shutil.rmtree(target, ignore_errors=True)
+    old = None
+    if os.path.lexists(target):  # an averages' snapshot is written again after a resume from before it
+        why = why_stray(target)
+        if why is not None:
+            raise UserError(f"the name is taken by {why}: move that away")
+        old = out_of_the_way(target)
     part.replace(target)
     _sync(target.parent)
+    if old is not None:
+        remove(old)
     _point(target)
 
 
+def set_aside(folder: Path, step: int) -> list[str]:
+    """Rename incomplete checkpoints beyond ``step`` to ``step_N.torn``: the run that resumes there writes its own.
+
+    Returns messages.
+    """
+    notes = []
+    for path in checkpoints(folder):
+        found = step_of(path)
+        if found is not None and found > step:
+            names = (path.with_name(path.name + TORN + (f".{i}" if i else "")) for i in itertools.count())
+            target = next(name for name in names if not os.path.lexists(name))  # older ones are kept too
+            path.rename(target)
+            notes.append(f"{path} is kept as {target.name}")
+    if notes:
+        _point(step_folder(folder, step))
+    return notes
+
+
 def _point(target: Path) -> None:
-    aside = target.with_name(LATEST + PART)
+    """Write the name of the newest checkpoint to ``latest`` beside it."""
+    latest, aside = target.with_name(LATEST), target.with_name(LATEST + PART)
+    if latest.is_dir() and not latest.is_symlink():  # somebody's folder: the checkpoint itself is complete
+        return
     aside.write_text(target.name + "\n")
     _sync(aside)
-    aside.replace(target.with_name(LATEST))
+    aside.replace(latest)
 
 
 def _share(engine: Engine, keys: Sequence[str]) -> tuple[dict[str, Tensor], dict[str, str]]:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from megatron_dit.checkpoint.format import CheckpointReader
 from megatron_dit.checkpoint.load import open_checkpoint
-from megatron_dit.config import Config, config_from_dict
+from megatron_dit.config import Config
 from megatron_dit.data.codec import open_codec
 from megatron_dit.data.shards import Index, read_index
 from megatron_dit.data.text import DTYPES, TextEncoder, pad
@@ -33,7 +33,14 @@ def load_model(reader: CheckpointReader, config: Config, *, ema: bool = True) ->
     with torch.device(device()):
         model = build_unsharded(config.model)
     reader.check({name: tuple(p.shape) for name, p in model.named_parameters()})
-    set_multipliers(model, reader.manifest["multipliers"])
+    multipliers = reader.manifest["multipliers"]
+    taken = {f"{name}.weight" for name, layer in model.named_modules() if hasattr(layer, "multiplier")}
+    unknown = next((name for name in multipliers if name not in taken), None)
+    if unknown is not None:
+        raise UserError(
+            f"{reader.folder} has a forward multiplier of {unknown}, whose layer takes none: use another one"
+        )
+    set_multipliers(model, multipliers)
     with torch.no_grad():
         for name, p in model.named_parameters():
             p.copy_(reader.full("ema" if ema else "master", name))
@@ -52,7 +59,7 @@ class Sampler:
 
     def __init__(self, checkpoint: str | Path, *, data: str | None = None, ema: bool = True) -> None:
         reader = open_checkpoint(checkpoint)
-        self.config = config_from_dict(reader.manifest["config"])
+        self.config = reader.config
         self.step = reader.step
         self.index = index = read_index(data or self.config.data.path)
         model = self.config.model

@@ -19,7 +19,8 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from megatron_dit.checkpoint.format import STATE, CheckpointReader
+from megatron_dit.checkpoint.format import CheckpointReader
+from megatron_dit.checkpoint.manifest import STATE
 from megatron_dit.checkpoint.save import save
 from megatron_dit.config import Config, MupConfig
 from megatron_dit.data.stream import batches, read_data

@@ -17,9 +17,11 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from megatron_dit.checkpoint.format import STATE, CheckpointReader
+from megatron_dit.checkpoint.format import CheckpointReader
+from megatron_dit.checkpoint.listing import step_folder
 from megatron_dit.checkpoint.load import restore
-from megatron_dit.checkpoint.save import save, step_folder
+from megatron_dit.checkpoint.manifest import STATE
+from megatron_dit.checkpoint.save import save
 from megatron_dit.config import Config
 from megatron_dit.data.stream import batches, read_data
 from megatron_dit.engine import Engine

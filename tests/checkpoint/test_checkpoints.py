@@ -11,12 +11,14 @@ import torch
 from safetensors import safe_open
 
 from megatron_dit.checkpoint import format as format_module
-from megatron_dit.checkpoint.format import CheckpointReader, Torn
-from megatron_dit.checkpoint.save import clear, old_ones, step_folder
+from megatron_dit.checkpoint.format import CheckpointReader
+from megatron_dit.checkpoint.listing import clear, old_ones, step_folder
+from megatron_dit.checkpoint.manifest import Torn
 from megatron_dit.errors import UserError
 from megatron_dit.models import build_unsharded
 from megatron_dit.mup.init import cut, unshard
 from megatron_dit.mup.shapes import describe
+from tests.checkpoint.made import checkpoint
 from tests.configs import small
 from tests.test_engine import batch, start
 
@@ -160,11 +162,11 @@ def test_torn_checkpoints_are_seen(pool, tmp_path, harm):
 
 def test_retention_keeps_the_newest_and_every_mth(tmp_path):
     for step in (1, 20, 300):
-        step_folder(tmp_path, step).mkdir()
+        checkpoint(tmp_path, step)
     (tmp_path / "step_00000400.part").mkdir()
     assert old_ones(tmp_path, keep=2) == [step_folder(tmp_path, 1)]
     for step in (100, 310, 320):
-        step_folder(tmp_path, step).mkdir()
+        checkpoint(tmp_path, step)
     assert old_ones(tmp_path, keep=1, keep_every=100) == [step_folder(tmp_path, step) for step in (1, 20, 310)]
     clear(tmp_path)
     assert not list(tmp_path.glob("*.part"))

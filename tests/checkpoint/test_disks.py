@@ -9,8 +9,8 @@ import sys
 
 import pytest
 
+from megatron_dit.checkpoint.listing import checkpoints
 from megatron_dit.checkpoint.load import open_checkpoint
-from megatron_dit.checkpoint.save import checkpoints
 from megatron_dit.models import build_unsharded
 from megatron_dit.mup.shapes import describe
 from tests.configs import small, write_config

@@ -12,8 +12,9 @@ import torch
 
 from megatron_dit.checkpoint import format as format_module
 from megatron_dit.checkpoint import save as save_module
-from megatron_dit.checkpoint.format import CheckpointReader, Torn
-from megatron_dit.checkpoint.save import step_folder
+from megatron_dit.checkpoint.format import CheckpointReader
+from megatron_dit.checkpoint.listing import step_folder
+from megatron_dit.checkpoint.manifest import Torn
 from megatron_dit.cli import run
 from tests.configs import small, write_config
 from tests.test_engine import batch, start
@@ -138,7 +139,7 @@ def test_a_harmed_checkpoint_is_named_and_the_one_before_used(config, tmp_path, 
     capsys.readouterr()
     assert run(["train", str(config), "checkpoint.keep=1"]) == 0
     out = capsys.readouterr().out
-    assert "checkpoint step_00000012 is torn and passed over" in out
+    assert "skipping incomplete checkpoint step_00000012" in out
     assert "resumed" in out
     assert "at step 9" in out
     found = states(tmp_path / "run" / "checkpoints", 12)
@@ -153,14 +154,14 @@ def test_a_run_without_a_whole_checkpoint_is_not_begun_anew(config, tmp_path, ca
     assert run(["train", str(config)]) == 2
     err = capsys.readouterr().err
     assert "no checkpoint of" in err
-    assert "step_00000012 is torn" in err
+    assert "skipping incomplete checkpoint step_00000012" in err
     assert sorted((tmp_path / "run").rglob("*")) == before
 
 
 def test_a_file_that_cannot_be_read_is_not_taken_for_torn(config, tmp_path, capsys, monkeypatch):
     assert run(["train", str(config)]) == 0
 
-    def fails(reader, share):
+    def fails(reader, *_, **__):
         raise format_module.unreadable(OSError(5, "Input/output error", str(reader.folder)))
 
     monkeypatch.setattr(CheckpointReader, "verify", fails)
@@ -180,7 +181,7 @@ def test_inspect_tells_a_flipped_byte(config, tmp_path, capsys):
     data[len(data) // 2] ^= 1
     file.write_bytes(data)
     assert main(["inspect", str(tmp_path / "run"), "--json", str(tmp_path / "b.json")]) == 1
-    assert "TORN" in json.loads((tmp_path / "b.json").read_text())["integrity"]
+    assert "CORRUPT" in json.loads((tmp_path / "b.json").read_text())["integrity"]
     with pytest.raises(Torn, match="not what was written"):
         CheckpointReader(file.parent).verify()
 
@@ -193,4 +194,4 @@ def test_the_tools_name_a_torn_checkpoint_and_take_the_one_before(config, tmp_pa
     manifest.write_text(manifest.read_text().replace('"step": 12', '"step": 13'))
     assert main(["inspect", str(tmp_path / "run"), "--json", str(tmp_path / "a.json")]) == 0
     assert json.loads((tmp_path / "a.json").read_text())["step"] == 9
-    assert "checkpoint step_00000012 is torn and passed over" in capsys.readouterr().err
+    assert "skipping incomplete checkpoint step_00000012" in capsys.readouterr().err

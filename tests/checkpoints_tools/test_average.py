@@ -10,8 +10,8 @@ import yaml
 
 from checkpoints_tools.__main__ import main
 from checkpoints_tools.average import average
+from megatron_dit.checkpoint.listing import checkpoints
 from megatron_dit.checkpoint.load import open_checkpoint
-from megatron_dit.checkpoint.save import checkpoints
 from megatron_dit.cli import run as command_line
 from megatron_dit.errors import UserError
 from megatron_dit.optimizer.averages import gamma_of

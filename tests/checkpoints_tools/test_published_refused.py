@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import argparse
+import gzip
 import os
+import pickle
+import struct
+import zipfile
 
 import pytest
+import safetensors.torch
 import torch
 
 from checkpoints_tools.__main__ import main
+from checkpoints_tools.convert.published.pickles import read_published
 from tests.checkpoints_tools.made import convert, our_model
 from tests.models.published import DiT, PixArt, UViT, dit_mup, randomise
 
@@ -88,14 +94,102 @@ def test_a_torn_file_is_refused(tmp_path, capsys, kept, zipped):
 def test_what_is_no_checkpoint_is_refused(tmp_path, capsys):
     path = tmp_path / "x.pt"
     assert "is no file" in refused(capsys, path, "dit")
-    path.write_text("<html>not found</html>")
-    assert "cannot be read" in refused(capsys, path, "dit")
     torch.save([torch.ones(2)], path)
     assert "holds a list" in refused(capsys, path, "dit")
     torch.save({"step": 3}, path)
     assert "has 'step', which is no dense tensor of floats" in refused(capsys, path, "dit")
     torch.save({"model": {"x": torch.ones(2)}, "ema": {"y": torch.ones(2)}}, path)
     assert "they are of two models" in refused(capsys, path, "dit")
+
+
+def rewritten(path, change):
+    """The same zip with ``change(name, bytes)`` of every entry: (name, bytes, compression), or several of them."""
+    with zipfile.ZipFile(path) as file:
+        entries = [(name, file.read(name)) for name in file.namelist()]
+    with zipfile.ZipFile(path, "w") as file:
+        for name, data in entries:
+            for new, value, compression in change(name, data):
+                file.writestr(new, value, compression)
+
+
+STORED, DEFLATED = zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED
+
+
+@pytest.mark.filterwarnings("ignore:Duplicate name")
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            lambda n, d: [(n, d + bytes(200 << 20) if n.endswith("data.pkl") else d, DEFLATED)],
+            "has the compressed entry",
+        ),
+        (lambda n, d: [(n, d + bytes(5 << 20) if n.endswith("data.pkl") else d, STORED)], "expected at most 4,194,304"),
+        (lambda n, d: [(n, d, STORED)] * (2 if n.endswith("data.pkl") else 1), "has two entries"),
+    ],
+    ids=["bomb", "large pickle", "duplicate"],
+)
+def test_a_zip_that_would_take_more_memory_than_it_has_bytes_is_refused(tmp_path, capsys, change, message):
+    """The sizes in the zip's directory are compared with the file before anything in it is read."""
+    path = save(tmp_path / "x.pt", DiT())
+    rewritten(path, change)
+    assert message in refused(capsys, path, "dit", "--set", "model.heads=2")
+
+
+def test_a_zip_that_declares_more_bytes_than_the_file_has_is_refused(tmp_path, capsys):
+    path = save(tmp_path / "x.pt", DiT())
+    data = bytearray(path.read_bytes())
+    entry = data.index(b"PK\x01\x02")  # of the directory: bytes 20 to 28 are the compressed and the true size
+    while b"data/0" not in data[entry + 46 : entry + 80]:
+        entry = data.index(b"PK\x01\x02", entry + 1)
+    data[entry + 20 : entry + 28] = struct.pack("<II", 3 << 30, 3 << 30)
+    path.write_bytes(data)
+    assert f"but has {len(data):,}" in refused(capsys, path, "dit", "--set", "model.heads=2")
+
+
+@pytest.mark.parametrize("zipped", [True, False], ids=["zip", "legacy"])
+def test_a_tensor_that_is_larger_than_its_bytes_is_refused(tmp_path, capsys, zipped):
+    """Strides of zero: each element is the same four bytes, until somebody copies them."""
+    state = {**DiT().state_dict(), "x_embedder.proj.bias": torch.ones(1).expand(10**9)}
+    torch.save(state, tmp_path / "x.pt", _use_new_zipfile_serialization=zipped)
+    line = refused(capsys, tmp_path / "x.pt", "dit", "--set", "model.heads=2")
+    assert "declares 4,000,000,000 bytes for x_embedder.proj.bias" in line
+
+
+def test_a_legacy_pickle_larger_than_weights_need_is_refused(tmp_path, capsys):
+    """Every byte of this pickle would become a dictionary."""
+    (tmp_path / "x.pt").write_bytes(b"\x80\x02" + b"}" * (5 << 20) + b".")
+    assert "no pickles of at most 4,194,304 bytes" in refused(capsys, tmp_path / "x.pt", "dit")
+
+
+@pytest.mark.parametrize(
+    ("data", "kind"),
+    [
+        (b"<!DOCTYPE html><html>404</html>", "is a web page"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:1\n", "is a Git LFS pointer"),
+        (safetensors.torch.save({"x": torch.ones(9)}), "is a safetensors file"),
+        (gzip.compress(b"x"), "is compressed with gzip"),
+        (pickle.dumps({"a": 1}, protocol=4), "cannot be read"),
+        (b"", "cannot be read"),
+    ],
+    ids=["html", "lfs", "safetensors", "gzip", "pickle", "empty"],
+)
+@pytest.mark.parametrize("size", [0, 5 << 20])
+def test_a_file_is_called_what_it_is_and_unsafe_loading_is_not_advised(tmp_path, capsys, data, kind, size):
+    (tmp_path / "x.pt").write_bytes(data + bytes(size))
+    line = refused(capsys, tmp_path / "x.pt", "dit")
+    assert kind in line
+    assert "weights_only" not in line
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_that_are_no_numbers_are_refused(tmp_path, capsys, value):
+    path = save(tmp_path / "x.pt", DiT(), **{"blocks.1.mlp.fc2.bias": torch.full((16,), value)})
+    assert "blocks.1.mlp.fc2.bias would get NaN" in refused(capsys, path, "dit", "--set", "model.heads=2")
+
+
+def test_wrappers_of_a_model_are_recognised(tmp_path):
+    torch.save({"model": {f"module._orig_mod.model.{x}": torch.ones(1) for x in "ab"}}, tmp_path / "x.pt")
+    assert list(read_published(tmp_path / "x.pt").raw) == ["a", "b"]
 
 
 def test_another_format_is_told(tmp_path, capsys):

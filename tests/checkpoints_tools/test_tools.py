@@ -6,15 +6,19 @@ import json
 
 import pytest
 import torch
+import yaml
 
+from checkpoints_tools import __main__ as tools
 from checkpoints_tools.__main__ import main
+from checkpoints_tools.convert import command
+from megatron_dit.checkpoint.listing import checkpoints
 from megatron_dit.checkpoint.load import open_checkpoint
-from megatron_dit.checkpoint.save import checkpoints
 from megatron_dit.cli import run as command_line
 from megatron_dit.models import build_unsharded
 from megatron_dit.mup.shapes import describe
+from tests.checkpoint.made import run_of
 from tests.checkpoint.test_checkpoints import LAYOUTS, save_after
-from tests.configs import small, write_config
+from tests.configs import small, small_dict, write_config
 
 
 def everything(reader):
@@ -98,5 +102,82 @@ def test_prune(run, capsys):
 def test_prune_does_not_take_a_torn_one_for_what_is_kept(run, capsys):
     (run / "checkpoints" / "step_00000006" / "rank_00000.safetensors").write_bytes(b"short")
     assert main(["prune", str(run), "--keep", "1"]) == 2
-    assert "step_00000006 is torn" in capsys.readouterr().err
+    assert "step_00000006 is incomplete" in capsys.readouterr().err
     assert left(run) == [1, 2, 3, 4, 5, 6]
+
+
+@pytest.fixture(scope="module")
+def small_run(tmp_path_factory):
+    """A run's folder with two checkpoints, that was never trained."""
+    run = run_of(tmp_path_factory.mktemp("small") / "run")
+    (run / "config.yaml").write_text(yaml.safe_dump(small_dict("mmdit")))
+    return run
+
+
+PROGRAMS = {
+    "convert": lambda run, out: ["convert", str(run), out, "--to", "diffusers"],
+    "reshard": lambda run, out: ["reshard", str(run), out],
+    "average": lambda run, out: ["average", str(run), "--sigma-rel", "0.1", "--out", out],
+    "import": lambda run, out: ["convert", str(run), out, "--from", "diffusers"],
+}
+
+
+@pytest.mark.parametrize(
+    ("out", "message"),
+    [
+        ("/proc/x", "cannot be written"),
+        ("/proc/1/x/y", "cannot be written"),
+        ("FOLDER/file/x", "cannot be written"),
+        ("FOLDER/" + "x" * 250, "cannot be written"),  # there is no room for an ending
+        ("FOLDER/" + "x" * 300 + "/y", "cannot be written"),
+        ("FOLDER/full", "exists"),
+        ("FOLDER/link", "exists"),
+        ("FOLDER/../FOLDER_NAME/full/", "exists"),
+        ("", "exists"),
+        ("/", "exists"),
+        ("RUN", "exists"),
+        ("RUN/checkpoints/x", "which holds checkpoints"),
+        ("RUN/ema/new/x", "which holds checkpoints"),
+        ("RUN/checkpoints/step_00000006/x", "which holds checkpoints"),
+    ],
+)
+@pytest.mark.parametrize("program", PROGRAMS)
+def test_an_impossible_target_is_found_before_the_work(small_run, tmp_path, capsys, monkeypatch, program, out, message):
+    """No checkpoint is even opened, and nothing is left."""
+    for module in (command, tools):
+        monkeypatch.setattr(module, "open_checkpoint", None)
+    (tmp_path / "file").write_text("")
+    (tmp_path / "full" / "x").mkdir(parents=True)
+    (tmp_path / "link").symlink_to("nowhere")
+    (small_run / "ema").mkdir(exist_ok=True)
+    before = sorted(tmp_path.rglob("*")), sorted(small_run.rglob("*"))
+    out = out.replace("RUN", str(small_run)).replace("FOLDER_NAME", tmp_path.name).replace("FOLDER", str(tmp_path))
+    assert main(PROGRAMS[program](small_run, out)) == 2
+    err = capsys.readouterr().err
+    assert message in err
+    assert err.count("\n") == 1
+    assert (sorted(tmp_path.rglob("*")), sorted(small_run.rglob("*"))) == before
+
+
+def test_the_path_that_is_written_is_reported(small_run, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    assert main(["reshard", str(small_run), "~/a/../b", "--json", "found.json"]) == 0
+    assert f"wrote {tmp_path / 'b'}: step 6" in capsys.readouterr().out
+    assert json.loads((tmp_path / "found.json").read_text())["out"] == str(tmp_path / "b")
+    assert open_checkpoint(tmp_path / "b").step == 6
+
+
+def test_what_is_there_already_is_not_deleted(small_run, tmp_path):
+    """A folder of the user's that is called as an unfinished output may be."""
+    (tmp_path / "out.part").mkdir()
+    (tmp_path / "out.part" / "notes").write_text("")
+    assert main(["reshard", str(small_run), str(tmp_path / "out")]) == 0
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "out.part"]
+    assert (tmp_path / "out.part" / "notes").exists()
+
+
+def test_an_import_goes_where_it_is_told(tmp_path, capsys):
+    words = ["convert", str(tmp_path), str(tmp_path / "out"), "--from", "diffusers", "--set", "run_dir=other"]
+    assert main(words) == 2
+    assert f"the run is written to {tmp_path / 'out'}, leave run_dir out" in capsys.readouterr().err

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import io
 import pickle
+import pickletools
 import re
 import zipfile
 from collections.abc import Iterator, Mapping, Sequence
@@ -21,7 +23,11 @@ from megatron_dit.errors import UserError
 SAFE: list[Any] = [argparse.Namespace]
 RAW, AVERAGES = ("model", "state_dict"), ("ema", "state_dict_ema")
 OPTIMIZER = ("opt", "optimizer")
-WRAPPER = "module."  # before each name of a model that DistributedDataParallel or DeepSpeed wraps
+# Before each name of a model that DistributedDataParallel or DeepSpeed, torch.compile or Lightning wraps.
+WRAPPERS = ("module.", "_orig_mod.", "model.")
+# Bytes of what is pickled beside the tensors. A billion parameters in 2,400 tensors take 0.5 MB; each byte of a pickle
+# can become an object of 200.
+PICKLE_LIMIT = 4 << 20
 
 Weights = dict[str, Tensor]
 
@@ -72,17 +78,81 @@ def _load(path: Path) -> Any:
     if not path.is_file():
         raise UserError(f"{path} is no file: give a checkpoint that torch.save wrote (.pt or .pth)")
     try:
+        zipped = zipfile.is_zipfile(path)
+        _check_sizes(path, zipped)
         with _only_safe_types():
-            return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-    except Exception as error:  # of a file that is torn anything may be raised
-        named = re.search(r"GLOBAL (\S+)|unrecognized function (.+)", str(error))
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
+    except UserError:
+        raise
+    except Exception as error:  # of a file that is damaged anything may be raised
+        text = " ".join(str(error).split())
+        named = re.search(r"GLOBAL (\S+)|unrecognized function (.+)", text)
         if isinstance(error, pickle.UnpicklingError) and named is not None:
             raise UserError(
-                f"{path} needs {named[1] or named[2]}, which would run code of the file's choice: nothing of it was "
-                "run, only files of tensors and argparse.Namespace are read"
+                f"{path} needs {(named[1] or named[2])[:200]}, which would run code of the file's choice: nothing of "
+                "it was run, only files of tensors and argparse.Namespace are read"
             ) from None
-        reason = " ".join(str(error).split())[:200] or type(error).__name__
-        raise UserError(f"{path} cannot be read ({reason}): expected what torch.save wrote, get it again") from None
+        # What is left of the library's advice to load the file without this protection is not passed on.
+        reason = text.partition("WeightsUnpickler error: ")[2].partition(" Check the documentation")[0] or text
+        reason = type(error).__name__ if "weights_only" in reason or not reason else reason[:200]
+        raise UserError(f"{path} {_kind(path)} ({reason}): expected what torch.save wrote, download it again") from None
+
+
+def _check_sizes(path: Path, zipped: bool) -> None:
+    """Raise UserError for a file that would take much more memory than it has bytes, before anything in it is read."""
+    size = path.stat().st_size
+    if not zipped:
+        _check_legacy(path, size)
+        return
+    with zipfile.ZipFile(path) as file:
+        entries = file.infolist()
+    names: set[str] = set()
+    for entry in entries:
+        if entry.filename in names:
+            raise UserError(f"{path} has two entries {entry.filename:.200}: expected what torch.save wrote")
+        names.add(entry.filename)
+        if entry.compress_type != zipfile.ZIP_STORED:
+            raise UserError(f"{path} has the compressed entry {entry.filename:.200}: expected what torch.save wrote")
+        if entry.filename.endswith("data.pkl") and entry.file_size > PICKLE_LIMIT:
+            raise UserError(
+                f"{path} has {entry.file_size:,} bytes in {entry.filename:.200}, expected at most {PICKLE_LIMIT:,} "
+                "beside the tensors: it holds more than weights"
+            )
+    declared = sum(entry.file_size for entry in entries)
+    if declared > size:
+        raise UserError(f"{path} declares {declared:,} bytes of entries, but has {size:,}: download it again")
+
+
+def _check_legacy(path: Path, size: int) -> None:
+    """The format before PyTorch 1.6: five pickles, then the tensors' bytes."""
+    with path.open("rb") as file:
+        head = io.BytesIO(file.read(PICKLE_LIMIT))
+    try:
+        for _ in range(5):
+            for _ in pickletools.genops(head):
+                pass
+    except Exception:  # damaged, or not pickles at all: loading says why, and reads no more than that
+        if size > PICKLE_LIMIT:
+            raise UserError(
+                f"{path} {_kind(path)} (no pickles of at most {PICKLE_LIMIT:,} bytes at its start): expected what "
+                "torch.save wrote, download it again"
+            ) from None
+
+
+def _kind(path: Path) -> str:
+    """Say what a file is that torch.load does not read, by its first bytes."""
+    with path.open("rb") as file:
+        head = file.read(512)
+    start = head.lstrip().lower()
+    if head.startswith(b"version https://git-lfs"):
+        return "is a Git LFS pointer in place of the file ('git lfs pull' fetches it)"
+    if start.startswith((b"<!doctype", b"<html", b"<?xml", b"<head")):
+        return "is a web page in place of the file"
+    if head[8:9] == b"{" and int.from_bytes(head[:8], "little") < path.stat().st_size:
+        return "is a safetensors file"
+    if head.startswith(b"\x1f\x8b"):
+        return "is compressed with gzip"
+    return "cannot be read"
 
 
 @contextmanager
@@ -99,12 +169,20 @@ def _only_safe_types() -> Iterator[None]:
 
 
 def _tensors(path: Path, weights: Mapping[Any, Any]) -> Weights:
+    size = path.stat().st_size
     for name, value in weights.items():
         dense = isinstance(value, Tensor) and value.layout == torch.strided and value.is_floating_point()
-        if not isinstance(name, str) or not dense:
-            raise UserError(f"{path} has {name!r}, which is no dense tensor of floats: expected weights alone")
-    wrapped = bool(weights) and all(name.startswith(WRAPPER) for name in weights)
-    return {name.removeprefix(WRAPPER) if wrapped else name: value.detach() for name, value in weights.items()}
+        if not isinstance(name, str) or not dense or value.device.type != "cpu":
+            raise UserError(f"{path} has {name!r:.200}, which is no dense tensor of floats: expected weights alone")
+        needed, held = value.numel() * value.element_size(), value.untyped_storage().nbytes()
+        if needed > held or held > size:
+            raise UserError(
+                f"{path} declares {needed:,} bytes for {name:.200}, but holds {min(held, size):,}: download it again"
+            )
+    found = {name: value.detach() for name, value in weights.items()}
+    while wrapper := next((w for w in WRAPPERS if found and all(name.startswith(w) for name in found)), None):
+        found = {name.removeprefix(wrapper): value for name, value in found.items()}
+    return found
 
 
 def _shapes(weights: Weights) -> dict[str, torch.Size]:

@@ -1,0 +1,307 @@
+"""Manifests and files that somebody changed: one line that names what is wrong, whatever they hold."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import shutil
+from hashlib import sha256
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from checkpoints_tools.__main__ import main
+from megatron_dit.checkpoint.format import CheckpointReader
+from megatron_dit.checkpoint.listing import step_folder
+from megatron_dit.checkpoint.load import newest, open_checkpoint
+from megatron_dit.checkpoint.manifest import Torn
+from megatron_dit.errors import UserError
+from tests.checkpoint.made import checkpoint, edit, run_of
+
+RANK = "rank_00000.safetensors"
+
+
+@pytest.fixture(scope="module")
+def pristine(tmp_path_factory):
+    return run_of(tmp_path_factory.mktemp("pristine"))
+
+
+@pytest.fixture
+def run(pristine, tmp_path):
+    shutil.copytree(pristine, tmp_path / "run")
+    return tmp_path / "run"
+
+
+@pytest.fixture
+def path(run):
+    return step_folder(run / "checkpoints", 6)
+
+
+def refused(capsys, path, *named):
+    """By its path it is one line and status 2; of its run the checkpoint before is used."""
+    assert main(["inspect", str(path)]) == 2
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1, err
+    assert err.startswith(f"error: checkpoint {path} is incomplete (")
+    assert all(str(name) in err for name in named), err
+    reader, notes = newest(path.parent)
+    assert reader is not None
+    assert reader.step == 3
+    assert len(notes) == 1
+    assert len(err) < 700
+
+
+def setter(*keys_and_value):
+    *keys, last, value = keys_and_value
+
+    def change(manifest):
+        node = manifest
+        for key in keys:
+            node = node[key]
+        node[last] = value
+
+    return change
+
+
+PARAM = ("params", "blocks.0.image.qkv.weight")
+
+ILL_TYPED = {
+    "step a string": ("step", "6"),
+    "step negative": ("step", -6),
+    "step true": ("step", True),
+    "step a fraction": ("step", 6.5),
+    "step huge": ("step", 10**30),
+    "age nan": ("adam_steps", float("nan")),
+    "age infinite": ("adam_steps", float("inf")),
+    "age null": ("adam_steps", None),
+    "states empty": ("states", []),
+    "states a string": ("states", "master"),
+    "states numbers": ("states", [1]),
+    "data a list": ("data", []),
+    "data without codec": ("data", {"text": "x", "samples": "y"}),
+    "data of numbers": ("data", {"text": 1, "codec": 2, "samples": 3}),
+    "bad samples a list": ("bad_samples", [1]),
+    "bad samples of strings": ("bad_samples", {"torn_shard": "1"}),
+    "config a list": ("config", []),
+    "config empty": ("config", {}),
+    "model a list": ("config", "model", []),
+    "arch a number": ("config", "model", "arch", 3),
+    "layout a string": ("layout", "tensor"),
+    "layout without tensor": ("layout", {"world": 1}),
+    "layout of 0": ("layout", "tensor", 0),
+    "layout that cuts nothing": ("layout", "tensor", 7),
+    "params empty": ("params", {}),
+    "params a list": ("params", []),
+    "shape a number": (*PARAM, "shape", 3),
+    "shape negative": (*PARAM, "shape", [-1, 4]),
+    "shape huge": (*PARAM, "shape", [96, 10**15]),
+    "shape of many": (*PARAM, "shape", [1] * 1000),
+    "dim too large": (*PARAM, "dim", 2),
+    "pieces 0": (*PARAM, "pieces", 0),
+    "lr nan": (*PARAM, "lr", float("nan")),
+    "lr a string": (*PARAM, "lr", "0.5"),
+    "multiplier of nothing": ("multipliers", {"nothing.weight": 2.0}),
+    "multiplier a string": ("multipliers", {PARAM[1]: "2"}),
+    "files empty": ("files", {}),
+    "files a list": ("files", [RANK]),
+    "file above": ("files", {"../step_00000003/" + RANK: {"bytes": 1, "sha256": "0" * 64}}),
+    "file absolute": ("files", {"/etc/passwd": {"bytes": 1, "sha256": "0" * 64}}),
+    "file with a newline": ("files", {RANK + "\n": {"bytes": 1, "sha256": "0" * 64}}),
+    "file the manifest": ("files", {"manifest.json": {"bytes": 1, "sha256": "0" * 64}}),
+    "bytes a string": ("files", RANK, "bytes", "1"),
+    "bytes negative": ("files", RANK, "bytes", -1),
+    "hash not one": ("files", RANK, "sha256", "x"),
+    "versions of numbers": ("versions", {"torch": 2}),
+    "format a string": ("format", "3"),
+}
+NAMED = {  # where the message is not about a key, but about what does not fit together
+    "layout that cuts nothing": "7 tensor-parallel ranks",
+    "shape huge": "but its tensors need",
+    "dim too large": "cannot be cut along dimension 2",
+    "multiplier of nothing": "multiplier of nothing.weight",
+    "files empty": "its files have 0 bytes",
+}
+
+
+@pytest.mark.parametrize("name", ILL_TYPED)
+def test_an_ill_typed_manifest_is_one_line(path, capsys, name):
+    edit(path, setter(*ILL_TYPED[name]))
+    value = ILL_TYPED[name][-1]
+    named = "is not a number" if isinstance(value, float) and not math.isfinite(value) else NAMED.get(name)
+    refused(capsys, path, path / "manifest.json", named or ILL_TYPED[name][0])
+
+
+@pytest.mark.parametrize(
+    "key", ["format", "step", "adam_steps", "states", "data", "bad_samples", "config", "layout", "params", "files"]
+)
+def test_a_key_that_is_missing_is_named(path, capsys, key):
+    edit(path, lambda manifest: {name: value for name, value in manifest.items() if name != key})
+    refused(capsys, path, f"has no {key}")
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        *(b"", b"{", b"[]", b"3", b'"x"', b"\xff\xfe{}", b"\0" * 100, b"[" * 100_000, b'{"a":' * 100_000),
+        *(b'{"step": ' + b"9" * 5000 + b"}", '{"ü": 1}'.encode("utf-16"), "{}".encode("utf-8-sig"), b'{"x": NaN}'),
+    ],
+    ids=lambda data: repr(data[:6]),
+)
+def test_a_manifest_that_is_no_json_is_one_line(path, capsys, data):
+    (path / "manifest.json").write_bytes(data)
+    refused(capsys, path, path / "manifest.json")
+
+
+def test_a_manifest_too_large_to_be_one_is_not_read(path, capsys):
+    os.truncate(path / "manifest.json", 1 << 40)  # a hole: it takes no room
+    refused(capsys, path, "expected at most 67108864")
+
+
+def test_another_format_is_not_taken_for_an_incomplete_one(path, capsys):
+    edit(path, setter("format", 4))
+    assert main(["inspect", str(path.parents[1])]) == 2
+    assert f"{path} has checkpoint format 4, expected 3" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["manifest.json", RANK])
+@pytest.mark.parametrize("kind", ["fifo", "folder", "device", "outside", "nowhere", "loop"])
+def test_what_is_no_file_of_the_checkpoint_is_never_opened(path, capsys, tmp_path, name, kind):
+    """Opening a FIFO would wait for a writer for ever, and a device has no end."""
+    file, outside = path / name, tmp_path / name
+    shutil.copy(file, outside)
+    file.unlink()
+    targets = {"device": "/dev/zero", "outside": outside, "nowhere": "nowhere", "loop": name}
+    if kind == "fifo":
+        os.mkfifo(file)
+    elif kind == "folder":
+        file.mkdir()
+    else:
+        file.symlink_to(targets[kind])
+    refused(capsys, path, file)
+
+
+def test_a_link_inside_of_the_checkpoint_is_read(path):
+    (path / RANK).rename(path / "moved")
+    (path / RANK).symlink_to("moved")
+    assert open_checkpoint(path).step == 6
+
+
+def rewrite(path, change):
+    """Change a rank's tensors or metadata, and the manifest to what the file then is."""
+    tensors = load_file(path / RANK)
+    about = {"tensor_rank": "0", "starts": json.dumps({name.partition("/")[2]: 0 for name in tensors})}
+    save_file(tensors, path / RANK, change(tensors, about) or about)
+    data = (path / RANK).read_bytes()
+    edit(path, setter("files", RANK, {"bytes": len(data), "sha256": sha256(data).hexdigest()}))
+
+
+def first(tensors):
+    return next(iter(sorted(tensors)))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda tensors, about: {"nothing": "x"},
+        lambda tensors, about: about.update(starts="[1]"),
+        lambda tensors, about: about.update(starts='{"x": 0}'),
+        lambda tensors, about: about.update(starts=about["starts"].replace(": 0", ': "a"')),
+        lambda tensors, about: about.update(starts="[" * 9999),
+        lambda tensors, about: about.update(starts="3"),
+        lambda tensors, about: about.update(starts=about["starts"].replace(": 0", ": 7")),
+        lambda tensors, about: about.update(tensor_rank="x"),
+        lambda tensors, about: tensors.update({name: x[:-1].clone() for name, x in tensors.items() if "ema" in name}),
+        lambda tensors, about: tensors.update({name: x.view(1, -1) for name, x in tensors.items()}),
+    ],
+    ids=["none", "list", "unknown", "text", "deep", "number", "moved", "rank", "shorter", "shape"],
+)
+def test_a_file_whose_header_lies_is_one_line(path, tmp_path, capsys, change):
+    """All hashes are right: whoever made the file made the manifest too."""
+    rewrite(path, change)
+    edit(path, lambda manifest: manifest["params"].pop("blocks.0.image.qkv.bias") and None)  # room for what is shorter
+    assert main(["reshard", str(path), str(tmp_path / "out")]) == 2
+    err = capsys.readouterr().err.splitlines()
+    assert len(err) == 1
+    assert err[0].startswith("error: ")
+    assert str(path) in err[0]
+    assert not list(tmp_path.glob("out*"))
+
+
+def test_elements_that_two_files_hold_are_refused(tmp_path):
+    """Counted twice they would make up for elements that no file holds."""
+    path = checkpoint(tmp_path, 1)
+    shutil.copy(path / RANK, path / "rank_00001.safetensors")
+    edit(path, lambda manifest: manifest["files"].update({"rank_00001.safetensors": manifest["files"][RANK]}))
+    reader = open_checkpoint(path)
+    with pytest.raises(Torn, match="hold the same elements of"):
+        reader.full("ema", next(iter(reader.manifest["params"])))
+
+
+@pytest.mark.parametrize(
+    ("keys", "named"),
+    [
+        (("config", "model", "depth", "two"), "model.depth"),
+        (("config", "train", "steps", None), "train.steps"),
+        (("config", "data", []), "data"),
+        (("config", "nothing", 3), "nothing"),
+        (("config", "optimizer", "lr", float("inf")), "optimizer.lr"),
+    ],
+    ids=lambda value: str(value),
+)
+def test_a_config_that_is_none_is_one_line(path, capsys, keys, named):
+    edit(path, setter(*keys))
+    (path / "manifest.json").write_text((path / "manifest.json").read_text().replace("Infinity", "1e999"))
+    with pytest.raises(UserError, match="holds a config that cannot be used") as caught:
+        _ = CheckpointReader(path).config
+    assert named in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("text", ["${oc.env:CHECKPOINT_SECRET}", "x${oc.env:CHECKPOINT_SECRET}y", "${seed}", "${"])
+@pytest.mark.parametrize("program", [["convert", "--to", "diffusers"], ["reshard"]], ids=lambda words: words[0])
+def test_nothing_in_a_manifest_is_interpolated(path, tmp_path, monkeypatch, capsys, text, program):
+    """Whoever publishes what was made of a foreign checkpoint would publish the environment with it."""
+    monkeypatch.setenv("CHECKPOINT_SECRET", "hunter2")
+    edit(path, setter("config", "data", "path", text))
+    assert main([program[0], str(path), str(tmp_path / "out"), *program[1:]]) == 2
+    captured = capsys.readouterr()
+    assert f"data.path={text!r}" in captured.err
+    assert captured.err.count("\n") == 1
+    assert "hunter2" not in captured.out + captured.err
+    assert not list(tmp_path.glob("out*"))
+
+
+def test_names_of_a_manifest_are_shown_as_they_are(path, capsys, monkeypatch):
+    """Neither rich's markup, nor escape sequences, nor emoji codes take effect."""
+    monkeypatch.setenv("COLUMNS", "300")
+    role = "[red]a\x1b[2J\n:smile:[/red]"
+    edit(path, lambda manifest: [param.update(role=role) for param in manifest["params"].values()] and None)
+    edit(path, setter("config", "model", "arch", "[bold]\x9b"))
+    edit(path, setter("layout", "[b]\x07", "[/nothing]\r"))
+    assert main(["inspect", str(path)]) == 0
+    out = capsys.readouterr().out
+    assert "[red]a\\x1b[2J\\n:smile:[/red]" in out
+    assert "[bold]\\x9b" in out
+    assert "[b]\\x07 [/nothing]\\r" in out
+    assert all(line.isprintable() for line in out.splitlines())
+
+
+def test_a_model_card_keeps_its_tables_and_fences(path, tmp_path):
+    """A path is shown in one cell, and a config with a fence in it ends where it ends."""
+    name = "data|<b>\n```\n# Title\x1b[2J"
+    edit(path, setter("config", "data", "path", name))
+    assert main(["convert", str(path), str(tmp_path / "out"), "--to", "diffusers"]) == 0
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "| data | data\\|\\<b>\\\\n\\`\\`\\`\\\\n# Title\\\\x1b\\[2J |" in card
+    assert "\x1b" not in card
+    assert "````yaml\n" in card or "\n```\n" not in card.partition("```yaml\n")[2].rpartition("\n```\n")[0]
+
+
+def test_a_tensor_is_read_as_it_was_written(path):
+    """By the safetensors package, from the one file of one rank."""
+    held, reader = load_file(path / RANK), open_checkpoint(path)
+    for key in ("master", "ema"):
+        for name in reader.manifest["params"]:
+            assert torch.equal(reader.full(key, name).flatten(), held[f"{key}/{name}"])
