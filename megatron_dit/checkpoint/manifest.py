@@ -34,7 +34,7 @@ LARGEST = 10**18  # of any step, size or number of bytes
 
 Natural = Annotated[int, Field(ge=0, le=LARGEST)]
 Positive = Annotated[int, Field(gt=0, le=LARGEST)]
-Ratio = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Ratio = Annotated[float, Field(ge=0, allow_inf_nan=False)]  # 0: the parameter is not trained
 
 
 class Torn(UserError):
