@@ -231,7 +231,7 @@ def unreadable(error: OSError) -> UserError:
     Unlike Torn, it must not make anybody fall back to an older checkpoint: this one may be intact.
     """
     name = os.fspath(error.filename) if error.filename is not None else "(unknown)"
-    return UserError(f"checkpoint file {name} cannot be read ({error.strerror}): repair its disk or mount")
+    return UserError(f"checkpoint file {name} cannot be read ({error.strerror}): check its disk, mount and permissions")
 
 
 def _validate(path: Path, manifest: Mapping[str, Any]) -> None:
