@@ -61,7 +61,7 @@ def list_checkpoints(folder: Path) -> Listing:
     strays: dict[Path, str] = {}
     try:
         for path in sorted(folder.iterdir()) if folder.is_dir() else ():
-            if _is_made_by_runs(path):
+            if is_made_by_runs(path):
                 continue
             try:
                 why = why_stray(path)
@@ -143,8 +143,8 @@ def out_of_the_way(path: Path) -> Path:
     return old
 
 
-def _is_made_by_runs(path: Path) -> bool:
-    """Whether an entry is one that a run makes in addition to its checkpoints."""
+def is_made_by_runs(path: Path) -> bool:
+    """Return whether an entry is one that a run makes in addition to its checkpoints."""
     if path.name == LATEST:
         return path.is_symlink() or path.is_file()
     return bool(_UNFINISHED.fullmatch(path.name) or _SET_ASIDE.fullmatch(path.name))

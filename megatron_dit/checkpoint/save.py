@@ -22,6 +22,7 @@ from megatron_dit.checkpoint.listing import (
     PART,
     TORN,
     checkpoints,
+    is_made_by_runs,
     out_of_the_way,
     remove,
     step_folder,
@@ -188,7 +189,7 @@ def set_aside(folder: Path, step: int) -> list[str]:
 def _point(target: Path) -> None:
     """Write the name of the newest checkpoint to ``latest`` beside it."""
     latest, aside = target.with_name(LATEST), target.with_name(LATEST + PART)
-    if latest.is_dir() and not latest.is_symlink():  # somebody's folder: the checkpoint itself is complete
+    if not is_made_by_runs(latest) and os.path.lexists(latest):  # somebody's folder: the checkpoint itself is complete
         return
     aside.write_text(target.name + "\n")
     _sync(aside)
