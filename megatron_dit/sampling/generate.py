@@ -63,6 +63,13 @@ class Sampler:
         self.step = reader.step
         self.index = index = read_index(data or self.config.data.path)
         model = self.config.model
+        if index.channels != model.in_channels:
+            raise UserError(
+                f"{index.folder} has {index.channels} channels, but the checkpoint's model has {model.in_channels}: "
+                "give --data that were made as the run's were"
+            )
+        if not model.num_classes and not index.text:
+            raise UserError(f"{index.folder} has no captions, but the checkpoint's model has: give other --data")
         self._text = None if model.num_classes else self._text_encoder(index)
         self.codec = open_codec(index.codec, device())
         self.model = load_model(reader, self.config, ema=ema)
