@@ -107,7 +107,9 @@ def _inspect(parsed: argparse.Namespace) -> int:
     for key in ("arch", "step", "parameters", "files", "bytes", "integrity"):
         table.add_row(key, f"{figures[key]:,}" if isinstance(figures[key], int) else printable(figures[key]))
     table.add_row("states", printable(", ".join(figures["states"])))
-    table.add_row("layout", printable(", ".join(f"{key} {value}" for key, value in figures["layout"].items())))
+    table.add_row(
+        "layout", printable(", ".join(f"{key} {str(value)[:80]}" for key, value in figures["layout"].items()))
+    )
     _print(table)
     table = Table(title="μP ratios to the base values, by role")
     for column in ("role", "tensors", "elements", "lr", "weight decay", "forward multiplier"):

@@ -79,6 +79,9 @@ def write_checkpoint(
     """
     folder.mkdir(parents=True, exist_ok=True)
     params, states = manifest["params"], manifest["states"]
+    for name, param in params.items():
+        if param["dim"] is not None and param["shape"][param["dim"]] % (param["pieces"] * tensor_size):
+            raise UserError(f"{name} of shape {param['shape']} cannot be cut for {tensor_size} tensor-parallel ranks")
     paths = [folder / f"rank_{rank:05d}.safetensors" for rank in range(tensor_size)]
     with ExitStack() as stack:
         files = []

@@ -16,7 +16,7 @@ from checkpoints_tools.convert.pipeline import find_index, find_parts, tokens_of
 from checkpoints_tools.convert.published.importing import FORMATS, from_published
 from checkpoints_tools.convert.run import Import
 from checkpoints_tools.write import aside, new_folder
-from megatron_dit.checkpoint.load import open_checkpoint
+from megatron_dit.checkpoint.load import check_model, open_checkpoint
 from megatron_dit.cli import add_command
 from megatron_dit.cli.common import write_json
 from megatron_dit.data.text import DTYPES
@@ -79,6 +79,7 @@ def _to_diffusers(parsed: argparse.Namespace) -> list[str]:
     if not parsed.pipeline and (parsed.vae or parsed.text_encoder or parsed.link):
         raise UserError("--vae, --text-encoder and --link are parts of a pipeline: add --pipeline")
     reader = open_checkpoint(parsed.source)
+    check_model(reader)
     config = reader.config
     index = find_index(config)
     parts = find_parts(config, index, parsed.vae, parsed.text_encoder) if parsed.pipeline else None

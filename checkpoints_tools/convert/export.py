@@ -67,7 +67,10 @@ class Export:
         """config.json. What an import read there and our model says nothing of goes back there."""
         settings = self.counterpart.settings(self.config.model)
         before = self.reader.manifest.get("diffusers", {})
-        return {**settings, **{name: before[name] for name in ("pooled_projection_dim",) if name in before}}
+        return {
+            **settings,
+            **{name: before[name] for name in ("pooled_projection_dim",) if before.get(name) is not None},
+        }
 
     @property
     def left_out(self) -> list[str]:
@@ -82,7 +85,7 @@ class Export:
         return sum(math.prod(params[name]["shape"]) for name in params if name not in self.left_out)
 
     def full(self, name: str) -> Tensor:
-        return self.reader.full(WEIGHTS[self.weights], name)
+        return self.reader.weights(WEIGHTS[self.weights], name)
 
 
 def write_model(export: Export, folder: Path) -> list[str]:

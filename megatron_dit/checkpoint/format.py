@@ -126,6 +126,13 @@ class CheckpointReader:
         tensors = [self._range(key, name, rank, 0, math.prod(shape)).view(shape) for rank in range(shards)]
         return tensors[0] if dim is None else unshard(tensors, dim, param["pieces"])
 
+    def weights(self, key: str, name: str) -> Tensor:
+        """As :meth:`full`, for use in a model. Raises UserError if a value is not finite: training has diverged."""
+        full = self.full(key, name)
+        if not full.isfinite().all():
+            raise UserError(f"{self.folder} has NaN or infinite values in {key}/{name}: use an older checkpoint")
+        return full
+
     def part(self, key: str, name: str, tensor_rank: int, tensor_size: int, start: int, numel: int) -> Tensor:
         """Elements [start, start + numel) of a flattened tensor-parallel shard, read alone if it was cut so before."""
         param = self.manifest["params"][name]
@@ -184,4 +191,4 @@ def _damage(path: Path) -> Iterator[None]:
     try:
         yield
     except (SafetensorError, OSError, ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
-        raise Torn(f"{path} is damaged ({type(error).__name__}: {error})") from None
+        raise Torn(f"{path} is damaged ({type(error).__name__}: {str(error)[:200]})") from None

@@ -6,6 +6,7 @@ renamed and never deleted.
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 from dataclasses import dataclass
@@ -60,15 +61,18 @@ def list_checkpoints(folder: Path) -> Listing:
     strays: dict[Path, str] = {}
     try:
         for path in sorted(folder.iterdir()) if folder.is_dir() else ():
-            if _is_made_by_runs(path):
+            if is_made_by_runs(path):
                 continue
-            why = why_stray(path)
-            if why is not None:
-                strays[path] = why
-            else:
+            try:
+                why = why_stray(path)
+            except FileNotFoundError:  # a run that keeps only the newest has just deleted it
+                continue
+            if why is None:
                 step = step_of(path)
                 assert step is not None
                 found[step] = path
+            elif os.path.lexists(path):
+                strays[path] = why
     except OSError as error:
         raise unreadable(error) from None
     return Listing([path for _, path in sorted(found.items())], strays)
@@ -139,8 +143,8 @@ def out_of_the_way(path: Path) -> Path:
     return old
 
 
-def _is_made_by_runs(path: Path) -> bool:
-    """Whether an entry is one that a run makes in addition to its checkpoints."""
+def is_made_by_runs(path: Path) -> bool:
+    """Return whether an entry is one that a run makes in addition to its checkpoints."""
     if path.name == LATEST:
         return path.is_symlink() or path.is_file()
     return bool(_UNFINISHED.fullmatch(path.name) or _SET_ASIDE.fullmatch(path.name))

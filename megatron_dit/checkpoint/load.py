@@ -7,12 +7,14 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor
 
 from megatron_dit.checkpoint.format import CheckpointReader
 from megatron_dit.checkpoint.listing import CHECKPOINTS, list_checkpoints
 from megatron_dit.checkpoint.manifest import MANIFEST, STATE, Torn, unreadable
 from megatron_dit.errors import UserError
+from megatron_dit.models import build_unsharded
 from megatron_dit.optimizer import state_keys
 from megatron_dit.parallel.topology import agreed, gather
 from megatron_dit.runtime.text import printable
@@ -96,6 +98,16 @@ def open_checkpoint(path: str | Path, *, verify: bool = True) -> CheckpointReade
     for line in notes:
         print(printable(line), file=sys.stderr)
     return reader
+
+
+def check_model(reader: CheckpointReader) -> None:
+    """Raise UserError if the config describes another model than the one whose tensors are held. Allocates nothing."""
+    model, held = reader.config.model, len(reader.manifest["params"])
+    if model.depth > held:
+        raise UserError(f"{reader.folder} holds {held} parameters, but its config has model.depth={model.depth}")
+    with torch.device("meta"):
+        shapes = {name: tuple(p.shape) for name, p in build_unsharded(model).named_parameters()}
+    reader.check(shapes)
 
 
 def restore(engine: Engine, reader: CheckpointReader) -> None:

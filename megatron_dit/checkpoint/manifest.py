@@ -32,6 +32,7 @@ STATE = "master"
 LIMIT = 64 << 20  # bytes of a manifest; 18B parameters on 4,096 ranks take about 1 MB
 LARGEST = 10**18  # of any step, size or number of bytes
 
+Name = Annotated[str, Field(max_length=200)]
 Natural = Annotated[int, Field(ge=0, le=LARGEST)]
 Positive = Annotated[int, Field(gt=0, le=LARGEST)]
 Ratio = Annotated[float, Field(ge=0, allow_inf_nan=False)]  # 0: the parameter is not trained
@@ -47,11 +48,17 @@ class _Strict(BaseModel):
     model_config = ConfigDict(strict=True, extra="ignore", protected_namespaces=())
 
 
+class _Imported(_Strict):
+    """What an export gives back of the config.json that a model was imported from."""
+
+    pooled_projection_dim: Annotated[int, Field(gt=0, le=1 << 16)] | None = None
+
+
 class _Param(_Strict):
     shape: Annotated[list[Positive], Field(max_length=8)]
     dim: Natural | None  # along which tensor-parallel ranks cut it
     pieces: Positive
-    role: str
+    role: Name
     lr: Ratio
     weight_decay: Ratio
 
@@ -62,7 +69,7 @@ class _File(_Strict):
 
 
 class _Model(_Strict):
-    arch: str
+    arch: Name
 
 
 class _Config(_Strict):
@@ -80,16 +87,16 @@ class Manifest(_Strict):
     format: Annotated[int, Field(ge=FORMAT, le=FORMAT)]
     step: Natural
     adam_steps: Annotated[float, Field(ge=0, le=LARGEST, allow_inf_nan=False)]
-    states: Annotated[list[str], Field(min_length=1)]
-    data: dict[str, str]
-    bad_samples: dict[str, Natural]
+    states: Annotated[list[Name], Field(min_length=1, max_length=100)]
+    data: dict[Name, Name]
+    bad_samples: dict[Name, Natural]
     config: _Config
     layout: _Layout
-    params: Annotated[dict[str, _Param], Field(min_length=1)]
-    multipliers: dict[str, Annotated[float, Field(allow_inf_nan=False)]]
+    params: Annotated[dict[Name, _Param], Field(min_length=1)]
+    multipliers: dict[Name, Annotated[float, Field(allow_inf_nan=False)]]
     files: dict[Annotated[str, Field(pattern="^rank_[0-9]{5,9}[.]safetensors$")], _File]
-    versions: dict[str, str] = {}
-    diffusers: dict[str, Any] = {}  # config.json of a model that was imported
+    versions: dict[Name, Name] = {}
+    diffusers: _Imported = _Imported()
 
     @model_validator(mode="after")
     def _consistent(self) -> Manifest:
@@ -224,7 +231,7 @@ def unreadable(error: OSError) -> UserError:
     Unlike Torn, it must not make anybody fall back to an older checkpoint: this one may be intact.
     """
     name = os.fspath(error.filename) if error.filename is not None else "(unknown)"
-    return UserError(f"checkpoint file {name} cannot be read ({error.strerror}): repair its disk or mount")
+    return UserError(f"checkpoint file {name} cannot be read ({error.strerror}): check its disk, mount and permissions")
 
 
 def _validate(path: Path, manifest: Mapping[str, Any]) -> None:
@@ -233,8 +240,8 @@ def _validate(path: Path, manifest: Mapping[str, Any]) -> None:
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         where, message = ".".join(map(str, first["loc"])), first["msg"].removeprefix("Value error, ")
-        got = f"{where}={reprlib.repr(first['input'])}: " if where else ""
-        raise Torn(f"{path}: {got}{message}") from None
+        got = f"{where[:200]}={reprlib.repr(first['input'])}: " if where else ""
+        raise Torn(f"{path}: {got}{message[:300]}") from None
 
 
 def _seal(manifest: Mapping[str, Any]) -> str:

@@ -22,6 +22,7 @@ from megatron_dit.checkpoint.listing import (
     PART,
     TORN,
     checkpoints,
+    is_made_by_runs,
     out_of_the_way,
     remove,
     step_folder,
@@ -35,6 +36,8 @@ from megatron_dit.parallel.topology import agree, agreed, gather
 
 if TYPE_CHECKING:
     from megatron_dit.engine import Engine
+
+REMEDY = "free space or change run_dir"
 
 
 class Saver:
@@ -109,20 +112,18 @@ class Saver:
         self._thread.join()
         self._thread = None
         shares = gather((self._error, self._written))
-        error = next((error for error, _ in shares if error), None)
+        error = next((f" ({error}): {REMEDY}" for error, _ in shares if error), None)
         if self.first and error is None:
             try:
                 files = {name: record for _, written in shares for name, record in sorted(written.items())}
                 _finish(self._part, self._target, {**self._manifest, "files": files})
-            except (OSError, UserError) as caught:
-                error = str(caught)
+            except OSError as caught:
+                error = f" ({caught}): {REMEDY}"
+            except UserError as caught:
+                error = f": {caught}"
         if self.first and error is not None:
             shutil.rmtree(self._part, ignore_errors=True)
-        agree(
-            UserError(f"checkpoint {self._target} could not be written ({error}): free space or change run_dir")
-            if error
-            else None
-        )
+        agree(UserError(f"checkpoint {self._target} could not be written{error}") if error else None)
         return self._target
 
 
@@ -158,7 +159,7 @@ def _finish(part: Path, target: Path, manifest: Mapping[str, Any]) -> None:
     if os.path.lexists(target):  # an averages' snapshot is written again after a resume from before it
         why = why_stray(target)
         if why is not None:
-            raise UserError(f"the name is taken by {why}: move that away")
+            raise UserError(f"it is {why} already, move that away")
         old = out_of_the_way(target)
     part.replace(target)
     _sync(target.parent)
@@ -188,7 +189,7 @@ def set_aside(folder: Path, step: int) -> list[str]:
 def _point(target: Path) -> None:
     """Write the name of the newest checkpoint to ``latest`` beside it."""
     latest, aside = target.with_name(LATEST), target.with_name(LATEST + PART)
-    if latest.is_dir() and not latest.is_symlink():  # somebody's folder: the checkpoint itself is complete
+    if not is_made_by_runs(latest) and os.path.lexists(latest):  # somebody's folder: the checkpoint itself is complete
         return
     aside.write_text(target.name + "\n")
     _sync(aside)

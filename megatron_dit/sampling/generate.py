@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from megatron_dit.checkpoint.format import CheckpointReader
-from megatron_dit.checkpoint.load import open_checkpoint
+from megatron_dit.checkpoint.load import check_model, open_checkpoint
 from megatron_dit.config import Config
 from megatron_dit.data.codec import open_codec
 from megatron_dit.data.shards import Index, read_index
@@ -30,9 +30,9 @@ from megatron_dit.sampling.solvers import guide, scheduler_for, solve
 def load_model(reader: CheckpointReader, config: Config, *, ema: bool = True) -> nn.Module:
     """The unsharded model with a checkpoint's EMA (or raw) weights, multipliers set, in evaluation mode."""
     connect()
+    check_model(reader)
     with torch.device(device()):
         model = build_unsharded(config.model)
-    reader.check({name: tuple(p.shape) for name, p in model.named_parameters()})
     multipliers = reader.manifest["multipliers"]
     taken = {f"{name}.weight" for name, layer in model.named_modules() if hasattr(layer, "multiplier")}
     unknown = next((name for name in multipliers if name not in taken), None)
@@ -43,7 +43,7 @@ def load_model(reader: CheckpointReader, config: Config, *, ema: bool = True) ->
     set_multipliers(model, multipliers)
     with torch.no_grad():
         for name, p in model.named_parameters():
-            p.copy_(reader.full("ema" if ema else "master", name))
+            p.copy_(reader.weights("ema" if ema else "master", name))
     return model.eval()
 
 
@@ -63,6 +63,13 @@ class Sampler:
         self.step = reader.step
         self.index = index = read_index(data or self.config.data.path)
         model = self.config.model
+        if index.channels != model.in_channels:
+            raise UserError(
+                f"{index.folder} has {index.channels} channels, but the checkpoint's model has {model.in_channels}: "
+                "give --data that were made as the run's were"
+            )
+        if not model.num_classes and not index.text:
+            raise UserError(f"{index.folder} has no captions, but the checkpoint's model has: give other --data")
         self._text = None if model.num_classes else self._text_encoder(index)
         self.codec = open_codec(index.codec, device())
         self.model = load_model(reader, self.config, ema=ema)

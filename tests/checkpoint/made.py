@@ -109,6 +109,7 @@ def _fifo(name):
     def make(folder):
         path = folder / name
         path.parent.mkdir(exist_ok=True)
+        path.unlink(missing_ok=True)
         os.mkfifo(path)
         return path if path.parent == folder else path.parent
 
@@ -139,6 +140,7 @@ STRAYS = {
     "link of another name": _link("best", "step_00000003"),
     "fifo": _fifo("step_00000009"),
     "fifo for a manifest": _fifo("step_00000009/manifest.json"),
+    "fifo called latest": _fifo("latest"),
     "folder called latest": _with("latest", notes="{}"),
 }
 

@@ -7,10 +7,12 @@ import shutil
 import pytest
 
 from checkpoints_tools.__main__ import main
+from megatron_dit.checkpoint import listing
 from megatron_dit.checkpoint.listing import clear, list_checkpoints, old_ones, step_folder
 from megatron_dit.checkpoint.load import newest, open_checkpoint
 from megatron_dit.checkpoint.save import set_aside
 from megatron_dit.cli import run as command_line
+from megatron_dit.saving import RunSaver
 from tests.checkpoint.made import STRAYS, checkpoint, contents, flip, run_of
 from tests.configs import write_config
 
@@ -157,6 +159,29 @@ def test_a_name_that_is_taken_is_reported_before_the_first_step(resume, kind, be
     assert "this run will save step 9 under that name: move it away" in err
     assert err.count("\n") == 1
     assert "saved" not in out
+
+
+def test_a_name_that_is_taken_later_is_never_overwritten(resume, monkeypatch):
+    monkeypatch.setattr(RunSaver, "_check_names_are_free", lambda *_: None)  # it was there after the start
+    status, folder, _, err = resume(["another step"], 9)
+    assert status == 2
+    assert f"{folder / 'step_00000009'} could not be written: it is a checkpoint of step 3 under another name" in err
+    assert names(list_checkpoints(folder).checkpoints) == ["step_00000003", "step_00000006"]
+
+
+def test_a_checkpoint_that_is_deleted_meanwhile_is_passed_over(run, monkeypatch):
+    """As by a run that keeps its newest while somebody samples it."""
+    read = listing.read_manifest
+
+    def deleted_before(path):
+        if path.name == "step_00000003":
+            shutil.rmtree(path)
+        return read(path)
+
+    monkeypatch.setattr(listing, "read_manifest", deleted_before)
+    found = list_checkpoints(run / "checkpoints")
+    assert names(found.checkpoints) == ["step_00000006"]
+    assert not found.strays
 
 
 def test_average_passes_over_strays_and_refuses_corrupt_snapshots(trained, tmp_path, capsys):

@@ -18,7 +18,9 @@ from megatron_dit.checkpoint.listing import step_folder
 from megatron_dit.checkpoint.load import newest, open_checkpoint
 from megatron_dit.checkpoint.manifest import Torn
 from megatron_dit.errors import UserError
+from megatron_dit.sampling.generate import load_model
 from tests.checkpoint.made import checkpoint, edit, run_of
+from tests.configs import small
 
 RANK = "rank_00000.safetensors"
 
@@ -114,6 +116,10 @@ ILL_TYPED = {
     "bytes negative": ("files", RANK, "bytes", -1),
     "hash not one": ("files", RANK, "sha256", "x"),
     "versions of numbers": ("versions", {"torch": 2}),
+    "pooled text huge": ("diffusers", {"pooled_projection_dim": 10**9}),
+    "diffusers a list": ("diffusers", []),
+    "a role of a megabyte": (*PARAM, "role", "x" * 10**6),
+    "a state of a megabyte": ("states", ["x" * 10**6]),
     "format a string": ("format", "3"),
 }
 NAMED = {  # where the message is not about a key, but about what does not fit together
@@ -257,6 +263,46 @@ def test_a_config_that_is_none_is_one_line(path, capsys, keys, named):
         _ = CheckpointReader(path).config
     assert named in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        (
+            ("config", "model", "depth", 3),
+            "blocks.1.text.modulation.weight has shape (64, 32), the model's is (192, 32)",
+        ),
+        (("config", "model", "depth", 9000), "but its config has model.depth=9000"),
+        (("config", "model", "heads", 4096), "the model's is (32768, 48)"),
+        (("multipliers", {"patch_embed.bias": 2.0}), "a forward multiplier of patch_embed.bias"),
+    ],
+    ids=lambda value: str(value[-1]),
+)
+def test_a_config_of_another_model_is_refused_before_it_is_built(path, tmp_path, capsys, keys, message):
+    """A model of 4,096 heads would take 300 GB."""
+    edit(path, setter(*keys))
+    if keys[0] == "config":
+        assert main(["convert", str(path), str(tmp_path / "out"), "--to", "diffusers"]) == 2
+        assert message in capsys.readouterr().err
+        assert not list(tmp_path.glob("out*"))
+    reader = open_checkpoint(path)
+    with pytest.raises(UserError) as caught:
+        load_model(reader, reader.config)
+    assert message in str(caught.value)
+
+
+def test_weights_that_are_no_numbers_are_neither_drawn_with_nor_exported(tmp_path, capsys):
+    path = checkpoint(tmp_path, 1)
+
+    def spoil(tensors, about):
+        tensors["ema/patch_embed.bias"][3] = math.nan
+
+    rewrite(path, spoil)
+    message = f"{path} has NaN or infinite values in ema/patch_embed.bias"
+    assert main(["convert", str(path), str(tmp_path / "out"), "--to", "diffusers"]) == 2
+    assert message in capsys.readouterr().err
+    with pytest.raises(UserError, match=r"has NaN or infinite values in ema/patch_embed\.bias"):
+        load_model(open_checkpoint(path), small("mmdit"))
 
 
 @pytest.mark.parametrize("text", ["${oc.env:CHECKPOINT_SECRET}", "x${oc.env:CHECKPOINT_SECRET}y", "${seed}", "${"])

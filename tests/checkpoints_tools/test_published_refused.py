@@ -155,6 +155,20 @@ def test_a_tensor_that_is_larger_than_its_bytes_is_refused(tmp_path, capsys, zip
     assert "declares 4,000,000,000 bytes for x_embedder.proj.bias" in line
 
 
+@pytest.mark.parametrize("zipped", [True, False], ids=["zip", "legacy"])
+@pytest.mark.parametrize("numel", [70002, 2**31 - 1])
+def test_a_storage_that_is_larger_than_its_bytes_is_refused(tmp_path, capsys, zipped, numel):
+    """By two elements it would read the next storage's, or what lies between them."""
+    path = tmp_path / "x.pt"
+    torch.save({"x": torch.ones(70000), "y": torch.ones(9)}, path, _use_new_zipfile_serialization=zipped)
+    old, new = (b"J" + struct.pack("<i", value) for value in (70000, numel))
+    data = path.read_bytes()
+    assert data.count(old) == 2  # the storage's and the tensor's
+    path.write_bytes(data.replace(old, new))
+    line = refused(capsys, path, "dit")
+    assert "declares 280,008 bytes for x" in line or "cannot be read" in line
+
+
 def test_a_legacy_pickle_larger_than_weights_need_is_refused(tmp_path, capsys):
     """Every byte of this pickle would become a dictionary."""
     (tmp_path / "x.pt").write_bytes(b"\x80\x02" + b"}" * (5 << 20) + b".")

@@ -13,6 +13,7 @@ from PIL import Image
 
 from megatron_dit.checkpoint.load import open_checkpoint
 from megatron_dit.cli import run
+from megatron_dit.errors import UserError
 from megatron_dit.models.condition import Condition
 from megatron_dit.sampling.generate import Sampler, load_model
 from megatron_dit.sampling.solvers import guide, scheduler_for, solve
@@ -138,6 +139,17 @@ def test_wrong_flags(trained, tmp_path, capsys, flags, words):
     assert words in line
     assert "\n" not in line
     assert not out.exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [({"channels": 4}, "has 4 channels, but the checkpoint's model has 3"), ({"text": {}}, "no captions")],
+)
+def test_data_of_another_kind_are_refused(trained, dataset, tmp_path, changes, words):
+    index = json.loads((dataset / "index.json").read_text())
+    (tmp_path / "index.json").write_text(json.dumps({**index, **changes}))
+    with pytest.raises(UserError, match=words):
+        Sampler(trained, data=str(tmp_path))
 
 
 def test_vae_codec_is_diffusers(tmp_path):

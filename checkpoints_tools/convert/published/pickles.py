@@ -169,7 +169,7 @@ def _only_safe_types() -> Iterator[None]:
 
 
 def _tensors(path: Path, weights: Mapping[Any, Any]) -> Weights:
-    size = path.stat().st_size
+    size, records = path.stat().st_size, _record_sizes(path)
     for name, value in weights.items():
         dense = isinstance(value, Tensor) and value.layout == torch.strided and value.is_floating_point()
         if not isinstance(name, str) or not dense or value.device.type != "cpu":
@@ -179,10 +179,22 @@ def _tensors(path: Path, weights: Mapping[Any, Any]) -> Weights:
             raise UserError(
                 f"{path} declares {needed:,} bytes for {name:.200}, but holds {min(held, size):,}: download it again"
             )
+        if records is not None and held not in records:  # a mapped storage may reach into the next one's bytes
+            raise UserError(
+                f"{path} declares {held:,} bytes for {name:.200}, but holds other numbers: download it again"
+            )
     found = {name: value.detach() for name, value in weights.items()}
     while wrapper := next((w for w in WRAPPERS if found and all(name.startswith(w) for name in found)), None):
         found = {name.removeprefix(wrapper): value for name, value in found.items()}
     return found
+
+
+def _record_sizes(path: Path) -> set[int] | None:
+    """Bytes of the entries of a zip; None for the legacy format, where torch.load compares them itself."""
+    if not zipfile.is_zipfile(path):
+        return None
+    with zipfile.ZipFile(path) as file:
+        return {entry.file_size for entry in file.infolist()}
 
 
 def _shapes(weights: Weights) -> dict[str, torch.Size]:
