@@ -51,6 +51,7 @@ def add_convert(commands: Any) -> None:
     back.add_argument("--data", metavar="PATH", help="folder of data to sample, evaluate and train with (data.path)")
     back.add_argument("--set", nargs="+", metavar="a.b=v", help="overrides of the run's config")
     back.add_argument("--base-shapes", type=Path, metavar="F.bsh", help="base widths of a dit-mup (package mup)")
+    back.add_argument("--variant", metavar="NAME", help="which weights of a diffusers folder, such as fp16")
     back.add_argument("--drop-clip", action="store_true", help="import an SD3 without the pooled text of CLIP")
 
 
@@ -59,10 +60,10 @@ def _convert(parsed: argparse.Namespace) -> int:
         raise UserError(f"give one of --to diffusers and --from {'|'.join(IMPORTERS)}")
     groups = {
         "--to": ("weights", "dtype", "max_shard_size", "pipeline", "vae", "text_encoder", "link"),
-        "--from": ("data", "set", "base_shapes", "drop_clip"),
+        "--from": ("data", "set", "base_shapes", "variant", "drop_clip"),
     }
     idle = "--from" if parsed.to else "--to"
-    wrong = next((name for name in groups[idle] if getattr(parsed, name)), None)
+    wrong = next((name for name in groups[idle] if getattr(parsed, name) not in (None, False)), None)
     if wrong is not None:
         raise UserError(f"--{wrong.replace('_', '-')} goes with {idle}: leave it out")
     if parsed.out.exists():
@@ -95,7 +96,11 @@ def _to_diffusers(parsed: argparse.Namespace) -> list[str]:
 
 
 def _from_others(parsed: argparse.Namespace) -> list[str]:
-    asked = Import(parsed.source, parsed.out, parsed.data, parsed.set or (), parsed.drop_clip, parsed.base_shapes)
+    if parsed.variant is not None and parsed.source_format != "diffusers":
+        raise UserError(f"--variant {parsed.variant} goes with --from diffusers: leave it out")
+    asked = Import(
+        parsed.source, parsed.out, parsed.data, parsed.set or (), parsed.drop_clip, parsed.base_shapes, parsed.variant
+    )
     return IMPORTERS[parsed.source_format](asked)
 
 
