@@ -15,11 +15,10 @@ from checkpoints_tools.convert.export import EXPORTED, Export, write_model
 from megatron_dit.config import Config
 from megatron_dit.data.codec import vae_factors
 from megatron_dit.data.identity import local_folder
-from megatron_dit.data.pretrained import T5, VAE, Kind, index_files, locate, read_json, variants
+from megatron_dit.data.pretrained import T5, VAE, Kind, locate, read_json, variants, weight_files
 from megatron_dit.data.shards import Index, read_index
 from megatron_dit.data.tokenizer import open_tokenizer
 from megatron_dit.errors import UserError
-from megatron_dit.runtime.content import require
 from megatron_dit.sampling.solvers import scheduler_for
 
 OURS = ["pipeline_megatron_dit", "MegatronDiTPipeline"]
@@ -104,7 +103,7 @@ def write_pipeline(export: Export, out: Path, parts: Parts, link: bool) -> list[
 
 
 def stock_class(export: Export, parts: Parts) -> str | None:
-    """diffusers' own pipeline that draws what the run draws, if one decodes latents as the VAE's config.json asks for."""
+    """diffusers' own pipeline that draws what the run draws, if one decodes latents as the VAE's config.json says."""
     if parts.vae is None:
         return None
     arch, config = export.config.model.arch, read_json(parts.vae / "config.json")
@@ -152,16 +151,12 @@ def _bring_weights(kind: Kind, source: Path, target: Path, link: bool) -> None:
         raise UserError(
             f"{kind.what} {source} has no {kind.stem}.safetensors: save it again with safe_serialization=True"
         )
-    inner = f".{found[0]}" if found[0] else ""
-    single, index = source / f"{kind.stem}{inner}.safetensors", source / f"{kind.stem}.safetensors.index{inner}.json"
-    if single.is_file():
-        require(single, "safetensors")
-        _bring([single], target, link, {single.name: f"{kind.stem}.safetensors"})
-        return
-    shards = index_files(index)
-    for shard in shards:
-        require(shard, "safetensors")
-    _bring([*shards, index], target, link, {index.name: f"{kind.stem}.safetensors.index.json"})
+    files, inner = weight_files(source, kind.stem, found[0]), f".{found[0]}" if found[0] else ""
+    index = source / f"{kind.stem}.safetensors.index{inner}.json"
+    plain = {f"{kind.stem}{inner}.safetensors": f"{kind.stem}.safetensors"}
+    if files[0].name not in plain:
+        files, plain = [*files, index], {index.name: f"{kind.stem}.safetensors.index.json"}
+    _bring(files, target, link, plain)
 
 
 def _bring(files: Iterable[Path], target: Path, link: bool, names: Mapping[str, str] | None = None) -> None:

@@ -15,10 +15,10 @@ from torch import Tensor
 from checkpoints_tools.convert.exported.uvit_transformer_2d import UViTTransformer2DModel
 from checkpoints_tools.convert.table import Settings
 from checkpoints_tools.convert.tensors import STEM, unwrapped
-from megatron_dit.data.pretrained import index_files, read_json, variants
+from megatron_dit.data.pretrained import read_json, variants, weight_files
 from megatron_dit.errors import UserError
 from megatron_dit.models.counterparts import CLASSES
-from megatron_dit.runtime.content import content_of, require
+from megatron_dit.runtime.content import content_of
 
 FACTS = "megatron_dit.json"  # what our exports say of themselves
 LOST = "megatron_dit.safetensors"  # digits that folding lost, see fold
@@ -85,7 +85,6 @@ class DiffusersFolder:
         """Each tensor's file, and its name there."""
         found: dict[str, Path] = {}
         for path in self._weight_files(self._variant):
-            require(path, "safetensors")
             with _open(path) as file:
                 found.update(dict.fromkeys(file.keys(), path))
         return {name: (found[in_file], in_file) for name, in_file in unwrapped(found).items()}
@@ -98,22 +97,18 @@ class DiffusersFolder:
         chosen = variant if variant is not None else "" if "" in there or not there else there[0]
         if chosen not in there:
             raise UserError(f"{self.path} has no weights {self._expected(there, variant)}")
-        inner = f".{chosen}" if chosen else ""
-        single, index = self.path / f"{STEM}{inner}.safetensors", self.path / f"{STEM}.safetensors.index{inner}.json"
-        if single.is_file():
-            return [single]
-        return index_files(index)
+        return weight_files(self.path, STEM, chosen)
 
     def _expected(self, there: list[str], variant: str | None) -> str:
         if variant is not None:
             listed = ", ".join(name or "the plain ones" for name in there) or "none"
             return f"of --variant {variant}: it has {listed}"
-        pickled = sorted(path.name for path in self.path.glob(f"{STEM}*.bin"))
+        pickled = sorted(self.path.glob(f"{STEM}*.bin"))
         if pickled:
-            return (
-                f"in safetensors but {pickled[0]}, a pickle, which is not read: save the model again with diffusers' "
-                "save_pretrained(..., safe_serialization=True)"
-            )
+            form = content_of(pickled[0])
+            again = "save the model again with diffusers' save_pretrained(..., safe_serialization=True)"
+            remedy = form.remedy if form.name == "safetensors" else again
+            return f"in files named .safetensors but {pickled[0].name}, {form.description}: {remedy}"
         return f"in {STEM}.safetensors: download or export them"
 
 

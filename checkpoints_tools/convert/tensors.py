@@ -15,12 +15,12 @@ import torch
 from torch import Tensor
 
 from checkpoints_tools.convert.table import Shape
+from megatron_dit.data.pretrained import STEM
 from megatron_dit.errors import UserError
 
 Spec = tuple[torch.dtype, Shape]
 
 NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.int8: "I8"}
-STEM = "diffusion_pytorch_model"
 
 
 # Beginnings that modules which wrap a model give the names of all its parameters: DistributedDataParallel, DeepSpeed,

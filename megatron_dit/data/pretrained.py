@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from megatron_dit.errors import UserError
-from megatron_dit.runtime.content import content_of, require
+from megatron_dit.runtime.content import Content, content_of, mismatch
 
 SHOWN = 3  # names of tensors in a message
 # A library that cannot load a file safely advises to load it unsafely, or to train what is missing.
@@ -37,17 +37,19 @@ class Kind:
     title: str  # with its article
     key: str  # of config.json that says what the model is
     value: str  # of ``key``
-    stem: str  # of the files of weights
+    stem: str  # of the files of weights in safetensors
+    pickled: str  # of those that torch.save wrote
     parts: tuple[str, ...] = ()  # folders of a pipeline that may hold one
     others: tuple[str, ...] = ()  # beginnings of names of weights that belong to other parts of the published model
 
 
+STEM = "diffusion_pytorch_model"  # of diffusers' files of weights
 T5 = Kind(
-    "text encoder", "a T5", "model_type", "t5", "model",
+    "text encoder", "a T5", "model_type", "t5", "model", "pytorch_model",
     ("text_encoder", "text_encoder_2", "text_encoder_3"), ("decoder.", "lm_head."),
 )  # fmt: skip
-DINOV2 = Kind("vision encoder", "a DINOv2", "model_type", "dinov2", "model", others=("classifier.",))
-VAE = Kind("VAE", "an AutoencoderKL", "_class_name", "AutoencoderKL", "diffusion_pytorch_model", ("vae",))
+DINOV2 = Kind("vision encoder", "a DINOv2", "model_type", "dinov2", "model", "pytorch_model", others=("classifier.",))
+VAE = Kind("VAE", "an AutoencoderKL", "_class_name", "AutoencoderKL", STEM, STEM, ("vae",))
 
 
 @dataclass(frozen=True)
@@ -142,7 +144,7 @@ def load(kind: Kind, source: Source, loader: Any, **options: Any) -> Any:
     """
     with loading(kind, source.name):
         if source.local:
-            options |= _variant_options(kind, Path(source.repo), pickled="weights_only" in options)
+            options |= _weights_options(kind, Path(source.repo), pickled="weights_only" in options)
         elif source.folder:
             options["subfolder"] = source.folder
         model, info = loader.from_pretrained(source.repo, output_loading_info=True, **options)
@@ -157,12 +159,13 @@ def loading(kind: Kind, name: str) -> Iterator[None]:
     from transformers.utils.logging import disable_progress_bar
 
     disable_progress_bar()
-    # They report missing and unexpected weights at length; `_check_names` makes an error of these.
-    for reporter in ("transformers.utils.loading_report", "diffusers.models.modeling_utils"):
-        logging.getLogger(reporter).setLevel(logging.CRITICAL)
     # If a repository has no safetensors, transformers would ask a service of the hub to convert its weights and load
     # what it proposes, which is not the repository's and has another hash.
     os.environ["DISABLE_SAFETENSORS_CONVERSION"] = "1"
+    # They report missing and unexpected weights at length; `_check_names` makes an error of these.
+    reporters = [logging.getLogger(f"{name}.modeling_utils") for name in ("transformers", "diffusers.models")]
+    for reporter in reporters:
+        reporter.addFilter(_drop)
     try:
         yield
     except (UserError, MemoryError, torch.OutOfMemoryError):
@@ -171,6 +174,13 @@ def loading(kind: Kind, name: str) -> Iterator[None]:
         raise UserError(
             f"{kind.what} {name} cannot be loaded ({reason_of(error)}): give the folder or hub name of {kind.title}"
         ) from error
+    finally:
+        for reporter in reporters:
+            reporter.removeFilter(_drop)
+
+
+def _drop(_: logging.LogRecord) -> bool:
+    return False
 
 
 def reason_of(error: Exception) -> str:
@@ -209,8 +219,25 @@ def variants(folder: Path, stem: str, ending: str = "safetensors") -> list[str]:
     return sorted({match["name"] or "" for match in found if not shard.search(match[0])})
 
 
-def index_files(index: Path) -> list[Path]:
-    """The files that an index of sharded weights names. Raises UserError unless they are there, in its own folder."""
+def weight_files(folder: Path, stem: str, variant: str, ending: str = "safetensors") -> list[Path]:
+    """The files of a variant of ``variants``. Raises UserError unless all are there and are what their ending says."""
+    inner = f".{variant}" if variant else ""
+    single = folder / f"{stem}{inner}.{ending}"
+    files = [single] if single.is_file() else _index_files(folder / f"{stem}.{ending}.index{inner}.json")
+    for path in files:
+        require(path, *(("safetensors",) if ending == "safetensors" else ("torch", "pickle")))
+    return files
+
+
+def require(path: Path, *names: str) -> None:
+    """Raise UserError unless the content of ``path`` is one of ``names`` (see ``runtime.content``)."""
+    wrong = mismatch(path, *names)
+    if wrong is not None:
+        raise UserError(wrong)
+
+
+def _index_files(index: Path) -> list[Path]:
+    """The files that an index of sharded weights names, which must be in its own folder."""
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
         raise UserError(f"{index} has no weight_map of names of files: download or export it again")
@@ -227,29 +254,24 @@ def index_files(index: Path) -> list[Path]:
     return [index.parent / name for name in files]
 
 
-def _variant_options(kind: Kind, folder: Path, pickled: bool) -> dict[str, Any]:
-    """Arguments of ``from_pretrained`` that make it read the weights that are there, whose files are checked here."""
-    for path in folder.glob("*.safetensors"):
-        if path.name.startswith(kind.stem):
-            require(path, "safetensors")
+def _weights_options(kind: Kind, folder: Path, pickled: bool) -> dict[str, Any]:
+    """Arguments of ``from_pretrained`` for the weights that are in a local folder, whose files are checked here."""
     found = variants(folder, kind.stem)
-    for path in folder.glob(f"{kind.stem}.safetensors.index*.json"):
-        index_files(path)
-    if "" in found:
-        return {"use_safetensors": True}
-    pickles = [path for path in folder.glob("*.bin") if path.name.startswith(("pytorch_model", kind.stem))]
-    if pickled and pickles and variants(folder, "pytorch_model", "bin") == [""]:
-        for path in pickles:
-            require(path, "torch", "pickle")
+    pickles = [] if "" in found else variants(folder, kind.pickled, "bin")
+    if pickled and "" in pickles:
+        weight_files(folder, kind.pickled, "", "bin")
         return {"use_safetensors": False}
-    if len(found) == 1:
-        return {"use_safetensors": True, "variant": found[0]}
+    chosen = "" if "" in found else found[0] if len(found) == 1 else None
+    if chosen is not None:
+        weight_files(folder, kind.stem, chosen)
+        return {"use_safetensors": True, **({"variant": chosen} if chosen else {})}
     if found:
         raise UserError(f"{folder} has its weights in the variants {', '.join(found)}: leave only one of them there")
     if pickles:
-        raise UserError(
-            f"{folder} has its weights in {pickles[0].name}, a pickle: save it with safe_serialization=True"
-        )
+        path = folder / f"{kind.pickled}.bin"
+        form = content_of(path) if path.is_file() else Content("torch", "a pickle")
+        remedy = form.remedy if form.name == "safetensors" else "save it again with safe_serialization=True"
+        raise UserError(f"{folder} has its weights in {path.name}, {form.description}, not in safetensors: {remedy}")
     missing = f"it has no {kind.stem}.safetensors"
     raise UserError(f"{kind.what} {folder} cannot be loaded ({missing}): give the folder or hub name of {kind.title}")
 
@@ -266,7 +288,9 @@ def _check_type(kind: Kind, source: Source, config: dict[str, Any]) -> None:
 
 def _check_names(kind: Kind, source: Source, info: dict[str, Any]) -> None:
     """Raises UserError for weights that are missing, left over or of another shape."""
-    wrong = [(name, f"{list(found)}, not {list(expected)}") for name, found, expected in info["mismatched_keys"]]
+    wrong = [
+        (name, f"{list(found)}, not {list(expected)}") for name, found, expected in sorted(info["mismatched_keys"])
+    ]
     if wrong:
         name, shapes = wrong[0]
         raise UserError(

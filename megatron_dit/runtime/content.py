@@ -8,8 +8,6 @@ import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron_dit.errors import UserError
-
 _HEAD = 512  # bytes read of every file
 _LARGEST_HEADER = 100_000_000  # bytes; the safetensors library refuses longer ones
 _AGAIN = "download or export it again"
@@ -39,12 +37,12 @@ class Content:
 
 
 def content_of(path: Path) -> Content:
-    """Return what ``path`` is, whatever its ending says. Raises UserError if it cannot be read."""
+    """Return what ``path`` is, whatever its ending says."""
     try:
         with path.open("rb") as file:
             head = file.read(_HEAD)
     except OSError as error:
-        raise UserError(f"{path} cannot be read ({error.strerror}): check the path and its permissions") from None
+        return Content("unreadable", f"not readable ({error.strerror})", "check the path and its permissions")
     if not head:
         return Content("empty", "an empty file", _AGAIN)
     if head.startswith(_LFS):
@@ -73,13 +71,12 @@ def content_of(path: Path) -> Content:
     return Content("text", "plain text", _AGAIN)
 
 
-def require(path: Path, *names: str) -> None:
-    """Raise UserError unless ``path`` is one of ``names`` (see ``Content.name``)."""
+def mismatch(path: Path, *names: str) -> str | None:
+    """Message about a ``path`` that is none of ``names`` (see ``Content.name``); None if it is one of them."""
     found = content_of(path)
-    if found.name not in names:
-        raise UserError(
-            f"{path} is {found.description}, not {' or '.join(_EXPECTED[name] for name in names)}: {found.remedy}"
-        )
+    if found.name in names:
+        return None
+    return f"{path} is {found.description}, not {' or '.join(_EXPECTED[name] for name in names)}: {found.remedy}"
 
 
 _EXPECTED = {"safetensors": "a safetensors file", "torch": "what torch.save writes", "pickle": "a pickle of tensors"}
@@ -114,4 +111,4 @@ def _safetensors(path: Path) -> Content:
             return Content("unknown", "a safetensors file with a damaged header", _AGAIN)
     if expected > size:
         return Content("truncated", f"a truncated safetensors file ({size:,} of {expected:,} bytes)", _AGAIN)
-    return Content("safetensors", "a safetensors file")
+    return Content("safetensors", "a safetensors file", f"rename it to {path.stem}.safetensors")
