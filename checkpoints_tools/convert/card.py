@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import sys
 from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
@@ -10,6 +12,7 @@ import yaml
 
 from checkpoints_tools.convert.export import NULL_FILE, Export
 from checkpoints_tools.convert.pipeline import OURS, Parts, stock_class
+from megatron_dit.runtime.text import printable
 
 TITLES = {"dit": "DiT", "mmdit": "MMDiT", "pixart": "PixArt-α", "uvit": "U-ViT"}
 
@@ -54,7 +57,8 @@ def card(export: Export, parts: Parts | None) -> str:
             "## Config of the run",
             "",
             "```yaml",
-            yaml.safe_dump(asdict(config), sort_keys=False).rstrip(),
+            # Long lines stay whole: a folded one could begin with the end of the block.
+            yaml.safe_dump(asdict(config), sort_keys=False, width=sys.maxsize).rstrip(),
             "```",
             "",
         ]
@@ -62,7 +66,16 @@ def card(export: Export, parts: Parts | None) -> str:
 
 
 def _table(left: str, right: str, rows: Mapping[str, Any]) -> list[str]:
-    return [f"| {left} | {right} |", "|---|---|", *(f"| {key} | {value} |" for key, value in rows.items())]
+    return [
+        f"| {left} | {right} |",
+        "|---|---|",
+        *(f"| {_cell(key)} | {_cell(value)} |" for key, value in rows.items()),
+    ]
+
+
+def _cell(value: object) -> str:
+    """Text of names that other people chose, on one line and without an end of the cell or Markdown of its own."""
+    return re.sub(r"([\\|`*<\[])", r"\\\1", printable(value))
 
 
 def _parametrization(export: Export) -> list[str]:
@@ -70,7 +83,7 @@ def _parametrization(export: Export) -> list[str]:
     for name, param in export.reader.manifest["params"].items():
         if name not in export.left_out:
             roles[param["role"]] = roles.get(param["role"], 0) + 1
-    base = mup.base_shapes or f"{mup.base_heads} heads"
+    base = _cell(mup.base_shapes or f"{mup.base_heads} heads")
     lines = [f"Trained with {mup.parametrization} parametrization, base {base}.", ""]
     lines += _table("role", "tensors", roles)
     values: dict[float, int] = {}
