@@ -143,7 +143,7 @@ def _open(index: Index) -> tuple[Codec | None, str]:
     try:
         if index.codec["kind"] == "vae" and weights_sha256(index.codec["path"]) != index.codec["sha256"]:
             return None, f"VAE {index.codec['path']} is not the one that made the latents"
-        return open_codec(index.codec, device()), ""
+        return open_codec(index.codec, device(), channels=index.channels), ""
     except UserError as error:
         return None, str(error)
 

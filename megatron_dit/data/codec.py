@@ -87,7 +87,8 @@ class VaeCodec:
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
-        x = (latents / self.scaling_factor + self.shift_factor).to(self._device, self._dtype)
+        shift, scale = (each.to(latents.device, torch.float32) for each in (self.shift_factor, self.scaling_factor))
+        x = (latents / scale + shift).to(self._device, self._dtype)
         return PixelCodec().decode(self._vae.decode(x).sample.cpu())
 
 
@@ -130,7 +131,19 @@ def vae_factors(config: Mapping[str, Any], path: str) -> tuple[Tensor, Tensor]:
 
 
 def open_codec(
-    description: dict[str, Any], device: torch.device | None = None, dtype: torch.dtype = torch.float32
+    description: dict[str, Any],
+    device: torch.device | None = None,
+    dtype: torch.dtype = torch.float32,
+    channels: int | None = None,
 ) -> Codec:
-    """The codec that an index describes: {"kind": "pixels"} or {"kind": "vae", "path": ...}."""
-    return PixelCodec() if description["kind"] == "pixels" else VaeCodec(description["path"], device, dtype)
+    """The codec that an index describes: {"kind": "pixels"} or {"kind": "vae", "path": ...}.
+
+    Raises UserError if it cannot be loaded, or has latents of other ``channels``.
+    """
+    codec = PixelCodec() if description["kind"] == "pixels" else VaeCodec(description["path"], device, dtype)
+    if channels not in (None, codec.channels):
+        raise UserError(
+            f"VAE {description.get('path')} has latents of {codec.channels} channels, but the data have {channels}: "
+            "restore the VAE that made them"
+        )
+    return codec

@@ -57,7 +57,7 @@ class Sampler:
         self.index = index = read_index(data or self.config.data.path)
         model = self.config.model
         self._text = None if model.num_classes else self._text_encoder(index)
-        self.codec = open_codec(index.codec, device())
+        self.codec = open_codec(index.codec, device(), channels=index.channels)
         self.model = load_model(reader, self.config, ema=ema)
 
     def draw(

@@ -23,7 +23,7 @@ from transformers import (
 )
 
 from data_prep.tiny_t5 import build_tiny_t5
-from megatron_dit.data.codec import VaeCodec
+from megatron_dit.data.codec import VaeCodec, open_codec
 from megatron_dit.data.identity import weights_sha256
 from megatron_dit.data.text import TextEncoder
 from megatron_dit.data.vision import VisionEncoder
@@ -294,3 +294,35 @@ def test_folders_may_have_any_name(made, tmp_path):
         for kind in SAFETENSORS:
             shutil.copytree(made / kind, tmp_path / name / kind)
             LOAD[kind](tmp_path / name / kind)
+
+
+def test_a_vae_of_other_channels_than_the_datas_is_refused(copies):
+    described = {"kind": "vae", "path": str(copies / "vae")}
+    assert open_codec(described, channels=4).channels == 4
+    refused(lambda: open_codec(described, channels=8), "has latents of 4 channels, but the data have 8")
+
+
+@pytest.mark.parametrize("ending", ["bin", "safetensors"])
+def test_shards_that_are_missing_or_damaged_are_named(copies, ending):
+    """Each of an index's files is looked at, pickled or not."""
+    folder = copies / "t5"
+    model = T5EncoderModel.from_pretrained(folder)
+    (folder / "model.safetensors").unlink()
+    if ending == "safetensors":
+        model.save_pretrained(folder, max_shard_size="40KB")
+        shards = sorted(folder.glob("model-*.safetensors"))
+    else:
+        state = model.state_dict()
+        files = {name: f"pytorch_model-0000{i % 2 + 1}-of-00002.bin" for i, name in enumerate(state)}
+        for file in set(files.values()):
+            torch.save({name: value for name, value in state.items() if files[name] == file}, folder / file)
+        index = {"metadata": {}, "weight_map": files}
+        (folder / "pytorch_model.bin.index.json").write_text(json.dumps(index))
+        shards = sorted(folder.glob("pytorch_model-*.bin"))
+    for name, weight in LOAD["t5"](folder).state_dict().items():
+        assert torch.equal(weight, model.state_dict()[name])
+    for content, message in ((POINTER, "is a Git LFS pointer"), (PAGE, "is a web page"), ("", "is an empty file")):
+        shards[1].write_text(content)
+        refused(lambda: LOAD["t5"](folder), str(shards[1]), message)
+    shards[1].unlink()
+    refused(lambda: LOAD["t5"](folder), f"names {shards[1].name}, which is not in its folder")
