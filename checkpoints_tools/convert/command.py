@@ -82,6 +82,8 @@ def _to_diffusers(parsed: argparse.Namespace) -> list[str]:
     config = config_from_dict(reader.manifest["config"])
     index = find_index(config)
     parts = find_parts(config, index, parsed.vae, parsed.text_encoder) if parsed.pipeline else None
+    if parts is not None and parsed.link and parts.vae is None and parts.text_encoder is None:
+        raise UserError("--link has no effect on a run without a VAE and a text encoder: leave it out")
     export = Export(
         reader,
         parsed.weights or "ema",

@@ -17,6 +17,7 @@ from megatron_dit.checkpoint.save import step_folder
 from megatron_dit.config import Config, load_config, save_config
 from megatron_dit.data.fit import identity
 from megatron_dit.data.shards import read_index
+from megatron_dit.errors import writing
 from megatron_dit.models import build_unsharded
 from megatron_dit.mup.rules import Param
 from megatron_dit.mup.shapes import describe
@@ -44,12 +45,14 @@ def config_of(values: Mapping[str, Any], asked: Import) -> Config:
     """The config of the run: ``values`` (as in a config's YAML), then what was asked for."""
     data = {**values["data"], **({"path": asked.data} if asked.data else {})}
     part = asked.out.with_name(asked.out.name + ".yaml.part")
-    part.parent.mkdir(parents=True, exist_ok=True)
     try:
-        part.write_text(yaml.safe_dump({**values, "run_dir": str(asked.out), "data": data}, sort_keys=False))
+        with writing(asked.out):
+            part.parent.mkdir(parents=True, exist_ok=True)
+            part.write_text(yaml.safe_dump({**values, "run_dir": str(asked.out), "data": data}, sort_keys=False))
         return load_config(part, asked.overrides)
     finally:
-        part.unlink(missing_ok=True)
+        if part.parent.is_dir():
+            part.unlink(missing_ok=True)
 
 
 def fresh(model: Mapping[str, Any], objective: Mapping[str, Any]) -> dict[str, Any]:

@@ -188,8 +188,8 @@ def reason_of(error: Exception) -> str:
     text = str(error).strip()
     if not text:
         return type(error).__name__
-    if "weights_only" in text or "Weights only load failed" in text:
-        return "it holds more than tensors, and objects of other types are not read"
+    if any(advice in text for advice in ("weights_only", "Weights only load failed", "allow_pickle")):
+        return "it holds objects that are not plain numbers, and those are not read"
     # A line that ends in a colon promises the next.
     line = re.sub(r":\s*\n\s*", ": ", text).splitlines()[0]
     kept = [sentence for sentence in re.split(r"(?<=[.!?])\s+", line) if not _ADVICE.search(sentence)]

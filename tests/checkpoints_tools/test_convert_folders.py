@@ -18,6 +18,7 @@ from megatron_dit.checkpoint.load import open_checkpoint
 from megatron_dit.errors import UserError
 from tests.checkpoints_tools.made import TOLERANCE, convert, difference, equal, tensors, write_alone
 from tests.checkpoints_tools.test_convert_foreign import foreign, refused
+from tests.data.made import make_folder
 from tests.data.test_pretrained import PAGE, POINTER
 
 SINGLE = "diffusion_pytorch_model.safetensors"
@@ -269,6 +270,12 @@ def test_options_without_an_effect_are_refused(theirs, tmp_path, capsys):
         assert message in refused(capsys, theirs, out, "--from", "diffusers", *words)
 
 
+def test_an_output_that_cannot_be_written_is_refused(theirs, tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    line = refused(capsys, theirs, tmp_path / "file" / "run", "--from", "diffusers")
+    assert f"{tmp_path / 'file' / 'run'} cannot be written" in line
+
+
 def test_a_null_caption_of_another_shape_is_refused(tmp_path, capsys):
     pipe = tmp_path / "pipe"
     foreign(pipe / "transformer", "pixart")
@@ -290,10 +297,13 @@ def test_folders_may_have_any_name(made, tmp_path, name):
     assert equal(load_file(tmp_path / "back" / name / SINGLE), load_file(made[0] / SINGLE))
 
 
-def test_a_class_conditional_run_takes_no_text_encoder(tmp_path, capsys):
-    write_alone(tmp_path / "run", "dit", {})
-    words = [tmp_path / "run", tmp_path / "out", "--to", "diffusers", "--pipeline", "--vae", "x", "--text-encoder", "y"]
-    assert "--text-encoder y has no effect on a run of class labels" in refused(capsys, *words)
+def test_parts_that_a_run_has_not_are_refused(tmp_path, capsys):
+    make_folder(tmp_path / "pixels", [((8, 8), 4)])
+    write_alone(tmp_path / "run", "dit", {"data.path": str(tmp_path / "pixels")})
+    words = [tmp_path / "run", tmp_path / "out", "--to", "diffusers", "--pipeline"]
+    assert "--text-encoder y has no effect on a run of class labels" in refused(capsys, *words, "--text-encoder", "y")
+    assert "--vae x has no effect on a run that was trained on pixels" in refused(capsys, *words, "--vae", "x")
+    assert "--link has no effect on a run without a VAE" in refused(capsys, *words, "--link")
 
 
 def test_names_stay_in_their_cell_of_the_card(tmp_path):
