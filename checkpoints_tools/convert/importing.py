@@ -13,7 +13,7 @@ from checkpoints_tools.convert import fold
 from checkpoints_tools.convert.counterparts import COUNTERPARTS
 from checkpoints_tools.convert.export import NULL_FILE
 from checkpoints_tools.convert.pixart import NULL_CAPTION
-from checkpoints_tools.convert.read import DiffusersFolder, read_tensor
+from checkpoints_tools.convert.read import LOST, DiffusersFolder, read_tensor
 from checkpoints_tools.convert.run import Import, config_of, data_of, fresh, write_run
 from checkpoints_tools.convert.table import Counterpart, Row, common_model
 from megatron_dit.config import OBJECTIVE_OF, Config
@@ -46,6 +46,11 @@ def from_diffusers(asked: Import) -> list[str]:
     if heads != (own := tuple(common_model(folder.settings)[name] for name in ("heads", "head_dim"))):
         raise UserError(
             f"--set gives {heads[0]} heads of {heads[1]}, but {folder.path} has {own[0]} of {own[1]}: leave them out"
+        )
+    if config.model.depth > len(folder.names):
+        raise UserError(
+            f"{folder.path} has {len(folder.names)} tensors, fewer than its config.json has blocks "
+            f"({config.model.depth:,}): give the config.json that belongs to the weights"
         )
     rows = {row.ours: row for row in counterpart.rows(config.model)}
     _check_names(folder, counterpart, config)
@@ -124,7 +129,10 @@ def _unfolded(folder: DiffusersFolder, row: Row, config: Config, param: Param) -
         if name in factors:
             factor = factors[name]
             ours = fold.rounds(factor) and folder.facts.get("factors", {}).get(name) == factor
-            value = fold.unfold(value, factor, folder.lost(name) if ours else None)
+            lost = folder.lost(name) if ours else None
+            if lost is not None and (lost.dtype, lost.shape) != (torch.int8, value.shape):
+                raise UserError(f"{folder.path / LOST} does not belong to {name}: remove it, or export the run again")
+            value = fold.unfold(value, factor, lost)
         parts.append(value)
     return parts
 

@@ -173,6 +173,7 @@ def test_a_shift_that_is_no_number_is_refused(tmp_path, capsys):
         ({"num_layers": 4}, "has no transformer_blocks.3."),
         ({"num_layers": "3"}, 'num_layers="3": expected a whole number of at least 1'),
         ({"num_layers": None}, "num_layers=null"),
+        ({"num_layers": 10**9}, "fewer than its config.json has blocks (1,000,000,000)"),
         ({"patch_size": 0}, "patch_size=0"),
         ({"patch_size": 4}, "has pos_embed.proj.weight of shape [16, 3, 2, 2], but [16, 3, 4, 4]"),
         ({"num_embeds_ada_norm": 7}, "embedding_table.weight of shape [11, 16], but [8, 16]"),
