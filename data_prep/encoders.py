@@ -14,7 +14,7 @@ import torch
 from data_prep.pictures import Buckets
 from data_prep.recipe import PIXELS, TINY, Recipe
 from data_prep.sources import Record
-from megatron_dit.data.codec import open_codec
+from megatron_dit.data.codec import VaeCodec, open_codec
 from megatron_dit.data.identity import weights_sha256
 from megatron_dit.data.shards import OWN
 from megatron_dit.data.tar import npy
@@ -58,9 +58,8 @@ class Encoders:
 
     def __init__(self, recipe: Recipe, captioned: bool) -> None:
         self._recipe = recipe
-        pixels = recipe.vae == PIXELS
-        self._codec_index = {"kind": "pixels"} if pixels else {"kind": "vae", "path": recipe.vae}
-        self._codec = open_codec(self._codec_index, device(), DTYPES[recipe.dtype])
+        asked = {"kind": "pixels"} if recipe.vae == PIXELS else {"kind": "vae", "path": recipe.vae}
+        self._codec = open_codec(asked, device(), DTYPES[recipe.dtype])
         self.buckets = self._buckets()
         self._text: TextEncoder | None = None
         if captioned and recipe.text_encoder != TINY:
@@ -162,12 +161,12 @@ class Encoders:
     def describe(self) -> dict[str, Any]:
         """What the index says of the encoders: channels, codec, text and features."""
         recipe, text, features = self._recipe, {}, None
-        codec = self._codec_index | {"sha256": self._codec.sha256}
-        if recipe.vae != PIXELS:
-            codec["dtype"] = recipe.dtype
+        codec: dict[str, Any] = {"kind": "pixels", "sha256": self._codec.sha256}
+        if isinstance(self._codec, VaeCodec):
+            codec |= {"kind": "vae", "path": self._codec.path, "dtype": recipe.dtype}
         if self._text is not None:
             text = {
-                "encoder": OWN + TINY_FOLDER if recipe.text_encoder == TINY else recipe.text_encoder,
+                "encoder": OWN + TINY_FOLDER if recipe.text_encoder == TINY else self._text.name,
                 "sha256": self._text.sha256,
                 "dtype": recipe.dtype,
                 "dim": self._text.dim,

@@ -143,7 +143,7 @@ def _open(index: Index) -> tuple[Codec | None, str]:
     try:
         if index.codec["kind"] == "vae" and weights_sha256(index.codec["path"]) != index.codec["sha256"]:
             return None, f"VAE {index.codec['path']} is not the one that made the latents"
-        return open_codec(index.codec, device()), ""
+        return open_codec(index.codec, device(), channels=index.channels), ""
     except UserError as error:
         return None, str(error)
 
@@ -174,6 +174,11 @@ def _captions(tokens: list[np.ndarray], limit: int) -> dict[str, Any]:
     return {"mean": float(lengths.mean()), **named, "limit": limit, "cut": cut, "a_picture": len(lengths) / len(tokens)}
 
 
+def _plain(factor: np.ndarray) -> float | list[float]:
+    """A number, or one of each channel."""
+    return factor.tolist() if factor.size > 1 else factor.item()
+
+
 def _latents(seen: Seen, codec: Codec | None) -> dict[str, Any]:
     """Per channel as stored, and of a VAE the shift and scale that would make the latents it gives standard.
 
@@ -184,13 +189,14 @@ def _latents(seen: Seen, codec: Codec | None) -> dict[str, Any]:
     if seen.std.count:
         figures["posterior_std"] = seen.std.mean.tolist()
     if isinstance(codec, VaeCodec):
-        raw = moments.mean / codec.scaling_factor + codec.shift_factor
-        variance = (moments.variance + seen.spread.mean) / codec.scaling_factor**2
+        shift, scale = (factor.flatten().double().numpy() for factor in (codec.shift_factor, codec.scaling_factor))
+        raw = moments.mean / scale + shift
+        variance = (moments.variance + seen.spread.mean) / scale**2
         figures["raw_mean"] = raw.tolist()
         figures["raw_std"] = np.sqrt(variance).tolist()
         figures["implied"] = {
             "shift_factor": float(raw.mean()),
             "scaling_factor": float(1 / np.sqrt(variance.mean() + raw.var())),
         }
-        figures["vae"] = {"shift_factor": codec.shift_factor, "scaling_factor": codec.scaling_factor}
+        figures["vae"] = {"shift_factor": _plain(shift), "scaling_factor": _plain(scale)}
     return figures

@@ -35,7 +35,9 @@ def print_figures(figures: dict[str, Any]) -> None:
     if "implied" in figures["latents"]:
         implied, own = figures["latents"]["implied"], figures["latents"]["vae"]
         for name, value in implied.items():
-            console.print(f"{name}: these latents imply {value:.5g}, the VAE's own is {own[name]:.5g}")
+            channels = own[name] if isinstance(own[name], list) else [own[name]]
+            present = ", ".join(f"{factor:.5g}" for factor in channels)
+            console.print(f"{name}: these latents imply {value:.5g}, the VAE's own is {present}")
     if "classes" in figures:
         counts = figures["classes"]
         empty = f"; {counts.count(0)} have none" if 0 in counts else ""

@@ -53,6 +53,7 @@ def add_convert(commands: Any) -> None:
     back.add_argument(
         "--base-shapes", type=Path, metavar="F.bsh", help="base widths of a dit-mup or pixart-mup (package mup)"
     )
+    back.add_argument("--variant", metavar="NAME", help="which weights of a diffusers folder, such as fp16")
     back.add_argument("--drop-clip", action="store_true", help="import an SD3 without the pooled text of CLIP")
 
 
@@ -61,10 +62,10 @@ def _convert(parsed: argparse.Namespace) -> int:
         raise UserError(f"give one of --to diffusers and --from {'|'.join(IMPORTERS)}")
     groups = {
         "--to": ("weights", "dtype", "max_shard_size", "pipeline", "vae", "text_encoder", "link"),
-        "--from": ("data", "set", "base_shapes", "drop_clip"),
+        "--from": ("data", "set", "base_shapes", "variant", "drop_clip"),
     }
     idle = "--from" if parsed.to else "--to"
-    wrong = next((name for name in groups[idle] if getattr(parsed, name)), None)
+    wrong = next((name for name in groups[idle] if getattr(parsed, name) not in (None, False)), None)
     if wrong is not None:
         raise UserError(f"--{wrong.replace('_', '-')} goes with {idle}: leave it out")
     parsed.out = new_folder(parsed.out)
@@ -83,6 +84,8 @@ def _to_diffusers(parsed: argparse.Namespace) -> list[str]:
     config = reader.config
     index = find_index(config)
     parts = find_parts(config, index, parsed.vae, parsed.text_encoder) if parsed.pipeline else None
+    if parts is not None and parsed.link and parts.vae is None and parts.text_encoder is None:
+        raise UserError("--link has no effect on a run without a VAE and a text encoder: leave it out")
     export = Export(
         reader,
         parsed.weights or "ema",
@@ -100,7 +103,11 @@ def _from_others(parsed: argparse.Namespace) -> list[str]:
     moved = next((item for item in parsed.set or () if item.partition("=")[0].strip() == "run_dir"), None)
     if moved is not None:
         raise UserError(f"--set {moved}: the run is written to {parsed.out}, leave run_dir out")
-    asked = Import(parsed.source, parsed.out, parsed.data, parsed.set or (), parsed.drop_clip, parsed.base_shapes)
+    if parsed.variant is not None and parsed.source_format != "diffusers":
+        raise UserError(f"--variant {parsed.variant} goes with --from diffusers: leave it out")
+    asked = Import(
+        parsed.source, parsed.out, parsed.data, parsed.set or (), parsed.drop_clip, parsed.base_shapes, parsed.variant
+    )
     return IMPORTERS[parsed.source_format](asked)
 
 

@@ -8,7 +8,17 @@ import torch
 from torch import Tensor
 
 from checkpoints_tools.convert.read import DiffusersFolder
-from checkpoints_tools.convert.table import Counterpart, Row, Settings, common_model, expect, linear, patch_embed, split
+from checkpoints_tools.convert.table import (
+    Counterpart,
+    Row,
+    Settings,
+    common_model,
+    count,
+    expect,
+    linear,
+    patch_embed,
+    split,
+)
 from megatron_dit.config import ModelConfig
 from megatron_dit.errors import UserError
 from megatron_dit.models.counterparts import CLASSES, diffusers_settings
@@ -34,13 +44,13 @@ def rows(config: ModelConfig) -> list[Row]:
 def model(settings: Settings) -> dict[str, Any]:
     expect(
         settings,
-        out_channels=2 * settings["in_channels"],
+        out_channels=2 * count(settings, "in_channels"),
         norm_type="ada_norm_zero",
         activation_fn="gelu-approximate",
         attention_bias=True,
         norm_elementwise_affine=False,
     )
-    return {**common_model(settings), "num_classes": settings["num_embeds_ada_norm"]}
+    return {**common_model(settings), "num_classes": count(settings, "num_embeds_ada_norm")}
 
 
 def adopt(folder: DiffusersFolder, config: ModelConfig, drop_clip: bool) -> dict[str, Tensor]:

@@ -2,38 +2,58 @@
 
 from __future__ import annotations
 
+import json
+import math
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from torch import Tensor
-from transformers import T5EncoderModel
 
 from checkpoints_tools.convert import fold
 from checkpoints_tools.convert.counterparts import COUNTERPARTS
 from checkpoints_tools.convert.export import NULL_FILE
 from checkpoints_tools.convert.pixart import NULL_CAPTION
-from checkpoints_tools.convert.read import DiffusersFolder
+from checkpoints_tools.convert.read import LOST, DiffusersFolder, read_tensor
 from checkpoints_tools.convert.run import Import, config_of, data_of, fresh, write_run
-from checkpoints_tools.convert.table import Counterpart, Row
+from checkpoints_tools.convert.table import Counterpart, Row, common_model
 from megatron_dit.config import OBJECTIVE_OF, Config
-from megatron_dit.data.pretrained import loading
+from megatron_dit.data.pretrained import T5, locate, require
+from megatron_dit.data.text import load_t5
 from megatron_dit.errors import UserError
+from megatron_dit.models.counterparts import CLASSES
 from megatron_dit.mup.rules import Param
 from megatron_dit.objectives.ddpm import SCHEDULES
+from megatron_dit.runtime.text import printable
 
 
 def from_diffusers(asked: Import) -> list[str]:
     """Write the run; returns lines to say."""
     if asked.base_shapes:
         raise UserError("--base-shapes goes with --from dit-mup: here it is --set mup.base_shapes=F.bsh")
-    folder = DiffusersFolder(asked.source)
+    folder = DiffusersFolder(asked.source, asked.variant)
     counterpart = next((c for c in COUNTERPARTS.values() if c.class_name == folder.class_name), None)
     if counterpart is None:
         known = ", ".join(c.class_name for c in COUNTERPARTS.values())
+        if "_class_name" not in folder.settings:
+            raise UserError(f"{folder.path / 'config.json'} has no _class_name: add the model's, one of {known}")
         raise UserError(f"{folder.path} is a {folder.class_name}: expected one of {known}")
+    if asked.drop_clip and counterpart.arch != "mmdit":
+        raise UserError(
+            f"--drop-clip has no effect on a {folder.class_name}, only on a {CLASSES['mmdit']}: leave it out"
+        )
     config = config_of(_values(folder, counterpart), asked)
+    heads = (config.model.heads, config.model.head_dim)
+    if heads != (own := tuple(common_model(folder.settings)[name] for name in ("heads", "head_dim"))):
+        raise UserError(
+            f"--set gives {heads[0]} heads of {heads[1]}, but {folder.path} has {own[0]} of {own[1]}: leave them out"
+        )
+    if config.model.depth > len(folder.names):
+        raise UserError(
+            f"{folder.path} has {len(folder.names)} tensors, fewer than its config.json has blocks "
+            f"({config.model.depth:,}): give the config.json that belongs to the weights"
+        )
     rows = {row.ours: row for row in counterpart.rows(config.model)}
+    _check_names(folder, counterpart, config)
     added = counterpart.adopt(folder, config.model, asked.drop_clip)
     notes: list[str] = []
 
@@ -45,14 +65,13 @@ def from_diffusers(asked: Import) -> list[str]:
         value = rows[param.name].restore(_unfolded(folder, rows[param.name], config, param), param.shape)
         return value + added[param.name] if param.name in added else value
 
-    _check_names(folder, counterpart, config)
     data = folder.facts.get("data") or data_of(config, asked)
     count = write_run(config, weights, data, {"diffusers": folder.settings})
-    notes.insert(0, f"wrote {asked.out}: {folder.class_name} as a run of {count:,} parameters")
+    notes.insert(0, f"wrote {printable(asked.out)}: {folder.class_name} as a run of {count:,} parameters")
     if added:
         notes.append("CLIP's pooled text is dropped: what it gives for zeros is part of time_embed now")
     if not folder.facts:
-        notes.append(f"its training is not known: see {asked.out / 'config.yaml'} before you train it on")
+        notes.append(f"its training is not known: see {printable(asked.out / 'config.yaml')} before you train it on")
     return notes
 
 
@@ -72,7 +91,13 @@ def _objective(folder: DiffusersFolder, arch: str) -> dict[str, Any]:
     if not found:
         return {}
     if OBJECTIVE_OF[arch] == "rectified_flow":
-        return {"shift": float(found.get("shift", 1.0))}
+        shift = found.get("shift", 1.0)
+        if not (isinstance(shift, int | float) and math.isfinite(shift) and shift > 0):
+            raise UserError(f"its scheduler has shift={json.dumps(shift)}: expected a number above 0")
+        return {"shift": float(shift)}
+    if found.get("prediction_type", "epsilon") != "epsilon" or found.get("trained_betas") is not None:
+        wrong = {name: found.get(name) for name in ("prediction_type", "trained_betas")}
+        raise UserError(f"its scheduler has {json.dumps(wrong)}: expected epsilon, and betas of a schedule")
     asked = {name: found.get(name) for name in SCHEDULES["linear"]}
     name = next((name for name, schedule in SCHEDULES.items() if schedule == asked), None)
     if name is None:
@@ -95,10 +120,19 @@ def _unfolded(folder: DiffusersFolder, row: Row, config: Config, param: Param) -
     parts = []
     for name in row.theirs:
         value = folder.tensor(name)
+        expected = row.shapes(tuple(param.shape))[0]
+        if tuple(value.shape) != expected:
+            raise UserError(
+                f"{folder.path} has {name} of shape {list(value.shape)}, but {list(expected)} is expected of its "
+                "config.json and --set: give the config.json that belongs to the weights"
+            )
         if name in factors:
             factor = factors[name]
             ours = fold.rounds(factor) and folder.facts.get("factors", {}).get(name) == factor
-            value = fold.unfold(value, factor, folder.lost(name) if ours else None)
+            lost = folder.lost(name) if ours else None
+            if lost is not None and (lost.dtype, lost.shape) != (torch.int8, value.shape):
+                raise UserError(f"{folder.path / LOST} does not belong to {name}: remove it, or export the run again")
+            value = fold.unfold(value, factor, lost)
         parts.append(value)
     return parts
 
@@ -107,15 +141,24 @@ def _null_caption(folder: DiffusersFolder, config: Config) -> tuple[Tensor, list
     """(T, text_dim), and a line to say: ours beside the weights, or made of the pipeline's encoder."""
     tokens, dim = config.model.text_tokens, config.model.text_dim
     if (folder.path / NULL_FILE).is_file():
-        with safe_open(folder.path / NULL_FILE, framework="pt") as file:
-            return file.get_tensor("null_caption").float(), []
+        require(folder.path / NULL_FILE, "safetensors")
+        return _of_shape(folder, read_tensor(folder.path / NULL_FILE, "null_caption"), (tokens, dim)), []
     if folder.pipeline is None or not (folder.pipeline / "text_encoder").is_dir():
         return torch.zeros(tokens, dim), [
             "there is no null caption here: it is zero, train it, or import a pipeline folder, which has a text encoder"
         ]
     # diffusers draws "no caption" with the features of "", one token. That token repeated is attended to alike.
-    name = str(folder.pipeline / "text_encoder")
-    with loading("text encoder", "T5", name), torch.no_grad():
-        encoder = T5EncoderModel.from_pretrained(name, weights_only=True)
+    encoder = load_t5(locate(T5, str(folder.pipeline / "text_encoder")))
+    with torch.no_grad():
         feature = encoder(input_ids=torch.tensor([[encoder.config.eos_token_id]])).last_hidden_state[0].float()
+    feature = _of_shape(folder, feature, (1, dim))
     return feature.expand(tokens, dim).contiguous(), ["the null caption is what the text encoder makes of ''"]
+
+
+def _of_shape(folder: DiffusersFolder, value: Tensor, expected: tuple[int, int]) -> Tensor:
+    if tuple(value.shape) != expected:
+        raise UserError(
+            f"the null caption of {folder.path} has shape {list(value.shape)}, but {list(expected)} is expected of its "
+            "config.json and --set: give the files that belong together"
+        )
+    return value

@@ -16,6 +16,7 @@ from checkpoints_tools.convert.table import (
     Row,
     Settings,
     common_model,
+    count,
     expect,
     linear,
     patch_embed,
@@ -56,23 +57,23 @@ def rows(config: ModelConfig) -> list[Row]:
 
 def model(settings: Settings) -> dict[str, Any]:
     expect(
-        {**settings, "dual_attention_layers": list(settings.get("dual_attention_layers", []))},
-        out_channels=settings["in_channels"],
-        caption_projection_dim=settings["num_attention_heads"] * settings["attention_head_dim"],
+        {**settings, "dual_attention_layers": list(settings.get("dual_attention_layers") or [])},
+        out_channels=count(settings, "in_channels"),
+        caption_projection_dim=count(settings, "num_attention_heads") * count(settings, "attention_head_dim"),
         dual_attention_layers=[],
+        qk_norm="rms_norm",
     )
-    expect({"qk_norm": settings.get("qk_norm")}, qk_norm="rms_norm")
     return {
         **common_model(settings),
-        "text_dim": settings["joint_attention_dim"],
+        "text_dim": count(settings, "joint_attention_dim"),
         "text_tokens": 256,
-        "position_size": settings["pos_embed_max_size"],
+        "position_size": count(settings, "pos_embed_max_size"),
     }
 
 
 def constants(config: ModelConfig, settings: Settings) -> dict[str, Constant]:
     """The table of positions, and the embedder of pooled text, whose zeros leave the timestep alone."""
-    side, width, pooled = settings["pos_embed_max_size"], config.width, settings["pooled_projection_dim"]
+    side, width, pooled = settings["pos_embed_max_size"], config.width, count(settings, "pooled_projection_dim")
     shapes = {(1, "weight"): (width, pooled), (2, "weight"): (width, width)}
     found = {POSITIONS: Constant((1, side**2, width), lambda: _positions(config, side))}
     for i in (1, 2):

@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import diffusers
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
 from checkpoints_tools.convert.export import EXPORTED, Export, write_model
 from megatron_dit.config import Config
+from megatron_dit.data.codec import vae_factors
+from megatron_dit.data.identity import local_folder
+from megatron_dit.data.pretrained import T5, VAE, Kind, locate, read_json, variants, weight_files
 from megatron_dit.data.shards import Index, read_index
+from megatron_dit.data.tokenizer import open_tokenizer
 from megatron_dit.errors import UserError
 from megatron_dit.sampling.solvers import scheduler_for
 
@@ -30,6 +32,7 @@ class Parts:
 
     vae: Path | None
     text_encoder: Path | None
+    tokenizer: Path | None  # a file in the text encoder's folder or beside it
     text_tokens: int  # at which captions are cut before they are encoded
 
 
@@ -44,6 +47,10 @@ def find_index(config: Config) -> Index | None:
 def find_parts(config: Config, index: Index | None, vae: str | None, text_encoder: str | None) -> Parts:
     """``vae`` and ``text_encoder``, folders or hub names, or else what the data were made with."""
     text = config.model.text_tokens > 0
+    if text_encoder is not None and not text:
+        raise UserError(f"--text-encoder {text_encoder} has no effect on a run of class labels: leave it out")
+    if vae is not None and index is not None and index.codec["kind"] == "pixels":
+        raise UserError(f"--vae {vae} has no effect on a run that was trained on pixels: leave it out")
     if index is None and (vae is None or (text and text_encoder is None)):
         flags = "--vae and --text-encoder" if text else "--vae"
         raise UserError(f"{config.data.path} with the run's data is not here: give {flags}, or restore it")
@@ -51,11 +58,12 @@ def find_parts(config: Config, index: Index | None, vae: str | None, text_encode
         vae = index.codec["path"]
     if text and text_encoder is None and index is not None:
         text_encoder = config.data.text_encoder or index.text_encoder
-    return Parts(
-        vae=_local(vae) if vae else None,
-        text_encoder=_local(text_encoder) if text and text_encoder else None,
-        text_tokens=tokens_of(config, index),
-    )
+    tokens = tokens_of(config, index)
+    encoder = tokenizer = None
+    if text and text_encoder:
+        source = locate(T5, text_encoder)
+        encoder, tokenizer = local_folder(source.name), open_tokenizer(source, tokens).path
+    return Parts(local_folder(locate(VAE, vae).name) if vae else None, encoder, tokenizer, tokens)
 
 
 def tokens_of(config: Config, index: Index | None) -> int:
@@ -79,11 +87,12 @@ def write_pipeline(export: Export, out: Path, parts: Parts, link: bool) -> list[
         "scheduler": ["diffusers", type(scheduler).__name__],
     }
     if parts.vae is not None:
-        _write_vae(parts.vae, out / "vae", link)
+        _write_vae(parts.vae, export.config.model.in_channels, out / "vae", link)
         index["vae"] = ["diffusers", "AutoencoderKL"]
-    if parts.text_encoder is not None:
+    if parts.text_encoder is not None and parts.tokenizer is not None:
         suffix = "_3" if arch == "mmdit" else ""
-        _write_text(parts.text_encoder, out / f"text_encoder{suffix}", out / f"tokenizer{suffix}", link)
+        _write_text(parts.text_encoder, export.config.model.text_dim, out / f"text_encoder{suffix}", link)
+        _write_tokenizer(parts.tokenizer, out / f"tokenizer{suffix}", link)
         index[f"text_encoder{suffix}"] = ["transformers", "T5EncoderModel"]
         index[f"tokenizer{suffix}"] = ["transformers", "T5Tokenizer"]
     shutil.copy(EXPORTED / f"{OURS[0]}.py", out)
@@ -94,48 +103,67 @@ def write_pipeline(export: Export, out: Path, parts: Parts, link: bool) -> list[
 
 
 def stock_class(export: Export, parts: Parts) -> str | None:
-    return STOCK.get(export.config.model.arch) if parts.vae is not None else None
+    """diffusers' own pipeline that draws what the run draws, if one decodes latents as the VAE's config.json says."""
+    if parts.vae is None:
+        return None
+    arch, config = export.config.model.arch, read_json(parts.vae / "config.json")
+    ignored = ["latents_mean", "latents_std", *(["shift_factor"] if arch == "pixart" else [])]
+    return None if any(config.get(name) for name in ignored) else STOCK.get(arch)
 
 
-def _write_vae(source: Path, target: Path, link: bool) -> None:
-    config = json.loads((source / "config.json").read_text()) if (source / "config.json").is_file() else {}
-    if config.get("_class_name") != "AutoencoderKL":
-        raise UserError(f"VAE {source} is a {config.get('_class_name')}: expected a folder of an AutoencoderKL")
-    _bring(_weights(source, "VAE"), target, link)
+def _write_vae(source: Path, channels: int, target: Path, link: bool) -> None:
+    config = read_json(source / "config.json")
+    vae_factors(config, str(source))
+    if config.get("latent_channels") != channels:
+        raise UserError(
+            f"VAE {source} has latents of {config.get('latent_channels')} channels, but the model has {channels}: give "
+            "the VAE that the run's data were made with"
+        )
+    _bring_weights(VAE, source, target, link)
     # Some VAEs say nothing of their shift; SD3's pipeline adds it all the same.
     (target / "config.json").write_text(json.dumps({**config, "shift_factor": config.get("shift_factor") or 0.0}))
 
 
-def _write_text(source: Path, encoder: Path, tokenizer: Path, link: bool) -> None:
-    weights = [*_weights(source, "text encoder"), source / "config.json"]
-    _bring(weights, encoder, link)
-    rest = [path for path in source.iterdir() if path.is_file() and path.suffix in (".json", ".model", ".txt")]
-    own = {path.name for path in weights} | {"generation_config.json"}
-    _bring([path for path in rest if path.name not in own], tokenizer, link)
+def _write_text(source: Path, dim: int, target: Path, link: bool) -> None:
+    found = read_json(source / "config.json").get("d_model")
+    if found != dim:
+        raise UserError(
+            f"text encoder {source} has {found} features, but the model has {dim}: give the encoder that the run's "
+            "data were made with"
+        )
+    _bring_weights(T5, source, target, link)
+    _bring([source / "config.json"], target, link)
 
 
-def _weights(source: Path, what: str) -> list[Path]:
-    files = sorted(source.glob("*.safetensors")) + sorted(source.glob("*.safetensors.index.json"))
-    if not files:
-        raise UserError(f"{what} {source} has no *.safetensors: save it again with safe_serialization=True")
-    return files
-
-
-def _bring(files: Iterable[Path], target: Path, link: bool) -> None:
+def _write_tokenizer(source: Path, target: Path, link: bool) -> None:
+    """The tokenizer's file and what lies beside it, but nothing of an encoder in the same folder."""
     target.mkdir()
+    encoders = ("config.json", "generation_config.json", "model.safetensors.index")
+    rest = [path for path in source.parent.iterdir() if path.is_file() and path.suffix in (".json", ".model", ".txt")]
+    _bring([path for path in rest if not path.name.startswith(encoders)], target, link)
+
+
+def _bring_weights(kind: Kind, source: Path, target: Path, link: bool) -> None:
+    """Weights in safetensors, under the plain names that loaders look for, whatever variant they are."""
+    target.mkdir()
+    found = variants(source, kind.stem)
+    if not found:
+        raise UserError(
+            f"{kind.what} {source} has no {kind.stem}.safetensors: save it again with safe_serialization=True"
+        )
+    files, inner = weight_files(source, kind.stem, found[0]), f".{found[0]}" if found[0] else ""
+    index = source / f"{kind.stem}.safetensors.index{inner}.json"
+    plain = {f"{kind.stem}{inner}.safetensors": f"{kind.stem}.safetensors"}
+    if files[0].name not in plain:
+        files, plain = [*files, index], {index.name: f"{kind.stem}.safetensors.index.json"}
+    _bring(files, target, link, plain)
+
+
+def _bring(files: Iterable[Path], target: Path, link: bool, names: Mapping[str, str] | None = None) -> None:
+    """Copy or link files, under other ``names`` if they are given."""
     for file in files:
+        place = target / (names or {}).get(file.name, file.name)
         if link:
-            (target / file.name).symlink_to(file.resolve())
+            place.symlink_to(file.resolve())
         else:
-            shutil.copy(file, target)
-
-
-def _local(name: str) -> Path:
-    """The folder, or what was downloaded of a hub name."""
-    if Path(name).is_dir():
-        return Path(name)
-    try:
-        return Path(snapshot_download(name, local_files_only=True))
-    except (LocalEntryNotFoundError, HfHubHTTPError, HFValidationError) as error:
-        reason = str(error).splitlines()[0]
-        raise UserError(f"{name} is not here ({reason}): give its folder, or download it first") from None
+            shutil.copy(file, place)

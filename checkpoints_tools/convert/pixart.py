@@ -2,10 +2,23 @@
 
 from __future__ import annotations
 
+import json
+import math
 from typing import Any
 
-from checkpoints_tools.convert.table import Counterpart, Row, Settings, common_model, expect, linear, patch_embed, split
+from checkpoints_tools.convert.table import (
+    Counterpart,
+    Row,
+    Settings,
+    common_model,
+    count,
+    expect,
+    linear,
+    patch_embed,
+    split,
+)
 from megatron_dit.config import ModelConfig
+from megatron_dit.errors import UserError
 from megatron_dit.models.counterparts import CLASSES, diffusers_settings
 
 NULL_CAPTION = "null_caption.table"
@@ -31,12 +44,12 @@ def rows(config: ModelConfig) -> list[Row]:
 
 
 def model(settings: Settings) -> dict[str, Any]:
-    sample_size = settings["sample_size"]
+    sample_size = count(settings, "sample_size")
     conditions = settings.get("use_additional_conditions")
     expect(
         {**settings, "use_additional_conditions": sample_size == 128 if conditions is None else conditions},
-        out_channels=2 * settings["in_channels"],
-        cross_attention_dim=settings["num_attention_heads"] * settings["attention_head_dim"],
+        out_channels=2 * count(settings, "in_channels"),
+        cross_attention_dim=count(settings, "num_attention_heads") * count(settings, "attention_head_dim"),
         norm_type="ada_norm_single",
         activation_fn="gelu-approximate",
         attention_bias=True,
@@ -46,9 +59,11 @@ def model(settings: Settings) -> dict[str, Any]:
         use_additional_conditions=False,
     )
     scale = settings.get("interpolation_scale")
+    if scale is not None and not (isinstance(scale, int | float) and math.isfinite(scale) and scale > 0):
+        raise UserError(f"config.json has interpolation_scale={json.dumps(scale)}: expected a number above 0")
     return {
         **common_model(settings),
-        "text_dim": settings["caption_channels"],
+        "text_dim": count(settings, "caption_channels"),
         "text_tokens": 120,
         "interpolation_scale": float(max(sample_size // 64, 1) if scale is None else scale),
     }

@@ -39,6 +39,7 @@ class Import:
     overrides: Sequence[str] = ()
     drop_clip: bool = False
     base_shapes: Path | None = None  # a .bsh file
+    variant: str | None = None  # of a diffusers folder's weights
 
 
 def config_of(values: Mapping[str, Any], asked: Import) -> Config:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -92,13 +93,21 @@ def patch_embed(config: ModelConfig, theirs: str) -> list[Row]:
 def common_model(settings: Settings) -> dict[str, Any]:
     """Keys of ModelConfig that the settings of all of diffusers' classes have."""
     return {
-        "depth": settings["num_layers"],
-        "heads": settings["num_attention_heads"],
-        "head_dim": settings["attention_head_dim"],
-        "patch_size": settings["patch_size"],
-        "in_channels": settings["in_channels"],
-        "sample_size": settings["sample_size"],
+        "depth": count(settings, "num_layers"),
+        "heads": count(settings, "num_attention_heads"),
+        "head_dim": count(settings, "attention_head_dim"),
+        "patch_size": count(settings, "patch_size"),
+        "in_channels": count(settings, "in_channels"),
+        "sample_size": count(settings, "sample_size"),
     }
+
+
+def count(settings: Settings, name: str, least: int = 1) -> int:
+    """A whole number of config.json. Raises UserError if it is none."""
+    value = settings.get(name)
+    if not isinstance(value, int) or isinstance(value, bool) or value < least:
+        raise UserError(f"config.json has {name}={json.dumps(value)}: expected a whole number of at least {least}")
+    return value
 
 
 def expect(settings: Settings, **expected: Any) -> None:

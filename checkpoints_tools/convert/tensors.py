@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import struct
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -14,11 +15,36 @@ import torch
 from torch import Tensor
 
 from checkpoints_tools.convert.table import Shape
+from megatron_dit.data.pretrained import STEM
+from megatron_dit.errors import UserError
 
 Spec = tuple[torch.dtype, Shape]
 
 NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.int8: "I8"}
-STEM = "diffusion_pytorch_model"
+
+
+# Beginnings that modules which wrap a model give the names of all its parameters: DistributedDataParallel, DeepSpeed,
+# torch.compile, FSDP, and modules that hold the model under one of these names.
+WRAPPERS = ("module.", "_orig_mod.", "_fsdp_wrapped_module.", "model.", "transformer.", "diffusion_model.")
+# What compiles, shards or checkpoints single blocks stands within names.
+INNER = re.compile(r"(?<=\.)(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
+
+
+def unwrapped(names: Iterable[str]) -> dict[str, str]:
+    """Map the names of a model's own parameters to the names given, which wrappers may have prefixed.
+
+    A beginning is a wrapper's only if all names have it. Raises UserError if two names become one.
+    """
+    given = list(names)
+    found = [INNER.sub("", name) for name in given]
+    while wrapper := next((each for each in WRAPPERS if found and all(name.startswith(each) for name in found)), None):
+        found = [name.removeprefix(wrapper) for name in found]
+    own: dict[str, str] = {}
+    for name, original in zip(found, given, strict=True):
+        if name in own:
+            raise UserError(f"{own[name]} and {original} are both the parameter {name}: keep one of them")
+        own[name] = original
+    return own
 
 
 class TensorFile:

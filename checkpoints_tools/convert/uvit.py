@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from checkpoints_tools.convert.table import Counterpart, Row, Settings, common_model, linear, patch_embed
+from checkpoints_tools.convert.table import Counterpart, Row, Settings, common_model, count, linear, patch_embed
 from megatron_dit.config import ModelConfig
 
 
@@ -49,7 +49,7 @@ def settings(config: ModelConfig) -> Settings:
 
 def model(settings: Settings) -> dict[str, Any]:
     names = ("num_classes", "text_dim", "text_tokens", "mlp_ratio")
-    return {**common_model(settings), **{name: settings[name] for name in names}}
+    return {**common_model(settings), **{name: count(settings, name, least=0) for name in names}}
 
 
 def _norm(ours: str, theirs: str) -> list[Row]:

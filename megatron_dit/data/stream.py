@@ -132,7 +132,7 @@ class OnlineFeatures:
 
     def __init__(self, index: Index, config: Config) -> None:
         self._codec, self._encoder = (
-            open_codec(index.codec, device()),
+            open_codec(index.codec, device(), channels=index.channels),
             VisionEncoder(config.data.repa_encoder, device()),
         )
         self._patch = config.model.patch_size

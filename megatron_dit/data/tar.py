@@ -29,6 +29,8 @@ from pathlib import Path
 
 import numpy as np
 
+from megatron_dit.data.pretrained import reason_of
+
 MEMBERS = ("latent.npy", "std.npy", "ids.npy", "text.npy", "captions.npy", "features.npy", "cls", "txt", "json")
 TABLE = "__table__/samples.npy"
 CAUSES = (
@@ -162,7 +164,7 @@ def parse_array(data: bytes, where: str) -> np.ndarray:
     try:
         return np.lib.format.read_array(io.BytesIO(data), allow_pickle=False)
     except Exception as error:  # a header may be any text: SyntaxError, TokenError, OverflowError, MemoryError, ...
-        raise BadSample("not_an_array", f"{where} is no array ({error})") from None
+        raise BadSample("not_an_array", f"{where} is no array ({reason_of(error)})") from None
 
 
 def npy(array: np.ndarray) -> bytes:

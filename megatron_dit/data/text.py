@@ -1,4 +1,4 @@
-"""Text features by transformers' T5: a local folder or a hub name."""
+"""Text features by transformers' T5: a local folder or a hub name, or a pipeline with one in it."""
 
 from __future__ import annotations
 
@@ -11,10 +11,19 @@ import torch
 from torch import Tensor
 
 from megatron_dit.data.identity import weights_sha256
-from megatron_dit.data.pretrained import loading
+from megatron_dit.data.pretrained import T5, Source, load, locate
+from megatron_dit.data.tokenizer import open_tokenizer
 
 # That an encoder may run in, as an index names them.
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def load_t5(source: Source, dtype: torch.dtype = torch.float32) -> Any:
+    """transformers' T5EncoderModel, checked. Raises UserError if its files are not those of a T5."""
+    from transformers import T5EncoderModel
+
+    model = load(T5, source, T5EncoderModel, dtype=dtype, weights_only=True, ignore_mismatched_sizes=True)
+    return model.eval()
 
 
 class TextEncoder:
@@ -23,15 +32,14 @@ class TextEncoder:
     def __init__(
         self, name: str, max_tokens: int, device: torch.device | None = None, dtype: torch.dtype = torch.float32
     ) -> None:
-        """Raises UserError where ``name`` is neither a folder nor to be had from a hub."""
-        from transformers import AutoTokenizer, T5EncoderModel
-
-        self.name, self.max_tokens = name, max_tokens
+        """Raises UserError if ``name`` has no T5, or no tokenizer that belongs to it."""
+        source = locate(T5, name)
+        self.name = source.name  # of a pipeline, its folder of the encoder
         self._device = device or torch.device("cpu")
-        with loading("text encoder", "T5", name):
-            self._tokenizer = AutoTokenizer.from_pretrained(name)
-            self.model: Any = T5EncoderModel.from_pretrained(name, dtype=dtype, weights_only=True)
-        self.model.to(self._device).eval()
+        self._tokenizer = open_tokenizer(source, max_tokens)
+        self.model: Any = load_t5(source, dtype)
+        self._tokenizer.check(self.name, self.model.config)
+        self.model.to(self._device)
 
     @property
     def dim(self) -> int:
@@ -43,9 +51,8 @@ class TextEncoder:
         return weights_sha256(self.name)
 
     def tokenize(self, captions: Sequence[str]) -> list[np.ndarray]:
-        """Ids (tokens,) int32 of each caption, cut at ``max_tokens`` with T5's end kept, without padding."""
-        found = self._tokenizer(list(captions), truncation=True, max_length=self.max_tokens)["input_ids"]
-        return [np.array(ids, dtype=np.int32) for ids in found]
+        """Ids (tokens,) int32 of each caption, at most ``max_tokens`` with T5's end token last, without padding."""
+        return [np.array(ids, dtype=np.int32) for ids in self._tokenizer.encode(captions)]
 
     @torch.no_grad()
     def encode_ids(self, ids: Sequence[np.ndarray]) -> list[Tensor]:
@@ -57,7 +64,7 @@ class TextEncoder:
         places = [rows.setdefault(caption.tobytes(), len(rows)) for caption in ids]
         lengths = torch.tensor([len(row) // ids[0].itemsize for row in rows])
         mask = torch.arange(int(lengths.max())) < lengths[:, None]
-        tokens = torch.full(mask.shape, self.model.config.pad_token_id)
+        tokens = torch.zeros(mask.shape, dtype=torch.long)  # padding is masked, so that any id will do
         tokens[mask] = torch.from_numpy(np.frombuffer(b"".join(rows), dtype=ids[0].dtype).astype(np.int64))
         output = self.model(input_ids=tokens.to(self._device), attention_mask=mask.to(self._device))
         features = output.last_hidden_state.float().cpu()

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from megatron_dit.data.pretrained import loading
+from megatron_dit.data.pretrained import DINOV2, load, locate
 
 # DINOv2's preprocessing (ImageNet's statistics).
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -18,12 +18,12 @@ class VisionEncoder:
     """A DINOv2 from a local folder or hub name, in evaluation mode."""
 
     def __init__(self, name: str, device: torch.device | None = None) -> None:
-        """Raises UserError where ``name`` is neither a folder nor to be had from a hub, or has pickled weights."""
+        """Raises UserError if ``name`` has no DINOv2, or files that do not belong together."""
         from transformers import Dinov2Model
 
         self._device = device or torch.device("cpu")
-        with loading("vision encoder", "DINOv2", name):
-            self._model: Any = Dinov2Model.from_pretrained(name, weights_only=True)
+        options = {"weights_only": True, "ignore_mismatched_sizes": True}
+        self._model: Any = load(DINOV2, locate(DINOV2, name), Dinov2Model, **options)
         self._model.to(self._device).eval()
 
     @property

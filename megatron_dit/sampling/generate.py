@@ -71,7 +71,7 @@ class Sampler:
         if not model.num_classes and not index.text:
             raise UserError(f"{index.folder} has no captions, but the checkpoint's model has: give other --data")
         self._text = None if model.num_classes else self._text_encoder(index)
-        self.codec = open_codec(index.codec, device())
+        self.codec = open_codec(index.codec, device(), channels=index.channels)
         self.model = load_model(reader, self.config, ema=ema)
 
     def draw(

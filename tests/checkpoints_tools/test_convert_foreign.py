@@ -174,7 +174,8 @@ def test_weights_that_would_be_lost_are_refused(tmp_path, capsys):
     save_file({key: value for key, value in weights.items() if key != "proj_out_1.bias"}, path)
     assert "has no proj_out_1.bias" in refused(capsys, folder, tmp_path / "run", "--from", "diffusers")
     path.rename(folder / "diffusion_pytorch_model.bin")
-    assert "only safetensors are read" in refused(capsys, folder, tmp_path / "run", "--from", "diffusers")
+    line = refused(capsys, folder, tmp_path / "run", "--from", "diffusers")
+    assert "diffusion_pytorch_model.bin, a safetensors file: rename it" in line
     (folder / "config.json").write_text(json.dumps({"_class_name": "UNet2DModel"}))
     path.write_bytes((folder / "diffusion_pytorch_model.bin").read_bytes())
     assert "is a UNet2DModel: expected one of" in refused(capsys, folder, tmp_path / "run", "--from", "diffusers")
@@ -210,6 +211,8 @@ def test_repa_is_left_out_and_said(tmp_path, capsys):
         (["--to", "diffusers", "--drop-clip"], "--drop-clip goes with --from"),
         (["--from", "diffusers", "--max-shard-size", "1GB"], "--max-shard-size goes with --to"),
         (["--to", "diffusers", "--vae", "x"], "add --pipeline"),
+        (["--to", "diffusers", "--variant", "fp16"], "--variant goes with --from"),
+        (["--from", "dit", "--variant", "fp16"], "--variant fp16 goes with --from diffusers"),
         (["--to", "diffusers", "--max-shard-size", "5 GiB"], "expected a size such as 500MB"),
         (["--from", "diffusers"], "has no config.json"),
     ],

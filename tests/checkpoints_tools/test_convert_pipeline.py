@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import replace
 
 import numpy as np
@@ -10,11 +11,12 @@ import pytest
 import torch
 from diffusers import AutoencoderKL, DiffusionPipeline
 from safetensors.torch import load_file
+from transformers import AutoTokenizer, T5EncoderModel
 
 from checkpoints_tools.__main__ import main
 from data_prep.tiny_t5 import build_tiny_t5
 from megatron_dit.data.identity import weights_sha256
-from megatron_dit.data.shards import write_index
+from megatron_dit.data.shards import read_index, write_index
 from megatron_dit.sampling.generate import Sampler, noise_of
 from tests.checkpoints_tools.made import convert, write_alone
 from tests.data.made import TEXT, make_folder
@@ -162,3 +164,68 @@ def test_parts_are_linked_or_named(parts, tmp_path, capsys):
     assert json.loads((tmp_path / "pipe" / "vae" / "config.json").read_text())["shift_factor"] == 0.0
     clip = dict.fromkeys(["text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2"])
     assert DiffusionPipeline.from_pretrained(tmp_path / "pipe", **clip).vae.config.scaling_factor == 0.7
+
+
+def test_a_vae_with_a_mean_and_std_of_each_channel_draws_ours(parts, tmp_path):
+    """diffusers' own pipeline of SD3 would leave them out, so that the folder names ours."""
+    vae = shutil.copytree(parts / "vae", tmp_path / "vae")
+    config = json.loads((vae / "config.json").read_text())
+    whitened = {**config, "latents_mean": [0.3, -0.4, 0.1], "latents_std": [2.0, 1.0, 0.5]}
+    (vae / "config.json").write_text(json.dumps(whitened))
+    index = read_index(str(parts / "data-vae"))
+    (tmp_path / "data").mkdir()
+    write_index(replace(index, folder=str(tmp_path / "data"), codec={**index.codec, "path": str(vae)}))
+    write_alone(tmp_path / "run", "mmdit", {**OPTIONS, "data.path": str(tmp_path / "data")})
+    convert(tmp_path / "run", tmp_path / "pipe", "--to", "diffusers", "--pipeline")
+    assert json.loads((tmp_path / "pipe" / "model_index.json").read_text())["_class_name"][1] == "MegatronDiTPipeline"
+    pipe = DiffusionPipeline.from_pretrained(tmp_path / "pipe", trust_remote_code=True)
+    pipe.set_progress_bar_config(disable=True)
+    noise = torch.stack([noise_of(prompt, 0, 1, (3, 8, 8)) for prompt in PROMPTS])
+    expected = Sampler(tmp_path / "run").draw(PROMPTS, seed=1, show=False)
+    assert same(pipe(PROMPTS, latents=noise, output_type="np").images, expected)
+
+
+def test_parts_of_another_pipeline_and_of_a_variant_get_plain_names(parts, tmp_path):
+    """The tokenizer is beside the text encoder; loaders look for weights without a variant in their name."""
+    other = tmp_path / "other"
+    encoder = T5EncoderModel.from_pretrained(parts / "t5", dtype=torch.float16)
+    encoder.save_pretrained(other / "text_encoder_2", variant="fp16", max_shard_size="40KB")
+    (other / "tokenizer_2").mkdir()
+    for path in (parts / "t5").glob("tokenizer*"):
+        shutil.copy(path, other / "tokenizer_2")
+    AutoencoderKL.from_pretrained(parts / "vae").save_pretrained(other / "vae", variant="fp16")
+    write_alone(tmp_path / "run", "mmdit", OPTIONS)
+    named = ["--vae", other, "--text-encoder", other, "--link"]
+    convert(tmp_path / "run", tmp_path / "pipe", "--to", "diffusers", "--pipeline", *named)
+    clip = dict.fromkeys(["text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2"])
+    pipe = DiffusionPipeline.from_pretrained(tmp_path / "pipe", **clip)
+    for name, weight in encoder.state_dict().items():
+        assert torch.equal(pipe.text_encoder_3.state_dict()[name].float(), weight.float())
+    assert pipe.tokenizer_3(PROMPTS).input_ids == AutoTokenizer.from_pretrained(parts / "t5")(PROMPTS).input_ids
+    assert all(path.is_symlink() for path in (tmp_path / "pipe" / "text_encoder_3").iterdir())
+
+
+def test_parts_that_do_not_fit_the_run_are_refused(parts, tmp_path, capsys):
+    write_alone(tmp_path / "run", "mmdit", OPTIONS)
+    write_alone(tmp_path / "pixels", "mmdit", {**OPTIONS, "data.path": str(parts / "pixels")})
+    build_tiny_t5(tmp_path / "narrow", PROMPTS, seed=0, d_model=32)
+    vae = AutoencoderKL.from_pretrained(parts / "vae")
+    vae.save_pretrained(tmp_path / "zero")
+    path = tmp_path / "zero" / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "scaling_factor": 0}))
+    AutoencoderKL(latent_channels=5, block_out_channels=(32,)).save_pretrained(tmp_path / "five")
+    good = {"run": "run", "--vae": str(parts / "vae"), "--text-encoder": str(parts / "t5")}
+    for changes, message in (
+        ({"--text-encoder": tmp_path / "narrow"}, "narrow has 32 features, but the model has 64"),
+        ({"--text-encoder": parts / "vae"}, "is of type AutoencoderKL"),
+        ({"--vae": tmp_path / "five"}, "five has latents of 5 channels, but the model has 3"),
+        ({"--vae": tmp_path / "zero"}, "zero has scaling_factor=0"),
+        ({"--vae": parts / "t5"}, "is of type t5"),
+        ({"run": "pixels"}, "has no effect on a run that was trained on pixels"),
+    ):
+        used = {**good, **changes}
+        words = [word for name, value in used.items() if name != "run" for word in (name, str(value))]
+        out = str(tmp_path / "out")
+        assert main(["convert", str(tmp_path / used["run"]), out, "--to", "diffusers", "--pipeline", *words]) == 2
+        assert message in capsys.readouterr().err
+        assert not list(tmp_path.glob("out*"))

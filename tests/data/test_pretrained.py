@@ -1,17 +1,42 @@
-"""Encoders come from safetensors, or from plain tensors: no pickled object is made."""
+"""Encoders come from safetensors, or from plain tensors, and are refused unless all of their files belong together."""
 
 from __future__ import annotations
 
+import json
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
-from transformers import Dinov2Config, Dinov2Model, T5EncoderModel
+from diffusers import AutoencoderKL, AutoencoderTiny
+from safetensors.torch import load_file, save_file
+from transformers import (
+    BertConfig,
+    BertModel,
+    CLIPTextConfig,
+    CLIPTextModel,
+    Dinov2Config,
+    Dinov2Model,
+    T5Config,
+    T5EncoderModel,
+    T5ForConditionalGeneration,
+)
 
 from data_prep.tiny_t5 import build_tiny_t5
+from megatron_dit.data.codec import VaeCodec, open_codec
+from megatron_dit.data.identity import weights_sha256
 from megatron_dit.data.text import TextEncoder
 from megatron_dit.data.vision import VisionEncoder
 from megatron_dit.errors import UserError
+
+POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 12345\n"
+PAGE = "<!DOCTYPE html><html>Sign in</html>"
+SAFETENSORS = {"t5": "model.safetensors", "dino": "model.safetensors", "vae": "diffusion_pytorch_model.safetensors"}
+LOAD = {
+    "t5": lambda path: TextEncoder(str(path), 8).model,
+    "dino": lambda path: VisionEncoder(str(path))._model,
+    "vae": lambda path: VaeCodec(str(path))._vae,
+}
 
 
 class Payload:
@@ -24,43 +49,280 @@ class Payload:
         return (Path(self.path).touch, ())
 
 
-@pytest.fixture(params=["T5", "DINOv2"])
-def encoder(request, tmp_path):
-    """(how to load it, its weights by name), saved as plain tensors in a pytorch_model.bin."""
-    folder = tmp_path / "encoder"
-    if request.param == "T5":
-        build_tiny_t5(folder, ["a red circle"], seed=0)
-        model = T5EncoderModel.from_pretrained(folder)
-    else:
-        sizes = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1, "patch_size": 4, "image_size": 16}
-        model = Dinov2Model(Dinov2Config(**sizes))
-        model.save_pretrained(folder)
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """Folders ``t5``, ``dino`` and ``vae`` of tiny random encoders, as their libraries save them."""
+    folder = tmp_path_factory.mktemp("encoders")
+    build_tiny_t5(folder / "t5", ["a red circle"], seed=0)
+    sizes = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1, "patch_size": 4, "image_size": 16}
+    Dinov2Model(Dinov2Config(**sizes)).save_pretrained(folder / "dino")
+    torch.manual_seed(0)
+    AutoencoderKL(
+        block_out_channels=(8, 8), down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2, latent_channels=4, norm_num_groups=4, scaling_factor=0.5,
+    ).save_pretrained(folder / "vae")  # fmt: skip
+    return folder
+
+
+@pytest.fixture
+def copies(made, tmp_path):
+    for name in SAFETENSORS:
+        shutil.copytree(made / name, tmp_path / name)
+    return tmp_path
+
+
+def edit(folder, **changes):
+    """Change config.json; None removes a key."""
+    path = folder / "config.json"
+    config = {**json.loads(path.read_text()), **changes}
+    path.write_text(json.dumps({name: value for name, value in config.items() if value is not ...}))
+
+
+def refused(load, *parts):
+    """The error, which is one line, has the parts, and none of a library's advice to load unsafely."""
+    with pytest.raises(UserError) as told:
+        load()
+    message = str(told.value)
+    assert "\n" not in message
+    for part in parts:
+        assert part in message
+    for advice in ("weights_only", "trust_remote_code", "allow_pickle", "pip install", "ignore_mismatched_sizes"):
+        assert advice not in message
+
+
+@pytest.fixture(params=["t5", "dino"])
+def pickled(request, copies):
+    """(folder, how to load it, the model), saved as plain tensors in a pytorch_model.bin."""
+    folder = copies / request.param
+    model = {"t5": T5EncoderModel, "dino": Dinov2Model}[request.param].from_pretrained(folder)
     (folder / "model.safetensors").unlink()
     torch.save(model.state_dict(), folder / "pytorch_model.bin")
-
-    def load():
-        return TextEncoder(str(folder), 8).model if request.param == "T5" else VisionEncoder(str(folder))._model
-
-    return folder, load, model
+    return folder, lambda: LOAD[request.param](folder), model
 
 
-def test_older_files_of_plain_tensors_are_read(encoder):
-    _, load, model = encoder
+def test_older_files_of_plain_tensors_are_read(pickled):
+    _, load, model = pickled
     for name, weight in load().state_dict().items():
         assert torch.equal(weight, model.state_dict()[name])
 
 
-def test_a_payload_in_them_is_refused_and_not_run(encoder, tmp_path):
-    folder, load, model = encoder
+def test_a_payload_in_them_is_refused_and_not_run(pickled, tmp_path):
+    folder, load, model = pickled
     torch.save({**model.state_dict(), "extra": Payload(tmp_path / "ran")}, folder / "pytorch_model.bin")
-    with pytest.raises(UserError, match="cannot be loaded") as told:
-        load()
-    assert "\n" not in str(told.value)
+    refused(load, "cannot be loaded (it holds objects that are not plain numbers")
     assert not (tmp_path / "ran").exists()
 
 
-def test_what_is_no_encoder_is_told_in_one_line(tmp_path):
-    for name in (str(tmp_path), str(tmp_path / "missing"), "a b/c"):
-        with pytest.raises(UserError, match=f"text encoder {name} cannot be loaded") as told:
-            TextEncoder(name, 8)
-        assert "\n" not in str(told.value)
+def test_a_name_without_an_encoder_is_refused(tmp_path):
+    refused(lambda: TextEncoder(str(tmp_path), 8), f"text encoder {tmp_path} cannot be loaded (it has no config.json)")
+    refused(lambda: TextEncoder(str(tmp_path / "missing"), 8), "missing is not a folder")
+    (tmp_path / "file").write_text("x")
+    refused(lambda: VaeCodec(str(tmp_path / "file")), "file is not a folder")
+    refused(lambda: TextEncoder("a b/c", 8), "text encoder a b/c cannot be loaded")
+
+
+def test_models_of_other_types_are_refused(tmp_path):
+    sizes = {"vocab_size": 20, "hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1}
+    CLIPTextModel(CLIPTextConfig(**sizes, num_attention_heads=1)).save_pretrained(tmp_path / "clip")
+    BertModel(BertConfig(**sizes, num_attention_heads=1)).save_pretrained(tmp_path / "bert")
+    channels = {"encoder_block_out_channels": (8,), "decoder_block_out_channels": (8,)}
+    AutoencoderTiny(**channels, num_encoder_blocks=(1,), num_decoder_blocks=(1,)).save_pretrained(tmp_path / "tiny")
+    for load in LOAD.values():
+        refused(lambda load=load: load(tmp_path / "bert"), "is of type bert")
+        refused(lambda load=load: load(tmp_path / "tiny"), "is of type AutoencoderTiny")
+    refused(lambda: LOAD["t5"](tmp_path / "clip"), "is of type clip_text_model: give the folder or hub name of a T5")
+
+
+@pytest.mark.parametrize(
+    ("kind", "changes", "message"),
+    [
+        ("t5", {"num_layers": 2}, "lacks encoder.block.1.layer.0.SelfAttention.k.weight"),
+        ("t5", {"num_layers": 0}, "has unknown weights encoder.block.0"),
+        ("t5", {"vocab_size": 5}, "has shared.weight of shape [6, 64], not [5, 64]"),
+        ("t5", {"d_model": "wide"}, "cannot be loaded"),
+        ("t5", {"model_type": ..., "architectures": ..., "num_layers": 2}, "lacks encoder.block.1"),
+        ("dino", {"num_hidden_layers": 2}, "lacks encoder.layer.1"),
+        (
+            "dino",
+            {"patch_size": 8},
+            "has embeddings.patch_embeddings.projection.weight of shape [8, 3, 4, 4], not [8, 3, 8, 8]",
+        ),
+        ("dino", {"model_type": "dinov2_with_registers"}, "is of type dinov2_with_registers"),
+        ("vae", {"layers_per_block": 2}, "lacks decoder.up_blocks.0.resnets.2"),
+        ("vae", {"latent_channels": 8}, "decoder.conv_in.weight expected shape"),
+        ("vae", {"_class_name": "VQModel"}, "is of type VQModel"),
+    ],
+)
+def test_weights_that_are_not_those_of_the_config_are_refused(copies, kind, changes, message):
+    edit(copies / kind, **changes)
+    refused(lambda: LOAD[kind](copies / kind), message)
+
+
+@pytest.mark.parametrize("kind", SAFETENSORS)
+def test_files_that_are_not_what_their_ending_says_are_named(copies, kind):
+    weights, config = copies / kind / SAFETENSORS[kind], copies / kind / "config.json"
+    whole = weights.read_bytes()
+    for content, message in (
+        (POINTER.encode(), "is a Git LFS pointer"),
+        (PAGE.encode(), "is a web page"),
+        (b"", "is an empty file"),
+        (whole[:5000], "is a truncated safetensors file (5,000"),
+        (whole[:-1], f"is a truncated safetensors file ({len(whole) - 1:,} of {len(whole):,} bytes)"),
+    ):
+        weights.write_bytes(content)
+        refused(lambda: LOAD[kind](copies / kind), str(weights), message)
+    weights.write_bytes(whole)
+    config.write_text(POINTER)
+    refused(lambda: LOAD[kind](copies / kind), str(config), "is a Git LFS pointer")
+
+
+@pytest.mark.parametrize("kind", SAFETENSORS)
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_that_are_not_finite_are_refused_by_name(copies, kind, value):
+    path = copies / kind / SAFETENSORS[kind]
+    weights = load_file(path)
+    name = sorted(weights)[3]
+    weights[name].view(-1)[0] = value
+    save_file(weights, path, {"format": "pt"})
+    refused(lambda: LOAD[kind](copies / kind), "has NaN or infinite numbers in ", name)
+
+
+@pytest.mark.parametrize("kind", SAFETENSORS)
+def test_a_variant_is_read_where_it_is_the_only_one(copies, kind):
+    path = copies / kind / SAFETENSORS[kind]
+    expected = {name: value.float() for name, value in LOAD[kind](copies / kind).state_dict().items()}
+    stem = path.name.removesuffix(".safetensors")
+    path.rename(path.with_name(f"{stem}.fp16.safetensors"))
+    found = LOAD[kind](copies / kind).state_dict()
+    assert all(torch.equal(found[name].float(), value) for name, value in expected.items())
+    shutil.copy(path.with_name(f"{stem}.fp16.safetensors"), path.with_name(f"{stem}.bf16.safetensors"))
+    refused(lambda: LOAD[kind](copies / kind), "variants bf16, fp16")
+
+
+def test_a_whole_pipeline_holds_its_encoders(made, tmp_path):
+    """A T5 is found among other text encoders; its tokenizer lies in the folder of the same number."""
+    edit_free = {"model_type": "clip_text_model"}
+    (tmp_path / "text_encoder").mkdir()
+    (tmp_path / "text_encoder" / "config.json").write_text(json.dumps(edit_free))
+    shutil.copytree(made / "vae", tmp_path / "vae")
+    (tmp_path / "text_encoder_3").mkdir()
+    (tmp_path / "tokenizer_3").mkdir()
+    for path in (made / "t5").iterdir():
+        part = "tokenizer_3" if path.name.startswith("tokenizer") else "text_encoder_3"
+        shutil.copy(path, tmp_path / part)
+    for name in (tmp_path, tmp_path / "text_encoder_3"):
+        encoder, alone = TextEncoder(str(name), 8), TextEncoder(str(made / "t5"), 8)
+        assert encoder.name == str(tmp_path / "text_encoder_3")
+        assert [ids.tolist() for ids in encoder.tokenize(["a red circle"])] == [[3, 5, 4, 1]]
+        assert torch.equal(encoder.encode(["a red circle"])[0], alone.encode(["a red circle"])[0])
+        assert weights_sha256(encoder.name) == weights_sha256(str(made / "t5"))
+    assert VaeCodec(str(tmp_path)).path == str(tmp_path / "vae")
+    assert VaeCodec(str(tmp_path)).sha256 == weights_sha256(str(made / "vae"))
+
+
+def test_a_t5_with_its_decoder_is_read(tmp_path, made):
+    sizes = {"d_model": 16, "d_kv": 4, "d_ff": 8, "num_layers": 1, "num_heads": 2, "vocab_size": 6}
+    model = T5ForConditionalGeneration(T5Config(**sizes)).eval()
+    model.save_pretrained(tmp_path)
+    torch.save(model.state_dict(), tmp_path / "pytorch_model.bin")
+    shutil.copy(made / "t5" / "tokenizer.json", tmp_path)
+    ids = torch.tensor([[3, 5, 4, 1]])
+    with torch.no_grad():
+        expected = model.encoder(input_ids=ids).last_hidden_state[0]
+    for name in ("model.safetensors", "pytorch_model.bin"):
+        torch.testing.assert_close(TextEncoder(str(tmp_path), 8).encode(["a red circle"])[0], expected)
+        (tmp_path / name).unlink()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"scaling_factor": 0}, "has scaling_factor=0 in its config.json: expected a finite number above 0"),
+        ({"scaling_factor": None}, "has scaling_factor=null"),
+        ({"scaling_factor": -0.2}, "has scaling_factor=-0.2"),
+        ({"scaling_factor": float("nan")}, "has scaling_factor=NaN"),
+        ({"scaling_factor": float("inf")}, "has scaling_factor=Infinity"),
+        ({"scaling_factor": "0.2"}, 'has scaling_factor="0.2"'),
+        ({"scaling_factor": True}, "has scaling_factor=true"),
+        ({"shift_factor": float("nan")}, "has shift_factor=NaN"),
+        ({"latents_mean": [0.0] * 4, "latents_std": [1.0, 1.0, 0.0, 1.0]}, "has latents_std=0.0"),
+        ({"latents_mean": [0.0] * 4, "latents_std": [1.0]}, "has latents_std=[1.0] in its config.json: expected 4"),
+        ({"latents_std": [1.0] * 4}, "has latents_std in its config.json: expected latents_mean with latents_std"),
+    ],
+)
+def test_factors_that_latents_cannot_have_are_refused(copies, changes, message):
+    edit(copies / "vae", **changes)
+    refused(lambda: LOAD["vae"](copies / "vae"), message)
+
+
+def test_latents_are_whitened_with_a_vaes_mean_and_std_of_each_channel(copies):
+    """As diffusers' StableDiffusionXLPipeline takes it out again: latents * latents_std / scaling_factor + mean."""
+    mean, std = [0.1, -0.2, 0.3, 0.0], [2.0, 0.5, 1.0, 4.0]
+    edit(copies / "vae", latents_mean=mean, latents_std=std)
+    codec = VaeCodec(str(copies / "vae"))
+    images = torch.randint(0, 256, (2, 3, 16, 16), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    vae = AutoencoderKL.from_pretrained(copies / "vae").eval()
+    with torch.no_grad():
+        expected = vae.encode(images / 127.5 - 1).latent_dist
+    found_mean, found_std = codec.posterior(images)
+    per_channel = [torch.tensor(values)[None, :, None, None] for values in (mean, std)]
+    torch.testing.assert_close(found_mean * per_channel[1] / 0.5 + per_channel[0], expected.mean)
+    torch.testing.assert_close(found_std * per_channel[1] / 0.5, expected.std)
+    with torch.no_grad():
+        decoded = vae.decode(expected.mean).sample
+    assert (codec.decode(found_mean).float() - (decoded.clamp(-1, 1) + 1) * 127.5).abs().max() <= 0.51
+
+
+def test_a_vae_with_the_attention_names_of_older_diffusers_is_read(copies):
+    """As the VAE of Stable Diffusion on the hub has them."""
+    path = copies / "vae" / SAFETENSORS["vae"]
+    expected = LOAD["vae"](copies / "vae").state_dict()
+    old = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
+    renamed = {}
+    for name, value in load_file(path).items():
+        for new, before in old.items():
+            name = name.replace(f"attentions.0.{new}.", f"attentions.0.{before}.")
+        renamed[name] = value
+    assert renamed.keys() != expected.keys()
+    save_file(renamed, path, {"format": "pt"})
+    found = LOAD["vae"](copies / "vae").state_dict()
+    assert all(torch.equal(found[name], value) for name, value in expected.items())
+
+
+def test_folders_may_have_any_name(made, tmp_path):
+    for name in ("a.b", "a [b] c", "100% %s", "-x", "é", "e\u0301", "a\nb", "a*b?"):
+        for kind in SAFETENSORS:
+            shutil.copytree(made / kind, tmp_path / name / kind)
+            LOAD[kind](tmp_path / name / kind)
+
+
+def test_a_vae_of_other_channels_than_the_datas_is_refused(copies):
+    described = {"kind": "vae", "path": str(copies / "vae")}
+    assert open_codec(described, channels=4).channels == 4
+    refused(lambda: open_codec(described, channels=8), "has latents of 4 channels, but the data have 8")
+
+
+@pytest.mark.parametrize("ending", ["bin", "safetensors"])
+def test_shards_that_are_missing_or_damaged_are_named(copies, ending):
+    """Each of an index's files is looked at, pickled or not."""
+    folder = copies / "t5"
+    model = T5EncoderModel.from_pretrained(folder)
+    (folder / "model.safetensors").unlink()
+    if ending == "safetensors":
+        model.save_pretrained(folder, max_shard_size="40KB")
+        shards = sorted(folder.glob("model-*.safetensors"))
+    else:
+        state = model.state_dict()
+        files = {name: f"pytorch_model-0000{i % 2 + 1}-of-00002.bin" for i, name in enumerate(state)}
+        for file in set(files.values()):
+            torch.save({name: value for name, value in state.items() if files[name] == file}, folder / file)
+        index = {"metadata": {}, "weight_map": files}
+        (folder / "pytorch_model.bin.index.json").write_text(json.dumps(index))
+        shards = sorted(folder.glob("pytorch_model-*.bin"))
+    for name, weight in LOAD["t5"](folder).state_dict().items():
+        assert torch.equal(weight, model.state_dict()[name])
+    for content, message in ((POINTER, "is a Git LFS pointer"), (PAGE, "is a web page"), ("", "is an empty file")):
+        shards[1].write_text(content)
+        refused(lambda: LOAD["t5"](folder), str(shards[1]), message)
+    shards[1].unlink()
+    refused(lambda: LOAD["t5"](folder), f"names {shards[1].name}, which is not in its folder")

@@ -40,8 +40,9 @@ def test_arrays_with_objects_are_refused_and_not_run(tmp_path, kind):
         "not an array": b"GIF89a",
         "cut short": npy(np.zeros(100))[:200],
     }[kind]
-    with pytest.raises(BadSample, match="sample 7 is no array"):
+    with pytest.raises(BadSample, match="sample 7 is no array") as raised:
         parse_array(data, "sample 7")
+    assert "allow_pickle" not in str(raised.value)
     assert not (tmp_path / "ran").exists()
 
 

@@ -149,7 +149,13 @@ class MegatronDiTPipeline(DiffusionPipeline):
             return x
         if self.vae is not None:
             settings = self.vae.config
-            x = x.to(self.vae.dtype) / settings.scaling_factor + (settings.shift_factor or 0.0)
+            x = x / settings.scaling_factor
+            if settings.latents_std is not None:
+                mean, std = (
+                    x.new_tensor(each)[:, None, None] for each in (settings.latents_mean, settings.latents_std)
+                )
+                x = x * std + mean
+            x = (x + (settings.shift_factor or 0.0)).to(self.vae.dtype)
             x = self.vae.decode(x, return_dict=False)[0]
         return self.image_processor.postprocess(x.float(), output_type=output_type)
 
