@@ -17,14 +17,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from checkpoints_tools.convert.tensors import unwrapped
 from megatron_dit.errors import UserError
+from megatron_dit.runtime.content import mismatch
 
 # Beside tensors and Python's own containers: what DiT's training script saves its arguments as.
 SAFE: list[Any] = [argparse.Namespace]
 RAW, AVERAGES = ("model", "state_dict"), ("ema", "state_dict_ema")
 OPTIMIZER = ("opt", "optimizer")
-# Before each name of a model that DistributedDataParallel or DeepSpeed, torch.compile or Lightning wraps.
-WRAPPERS = ("module.", "_orig_mod.", "model.")
 # Bytes of what is pickled beside the tensors. A billion parameters in 2,400 tensors take 0.5 MB; each byte of a pickle
 # can become an object of 200.
 PICKLE_LIMIT = 4 << 20
@@ -95,7 +95,7 @@ def _load(path: Path) -> Any:
         # What is left of the library's advice to load the file without this protection is not passed on.
         reason = text.partition("WeightsUnpickler error: ")[2].partition(" Check the documentation")[0] or text
         reason = type(error).__name__ if "weights_only" in reason or not reason else reason[:200]
-        raise UserError(f"{path} {_kind(path)} ({reason}): expected what torch.save wrote, download it again") from None
+        raise UserError(_unreadable(path, reason)) from None
 
 
 def _check_sizes(path: Path, zipped: bool) -> None:
@@ -133,26 +133,15 @@ def _check_legacy(path: Path, size: int) -> None:
                 pass
     except Exception:  # damaged, or not pickles at all: loading says why, and reads no more than that
         if size > PICKLE_LIMIT:
-            raise UserError(
-                f"{path} {_kind(path)} (no pickles of at most {PICKLE_LIMIT:,} bytes at its start): expected what "
-                "torch.save wrote, download it again"
-            ) from None
+            reason = f"no pickles of at most {PICKLE_LIMIT:,} bytes at its start"
+            raise UserError(_unreadable(path, reason)) from None
 
 
-def _kind(path: Path) -> str:
-    """Say what a file is that torch.load does not read, by its first bytes."""
-    with path.open("rb") as file:
-        head = file.read(512)
-    start = head.lstrip().lower()
-    if head.startswith(b"version https://git-lfs"):
-        return "is a Git LFS pointer in place of the file ('git lfs pull' fetches it)"
-    if start.startswith((b"<!doctype", b"<html", b"<?xml", b"<head")):
-        return "is a web page in place of the file"
-    if head[8:9] == b"{" and int.from_bytes(head[:8], "little") < path.stat().st_size:
-        return "is a safetensors file"
-    if head.startswith(b"\x1f\x8b"):
-        return "is compressed with gzip"
-    return "cannot be read"
+def _unreadable(path: Path, reason: str) -> str:
+    """Message about a file that torch.load does not read: what it is instead, or ``reason``."""
+    return mismatch(path, "torch", "pickle") or (
+        f"{path} cannot be read ({reason}): expected what torch.save wrote, download it again"
+    )
 
 
 @contextmanager
@@ -183,10 +172,7 @@ def _tensors(path: Path, weights: Mapping[Any, Any]) -> Weights:
             raise UserError(
                 f"{path} declares {held:,} bytes for {name:.200}, but holds other numbers: download it again"
             )
-    found = {name: value.detach() for name, value in weights.items()}
-    while wrapper := next((w for w in WRAPPERS if found and all(name.startswith(w) for name in found)), None):
-        found = {name.removeprefix(wrapper): value for name, value in found.items()}
-    return found
+    return {name: weights[given].detach() for name, given in unwrapped(weights).items()}
 
 
 def _record_sizes(path: Path) -> set[int] | None:
