@@ -23,6 +23,7 @@ from megatron_dit.models.condition import Condition
 Place = tuple[int, int, int, int, int]  # (step, position in the global batch, dataset, shard, sample)
 
 OPEN_SHARDS = 256  # files kept open by a worker
+DIGITS = 10  # of a class number, at most
 RETRY_SECONDS = 60.0  # before a shard that could not be had is asked for again
 
 
@@ -81,15 +82,20 @@ class Samples(Dataset[Sample]):
         drop: float,
         noise: np.ndarray,
     ) -> Sample:
-        def array(name: str, expected: tuple[int | None, ...]) -> np.ndarray:
-            """The member, of an ``expected`` shape (None: any size), finite. Raises BadSample."""
+        def array(name: str, expected: tuple[int | None, ...], kind: str = "f") -> np.ndarray:
+            """The member, of an ``expected`` shape (None: any size) and kind of dtype, finite. Raises BadSample."""
             if name not in members:
                 raise BadSample("missing_member", f"{where} has no {name}: prepare the data again")
             found = parse_array(members[name], f"{where}: {name}")
+            if found.dtype.kind != kind:
+                raise BadSample(
+                    "wrong_shape",
+                    f"{where}: {name} is {found.dtype}, expected {'integers' if kind == 'i' else 'floats'}",
+                )
             sizes = zip(found.shape, expected, strict=False)
             if len(found.shape) != len(expected) or any(e not in (None, size) for size, e in sizes):
                 raise BadSample("wrong_shape", f"{where}: {name} is {found.shape}, expected {expected}")
-            if found.dtype.kind == "f" and not np.isfinite(found).all():
+            if kind == "f" and not np.isfinite(found).all():
                 raise BadSample("not_finite", f"{where}: {name} is not finite")
             return found
 
@@ -105,8 +111,12 @@ class Samples(Dataset[Sample]):
             label = _class_number(members, model.num_classes, where)
         else:
             captions = array("captions.npy", (None, 2))
-            tokens = array(self._text, (None,) if self._text == "ids.npy" else (None, model.text_dim))
-            if not len(captions) or captions[:, 0].sum() != len(tokens):
+            if self._text == "ids.npy":
+                tokens = array(self._text, (None,), "i")
+            else:
+                tokens = array(self._text, (None, model.text_dim))
+            _check_captions(captions, where)
+            if captions[:, 0].sum() != len(tokens):
                 raise BadSample("wrong_shape", f"{where}: {self._text} has {len(tokens)} tokens, not its captions'")
             tokens = _one_of(captions, tokens, rng)
             text, ids = (None, tokens) if self._text == "ids.npy" else (tokens, None)
@@ -188,9 +198,17 @@ class Shards:
 
 def _class_number(members: dict[str, bytes], classes: int, where: str) -> int:
     text = members.get("cls", b"").decode("ascii", errors="replace").strip()
-    if not text.isdecimal() or int(text) >= classes:
-        raise BadSample("wrong_class", f"{where} has class {text!r}, expected 0 to {classes - 1}")
+    if not text.isdecimal() or len(text) > DIGITS or int(text) >= classes:
+        raise BadSample("wrong_class", f"{where} has class {text[:DIGITS]!r}, expected 0 to {classes - 1}")
     return int(text)
+
+
+def _check_captions(captions: np.ndarray, where: str) -> None:
+    """Raises BadSample for tokens and weights of which none can be drawn."""
+    tokens, weights = captions.T
+    drawable = len(captions) and (tokens >= 1).all() and (tokens % 1 == 0).all() and (weights > 0).all()
+    if not drawable or not np.isfinite(captions.sum(0)).all():
+        raise BadSample("wrong_captions", f"{where}: captions.npy has no tokens or a weight that is not above 0")
 
 
 def _one_of(captions: np.ndarray, tokens: np.ndarray, rng: np.random.Generator) -> np.ndarray:
