@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -20,15 +19,14 @@ from data_prep.encoders import TINY_FOLDER, Encoders
 from data_prep.job import POLL_SECONDS, Job
 from data_prep.plan import plan_shards, rejected_counts, tell_rejected
 from data_prep.recipe import TINY, Recipe
-from data_prep.scan import read_captions, read_rejected, scan_unit
+from data_prep.rejected import REJECTED, read_rejected
+from data_prep.scan import read_captions, rejected_lines, scan_unit
 from data_prep.sources import Source
 from data_prep.tiny_t5 import build_tiny_t5
 from megatron_dit.data.shards import Index, read_index, write_index
 from megatron_dit.data.tar import MEMBERS, Shard
 from megatron_dit.errors import UserError
 from megatron_dit.progress import ProgressBar
-
-REJECTED = "rejected.jsonl"
 
 
 @dataclass(frozen=True)
@@ -74,8 +72,9 @@ def run(
 
 def _finished(job: Job, before: bool) -> Done:
     job.clean()
-    with (job.folder / REJECTED).open() as lines:
-        reasons = Counter(json.loads(line)["reason"] for line in lines)
+    reasons, wrong = read_rejected(job.folder / REJECTED)
+    if wrong:
+        reasons["unknown"] += len(wrong)
     return Done(read_index(job.folder), reasons, before)
 
 
@@ -188,7 +187,7 @@ class _Worker:
             with claim:
                 if job.finished:
                     return
-                claim.publish(REJECTED, job.folder / REJECTED, "".join(read_rejected(job, source.units)))
+                claim.publish(REJECTED, job.folder / REJECTED, "".join(rejected_lines(job, source.units)))
                 done = job.results(encode.PHASE)
                 shards = [Shard(**{**done[n], "bucket": tuple(done[n]["bucket"])}) for n in range(len(done))]
                 write_index(

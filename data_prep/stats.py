@@ -19,6 +19,7 @@ from megatron_dit.data.tar import BadSample, ShardReader, parse_array
 from megatron_dit.errors import UserError
 from megatron_dit.parallel.cpu import device
 from megatron_dit.progress import ProgressBar
+from megatron_dit.runtime.text import printable
 
 WANTED = ("latent.npy", "std.npy", "captions.npy", "cls", "txt")
 PICTURES = 64  # samples drawn
@@ -91,10 +92,10 @@ def stats(folder: str, samples: int, out: Path) -> dict[str, Any]:
     print_figures(figures)
     draw(figures, seen.tokens, np.concatenate(seen.values, 1), out / "stats.png")
     if codec is None:
-        print(f"no pictures of samples: {problem}")
+        print(f"no pictures of samples: {printable(problem)}")
     else:
         draw_samples(codec, seen.pictures, out / "samples.png")
-    print(f"wrote {out}")
+    print(f"wrote {printable(out)}")
     return figures
 
 
