@@ -6,6 +6,7 @@ import time
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -14,16 +15,16 @@ from torch.utils.data import Dataset
 
 from megatron_dit.config import Config
 from megatron_dit.data.batch import Batch
+from megatron_dit.data.members import check_captions, class_number, member_array
 from megatron_dit.data.shards import Index
 from megatron_dit.data.store import open_store
-from megatron_dit.data.tar import BadSample, ShardReader, parse_array
+from megatron_dit.data.tar import BadSample, ShardReader
 from megatron_dit.data.text import pad
 from megatron_dit.models.condition import Condition
 
 Place = tuple[int, int, int, int, int]  # (step, position in the global batch, dataset, shard, sample)
 
 OPEN_SHARDS = 256  # files kept open by a worker
-DIGITS = 10  # of a class number, at most
 RETRY_SECONDS = 60.0  # before a shard that could not be had is asked for again
 
 
@@ -82,23 +83,7 @@ class Samples(Dataset[Sample]):
         drop: float,
         noise: np.ndarray,
     ) -> Sample:
-        def array(name: str, expected: tuple[int | None, ...], kind: str = "f") -> np.ndarray:
-            """The member, of an ``expected`` shape (None: any size) and kind of dtype, finite. Raises BadSample."""
-            if name not in members:
-                raise BadSample("missing_member", f"{where} has no {name}: prepare the data again")
-            found = parse_array(members[name], f"{where}: {name}")
-            if found.dtype.kind != kind:
-                raise BadSample(
-                    "wrong_shape",
-                    f"{where}: {name} is {found.dtype}, expected {'integers' if kind == 'i' else 'floats'}",
-                )
-            sizes = zip(found.shape, expected, strict=False)
-            if len(found.shape) != len(expected) or any(e not in (None, size) for size, e in sizes):
-                raise BadSample("wrong_shape", f"{where}: {name} is {found.shape}, expected {expected}")
-            if kind == "f" and not np.isfinite(found).all():
-                raise BadSample("not_finite", f"{where}: {name} is not finite")
-            return found
-
+        array = partial(member_array, members, where)
         model = self._config.model
         latent = array("latent.npy", shape)
         if "std.npy" in members:
@@ -108,14 +93,14 @@ class Samples(Dataset[Sample]):
         if self._has_features:
             features = array("features.npy", (shape[1] * shape[2] // model.patch_size**2, model.repa_dim))
         if model.num_classes:
-            label = _class_number(members, model.num_classes, where)
+            label = class_number(members, where, model.num_classes)
         else:
             captions = array("captions.npy", (None, 2))
             if self._text == "ids.npy":
                 tokens = array(self._text, (None,), "i")
             else:
                 tokens = array(self._text, (None, model.text_dim))
-            _check_captions(captions, where)
+            check_captions(captions, where)
             if captions[:, 0].sum() != len(tokens):
                 raise BadSample("wrong_shape", f"{where}: {self._text} has {len(tokens)} tokens, not its captions'")
             tokens = _one_of(captions, tokens, rng)
@@ -194,21 +179,6 @@ class Shards:
         if len(self._open) > OPEN_SHARDS:
             self._open.popitem(last=False)[1].close()
         return reader
-
-
-def _class_number(members: dict[str, bytes], classes: int, where: str) -> int:
-    text = members.get("cls", b"").decode("ascii", errors="replace").strip()
-    if not text.isdecimal() or len(text) > DIGITS or int(text) >= classes:
-        raise BadSample("wrong_class", f"{where} has class {text[:DIGITS]!r}, expected 0 to {classes - 1}")
-    return int(text)
-
-
-def _check_captions(captions: np.ndarray, where: str) -> None:
-    """Raises BadSample for tokens and weights of which none can be drawn."""
-    tokens, weights = captions.T
-    drawable = len(captions) and (tokens >= 1).all() and (tokens % 1 == 0).all() and (weights > 0).all()
-    if not drawable or not np.isfinite(captions.sum(0)).all():
-        raise BadSample("wrong_captions", f"{where}: captions.npy has no tokens or a weight that is not above 0")
 
 
 def _one_of(captions: np.ndarray, tokens: np.ndarray, rng: np.random.Generator) -> np.ndarray:

@@ -130,7 +130,7 @@ def plant(kind, folder, ran):
         return "00000.tar/000000: captions.npy has weight -1, expected above 0"
     if kind == "class":
         replaced(folder, cls="24")
-        return "00000.tar/000000: class '24', expected 0 to 23"
+        return "00000.tar/000000: has class '24', expected 0 to 23"
     if kind == "count":
         change_index(folder, samples=5)
         return "00000.tar has no table of 5 samples"
