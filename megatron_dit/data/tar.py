@@ -143,7 +143,8 @@ class ShardReader:
             for i, name in enumerate(self._members)
             if row["size"][i] >= 0
         }
-        if not self._plausible([(offset, size) for offset, size, _ in held.values()]):
+        lacking = row["size"] == -1  # what is less is no size
+        if (row["size"][~lacking] < 0).any() or not self._plausible([place[:2] for place in held.values()]):
             raise BadSample("torn_shard", f"sample {key} of shard {self.path}: its row of the table is corrupt")
         places = {name: place for name, place in held.items() if name in wanted}
         if not places:
