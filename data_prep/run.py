@@ -131,7 +131,7 @@ class _Worker:
 
             ShardEncoder(self._source, self._recipe, self._encoders, self._job).run(plans, wait, tell)
             bar.to(self._encoded())
-        self._finish()
+        self._finish(len(plans))
 
     def _scan(self) -> None:
         """The bar counts units: how many pictures they hold is known at the end."""
@@ -177,8 +177,8 @@ class _Worker:
                     claim.publish_folder("t5", target)
         self._encoders.open_tiny(self._job.folder)
 
-    def _finish(self) -> None:
-        """Whoever comes first writes the index."""
+    def _finish(self, shards: int) -> None:
+        """Write the index of so many shards; the worker that comes first does it."""
         job, source = self._job, self._source
         while not job.finished:
             if (claim := job.claim("finish")) is None:
@@ -189,11 +189,11 @@ class _Worker:
                     return
                 claim.publish(REJECTED, job.folder / REJECTED, "".join(rejected_lines(job, source.units)))
                 done = job.results(encode.PHASE)
-                shards = [Shard(**{**done[n], "bucket": tuple(done[n]["bucket"])}) for n in range(len(done))]
+                written = [Shard(**{**done[n], "bucket": tuple(done[n]["bucket"])}) for n in range(shards)]
                 write_index(
                     Index(
                         folder=str(job.folder),
-                        shards=tuple(shards),
+                        shards=tuple(written),
                         members=MEMBERS,
                         classes=len(source.classes),
                         source=source.spec,

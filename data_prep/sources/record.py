@@ -202,6 +202,7 @@ def file_bytes(path: Path, limit: int) -> bytes:
     try:
         if not path.is_file():
             raise Unusable("file is missing")
+        check_size(path.stat().st_size, limit)
         with path.open("rb") as file:
             data = file.read(limit + 1)
     except PermissionError:

@@ -15,7 +15,7 @@ from data_prep.sources import Caption, open_source
 from data_prep.sources.record import PER_UNIT
 from megatron_dit.errors import UserError
 from tests.data_prep.heap import photo, written
-from tests.data_prep.test_sources import kept, reasons, scan
+from tests.data_prep.test_sources import kept, reasons, scan, scan_in_little_memory
 
 PNG = written(photo())
 
@@ -133,6 +133,21 @@ def test_fifos_sockets_and_devices_do_not_hang_and_are_left_out(fill, tmp_path):
     os.mkfifo(tmp_path / "f.csv")
     with pytest.raises(UserError, match="expected a file"):
         open_source(str(folder), table=str(tmp_path / "f.csv"))
+
+
+def test_files_larger_than_the_limits_are_left_out_unread(fill):
+    """Most of each file is a hole, which takes no disk."""
+    folder = fill({f"{key}.png": PNG for key in "abcd"} | {"c.txt": b"sea", "d.txt": b"dee"})
+    for name, size in (("a.txt", 100 * 2**20), ("b.json", 100 * 2**20), ("c.png", 2**40)):
+        with (folder / name).open("wb") as file:
+            file.truncate(size)
+    found = scan_in_little_memory(open_source(str(folder)))
+    assert list(kept(found)) == ["d.png"]
+    assert reasons(found) == {
+        "a.png": "file of more than 1 MiB",
+        "b.png": "file of more than 1 MiB",
+        "c.png": "file of more than 512 MiB",
+    }
 
 
 def test_names_of_any_letters_keep_their_own_captions(fill):
