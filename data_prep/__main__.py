@@ -13,6 +13,8 @@ from data_prep.cli_encode import add_shared
 from megatron_dit.cli import Parser, add_command
 from megatron_dit.cli.common import write_json
 from megatron_dit.errors import UserError
+from megatron_dit.runtime.paths import user_path
+from megatron_dit.runtime.text import printable
 
 if TYPE_CHECKING:
     from data_prep.run import Done
@@ -27,7 +29,7 @@ def main(arguments: list[str]) -> int:
         "Draw the embedded dataset of captioned scenes.",
         "python -m data_prep demo data/scenes",
     )
-    embedded.add_argument("folder", type=Path, help="folder to make")
+    embedded.add_argument("folder", help="folder to make")
     embedded.add_argument("--pictures", type=int, default=20000, help="number of pictures")
     embedded.add_argument("--seed", type=int, default=0, help="seed of the scenes and the tiny T5")
     add_shared(embedded)
@@ -35,6 +37,7 @@ def main(arguments: list[str]) -> int:
     cli_check.add_commands_to(commands)
     try:
         parsed = parser.parse_args(arguments)
+        parsed.folder = user_path(parsed.folder, "FOLDER")
         return _run(parsed, arguments) if parsed.run is None else parsed.run(parsed)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -47,6 +50,9 @@ def main(arguments: list[str]) -> int:
 def _run(parsed: argparse.Namespace, words: list[str]) -> int:
     if parsed.procs < 1:
         raise UserError(f"--procs {parsed.procs}: expected at least 1")
+    if "://" in parsed.folder:
+        raise UserError(f"FOLDER={parsed.folder} is a URL: give a local folder, and copy it when it is finished")
+    parsed.folder = Path(parsed.folder)
     if parsed.procs > 1:
         from data_prep.workers import run_workers
 
@@ -55,7 +61,7 @@ def _run(parsed: argparse.Namespace, words: list[str]) -> int:
 
     done = _demo(parsed) if parsed.command == "demo" else cli_encode.encode(parsed)
     index = done.index
-    wrote = f"wrote {index.samples} samples in {len(index.shards)} shards to {parsed.folder}"
+    wrote = f"wrote {index.samples} samples in {len(index.shards)} shards to {printable(parsed.folder)}"
     rejected = f"; rejected {tell_rejected(done.rejected)}" if done.rejected else ""
     print(f"{'finished before: ' if done.before else ''}{wrote}{rejected}")
     figures = {"samples": index.samples, "shards": [asdict(shard) for shard in index.shards]}

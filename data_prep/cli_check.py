@@ -9,6 +9,7 @@ from typing import Any
 
 from megatron_dit.cli.common import add_command, write_json
 from megatron_dit.errors import UserError
+from megatron_dit.runtime.paths import user_path
 
 
 def add_commands_to(commands: Any) -> None:
@@ -30,7 +31,7 @@ def add_commands_to(commands: Any) -> None:
     )
     command.add_argument("folder", help="folder of shards")
     command.add_argument("--samples", type=int, default=10_000, help="samples to look at, drawn at random")
-    command.add_argument("--out", type=Path, help="folder for stats.json and the pictures (FOLDER/stats)")
+    command.add_argument("--out", help="folder for stats.json and the pictures (FOLDER/stats)")
 
 
 def verify(parsed: argparse.Namespace) -> int:
@@ -49,6 +50,8 @@ def stats(parsed: argparse.Namespace) -> int:
 
     if parsed.samples < 1:
         raise UserError(f"--samples {parsed.samples}: expected at least 1")
-    figures = stats(parsed.folder, parsed.samples, parsed.out or Path(parsed.folder, "stats"))
+    figures = stats(
+        parsed.folder, parsed.samples, Path(user_path(parsed.out, "--out") if parsed.out else f"{parsed.folder}/stats")
+    )
     write_json(parsed, figures)
     return 0

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import argparse
 from dataclasses import fields
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megatron_dit.cli.common import Parser, add_command
 from megatron_dit.errors import UserError
+from megatron_dit.runtime.paths import user_path
 
 if TYPE_CHECKING:  # imports of torch take seconds, help and wrong flags need none
     from data_prep.run import Done
@@ -34,7 +34,7 @@ def add_command_to(commands: Any) -> None:
     )
     add = command.add_argument
     add("source", help="glob of tars (KEY.jpg beside KEY.txt), folder of pictures, or a saved Hugging Face dataset")
-    add("folder", type=Path, help="folder to make")
+    add("folder", help="folder to make")
     add("--size", type=int, default=256, help="side of a square picture, in pixels; other ratios get its area")
     add("--ratios", default="1:1", help="width:height of the buckets, with commas; a picture goes to the nearest")
     add("--multiple", type=int, default=0, help="of the sides, in pixels (0: the VAE's scale times --patch)")
@@ -46,7 +46,7 @@ def add_command_to(commands: Any) -> None:
     add("--text", default="features", help="features | ids: of the tokens alone, for an encoder run in training")
     add("--vae", default="pixels", help="AutoencoderKL folder or hub name; pixels: none")
     add("--dtype", default="fp32", help="fp32 | bf16 | fp16: what VAE and T5 compute in")
-    add("--table", type=Path, metavar="FILE", help=".csv, .tsv, .parquet or .jsonl of a folder's files and captions")
+    add("--table", metavar="FILE", help=".csv, .tsv, .parquet or .jsonl of a folder's files and captions")
     add("--file-column", default="file", help="of the table: path in the folder")
     add("--caption-column", default="caption", help="of the table or dataset")
     labels = command.add_mutually_exclusive_group()
@@ -62,20 +62,22 @@ def encode(parsed: argparse.Namespace) -> Done:
 
     if parsed.classes < 0:
         raise UserError(f"--classes {parsed.classes}: expected at least 0")
+    for option in ("vae", "text_encoder", "vision_encoder", "table"):
+        if value := getattr(parsed, option):
+            setattr(parsed, option, user_path(value, f"--{option.replace('_', '-')}"))
+    source = ",".join(user_path(part, "SOURCE") for part in parsed.source.split(","))
     given = {name: value for name, value in vars(parsed).items() if name in {item.name for item in fields(Recipe)}}
     recipe = Recipe(**{**given, "ratios": tuple(parsed.ratios.split(","))})
     from data_prep.run import run
     from data_prep.sources import open_source
 
-    table = str(parsed.table) if parsed.table else None
+    table = parsed.table
     columns = {"file_column": parsed.file_column, "caption_column": parsed.caption_column}
-    arguments = {"source": parsed.source, "table": table, **columns}
+    arguments = {"source": source, "table": table, **columns}
     arguments |= {"class_folders": parsed.class_folders, "classes": parsed.classes}
     return run(
         parsed.folder,
-        lambda: open_source(
-            parsed.source, table=table, **columns, classes=parsed.class_folders, num_classes=parsed.classes
-        ),
+        lambda: open_source(source, table=table, **columns, classes=parsed.class_folders, num_classes=parsed.classes),
         recipe,
         arguments,
     )

@@ -11,19 +11,37 @@ import errno
 import fcntl
 import json
 import os
+import re
 import shutil
 import socket
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from pydantic import BaseModel, ConfigDict, NonNegativeInt
+
+from megatron_dit.data.index_file import ShardFields
 from megatron_dit.data.shards import INDEX
 from megatron_dit.errors import UserError
+from megatron_dit.runtime.text import printable
 
 POLL_SECONDS = 0.5
 NO_LOCKS = (errno.ENOTSUP, errno.ENOSYS, errno.ENOLCK)
+
+
+class _ScanFields(BaseModel):
+    """What a unit's scan leaves: records by bucket, how many have captions, and rejections by reason."""
+
+    model_config = ConfigDict(strict=True, extra="forbid")
+    buckets: dict[str, NonNegativeInt]
+    captioned: NonNegativeInt
+    rejected: dict[str, NonNegativeInt]
+
+
+RESULTS: dict[str, type[BaseModel]] = {"scan": _ScanFields, "shards": ShardFields}  # by phase
 
 
 class Claim:
@@ -82,15 +100,20 @@ class Job:
         """
         if not self.folder.exists():
             return False
+        notes = self.folder / "job.json"
+        if notes.exists() and not notes.is_file():  # reading a FIFO would wait for its writer
+            raise UserError(f"{notes} is not a regular file: give a new folder")
         try:
-            found = json.loads((self.folder / "job.json").read_text())
+            found = json.loads(notes.read_bytes())
         except (FileNotFoundError, NotADirectoryError):
             begun = {self.root.name, "job.json"}  # the second may be another worker's of this moment
             if self.folder.is_dir() and {path.name for path in self.folder.iterdir()} <= begun:
                 return False
             raise UserError(f"{self.folder} exists and is no job of this command: give a new folder") from None
-        except ValueError as error:
-            raise UserError(f"{self.folder}/job.json is no job's ({error}): give a new folder") from None
+        except (ValueError, RecursionError, OSError) as error:
+            raise UserError(f"{notes} cannot be read ({error}): give a new folder") from None
+        if not isinstance(found, dict):
+            raise UserError(f"{notes} holds a {type(found).__name__} and no arguments: give a new folder")
         for name in arguments:
             if name not in found or found[name] != json.loads(json.dumps(arguments[name])):
                 raise UserError(
@@ -127,13 +150,23 @@ class Job:
         return Claim(lock, scratch, done or scratch / "done")
 
     def results(self, phase: str) -> dict[int, dict[str, Any]]:
-        """What the tasks of a phase that are done by now have left, by number."""
+        """What the tasks of a phase that are done by now have left, by number.
+
+        A damaged mark is removed, and its task done again.
+        """
         known = self._results.setdefault(phase, {})
         with os.scandir(self.root / phase) as entries:
             for entry in entries:
-                stem, _, ending = entry.name.partition(".")
-                if ending == "json" and int(stem) not in known:
-                    known[int(stem)] = json.loads(Path(entry.path).read_text())
+                match = re.fullmatch(r"(\d{5,9})\.json", entry.name, re.ASCII)
+                if match is None or int(match[1]) in known or not entry.is_file():
+                    continue
+                try:
+                    data = Path(entry.path).read_bytes()
+                    RESULTS[phase].model_validate_json(data)
+                    known[int(match[1])] = json.loads(data)
+                except ValueError:
+                    print(f"{printable(entry.path)} is damaged: its task is done again", file=sys.stderr)
+                    Path(entry.path).unlink(missing_ok=True)
         return known
 
     def claims(self, phase: str, tasks: int, wait: Callable[[], None]) -> Iterator[tuple[int, Claim]]:
@@ -142,7 +175,7 @@ class Job:
         The caller leaves the claims. ``wait`` is called while there is none to be had.
         """
         mine: set[int] = set()
-        while len(done := self.results(phase)) < tasks:
+        while not set(range(tasks)) <= (done := self.results(phase)).keys():
             found = False
             for number in range(tasks):
                 if number in mine or number in done:

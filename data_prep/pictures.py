@@ -8,11 +8,12 @@ import math
 import re
 import struct
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
-from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageOps, PngImagePlugin, TiffImagePlugin, UnidentifiedImageError
 from PIL.Image import Transpose
 
 from megatron_dit.errors import UserError
@@ -24,6 +25,16 @@ logging.getLogger("PIL").setLevel(logging.CRITICAL)
 
 Image.init()
 FORMATS = tuple(name for name in ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF") if name in Image.OPEN)
+
+# PIL refuses a PNG with a text of more than 1 MiB. Texts that do not concern the pixels are cut out before it sees
+# them; those that may hold the orientation, EXIF and XMP blocks, can be as large as PIL allows for all of them.
+PNG_MAGIC = b"\x89PNG\r\n\x1a\n"
+PNG_TEXT = (b"tEXt", b"zTXt", b"iTXt")
+PNG_ORIENTATION = (b"XML:com.adobe.xmp\0", b"Raw profile type exif\0")  # keywords of such texts
+PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY
+
+# PIL knows 16 bits whose zero is white in one of the two byte orders.
+TiffImagePlugin.OPEN_INFO.setdefault((b"MM", 0, (1,), 1, (16,), ()), ("I;16B", "I;16B"))
 
 # What undoes each EXIF orientation. ImageOps.exif_transpose also rewrites the EXIF block and fails on mangled ones.
 UPRIGHT = {
@@ -97,18 +108,20 @@ class Buckets:
 def decode(data: bytes, limits: Limits) -> Image.Image:
     """The first frame as upright RGB, transparency laid on white. Raises Unusable.
 
-    The content tells the format. Grey of 16 bits is scaled by 65535; that of 32 bits or floats, which have no white of
-    their own, by the picture's least and greatest value.
+    The content tells the format. Grey of 12 or 16 bits is scaled by its greatest possible value; signed values, those
+    of 32 bits and floats, which have no white of their own, by the image's least and greatest value. A TIFF whose zero
+    is white is inverted. Colour profiles and gamma are not applied: the stored values count as sRGB.
     """
     if not data:
         raise Unusable("empty file")
     if data[:4] == b"RIFF" and len(data) >= 8 and len(data) < 8 + struct.unpack("<I", data[4:8])[0]:
         raise Unusable("truncated")  # PIL tells a cut WebP from a garbled one by no word
     try:
-        with Image.open(io.BytesIO(data), formats=FORMATS) as picture:
+        with Image.open(io.BytesIO(_without_texts(data)), formats=FORMATS) as picture:
             _check(picture.size, limits)
             picture.load()
-            return _rgb(_upright(picture))
+            rgb, orientation = _rgb(picture, data), _orientation(picture)
+            return rgb.transpose(UPRIGHT[orientation]) if orientation in UPRIGHT else rgb
     except Unusable:
         raise
     except UnidentifiedImageError:
@@ -139,33 +152,75 @@ def _check(size: tuple[int, int], limits: Limits) -> None:
         raise Unusable(f"aspect ratio above {limits.max_aspect:g}")
 
 
-def _upright(picture: Image.Image) -> Image.Image:
+def _without_texts(data: bytes) -> bytes:
+    """A PNG without its colour profile and the texts that say nothing of the orientation; other formats unchanged."""
+    if not data.startswith(PNG_MAGIC):
+        return data
+    start = len(PNG_MAGIC)
+    kept = [PNG_MAGIC]
+    while start + 8 <= len(data):
+        size, kind = struct.unpack_from(">I4s", data, start)
+        text = kind in PNG_TEXT and not data.startswith(PNG_ORIENTATION, start + 8)
+        if kind != b"iCCP" and not text:
+            kept.append(data[start : start + 12 + size])
+        start += 12 + size
+    return b"".join([*kept, data[start:]])
+
+
+def _orientation(picture: Image.Image) -> int:
+    """The EXIF orientation; 1 where it is not known. PIL itself turns a TIFF when it loads it."""
     try:
-        orientation = picture.getexif().get(ExifTags.Base.Orientation)
-    except (SyntaxError, ValueError, TypeError, KeyError, IndexError, struct.error):
-        return picture  # an EXIF block that cannot be read says nothing of the pixels
-    return picture.transpose(UPRIGHT[orientation]) if orientation in UPRIGHT else picture
+        return int(picture.getexif().get(ExifTags.Base.Orientation, 1))
+    except Exception:  # PIL's parsers raise nearly anything, and a block that cannot be read says nothing of the pixels
+        return 1
 
 
-def _rgb(picture: Image.Image) -> Image.Image:
-    if picture.mode.startswith(("I", "F")):
-        return _from_deep_grey(picture)
-    if picture.has_transparency_data:
-        picture = picture.convert("RGBA")
-        return Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture).convert("RGB")
-    return picture.convert("RGB")
+def _rgb(picture: Image.Image, data: bytes) -> Image.Image:
+    tags = picture.tag_v2 if isinstance(picture, TiffImagePlugin.TiffImageFile) else {}
+    signed = tags.get(TiffImagePlugin.SAMPLEFORMAT, (1,))[0] == 2
+    if picture.mode.startswith(("I", "F")) or (picture.mode == "L" and signed):
+        grey = (
+            _table_grey(picture, tags) if picture.mode.startswith("I;16") else _ranged_grey(picture, bool(tags), signed)
+        )
+        # PIL inverts 8 bits and fewer where the least value is white, and no others.
+        inverted = picture.mode != "L" and tags.get(TiffImagePlugin.PHOTOMETRIC_INTERPRETATION) == 0
+        return Image.fromarray(255 - grey if inverted else grey).convert("RGB")
+    if not picture.has_transparency_data:
+        return picture.convert("RGB")
+    if picture.format == "PNG":
+        _scale_transparency(picture, bits=data[24])
+    picture = picture.convert("RGBA")
+    return Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture).convert("RGB")
 
 
-def _from_deep_grey(picture: Image.Image) -> Image.Image:
-    """PIL's own conversion clips all above 255 to white."""
-    values = np.asarray(picture).astype(np.float64)
-    if picture.mode.startswith("I;16"):
-        least, greatest = 0.0, 65535.0
-    else:
-        least, greatest = float(values.min()), float(values.max())
-        if not math.isfinite(greatest - least):
-            raise Unusable("values are not finite")
-    grey = np.rint((values - least) * (255 / max(greatest - least, 1e-300)))
+def _scale_transparency(picture: Image.Image, bits: int) -> None:
+    """Bring the one transparent value of a PNG, which PIL leaves in ``bits``, to the 8 bits of PIL's pixels."""
+    clear = picture.info.get("transparency")
+    if picture.mode == "L" and isinstance(clear, int):
+        picture.info["transparency"] = clear * (255 // (2**bits - 1))
+    elif picture.mode == "RGB" and isinstance(clear, tuple) and bits == 16:
+        picture.info["transparency"] = tuple(value >> 8 for value in clear)
+
+
+def _table_grey(picture: Image.Image, tags: Mapping[int, Any]) -> np.ndarray:
+    """Unsigned grey of 12 or 16 bits in 8; PIL's own conversion clips all above 255 to white."""
+    greatest = 2 ** tags.get(TiffImagePlugin.BITSPERSAMPLE, (16,))[0] - 1
+    table = np.rint(np.arange(2**16) * (255 / greatest)).clip(0, 255).astype(np.uint8)
     if isinstance(clear := picture.info.get("transparency"), int):  # the one value that stands for no paint
-        grey[values == clear] = 255
-    return Image.fromarray(grey.astype(np.uint8)).convert("RGB")
+        table[clear] = 255
+    return table[np.asarray(picture)]
+
+
+def _ranged_grey(picture: Image.Image, tiff: bool, signed: bool) -> np.ndarray:
+    """Signed grey, grey of 32 bits or floats in 8 bits, from its least value to its greatest."""
+    values = np.asarray(picture)
+    if values.dtype == np.uint8:
+        values = values.view(np.int8)
+    elif values.dtype == np.int32 and tiff and not signed:  # PIL has no unsigned mode of 32 bits
+        values = values.view(np.uint32)
+    least, greatest = float(values.min()), float(values.max())
+    if not math.isfinite(greatest - least):
+        raise Unusable("values are not finite")
+    scale = 255 / max(greatest - least, 1e-300)
+    # Row by row: fp64 of the whole image could take eight times its bytes.
+    return np.stack([np.rint((row.astype(np.float64) - least) * scale).astype(np.uint8) for row in values])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -20,15 +19,14 @@ from data_prep.encoders import TINY_FOLDER, Encoders
 from data_prep.job import POLL_SECONDS, Job
 from data_prep.plan import plan_shards, rejected_counts, tell_rejected
 from data_prep.recipe import TINY, Recipe
-from data_prep.scan import read_captions, read_rejected, scan_unit
+from data_prep.rejected import REJECTED, read_rejected
+from data_prep.scan import read_captions, rejected_lines, scan_unit
 from data_prep.sources import Source
 from data_prep.tiny_t5 import build_tiny_t5
 from megatron_dit.data.shards import Index, read_index, write_index
 from megatron_dit.data.tar import MEMBERS, Shard
 from megatron_dit.errors import UserError
 from megatron_dit.progress import ProgressBar
-
-REJECTED = "rejected.jsonl"
 
 
 @dataclass(frozen=True)
@@ -74,8 +72,9 @@ def run(
 
 def _finished(job: Job, before: bool) -> Done:
     job.clean()
-    with (job.folder / REJECTED).open() as lines:
-        reasons = Counter(json.loads(line)["reason"] for line in lines)
+    reasons, wrong = read_rejected(job.folder / REJECTED)
+    if wrong:
+        reasons["unknown"] += len(wrong)
     return Done(read_index(job.folder), reasons, before)
 
 
@@ -132,7 +131,7 @@ class _Worker:
 
             ShardEncoder(self._source, self._recipe, self._encoders, self._job).run(plans, wait, tell)
             bar.to(self._encoded())
-        self._finish()
+        self._finish(len(plans))
 
     def _scan(self) -> None:
         """The bar counts units: how many pictures they hold is known at the end."""
@@ -178,8 +177,8 @@ class _Worker:
                     claim.publish_folder("t5", target)
         self._encoders.open_tiny(self._job.folder)
 
-    def _finish(self) -> None:
-        """Whoever comes first writes the index."""
+    def _finish(self, shards: int) -> None:
+        """Write the index of so many shards; the worker that comes first does it."""
         job, source = self._job, self._source
         while not job.finished:
             if (claim := job.claim("finish")) is None:
@@ -188,13 +187,13 @@ class _Worker:
             with claim:
                 if job.finished:
                     return
-                claim.publish(REJECTED, job.folder / REJECTED, "".join(read_rejected(job, source.units)))
+                claim.publish(REJECTED, job.folder / REJECTED, "".join(rejected_lines(job, source.units)))
                 done = job.results(encode.PHASE)
-                shards = [Shard(**{**done[n], "bucket": tuple(done[n]["bucket"])}) for n in range(len(done))]
+                written = [Shard(**{**done[n], "bucket": tuple(done[n]["bucket"])}) for n in range(shards)]
                 write_index(
                     Index(
                         folder=str(job.folder),
-                        shards=tuple(shards),
+                        shards=tuple(written),
                         members=MEMBERS,
                         classes=len(source.classes),
                         source=source.spec,

@@ -6,15 +6,17 @@ import json
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Executor
+from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from data_prep.job import Claim, Job
 from data_prep.pictures import Buckets, Limits, Unusable, decode
 from data_prep.pipelined import pipelined
 from data_prep.plan import Part, bucket_name
 from data_prep.sources import Record, Rejected, Scanned, Source
+from megatron_dit.errors import UserError
 
 PHASE = "scan"
 DEPTH = 32  # pictures read ahead
@@ -36,25 +38,28 @@ def scan_unit(
         except Unusable as error:
             return Rejected(found.name, error.reason)
 
-    lines: dict[str, list[str]] = {}
+    counts: Counter[str] = Counter()
     reasons: Counter[str] = Counter()
-    captioned = number = 0
-    for number, found in enumerate(pipelined(pool, check, source.scan(unit), DEPTH)):
-        if isinstance(found, Rejected):
-            lines.setdefault("rejected", []).append(json.dumps(asdict(found)))
-            reasons[found.reason] += 1
-        else:
-            record, side = found
-            lines.setdefault(bucket_name(side), []).append(json.dumps({"number": number, **record.as_dict()}))
-            captioned += bool(record.captions)
-        yield number + 1
+    captioned = 0
     records = claim.scratch / "records"
     records.mkdir()
-    for name, own in lines.items():
-        (records / f"{name}.jsonl").write_text("".join(f"{line}\n" for line in own))
+    with ExitStack() as stack:
+        files: dict[str, TextIO] = {}
+        for number, found in enumerate(pipelined(pool, check, source.scan(unit), DEPTH)):
+            if isinstance(found, Rejected):
+                name, line = "rejected", asdict(found)
+                reasons[found.reason] += 1
+            else:
+                record, side = found
+                name, line = bucket_name(side), {"number": number, **record.as_dict()}
+                counts[name] += 1
+                captioned += bool(record.captions)
+            if name not in files:
+                files[name] = stack.enter_context((records / f"{name}.jsonl").open("w"))
+            files[name].write(f"{json.dumps(line)}\n")
+            yield number + 1
     claim.publish_folder("records", _folder(job, unit))
-    counts = {name: len(own) for name, own in lines.items() if name != "rejected"}
-    claim.finish({"buckets": counts, "captioned": captioned, "rejected": dict(reasons)})
+    claim.finish({"buckets": dict(counts), "captioned": captioned, "rejected": dict(reasons)})
 
 
 def _folder(job: Job, unit: int) -> Path:
@@ -64,33 +69,46 @@ def _folder(job: Job, unit: int) -> Path:
 def _lines(job: Job, unit: int, name: str) -> Iterator[str]:
     path = _folder(job, unit) / f"{name}.jsonl"
     if path.exists():
-        with path.open() as file:
+        with path.open(errors="replace") as file:  # what is not UTF-8 is found damaged where it is parsed
             yield from file
 
 
 def read_records(job: Job, side: tuple[int, int], parts: Sequence[Part]) -> Iterator[tuple[str, Record]]:
-    """(key, record) of each of a shard's pictures."""
+    """(key, record) of each of a shard's pictures. Raises UserError where the scan's notes are damaged."""
     for part in parts:
+        count = 0
         for row, line in enumerate(_lines(job, part.unit, bucket_name(side))):
             if part.start <= row < part.stop:
-                yield _parse(part.unit, line)
+                yield _parse(job, part.unit, line)
+                count += 1
+        if count < part.stop - part.start:
+            raise _damaged(job, part.unit)
 
 
 def read_captions(job: Job, results: dict[int, dict[str, Any]]) -> Iterator[str]:
-    """All captions of the kept pictures."""
+    """All captions of the kept pictures. Raises UserError as above."""
     for unit, result in sorted(results.items()):
         for bucket in sorted(result["buckets"]):
             for line in _lines(job, unit, bucket):
-                yield from (caption.text for caption in _parse(unit, line)[1].captions)
+                yield from (caption.text for caption in _parse(job, unit, line)[1].captions)
 
 
-def read_rejected(job: Job, units: int) -> Iterator[str]:
+def rejected_lines(job: Job, units: int) -> Iterator[str]:
     """The lines of ``rejected.jsonl``, in the units' order."""
     for unit in range(units):
         yield from _lines(job, unit, "rejected")
 
 
-def _parse(unit: int, line: str) -> tuple[str, Record]:
-    raw = json.loads(line)
-    key = f"{unit:05d}-{raw.pop('number'):06d}"
-    return key, Record.from_dict(raw)
+def _parse(job: Job, unit: int, line: str) -> tuple[str, Record]:
+    try:
+        raw = json.loads(line)
+        key = f"{unit:05d}-{raw.pop('number'):06d}"
+        return key, Record.from_dict(raw)
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
+        raise _damaged(job, unit) from None
+
+
+def _damaged(job: Job, unit: int) -> Exception:
+    if job.finished:  # by another worker, which has removed the notes
+        return FileNotFoundError(_folder(job, unit))
+    return UserError(f"{_folder(job, unit)} is damaged: remove {job.root} and start the same command again")

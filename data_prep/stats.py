@@ -6,6 +6,7 @@ import json
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +15,16 @@ import numpy as np
 from data_prep.stats_report import draw, draw_samples, print_figures
 from megatron_dit.data.codec import Codec, VaeCodec, open_codec
 from megatron_dit.data.identity import weights_sha256
+from megatron_dit.data.members import check_captions, class_number, member_array
 from megatron_dit.data.shards import Index, read_index
-from megatron_dit.data.tar import BadSample, ShardReader, parse_array
+from megatron_dit.data.tar import BadSample, Shard, ShardReader
 from megatron_dit.errors import UserError
 from megatron_dit.parallel.cpu import device
 from megatron_dit.progress import ProgressBar
+from megatron_dit.runtime.text import printable
 
 WANTED = ("latent.npy", "std.npy", "captions.npy", "cls", "txt")
+VERIFY = "'python -m data_prep verify"
 PICTURES = 64  # samples drawn
 VALUES = 64  # of a sample's latent in the histograms, per channel
 
@@ -57,21 +61,25 @@ class Seen:
     values: list[np.ndarray] = field(default_factory=list)  # (C, VALUES) of each sample
     pictures: list[tuple[np.ndarray, str]] = field(default_factory=list)  # (latent, caption)
 
-    def add(self, where: str, members: dict[str, bytes], classes: int, keep: bool) -> None:
-        """Raises BadSample."""
-        latent = parse_array(members["latent.npy"], where)
+    def add(self, where: str, members: dict[str, bytes], shape: tuple[int, ...], classes: int, keep: bool) -> None:
+        """Add a sample with latents of ``shape``. Raises BadSample, and then has added nothing."""
+        array = partial(member_array, members, where)
+        latent = array("latent.npy", shape)
+        std = array("std.npy", shape) if "std.npy" in members else None
+        captions = array("captions.npy", (None, 2)) if "captions.npy" in members else None
+        if captions is not None:
+            check_captions(captions, where)
+        label = class_number(members, where, classes) if classes else None
         flat = latent.reshape(len(latent), -1).astype(np.float64)
         self.latents.add(flat)
         self.values.append(flat[:, self.rng.integers(flat.shape[1], size=VALUES)])
-        if "std.npy" in members:
-            std = parse_array(members["std.npy"], where).reshape(len(latent), -1).astype(np.float64)
+        if std is not None:
+            std = std.reshape(len(latent), -1).astype(np.float64)
             self.std.add(std)
             self.spread.add(std**2)
-        if "captions.npy" in members:
-            self.tokens.append(parse_array(members["captions.npy"], where)[:, 0].astype(np.int64))
-        label = None
-        if classes:
-            label = int(members["cls"])
+        if captions is not None:
+            self.tokens.append(captions[:, 0].astype(np.int64))
+        if label is not None:
             self.labels[label] += 1
         if keep:
             caption = members.get("txt", b"").decode("utf-8", errors="replace")
@@ -83,59 +91,60 @@ def stats(folder: str, samples: int, out: Path) -> dict[str, Any]:
     index = read_index(folder)
     if not index.local:
         raise UserError(f"{folder}: samples are read at random, which needs a folder: copy the shards first")
-    seen = _gather(index, min(samples, index.samples))
+    seen, unreadable = _gather(index, min(samples, index.samples))
     codec, problem = _open(index)
     figures = _figures(index, seen, codec)
+    figures["unreadable"] = len(unreadable)
     out.mkdir(parents=True, exist_ok=True)
     (out / "stats.json").write_text(json.dumps(figures, indent=1) + "\n")
     print_figures(figures)
+    if unreadable:
+        told = f"{len(unreadable)} samples cannot be read, such as: {unreadable[0]}; {VERIFY} {index.folder}' lists all"
+        print(printable(told))
     draw(figures, seen.tokens, np.concatenate(seen.values, 1), out / "stats.png")
     if codec is None:
-        print(f"no pictures of samples: {problem}")
+        print(f"no pictures of samples: {printable(problem)}")
     else:
         draw_samples(codec, seen.pictures, out / "samples.png")
-    print(f"wrote {out}")
+    print(f"wrote {printable(out)}")
     return figures
 
 
-def _gather(index: Index, samples: int) -> Seen:
+def _gather(index: Index, samples: int) -> tuple[Seen, list[str]]:
+    """What the samples hold, and why those that cannot be read cannot. Raises UserError where none can."""
     rng = np.random.default_rng(0)
     ends = np.cumsum([shard.samples for shard in index.shards])
     chosen = np.sort(rng.choice(index.samples, samples, replace=False))
     drawn = set(rng.choice(chosen, min(PICTURES, samples), replace=False).tolist())
     channels = index.channels
     seen = Seen(Moments(channels), Moments(channels), Moments(channels), rng)
+    unreadable: list[str] = []
     with ProgressBar("stats", samples) as bar:
-        for where, number, members in _read(index, ends, chosen):
-            try:
-                seen.add(where, members, index.classes, number in drawn)
-            except (BadSample, KeyError, ValueError, IndexError) as error:
-                raise _unreadable(index, f"{where}: {error!r}") from None
-            bar.advance()
-    return seen
+        for shard, numbers in _by_shard(index, ends, chosen):
+            reader: ShardReader | None = None
+            for number, row in numbers:
+                try:
+                    reader = reader or ShardReader(Path(index.path(shard.file)), shard, index.members)
+                    key, members = reader.read(row, WANTED)
+                    shape = (channels, *shard.bucket)
+                    seen.add(f"{shard.file}/{key}", members, shape, index.classes, number in drawn)
+                except BadSample as error:
+                    unreadable.append(str(error))
+                bar.advance()
+            if reader is not None:
+                reader.close()
+    if not seen.values:
+        raise UserError(f"{unreadable[0]}; {VERIFY} {index.folder}' lists all that is wrong")
+    return seen, unreadable
 
 
-def _read(index: Index, ends: np.ndarray, chosen: np.ndarray) -> Iterator[tuple[str, int, dict[str, bytes]]]:
-    """(name, number, members) of the ``chosen`` numbers over the whole index, which are in order."""
-    for at, own in zip(*_by_shard(ends, chosen), strict=True):
-        shard = index.shards[at]
-        try:
-            reader = ShardReader(Path(index.path(shard.file)), shard, index.members)
-            for number in own.tolist():
-                key, members = reader.read(number - int(ends[at]) + shard.samples, WANTED)
-                yield f"{shard.file}/{key}", number, members
-        except BadSample as error:
-            raise _unreadable(index, str(error)) from None
-        reader.close()
-
-
-def _by_shard(ends: np.ndarray, chosen: np.ndarray) -> tuple[list[int], list[np.ndarray]]:
+def _by_shard(index: Index, ends: np.ndarray, chosen: np.ndarray) -> Iterator[tuple[Shard, list[tuple[int, int]]]]:
+    """Each shard with those of its samples that are ``chosen``: their number over the whole index, and in the shard."""
     shards, starts = np.unique(np.searchsorted(ends, chosen, side="right"), return_index=True)
-    return shards.tolist(), np.split(chosen, starts[1:])
-
-
-def _unreadable(index: Index, reason: str) -> UserError:
-    return UserError(f"{reason}; 'python -m data_prep verify {index.folder}' tells all that is wrong")
+    for at, numbers in zip(shards.tolist(), np.split(chosen, starts[1:]), strict=True):
+        shard = index.shards[at]
+        first = int(ends[at]) - shard.samples
+        yield shard, [(number, number - first) for number in numbers.tolist()]
 
 
 def _open(index: Index) -> tuple[Codec | None, str]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import multiprocessing
 import sys
 import tempfile
@@ -18,6 +17,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
+from data_prep.rejected import REJECTED, read_rejected
 from data_prep.verify_shard import Checked, check_shard
 from megatron_dit.data.identity import weights_sha256
 from megatron_dit.data.shards import Index, read_index
@@ -25,6 +25,7 @@ from megatron_dit.data.store import Cache
 from megatron_dit.data.tar import BadSample, Shard
 from megatron_dit.errors import UserError
 from megatron_dit.progress import ProgressBar
+from megatron_dit.runtime.text import printable
 
 SHOWN = 20  # problems on the screen
 
@@ -55,8 +56,8 @@ def verify(folder: str, procs: int = 1) -> Report:
             bar.advance(f"{len(problems)} problems")
     problems += _repeated(index, keys)
     problems += _check_text_encoder(index)
-    rejected, wrong = _read_rejected(index)
-    return Report(buckets, rejected, problems + wrong)
+    rejected, wrong = read_rejected(Path(index.folder, REJECTED)) if index.local else (Counter[str](), [])
+    return Report(buckets, dict(rejected.most_common()), problems + wrong)
 
 
 def _each(
@@ -109,22 +110,6 @@ def _check_text_encoder(index: Index) -> Iterator[str]:
         yield f"{index.text['encoder']}: weights are {found[:12]}, the index was made with {index.text['sha256'][:12]}"
 
 
-def _read_rejected(index: Index) -> tuple[dict[str, int], list[str]]:
-    """Pictures of ``rejected.jsonl`` by reason, and what is wrong with its lines."""
-    path = Path(index.folder, "rejected.jsonl")
-    if not index.local or not path.exists():
-        return {}, []
-    reasons: Counter[str] = Counter()
-    wrong = []
-    with path.open(encoding="utf-8", errors="replace") as lines:
-        for number, line in enumerate(lines, 1):
-            try:
-                reasons[str(json.loads(line)["reason"])] += 1
-            except (ValueError, TypeError, KeyError) as error:
-                wrong.append(f"{path.name}, line {number} is no rejected picture ({error!r})")
-    return dict(reasons.most_common()), wrong
-
-
 def print_report(report: Report) -> None:
     table = Table()
     for column in ("bucket", "shards", "samples", "bytes"):
@@ -142,6 +127,5 @@ def print_report(report: Report) -> None:
     if len(report.problems) > SHOWN:
         lines.append(f"... and {len(report.problems) - SHOWN:,} more")
     lines.append(f"{len(report.problems):,} problems" if report.problems else "all is as it was written")
-    for line in lines:  # names in a shard may hold anything, escape sequences of the terminal among it
-        shown = "".join(letter if letter.isprintable() else "?" for letter in line)
-        console.print(shown, markup=False, highlight=False, soft_wrap=True)
+    for line in lines:
+        console.print(printable(line), markup=False, highlight=False, soft_wrap=True)

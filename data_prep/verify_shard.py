@@ -11,6 +11,8 @@ from typing import Any
 
 import numpy as np
 
+from data_prep.sources.tars import BoundedFile
+from megatron_dit.data.members import class_number
 from megatron_dit.data.shards import Index
 from megatron_dit.data.tar import MEMBERS, TABLE, BadSample, Shard, ShardReader, parse_array, sha256_of, table_dtype
 
@@ -39,10 +41,10 @@ def check_shard(index: Index, shard: Shard, path: Path) -> Checked:
         problems.append(f"{shard.file}: SHA-256 is {found[:12]}, its index says {shard.sha256[:12]}")
     told: list[str] = []
     try:
-        with tarfile.open(path, "r:") as tar:
+        with BoundedFile(path) as file, tarfile.open(fileobj=file, mode="r:") as tar:
             places, told = _members(tar)
-            rows = _table(tar, places.pop(TABLE, None), index, shard)
-    except (tarfile.TarError, OSError, ValueError, OverflowError) as error:
+        rows = _table(path, places.pop(TABLE, None), index, shard)
+    except (tarfile.TarError, OSError, ValueError, OverflowError, RecursionError) as error:
         return Checked([*problems, f"{shard.file}: no tar ({error})"], keys)
     except BadSample as error:
         problems += [f"{shard.file}: {line}" for line in told]
@@ -74,6 +76,8 @@ def _members(tar: tarfile.TarFile) -> tuple[dict[str, Place], list[str]]:
     places: dict[str, Place] = {}
     wrong = []
     for member in tar:
+        if member.size < 0:  # tarfile would read the same headers for ever
+            raise tarfile.ReadError(f"member {member.name!r} has {member.size} bytes")
         name = member.name
         if name.startswith("/") or ".." in name.split("/"):
             wrong.append(f"member {name!r} leads out of the folder")
@@ -85,12 +89,13 @@ def _members(tar: tarfile.TarFile) -> tuple[dict[str, Place], list[str]]:
     return places, wrong
 
 
-def _table(tar: tarfile.TarFile, place: Place | None, index: Index, shard: Shard) -> np.ndarray:
+def _table(path: Path, place: Place | None, index: Index, shard: Shard) -> np.ndarray:
     """The table's rows. Raises BadSample where they are not those of the index's number of samples, at its place."""
     if place is None:
         raise BadSample("torn_shard", f"no member {TABLE}")
-    file = tar.extractfile(TABLE)
-    rows = parse_array(file.read() if file else b"", TABLE)
+    with path.open("rb") as file:
+        file.seek(place[0])
+        rows = parse_array(file.read(min(place[1], path.stat().st_size)), TABLE)
     key = rows.dtype["key"].itemsize if rows.dtype.names and "key" in rows.dtype.names else 0
     if rows.ndim != 1 or rows.dtype != table_dtype(len(index.members), key):
         raise BadSample("torn_shard", f"{TABLE} is {rows.shape} of {rows.dtype}, no table")
@@ -137,9 +142,10 @@ def check_sample(index: Index, bucket: tuple[int, int], members: Mapping[str, by
     if "captions.npy" in arrays:
         wrong += _check_captions(arrays, index.text["tokens"])
     if classes and "cls" in members:
-        label = members["cls"].decode("ascii", errors="replace").strip()
-        if not label.isdecimal() or int(label) >= index.classes:
-            wrong.append(f"class {label[:20]!r}, expected 0 to {index.classes - 1}")
+        try:
+            class_number(members, "", index.classes)
+        except BadSample as error:
+            wrong.append(str(error).strip())
     return wrong
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 from data_prep.sources.dataset import SavedDataset, is_dataset
@@ -54,20 +55,27 @@ def open_source(
 def _tars(spec: str) -> list[Path]:
     """The files that one or several globs name, in order. Raises UserError where one names none, or no tar."""
     found: dict[Path, None] = {}
-    for part in [spec] if Path(spec).is_file() else spec.split(","):
-        paths = [Path(part)] if Path(part).is_file() else _glob(part)
+    for part in [spec] if _glob(spec) else spec.split(","):
+        paths = _glob(part)
         if not paths:
             raise UserError(f"source {part!r} names no files: give a glob of tars, such as 'photos/*.tar', or a folder")
         found.update(dict.fromkeys(paths))
     for path in found:
-        if path.suffix != ".tar":
+        if path.suffix.lower() != ".tar":
             raise UserError(f"source {str(path)!r} is not a .tar: give a glob of tars, such as 'photos/*.tar'")
+        if not path.is_file():
+            raise UserError(f"source {str(path)!r} is not a regular file: a link to nowhere, or a device")
     return list(found)
 
 
 def _glob(pattern: str) -> list[Path]:
-    root = Path(Path(pattern).anchor)
+    """What a path or a glob names, but folders; a part of it that is there by that very name is no pattern."""
+    parts = Path(pattern).parts
+    root = Path()
+    while parts and os.path.lexists(root / parts[0]):
+        root, parts = root / parts[0], parts[1:]
     try:
-        return sorted(path for path in root.glob(pattern.removeprefix(root.anchor)) if path.is_file())
-    except ValueError:
+        paths = root.glob(str(Path(*parts))) if parts else [root]
+        return sorted(path for path in paths if not path.is_dir())
+    except (ValueError, NotImplementedError):
         return []

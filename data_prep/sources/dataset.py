@@ -9,14 +9,15 @@ from typing import Any
 
 from data_prep.pictures import Unusable
 from data_prep.sources.record import (
+    IMAGE_BYTES,
     PER_UNIT,
     Record,
     Scanned,
+    bounded,
     class_label,
     file_bytes,
     merge_captions,
     or_rejected,
-    plain,
     scanned,
 )
 from data_prep.sources.rows import import_prep
@@ -70,6 +71,8 @@ class SavedDataset:
             return self._rows[number].to_pylist()[0]
         except UnicodeDecodeError:
             raise Unusable("caption is not UTF-8") from None
+        except Exception:  # pyarrow raises nearly anything on garbage
+            raise Unusable("row cannot be read") from None
 
     def _picture(self, name: str, number: int) -> tuple[Record, bytes]:
         row = self._row(number)
@@ -81,7 +84,7 @@ class SavedDataset:
             if value is None or value == -1:  # the library's mark of a row without a label
                 raise Unusable("no class")
             label = class_label(str(value), len(self.classes))
-        return scanned(Record(name, (number,), captions, label, plain(row)), data)
+        return scanned(Record(name, (number,), captions, label, row), data)
 
 
 def _load(folder: Path) -> Any:
@@ -89,7 +92,7 @@ def _load(folder: Path) -> Any:
     datasets = import_prep("datasets")
     try:
         found = datasets.load_from_disk(str(folder))
-    except (OSError, ValueError, TypeError, KeyError) as error:
+    except Exception as error:  # of ill-typed files of the dataset it raises nearly anything
         raise UserError(f"dataset {folder} cannot be read ({type(error).__name__}): save it anew") from None
     if isinstance(found, datasets.DatasetDict):
         raise UserError(f"{folder} holds the splits {', '.join(found)}: give one of them, {folder}/SPLIT")
@@ -110,5 +113,5 @@ def _image_bytes(image: dict[str, Any] | None) -> bytes:
     if image is None or (image["bytes"] is None and not image["path"]):
         raise Unusable("no picture")
     if image["bytes"] is None:
-        return file_bytes(Path(image["path"]))
-    return image["bytes"]
+        return file_bytes(Path(image["path"]), IMAGE_BYTES)
+    return bounded(image["bytes"], IMAGE_BYTES)

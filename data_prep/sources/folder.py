@@ -9,8 +9,10 @@ from pathlib import Path
 
 from data_prep.pictures import Unusable
 from data_prep.sources.record import (
+    IMAGE_BYTES,
     PER_UNIT,
     PICTURES,
+    TEXT_BYTES,
     Record,
     Rejected,
     Scanned,
@@ -27,6 +29,8 @@ from megatron_dit.errors import UserError
 
 class Folder:
     """A picture ``a.jpg``, however deep, beside ``a.txt`` or ``a.json`` or both; hidden files and folders are not seen.
+
+    A key is a path without its last extension, letter by letter: those of other cases or Unicode forms are others.
 
     With ``classes`` the label is the picture's first folder's place among the sorted ones, and no captions are read.
     """
@@ -60,26 +64,29 @@ class Folder:
             if not pictures:
                 yield Rejected(shown(stem), "no picture"), None
                 continue
-            beside = {_extension(file): self._root / file for file in reversed(files)}
+            beside = [file for file in files if file not in pictures]
             yield or_rejected(shown(pictures[0]), partial(self._picture, pictures[0], beside))
             for other in pictures[1:]:
                 yield Rejected(shown(other), "duplicate key"), None
 
     def read(self, record: Record) -> bytes:
-        return (self._root / str(record.place[0])).read_bytes()
+        return file_bytes(self._root / str(record.place[0]), IMAGE_BYTES)
 
-    def _picture(self, file: str, beside: dict[str, Path]) -> tuple[Record, bytes]:
+    def _picture(self, file: str, others: list[str]) -> tuple[Record, bytes]:
         label, meta, captions = None, {}, ()
         if self.classes:
             label = self._labels.get(file.partition("/")[0])
             if label is None:
                 raise Unusable("no class")
         else:
+            beside = {_extension(other): self._root / other for other in others}
+            if len(beside) < len(others):  # a.txt and a.TXT
+                raise Unusable("two captions or json files of one name")
             if "json" in beside:
-                meta = json_object(file_bytes(beside["json"]))
-            text = file_bytes(beside["txt"]) if "txt" in beside else b""
+                meta = json_object(file_bytes(beside["json"], TEXT_BYTES))
+            text = file_bytes(beside["txt"], TEXT_BYTES) if "txt" in beside else b""
             captions = merge_captions(caption_text(text), meta.get("captions"))
-        return scanned(Record(shown(file), (file,), captions, label, meta), file_bytes(self._root / file))
+        return scanned(Record(shown(file), (file,), captions, label, meta), file_bytes(self._root / file, IMAGE_BYTES))
 
 
 def _extension(file: str) -> str:
@@ -91,15 +98,27 @@ def _subfolders(root: Path) -> Iterator[str]:
 
 
 def _files(root: Path, extensions: frozenset[str]) -> Iterator[str]:
-    """Paths below ``root``, relative to it, in no order. Links are followed but where they lead back up."""
-    for folder, subfolders, files in os.walk(root, followlinks=True):
+    """Paths below ``root``, relative to it, in no order. Links are followed but where they lead round in circles.
+
+    Raises UserError for a folder that cannot be read, whose pictures would be missing without a word.
+    """
+    for folder, subfolders, files in os.walk(root, followlinks=True, onerror=_unreadable):
         here = Path(folder)
+        above = [Path(os.path.realpath(each)) for each in (here, *here.parents) if each.is_relative_to(root)]
+
+        def leads_back(link: Path, above: list[Path] = above) -> bool:
+            target = os.path.realpath(link)
+            return any(each.is_relative_to(target) for each in above)
+
         subfolders[:] = [
             name
             for name in subfolders
-            if not name.startswith(".")
-            and not ((here / name).is_symlink() and here.resolve().is_relative_to((here / name).resolve()))
+            if not name.startswith(".") and not ((here / name).is_symlink() and leads_back(here / name))
         ]
         for name in files:
             if not name.startswith(".") and "." in name and _extension(name) in extensions:
                 yield (here / name).relative_to(root).as_posix()
+
+
+def _unreadable(error: OSError) -> None:
+    raise UserError(f"folder {error.filename} cannot be read ({error.strerror}): make it readable or move it away")

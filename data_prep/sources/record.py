@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import json
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -15,6 +15,13 @@ from data_prep.pictures import Unusable
 
 PICTURES = frozenset({"jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "avif"})  # extensions
 PER_UNIT = 1000  # pictures of a unit, where the source has no parts of its own
+
+# One hostile or damaged sample must not take the memory of the job: what is larger is rejected with that reason.
+IMAGE_BYTES = 2**29  # of an image file
+TEXT_BYTES = 2**20  # of a caption or JSON file, and of a row of a csv, tsv or jsonl
+CAPTION_LETTERS = 2**18  # of a sample's captions together
+CAPTIONS = 256  # of a sample
+JSON_DEPTH = 32  # of objects and lists in each other
 
 
 @dataclass(frozen=True)
@@ -79,7 +86,7 @@ def scanned(record: Record, data: bytes) -> tuple[Record, bytes]:
         raise Unusable("empty file")
     if not record.captions and record.label is None:
         raise Unusable("no caption")
-    return record, data
+    return replace(record, meta=_plain(record.meta)), data
 
 
 def or_rejected(name: str, make: Callable[[], tuple[Record, bytes]]) -> Scanned:
@@ -104,35 +111,62 @@ def caption_text(data: bytes) -> str:
 
 
 def json_object(data: bytes | str) -> dict[str, Any]:
-    """Raises Unusable where ``data`` is not a JSON object."""
+    """Raises Unusable where ``data`` is not a JSON object, has a key twice or is nested deeper than JSON_DEPTH."""
     try:
-        found = json.loads(data)
+        found = json.loads(data, object_pairs_hook=_distinct)
     except (ValueError, RecursionError):
         found = None
     if not isinstance(found, dict):
         raise Unusable("json is not valid")
+    _check_depth(found)
     return found
 
 
-def merge_captions(text: str, given: Any) -> tuple[Caption, ...]:
-    """``text`` with weight 1, then ``given``: a string or a list of strings and {"text", "weight"}, or None.
+def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        raise Unusable("json has a key twice")
+    return found
 
-    Empty captions do not count, equal ones are merged: within ``given`` their weights add up, and ``text`` gives way to
-    the same text there. Raises Unusable for what is no caption.
+
+def _check_depth(value: Any) -> None:
+    """Raises Unusable; what copies or writes JSON later calls itself at each level."""
+    level = [value]
+    for _ in range(JSON_DEPTH + 1):
+        level = [inner for outer in level if isinstance(outer, dict | list) for inner in _inside(outer)]
+    if level:
+        raise Unusable(f"json is nested deeper than {JSON_DEPTH}")
+
+
+def _inside(value: dict[str, Any] | list[Any]) -> list[Any]:
+    return list(value.values()) if isinstance(value, dict) else value
+
+
+def merge_captions(text: str, given: Any) -> tuple[Caption, ...]:
+    """``text`` with weight 1, then ``given``: a text or a list of texts and {"text", "weight"}, or None.
+
+    Texts may be strings or UTF-8 bytes. Empty captions do not count, equal ones are merged: within ``given`` their
+    weights add up, and ``text`` gives way to the same text there. Raises Unusable for what is no caption, and for more
+    or longer ones than CAPTIONS and CAPTION_LETTERS.
     """
     weights: dict[str, float] = {}
-    for entry in [given] if isinstance(given, str) else [] if given is None else _list(given):
-        one = {"text": entry} if isinstance(entry, str) else entry
-        if not isinstance(one, dict) or not isinstance(one.get("text"), str):
+    for entry in [given] if isinstance(given, str | bytes) else [] if given is None else _list(given):
+        one = {"text": entry} if isinstance(entry, str | bytes) else entry
+        if not isinstance(one, dict) or not isinstance(one.get("text"), str | bytes):
             raise Unusable("captions are not texts")
         weight = one.get("weight")
         weight = 1 if weight is None else weight
         if isinstance(weight, bool) or not isinstance(weight, int | float) or not 0 < weight < 1e100:
             raise Unusable("caption weight is not a positive number")
-        if caption := one["text"].strip():
+        caption = one["text"].strip() if isinstance(one["text"], str) else caption_text(one["text"])
+        if caption:
             weights[caption] = weights.get(caption, 0.0) + weight
     if text and text not in weights:
         weights = {text: 1.0, **weights}
+    if len(weights) > CAPTIONS:
+        raise Unusable(f"more than {CAPTIONS} captions")
+    if sum(map(len, weights)) > CAPTION_LETTERS:
+        raise Unusable(f"captions of more than {CAPTION_LETTERS} characters")
     # JSON escapes can spell half a surrogate pair, and undecodable bytes of a table come as such halves.
     if any("\ud800" <= letter <= "\udfff" for caption in weights for letter in caption):
         raise Unusable("caption is not UTF-8")
@@ -153,21 +187,40 @@ def class_label(text: str, classes: int) -> int:
     return int(number)
 
 
-def plain(row: dict[str, Any]) -> dict[str, Any]:
-    """A table's row as JSON has it: dates and the like as text, bytes as null."""
-    return json.loads(json.dumps(row, default=lambda value: None if isinstance(value, bytes) else str(value)))
+def _plain(meta: dict[str, Any]) -> dict[str, Any]:
+    """``meta`` as any reader of JSON takes it: dates and the like as text, bytes and numbers not finite as null."""
+    _check_depth(meta)
+    text = json.dumps(meta, default=lambda value: None if isinstance(value, bytes) else str(value))
+    return json.loads(text, parse_constant=lambda _: None)
 
 
-def file_bytes(path: Path) -> bytes:
-    """Raises Unusable where ``path`` is no file to read; a disk's failure is raised as it is."""
+def file_bytes(path: Path, limit: int) -> bytes:
+    """The bytes of a file of at most ``limit``; a disk's failure is raised as it is.
+
+    Raises Unusable where ``path`` is no regular file to read (a FIFO would not end) or a larger one.
+    """
     try:
-        data = path.read_bytes() if path.is_file() else None
+        if not path.is_file():
+            raise Unusable("file is missing")
+        check_size(path.stat().st_size, limit)
+        with path.open("rb") as file:
+            data = file.read(limit + 1)
     except PermissionError:
         raise Unusable("file is not readable") from None
     except OSError as error:
         if error.errno != errno.ENAMETOOLONG:
             raise
-        data = None
-    if data is None:
-        raise Unusable("file is missing")
+        raise Unusable("file is missing") from None
+    return bounded(data, limit)
+
+
+def bounded(data: bytes, limit: int) -> bytes:
+    """``data``. Raises Unusable where there are more than ``limit`` bytes."""
+    check_size(len(data), limit)
     return data
+
+
+def check_size(size: int, limit: int) -> None:
+    """Raises Unusable where ``size`` is above ``limit``, both in bytes."""
+    if size > limit:
+        raise Unusable(f"file of more than {limit >> 20} MiB")

@@ -2,25 +2,31 @@
 
 from __future__ import annotations
 
-import csv
+import codecs
 import importlib
 from bisect import bisect_right
-from collections.abc import Callable, Iterable, Iterator
-from functools import lru_cache, partial
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from functools import lru_cache
 from itertools import accumulate, islice
 from pathlib import Path
 from typing import Any, Protocol
 
 from data_prep.pictures import Unusable
-from data_prep.sources.record import PER_UNIT, json_object
+from data_prep.sources.lines import csv_records, lines
+from data_prep.sources.record import PER_UNIT, TEXT_BYTES, json_object
 from megatron_dit.errors import UserError
 
 Row = dict[str, Any] | Unusable  # by column, or why the row cannot be read
 
+GROUP_BYTES = 2**32  # of a parquet's row group, which is decoded as a whole
+UTF16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)  # the marks of UTF-32 begin with them or with NULs
+
 
 class Rows(Protocol):
     count: int
-    columns: tuple[str, ...]
+    columns: tuple[str, ...]  # as they are named in the file, be it twice
+    delimiter: str  # between the cells of a row of text
 
     def unit(self, unit: int) -> Iterator[Row]: ...
 
@@ -32,7 +38,11 @@ def open_rows(path: Path) -> Rows:
         raise UserError(f"table {path}: expected a file .csv, .tsv, .jsonl or .parquet")
     if kind == ".parquet":
         return _Parquet(path)
-    return _JsonLines(path) if kind == ".jsonl" else _Csv(path, "excel" if kind == ".csv" else "excel-tab")
+    with path.open("rb") as file:
+        start = file.read(4)
+    if start.startswith(UTF16) or b"\0" in start:
+        raise UserError(f"table {path} is not UTF-8 text, but UTF-16 or UTF-32: save it as UTF-8")
+    return _JsonLines(path) if kind == ".jsonl" else _Csv(path, "," if kind == ".csv" else "\t")
 
 
 def import_prep(module: str) -> Any:
@@ -46,20 +56,22 @@ def import_prep(module: str) -> Any:
 class _Csv:
     """The first row names the columns."""
 
-    def __init__(self, path: Path, dialect: str) -> None:
-        self._path = path
-        self._split = partial(csv.reader, dialect=dialect)
-        records = _records(path, 0, self._split)
-        try:
-            self.columns = tuple(next(records, (0, []))[1])
-            self._starts, self.count = _index(begin for begin, _ in records)
-        except csv.Error as error:
-            raise UserError(f"table {path} cannot be read ({error}): mend its quotes, or give a .jsonl") from None
+    def __init__(self, path: Path, delimiter: str) -> None:
+        self._path, self.delimiter = path, delimiter
+        records = csv_records(path, 0, delimiter)
+        header = next(records, (0, []))[1]
+        if isinstance(header, Unusable):
+            raise UserError(f"table {path}: its first line, which names the columns, cannot be read ({header.reason})")
+        self.columns = tuple(header)
+        self._names = _distinct(self.columns)
+        self._starts, self.count = _index(begin for begin, _ in records)
 
     def unit(self, unit: int) -> Iterator[Row]:
-        for _, cells in islice(_records(self._path, self._starts[unit], self._split), PER_UNIT):
-            if len(cells) == len(self.columns):
-                yield dict(zip(self.columns, cells, strict=True))
+        for _, cells in islice(csv_records(self._path, self._starts[unit], self.delimiter), PER_UNIT):
+            if isinstance(cells, Unusable):
+                yield cells
+            elif len(cells) == len(self.columns):
+                yield dict(zip(self._names, cells, strict=True))
             else:
                 yield Unusable("row is not as long as the header")
 
@@ -67,30 +79,44 @@ class _Csv:
 class _JsonLines:
     """An object a line; the columns are those of the first unit."""
 
+    delimiter = ""
+
     def __init__(self, path: Path) -> None:
         self._path = path
-        self._starts, self.count = _index(begin for begin, _ in _records(path, 0, _stripped))
-        rows = self.unit(0) if self.count else ()
+        self._starts, self.count = _index(begin for begin, _ in self._lines(0))
+        rows = list(self.unit(0) if self.count else ())
+        if rows and all(isinstance(row, Unusable) for row in rows):
+            raise UserError(
+                f"table {path}: none of its first {len(rows)} lines is a JSON object; expected one object a line, "
+                "neither an array nor an object spread over lines"
+            )
         self.columns = tuple(dict.fromkeys(column for row in rows if isinstance(row, dict) for column in row))
 
+    def _lines(self, start: int) -> Iterator[tuple[int, bytes | None]]:
+        return ((begin, line) for begin, line in lines(self._path, start) if line is None or line.strip())
+
     def unit(self, unit: int) -> Iterator[Row]:
-        for _, line in islice(_records(self._path, self._starts[unit], _stripped), PER_UNIT):
+        for begin, line in islice(self._lines(self._starts[unit]), PER_UNIT):
             try:
-                row: Row = json_object(line)
+                if line is None:
+                    raise Unusable(f"row of more than {TEXT_BYTES >> 20} MiB")
+                yield json_object(line.decode("utf-8" if begin else "utf-8-sig", errors="surrogateescape"))
             except Unusable as broken:
-                row = broken
-            yield row
+                yield broken
 
 
 class _Parquet:
+    delimiter = ""
+
     def __init__(self, path: Path) -> None:
         self._path = path
         parquet = import_prep("pyarrow.parquet")
         try:
             metadata = parquet.read_metadata(path)
             self.columns = tuple(parquet.read_schema(path).names)
-        except (OSError, ValueError) as error:
-            raise UserError(f"table {path} is not a readable parquet ({str(error).splitlines()[0]})") from None
+        except Exception as error:  # pyarrow raises nearly anything on garbage
+            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            raise UserError(f"table {path} is not a readable parquet ({reason})") from None
         self.count: int = metadata.num_rows
         sizes = [metadata.row_group(group).num_rows for group in range(metadata.num_row_groups)]
         self._starts = [0, *accumulate(sizes)]
@@ -98,47 +124,41 @@ class _Parquet:
     def unit(self, unit: int) -> Iterator[Row]:
         for number in range(unit * PER_UNIT, min((unit + 1) * PER_UNIT, self.count)):
             group = bisect_right(self._starts, number) - 1
-            try:
-                row = _row_group(self._path, group).slice(number - self._starts[group], 1).to_pylist()[0]
-            except UnicodeDecodeError:
-                row = Unusable("caption is not UTF-8")
-            except (OSError, ValueError):
-                row = Unusable("row cannot be read")
-            yield row
+            yield _row(_row_group(self._path, group), number - self._starts[group])
+
+
+def _row(group: Any, number: int) -> Row:
+    if group is None:
+        return Unusable("row cannot be read")
+    try:
+        return group.slice(number, 1).to_pylist()[0]
+    except UnicodeDecodeError:
+        return Unusable("caption is not UTF-8")
+    except Exception:  # as above
+        return Unusable("row cannot be read")
 
 
 @lru_cache(maxsize=1)
 def _row_group(path: Path, group: int) -> Any:
-    """Decoded once for the many units in it; without threads, which would not outlive a fork."""
-    with import_prep("pyarrow.parquet").ParquetFile(path) as file:
-        return file.read_row_group(group, use_threads=False)
+    """Decoded once for the many units in it, without threads, which would not outlive a fork; None if it cannot be."""
+    try:
+        with import_prep("pyarrow.parquet").ParquetFile(path) as file:
+            if file.metadata.row_group(group).total_byte_size > GROUP_BYTES:
+                return None
+            found = file.read_row_group(group, use_threads=False)
+            return found.rename_columns(_distinct(found.column_names))
+    except Exception:  # a damaged page: pyarrow raises nearly anything on garbage
+        return None
 
 
-def _stripped(lines: Iterable[str]) -> Iterator[str]:
-    return (line.strip() for line in lines)
-
-
-def _records(path: Path, start: int, split: Callable[[Iterator[str]], Iterable[Any]]) -> Iterator[tuple[int, Any]]:
-    """(first byte, record) of each record but blank ones, from byte ``start`` on.
-
-    ``split`` takes no more lines than a record has. Bytes that are not UTF-8 come as half surrogates.
-    """
-    offset = start
-
-    def lines() -> Iterator[str]:
-        nonlocal offset
-        with path.open("rb") as file:
-            file.seek(start)
-            for line in file:
-                encoding = "utf-8" if offset else "utf-8-sig"
-                offset += len(line)
-                yield line.decode(encoding, errors="surrogateescape")
-
-    begin = offset
-    for record in split(lines()):
-        if record:
-            yield begin, record
-        begin = offset
+def _distinct(columns: Sequence[str]) -> list[str]:
+    """The columns' names, where one comes again as pandas has it: "a", "a.1", "a.2"."""
+    seen: Counter[str] = Counter()
+    names = []
+    for name in columns:
+        names.append(f"{name}.{seen[name]}" if seen[name] else name)
+        seen[name] += 1
+    return names
 
 
 def _index(begins: Iterable[int]) -> tuple[list[int], int]:

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import os
+import re
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from data_prep.pictures import Unusable
 from data_prep.sources.record import (
+    IMAGE_BYTES,
     PER_UNIT,
+    PICTURES,
     Record,
     Scanned,
     file_bytes,
     merge_captions,
     or_rejected,
-    plain,
     scanned,
     shown,
 )
@@ -37,10 +41,18 @@ class Table:
         self._table = table
         self._columns = (file_column, caption_column)
         self._rows = open_rows(table)
-        for name in self._columns:
-            if name not in self._rows.columns:
-                found = ", ".join(self._rows.columns) or "none"
-                raise UserError(f"table {table} has no column {name!r}, its columns are {found}: name another")
+        for option, name in (("file", file_column), ("caption", caption_column)):
+            count = self._rows.columns.count(name)
+            if count == 0 and self._rows.columns:
+                found = ", ".join(map(repr, self._rows.columns))
+                raise UserError(
+                    f"table {table} has no column {name!r}, its columns are {found}: name one with --{option}-column, "
+                    "or separate the columns as .csv (commas) or .tsv (tabs) have it"
+                )
+            if count > 1:
+                raise UserError(f"table {table} has {count} columns {name!r}: expected one; rename the others")
+        if not self._rows.count:
+            raise UserError(f"table {table} has no rows: expected a line of column names and then one row a picture")
 
     @property
     def units(self) -> int:
@@ -52,16 +64,43 @@ class Table:
             yield or_rejected(name, partial(self._picture, name, row))
 
     def read(self, record: Record) -> bytes:
-        return (self._root / str(record.place[0])).read_bytes()
+        return file_bytes(self._root / str(record.place[0]), IMAGE_BYTES)
 
     def _picture(self, name: str, row: Row) -> tuple[Record, bytes]:
         if isinstance(row, Unusable):
             raise row
+        if any(isinstance(cell, str) and self._holds_a_row(cell) for cell in row.values()):
+            raise Unusable("a quote is not closed: a cell holds another row")
         file, caption = (row.get(column) for column in self._columns)
-        if not isinstance(file, str) or not file.strip():
+        place = self._place(file)
+        meta = {column: value for column, value in row.items() if column not in self._columns}
+        record = Record(name, (place,), merge_captions("", caption), None, meta)
+        return scanned(record, file_bytes(self._root / place, IMAGE_BYTES))
+
+    def _place(self, file: Any) -> str:
+        """The path of ``file`` relative to the folder. Raises Unusable where it is none or leads elsewhere."""
+        file = os.fsdecode(file) if isinstance(file, bytes) else file
+        if file is not None and not isinstance(file, str):
+            raise Unusable("file is not a path")
+        if not file or not file.strip() or "\0" in file:
             raise Unusable("file is missing")
-        if Path(file).is_absolute() or ".." in Path(file).parts:
-            raise Unusable("unsafe name")
-        meta = plain({column: value for column, value in row.items() if column not in self._columns})
-        record = Record(name, (file,), merge_captions("", caption), None, meta)
-        return scanned(record, file_bytes(self._root / file))
+        root = self._root.absolute()
+        path = root / file
+        if ".." in path.parts or not path.is_relative_to(root):
+            # realpath and not resolve, which raises for links that go round in circles
+            root, path = Path(os.path.realpath(root)), Path(os.path.realpath(path))
+        if not path.is_relative_to(root):
+            raise Unusable("file is outside the folder")
+        return str(path.relative_to(root))
+
+    def _holds_a_row(self, cell: str) -> bool:
+        """Whether a cell of several lines of text holds another row's cells, a picture's name among them."""
+        delimiter = self._rows.delimiter
+        if not delimiter or delimiter not in cell or not ("\n" in cell or "\r" in cell):
+            return False
+        pieces = re.split(rf"[\r\n{delimiter}]", cell)
+        names = (piece.strip(' "') for piece in pieces)
+        return any(
+            name.rpartition(".")[2].lower() in PICTURES and os.path.isfile(self._root / name)  # noqa: PTH113 # any text
+            for name in names
+        )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import tarfile
 from collections.abc import Iterator
@@ -12,11 +13,14 @@ from typing import BinaryIO
 
 from data_prep.pictures import Unusable
 from data_prep.sources.record import (
+    IMAGE_BYTES,
     PICTURES,
+    TEXT_BYTES,
     Record,
     Rejected,
     Scanned,
     caption_text,
+    check_size,
     class_label,
     json_object,
     merge_captions,
@@ -29,17 +33,34 @@ REFUSED = frozenset({"pickle", "pkl", "pyd", "pth", "pt"})  # extensions of what
 BESIDE = frozenset({"txt", "json", "cls"})
 
 
+HEADER_BYTES = 2**20  # of a long name or of a PAX header
+
+
 @dataclass
 class _Sample:
     """A key's members as (offset, size) in the tar."""
 
     pictures: list[tuple[int, int]] = field(default_factory=list)
-    beside: dict[str, tuple[int, int]] = field(default_factory=dict)  # by extension; of equal ones the first
+    beside: dict[str, tuple[int, int]] = field(default_factory=dict)  # by extension
     problem: str = ""
 
 
+class BoundedFile(io.FileIO):
+    """A file for tarfile, which reads as much for a long name or a PAX header as the tar claims."""
+
+    def read(self, size: int = -1, /) -> bytes:
+        if not 0 <= size <= HEADER_BYTES:
+            raise tarfile.ReadError(f"header of {size} bytes")
+        return super().read(size)
+
+
 class Tars:
-    """With ``num_classes``, a picture has its class number in KEY.cls and may lack a caption."""
+    """With ``num_classes``, a picture has its class number in KEY.cls and may lack a caption.
+
+    A key ends at the last dot of its member's name, so that ``a.b.jpg`` and ``a.c.jpg`` are two samples. But where
+    ``a.jpg`` is a sample, a member like ``a.seg.png`` that has no txt, json or cls of its own is a part of it, as
+    webdataset has it, which ends a key at the first dot; such parts are not used.
+    """
 
     kind = "tars"
 
@@ -65,7 +86,7 @@ class Tars:
 
     def read(self, record: Record) -> bytes:
         path, offset, size = record.place
-        return _member(Path(str(path)), (int(offset), int(size)))
+        return _member(Path(str(path)), (int(offset), int(size)), IMAGE_BYTES)
 
     def _sample(self, path: Path, name: str, sample: _Sample) -> tuple[Record, bytes]:
         if sample.problem:
@@ -73,7 +94,7 @@ class Tars:
         if not sample.pictures:
             raise Unusable("no picture")
         place = sample.pictures[0]
-        beside = {extension: _member(path, where) for extension, where in sample.beside.items()}
+        beside = {extension: _member(path, where, TEXT_BYTES) for extension, where in sample.beside.items()}
         meta = json_object(beside["json"]) if "json" in beside else {}
         captions = merge_captions(caption_text(beside.get("txt", b"")), meta.get("captions"))
         label = None
@@ -81,7 +102,7 @@ class Tars:
             if "cls" not in beside:
                 raise Unusable("no class")
             label = class_label(beside["cls"].decode(errors="replace"), len(self.classes))
-        return scanned(Record(name, (str(path), *place), captions, label, meta), _member(path, place))
+        return scanned(Record(name, (str(path), *place), captions, label, meta), _member(path, place, IMAGE_BYTES))
 
 
 def _index(path: Path) -> tuple[dict[str, _Sample], bool]:
@@ -91,41 +112,69 @@ def _index(path: Path) -> tuple[dict[str, _Sample], bool]:
     """
     samples: dict[str, _Sample] = {}
     end = path.stat().st_size
+    torn = True
     try:
-        with tarfile.open(path, "r:") as tar:
+        with BoundedFile(path) as file, tarfile.open(fileobj=file, mode="r:") as tar:
             for member in tar:
-                folder, slash, base = member.name.rpartition("/")
-                stem, _, extension = base.partition(".")
-                if member.isdir() or not stem or not extension:
-                    continue
-                key = f"{folder}{slash}{stem}".removeprefix("./")
-                if member.isfile() and member.offset_data + member.size > end:
-                    samples.pop(key, None)
+                if member.size < 0 or (member.isfile() and member.offset_data + member.size > end):
+                    samples.pop(_split(member.name)[0], None)
                     break
-                _add(samples.setdefault(key, _Sample()), member, extension.lower())
-            # tarfile takes a garbled header for the end of the archive.
-            return samples, _member(path, (tar.offset, tarfile.BLOCKSIZE)) != tarfile.NUL * tarfile.BLOCKSIZE
-    except (tarfile.TarError, ValueError):
-        return samples, True
+                key, extension = _split(member.name)
+                if key and not member.isdir():
+                    _add(samples.setdefault(key, _Sample()), member, extension)
+            else:
+                # tarfile takes a garbled header for the end of the archive.
+                rest = _member(path, (tar.offset, tarfile.BLOCKSIZE), tarfile.BLOCKSIZE)
+                torn = rest != tarfile.NUL * tarfile.BLOCKSIZE
+    except (tarfile.TarError, ValueError, OverflowError, RecursionError):  # the last for a thousand long names in a row
+        pass
+    return _joined(samples), torn
+
+
+def _split(name: str) -> tuple[str, str]:
+    """The key and the extension of a member; ("", "") of one that has none or is hidden."""
+    folder, slash, base = name.rpartition("/")
+    stem, _, extension = base.rpartition(".")
+    if not stem or not extension or base.startswith("."):
+        return "", ""
+    return f"{folder}{slash}{stem}".removeprefix("./"), extension.lower()
+
+
+def _joined(samples: dict[str, _Sample]) -> dict[str, _Sample]:
+    """Samples without those that are parts of another, whose problems it takes over."""
+    apart = dict(samples)
+    for key, part in samples.items():
+        folder, slash, base = key.rpartition("/")
+        stem, dot, _ = base.partition(".")
+        whole = samples.get(f"{folder}{slash}{stem}") if dot else None
+        if whole is None or not whole.pictures or (part.pictures and part.beside):
+            continue
+        whole.problem = whole.problem or part.problem
+        del apart[key]
+    return apart
 
 
 def _add(sample: _Sample, member: tarfile.TarInfo, extension: str) -> None:
-    last = extension.rpartition(".")[2]
-    if last in REFUSED:
-        sample.problem = f"member .{last} is refused"
+    if extension in REFUSED:
+        sample.problem = f"member .{extension} is refused"
     elif member.name.startswith("/") or ".." in member.name.split("/"):
         sample.problem = sample.problem or "unsafe name"
     elif not member.isfile() or member.issparse():
         sample.problem = sample.problem or "member is not a plain file"
+    elif extension in sample.beside:
+        sample.problem = sample.problem or f"two .{extension} of one key"
     where = (member.offset_data, member.size)
     if extension in PICTURES:
         sample.pictures.append(where)
     elif extension in BESIDE:
-        sample.beside.setdefault(extension, where)
+        sample.beside[extension] = where
 
 
-def _member(path: Path, where: tuple[int, int]) -> bytes:
-    return os.pread(_opened(str(path)).fileno(), where[1], where[0])
+def _member(path: Path, where: tuple[int, int], limit: int) -> bytes:
+    """Raises Unusable for a member of more than ``limit`` bytes."""
+    offset, size = where
+    check_size(size, limit)
+    return os.pread(_opened(str(path)).fileno(), size, offset)
 
 
 @lru_cache(maxsize=16)

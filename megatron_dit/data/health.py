@@ -9,6 +9,7 @@ from megatron_dit.config import Config, DataConfig
 from megatron_dit.data.shards import Index, broken_shards
 from megatron_dit.errors import UserError
 from megatron_dit.parallel.topology import agree, gather, sum_over_ranks
+from megatron_dit.runtime.text import printable
 
 STEPS = 100  # over which the share of bad samples is taken
 
@@ -26,7 +27,9 @@ def check_shards(data: Sequence[Index], config: DataConfig, rank: int, world: in
         if samples > config.max_bad_share * index.samples:
             agree(UserError(next(iter(broken.values()))) if broken else None)
         if shards:
-            lines.append(f"{index.folder}: {shards} shards cannot be read, their {samples} samples are skipped")
+            lines.append(
+                f"{printable(index.folder)}: {shards} shards cannot be read, their {samples} samples are skipped"
+            )
     return lines
 
 
@@ -55,7 +58,10 @@ class DataHealth:
             return []
         self._told |= new
         examples = {cause: text for rank in gather(list(bad)) for cause, text in rank}
-        return [f"skipped a bad sample, and will count others like it: {examples[cause]}" for cause in sorted(new)]
+        return [
+            f"skipped a bad sample, and will count others like it: {printable(examples[cause])}"
+            for cause in sorted(new)
+        ]
 
     def _stop(self, what: str, bad: Sequence[tuple[str, str]]) -> None:
         agree(UserError(f"{what}; such as: {bad[0][1]}") if bad else None)

@@ -53,6 +53,11 @@ class OnlineText:
         self._cache: OrderedDict[bytes, Tensor] = OrderedDict()
         self._bytes = 0
 
+    @property
+    def vocabulary(self) -> int:
+        """Ids that the encoder knows: those below this number."""
+        return self._encoder.model.config.vocab_size
+
     def __call__(self, ids: Sequence[np.ndarray]) -> list[Tensor]:
         """Features (tokens, dim) fp16 of each caption's ids. Collective where the weights are sharded."""
         captions = {caption.tobytes(): caption for caption in ids}

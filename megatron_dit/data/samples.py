@@ -6,6 +6,7 @@ import time
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -14,9 +15,10 @@ from torch.utils.data import Dataset
 
 from megatron_dit.config import Config
 from megatron_dit.data.batch import Batch
+from megatron_dit.data.members import check_captions, class_number, member_array
 from megatron_dit.data.shards import Index
 from megatron_dit.data.store import open_store
-from megatron_dit.data.tar import BadSample, ShardReader, parse_array
+from megatron_dit.data.tar import BadSample, ShardReader
 from megatron_dit.data.text import pad
 from megatron_dit.models.condition import Condition
 
@@ -81,18 +83,7 @@ class Samples(Dataset[Sample]):
         drop: float,
         noise: np.ndarray,
     ) -> Sample:
-        def array(name: str, expected: tuple[int | None, ...]) -> np.ndarray:
-            """The member, of an ``expected`` shape (None: any size), finite. Raises BadSample."""
-            if name not in members:
-                raise BadSample("missing_member", f"{where} has no {name}: prepare the data again")
-            found = parse_array(members[name], f"{where}: {name}")
-            sizes = zip(found.shape, expected, strict=False)
-            if len(found.shape) != len(expected) or any(e not in (None, size) for size, e in sizes):
-                raise BadSample("wrong_shape", f"{where}: {name} is {found.shape}, expected {expected}")
-            if found.dtype.kind == "f" and not np.isfinite(found).all():
-                raise BadSample("not_finite", f"{where}: {name} is not finite")
-            return found
-
+        array = partial(member_array, members, where)
         model = self._config.model
         latent = array("latent.npy", shape)
         if "std.npy" in members:
@@ -102,11 +93,15 @@ class Samples(Dataset[Sample]):
         if self._has_features:
             features = array("features.npy", (shape[1] * shape[2] // model.patch_size**2, model.repa_dim))
         if model.num_classes:
-            label = _class_number(members, model.num_classes, where)
+            label = class_number(members, where, model.num_classes)
         else:
             captions = array("captions.npy", (None, 2))
-            tokens = array(self._text, (None,) if self._text == "ids.npy" else (None, model.text_dim))
-            if not len(captions) or captions[:, 0].sum() != len(tokens):
+            if self._text == "ids.npy":
+                tokens = array(self._text, (None,), "i")
+            else:
+                tokens = array(self._text, (None, model.text_dim))
+            check_captions(captions, where)
+            if captions[:, 0].sum() != len(tokens):
                 raise BadSample("wrong_shape", f"{where}: {self._text} has {len(tokens)} tokens, not its captions'")
             tokens = _one_of(captions, tokens, rng)
             text, ids = (None, tokens) if self._text == "ids.npy" else (tokens, None)
@@ -184,13 +179,6 @@ class Shards:
         if len(self._open) > OPEN_SHARDS:
             self._open.popitem(last=False)[1].close()
         return reader
-
-
-def _class_number(members: dict[str, bytes], classes: int, where: str) -> int:
-    text = members.get("cls", b"").decode("ascii", errors="replace").strip()
-    if not text.isdecimal() or int(text) >= classes:
-        raise BadSample("wrong_class", f"{where} has class {text!r}, expected 0 to {classes - 1}")
-    return int(text)
 
 
 def _one_of(captions: np.ndarray, tokens: np.ndarray, rng: np.random.Generator) -> np.ndarray:

@@ -10,11 +10,14 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote
 
 import fsspec
 
+from megatron_dit.data.index_file import parse
 from megatron_dit.data.tar import BadSample, Shard, ShardReader
 from megatron_dit.errors import UserError
+from megatron_dit.runtime.paths import user_path
 
 INDEX = "index.json"
 FORMAT = 2
@@ -80,36 +83,35 @@ def file_system(folder: str) -> fsspec.AbstractFileSystem:
 
 
 def read_index(folder: str | Path) -> Index:
-    """Raises UserError where the folder or its index is missing or not ours."""
-    folder = str(folder)
+    """Read and check ``index.json``. Raises UserError where the folder or its index is missing or not ours."""
+    folder = _found(user_path(str(folder), "data.path"))
     path = f"{folder.rstrip('/')}/{INDEX}"
+    if "://" not in folder and Path(path).exists() and not Path(path).is_file():  # reading a FIFO would wait
+        raise UserError(f"{path} is not a regular file: prepare the data again")
     try:
-        raw = json.loads(file_system(folder).cat_file(path))
+        data = file_system(folder).cat_file(path)
+    except UserError:
+        raise
     except FileNotFoundError:
         raise UserError(
             f"data.path={folder} has no {INDEX}: prepare it, for the embedded data by "
             f"'python -m data_prep demo {folder}'"
         ) from None
-    except OSError as error:
-        raise UserError(f"{path} cannot be read ({error}): check data.path") from None
-    except ValueError as error:
-        raise UserError(f"{path} is not an index of shards ({error}): prepare the data again") from None
-    try:
-        if raw["format"] != FORMAT:
-            raise UserError(f"{path} has format {raw['format']}, expected {FORMAT}: prepare the data again")
-        shards = tuple(Shard(**{**shard, "bucket": tuple(shard["bucket"])}) for shard in raw["shards"])
-        described = {key: raw[key] for key in ("channels", "text", "codec", "classes", "source", "features")}
-        index = Index(folder=folder, shards=shards, members=tuple(raw["members"]), **described)
-    except (KeyError, TypeError, ValueError) as error:
-        raise UserError(f"{path} is not an index of shards ({error}): prepare the data again") from None
-    if not index.shards:
-        raise UserError(f"{path} names no shards: prepare the data again")
-    unsafe = next(
-        (shard.file for shard in index.shards if Path(shard.file).name != shard.file or shard.file[:1] == "."), None
-    )
-    if unsafe is not None:
-        raise UserError(f"{path} names {unsafe!r}: expected the names of files in its own folder")
-    return index
+    except Exception as error:  # each of fsspec's file systems has its own kinds
+        raise UserError(f"{path} cannot be read ({type(error).__name__}: {error}): check data.path") from None
+    assert isinstance(data, bytes)
+    raw = parse(data, path, FORMAT)
+    shards = tuple(Shard(**{**shard, "bucket": tuple(shard["bucket"])}) for shard in raw["shards"])
+    described = {key: raw[key] for key in ("channels", "text", "codec", "classes", "source", "features")}
+    return Index(folder=folder, shards=shards, members=tuple(raw["members"]), **described)
+
+
+def _found(folder: str) -> str:
+    """A file: URL as fsspec wants it, without percent escapes, unless the folder's own name has them."""
+    if not folder.startswith("file:") or "%" not in folder:
+        return folder
+    local = file_system(folder)
+    return folder if local.exists(f"{folder.rstrip('/')}/{INDEX}") else unquote(folder)
 
 
 def write_index(index: Index) -> None:

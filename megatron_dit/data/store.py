@@ -12,6 +12,8 @@ from pathlib import Path
 from megatron_dit.config import DataConfig
 from megatron_dit.data.shards import Index, file_system
 from megatron_dit.data.tar import BadSample, Shard, sha256_of
+from megatron_dit.errors import writing
+from megatron_dit.runtime.paths import user_path
 
 
 class Store:
@@ -36,22 +38,24 @@ class Cache(Store):
         super().__init__(index)
         name = hashlib.sha256(index.folder.encode()).hexdigest()[:16]
         self._folder, self._limit = folder / name, limit
-        self._folder.mkdir(parents=True, exist_ok=True)
+        with writing(folder):
+            self._folder.mkdir(parents=True, exist_ok=True)
 
     def path(self, shard: Shard) -> Path:
         path = self._folder / shard.file
-        if not self._touch(path):
+        if not self._touch(path, shard):
             with self._lock(f"{shard.file}.lock"):  # another process may be fetching it: wait, and look again
-                if not self._touch(path):
+                if not self._touch(path, shard):
                     self._fetch(shard, path)
         return path
 
-    def _touch(self, path: Path) -> bool:
+    def _touch(self, path: Path, shard: Shard) -> bool:
+        """Whether the shard is held, in its size: one that a full disk or a crash has cut is fetched again."""
         try:
             os.utime(path)
+            return path.stat().st_size == shard.bytes
         except FileNotFoundError:
             return False
-        return True
 
     def _fetch(self, shard: Shard, path: Path) -> None:
         url, part = self._index.path(shard.file), path.with_suffix(".part")
@@ -88,4 +92,8 @@ class Cache(Store):
 
 
 def open_store(index: Index, config: DataConfig) -> Store:
-    return Store(index) if index.local else Cache(index, Path(config.cache), int(config.cache_gib * 2**30))
+    return (
+        Store(index)
+        if index.local
+        else Cache(index, Path(user_path(config.cache, "data.cache")), int(config.cache_gib * 2**30))
+    )

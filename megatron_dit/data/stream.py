@@ -121,10 +121,25 @@ def _online_text(index: Index, config: Config) -> Callable[[Batch], Batch]:
     encoder = OnlineText(index.text, config.data.text_encoder, sharded=config.data.text_sharded)
 
     def add(batch: Batch) -> Batch:
+        batch = _without_unknown_ids(batch, encoder.vocabulary)
         features = encoder(batch.ids)
         return replace(batch, condition=with_text(batch.condition.dropped, features, config.model.text_tokens))
 
     return add
+
+
+def _without_unknown_ids(batch: Batch, vocabulary: int) -> Batch:
+    """``batch``, in which samples with ids that the encoder does not know count as unreadable."""
+    known = [not len(ids) or bool(ids.min() >= 0 and ids.max() < vocabulary) for ids in batch.ids]
+    if all(known):
+        return batch
+    wrong = tuple(
+        ("wrong_captions", f"{key}: ids.npy has ids beyond the text encoder's {vocabulary}")
+        for key, right in zip(batch.keys, known, strict=True)
+        if not right
+    )
+    ids = tuple(ids if right else ids[:0] for ids, right in zip(batch.ids, known, strict=True))
+    return replace(batch, ids=ids, weight=batch.weight * torch.tensor(known), bad=batch.bad + wrong)
 
 
 class OnlineFeatures:

@@ -18,8 +18,10 @@ has, and a sample takes two.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import io
+import math
 import os
 import tarfile
 import zlib
@@ -42,6 +44,7 @@ CAUSES = (
     "wrong_shape",
     "not_finite",
     "wrong_class",
+    "wrong_captions",
 )
 
 
@@ -80,12 +83,15 @@ class ShardReader:
         self.path, self._samples, self._members = path, shard.samples, tuple(members)
         self._rows = shard.table
         try:
+            if path.exists() and not path.is_file():  # opening a FIFO would wait for its writer
+                raise OSError(errno.EINVAL, "not a regular file")
             self._file = path.open("rb")
         except OSError as error:
             raise BadSample("missing_shard", f"shard {path} is missing ({error.strerror}): restore it") from None
         size = os.fstat(self._file.fileno()).st_size
         if size != shard.bytes:
             raise BadSample("torn_shard", f"shard {path} has {size} bytes, its index says {shard.bytes}: restore it")
+        self._size = size
         self._dtype = self._table_dtype()
 
     def _table_dtype(self) -> np.dtype:
@@ -99,6 +105,8 @@ class ShardReader:
             whole = file.read() == b"" and shape == (self._samples,) and dtype.names is not None
             if not whole or dtype != table_dtype(len(self._members), dtype["key"].itemsize):
                 raise ValueError(f"{shape} rows of {dtype}")
+            if self._rows + self._samples * dtype.itemsize > self._size:
+                raise ValueError("its rows go beyond the end of the file")
         except Exception as error:  # as in parse_array
             raise BadSample(
                 "torn_shard", f"shard {self.path} has no table of {self._samples} samples ({error}): restore it"
@@ -132,11 +140,15 @@ class ShardReader:
         """(key, the ``wanted`` members that sample ``number`` has), read in one piece and checked."""
         row = self.rows(number, number + 1)[0]
         key = row["key"].decode("ascii", errors="replace")
-        places = {
+        held = {
             name: (int(row["offset"][i]), int(row["size"][i]), int(row["crc"][i]))
             for i, name in enumerate(self._members)
-            if name in wanted and row["size"][i] >= 0
+            if row["size"][i] >= 0
         }
+        lacking = row["size"] == -1  # what is less is no size
+        if (row["size"][~lacking] < 0).any() or not self._plausible([place[:2] for place in held.values()]):
+            raise BadSample("torn_shard", f"sample {key} of shard {self.path}: its row of the table is corrupt")
+        places = {name: place for name, place in held.items() if name in wanted}
         if not places:
             return key, {}
         start = min(offset for offset, _, _ in places.values())
@@ -147,6 +159,17 @@ class ShardReader:
             if len(found[name]) != size or zlib.crc32(found[name]) != crc:
                 raise BadSample("wrong_checksum", f"sample {key} of shard {self.path}: {name} is corrupt")
         return key, found
+
+    def _plausible(self, places: list[tuple[int, int]]) -> bool:
+        """Whether a sample's members, (offset, size), lie in the file one after the other, as write_shard puts them.
+
+        A row of the table has no checksum. With an offset or size off by one bit, the piece to read could be as large
+        as the shard.
+        """
+        places = sorted(places)
+        ends = [offset + -(-size // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE for offset, size in places]
+        following = all(end + tarfile.BLOCKSIZE == offset for end, (offset, _) in zip(ends, places[1:], strict=False))
+        return following and (not places or (places[0][0] >= 0 and ends[-1] <= self._size))
 
 
 def sha256_of(*paths: Path) -> str:
@@ -160,8 +183,19 @@ def sha256_of(*paths: Path) -> str:
 
 
 def parse_array(data: bytes, where: str) -> np.ndarray:
-    """An ``.npy`` file's array. Raises BadSample, naming ``where``, for anything else, pickled objects among it."""
+    """Return the array of an ``.npy`` file.
+
+    Raises BadSample, which names ``where``, for anything else: pickled objects, or a header whose shape is not that of
+    the bytes that follow.
+    """
     try:
+        file = io.BytesIO(data)
+        version = np.lib.format.read_magic(file)
+        read = {1: np.lib.format.read_array_header_1_0, 2: np.lib.format.read_array_header_2_0}[version[0]]
+        shape, _, dtype = read(file)
+        size = math.prod(shape) * dtype.itemsize
+        if size != len(data) - file.tell() or min(shape, default=0) < 0:
+            raise ValueError(f"its header tells of {size} bytes, and {len(data) - file.tell()} follow")
         return np.lib.format.read_array(io.BytesIO(data), allow_pickle=False)
     except Exception as error:  # a header may be any text: SyntaxError, TokenError, OverflowError, MemoryError, ...
         raise BadSample("not_an_array", f"{where} is no array ({reason_of(error)})") from None

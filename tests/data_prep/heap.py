@@ -8,7 +8,7 @@ import zlib
 from dataclasses import dataclass
 
 import numpy as np
-from PIL import Image, features
+from PIL import Image, ImageCms, PngImagePlugin, features
 
 from data_prep.pictures import Limits
 
@@ -39,19 +39,43 @@ def written(picture: np.ndarray | Image.Image, kind: str = "PNG", **settings: ob
     return buffer.getvalue()
 
 
-def png(width: int, height: int, depth: int, body: bytes) -> bytes:
-    """An RGB PNG written by hand: ``depth`` bits, ``body`` the filtered rows, whatever the header claims."""
+def png(width: int, height: int, depth: int, body: bytes, colours: int = 2, clear: bytes = b"") -> bytes:
+    """A PNG written by hand: ``depth`` bits, ``body`` the filtered rows, whatever the header claims.
+
+    ``colours`` is the colour type, RGB by default; ``clear`` the body of its tRNS chunk.
+    """
 
     def chunk(kind: bytes, body: bytes) -> bytes:
         return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
 
-    header = struct.pack(">IIBBBBB", width, height, depth, 2, 0, 0, 0)
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(body)) + chunk(b"IEND", b"")
+    header = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, depth, colours, 0, 0, 0))
+    header += chunk(b"tRNS", clear) if clear else b""
+    return b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", zlib.compress(body)) + chunk(b"IEND", b"")
+
+
+def tiff(values: np.ndarray, photometric: int, sample_format: int = 1, bits: int = 0) -> bytes:
+    """A grey TIFF written by hand in the byte order of ``values``, which are already packed where ``bits`` says so."""
+    order = ">" if values.dtype.byteorder == ">" else "<"
+    data = values.tobytes()
+    height, width = values.shape[0], values.shape[1] * 8 * values.itemsize // (bits or 8 * values.itemsize)
+    tags = [
+        (256, 3, width),
+        (257, 3, height),
+        (258, 3, bits or 8 * values.itemsize),
+        (259, 3, 1),
+        (262, 3, photometric),
+    ]
+    tags += [(273, 4, 8), (277, 3, 1), (278, 3, height), (279, 4, len(data)), (339, 3, sample_format)]
+    directory = struct.pack(f"{order}H", len(tags))
+    for tag, kind, value in tags:
+        directory += struct.pack(f"{order}HHI" + ("HH" if kind == 3 else "I"), tag, kind, 1, value, *[0] * (kind == 3))
+    start = {"<": b"II*\0", ">": b"MM\0*"}[order]
+    return start + struct.pack(f"{order}I", 8 + len(data)) + data + directory + bytes(4)
 
 
 def cases() -> dict[str, Case]:
     """By file name: all that is awkward, kept or not."""
-    return {**_whole(), **_turned(), **_broken()}
+    return {**_whole(), **_deep(), **_remarked(), **_turned(), **_broken()}
 
 
 def bad_pictures() -> dict[str, bytes]:
@@ -99,6 +123,77 @@ def _whole() -> dict[str, Case]:
     return found
 
 
+def _deep() -> dict[str, Case]:
+    """Grey of other depths, signs and directions, and a PNG's one transparent value: arithmetic says the pixels."""
+    ramp = np.rint(RAMP / 257)
+    four = np.tile(np.arange(16, dtype=np.uint8), (24, 2))  # 4 bits, two pixels to a byte
+    packed = four[:, ::2] << 4 | four[:, 1::2]
+    twelve = (RAMP >> 4).astype(np.uint16)
+    first, second = twelve[:, ::2], twelve[:, 1::2]  # 12 bits, two pixels to three bytes
+    triples = np.stack([first >> 4, (first & 15) << 4 | second >> 8, second & 255], axis=-1).astype(np.uint8)
+    unsigned = RAMP.astype(np.uint64) * 65537  # up to 2 ** 32 - 1
+    signed = (ramp - 128).astype(np.int8)
+    floats = (RAMP / 65535).astype(np.float32)
+    half = np.broadcast_to(np.arange(32) < 16, (24, 32))
+    colours = np.where(half[..., None], [[4660, 300, 65535]], [[513, 40000, 1]]).astype(np.uint16)
+    bits = np.packbits(half, axis=1)
+    alpha = np.stack([RAMP, np.where(half, 0, 65535).astype(np.uint16)], axis=-1)
+    return {
+        "white16.tiff": Case(tiff(RAMP, 0), _grey(255 - ramp)),
+        "white16_big.tiff": Case(tiff(RAMP.astype(">u2"), 0), _grey(255 - ramp)),
+        "black16_big.tiff": Case(tiff(RAMP.astype(">u2"), 1), _grey(ramp)),
+        "white8.tiff": Case(tiff(ramp.astype(np.uint8), 0), _grey(255 - ramp)),
+        "white1.tiff": Case(tiff(bits, 0, bits=1), _grey(np.where(half, 0, 255))),
+        "white_float.tiff": Case(tiff(floats, 0, 3), _grey(255 - ramp), tolerance=1),
+        "black12.tiff": Case(tiff(triples.reshape(24, -1), 1, bits=12), _grey(np.rint(twelve / 4095 * 255))),
+        "unsigned32.tiff": Case(tiff(unsigned.astype(np.uint32), 1), _grey(ramp), tolerance=1),
+        "signed8.tiff": Case(tiff(signed, 1, 2), _grey(ramp)),
+        "signed16.tiff": Case(tiff((RAMP.astype(int) - 32768).astype(np.int16), 1, 2), _grey(ramp)),
+        "grey4_clear.png": Case(
+            png(32, 24, 4, _rows(packed), 0, b"\0\3"), _grey(np.where(four == 3, 255, four * 17)), tolerance=0
+        ),
+        "grey1_clear.png": Case(png(32, 24, 1, _rows(bits), 0, b"\0\0"), _grey(np.full((24, 32), 255))),
+        "rgb16_clear.png": Case(
+            png(32, 24, 16, _rows(colours.astype(">u2")), 2, struct.pack(">HHH", 513, 40000, 1)),
+            np.where(half[..., None], np.array([18, 1, 255]), 255),
+        ),
+        "grey16_alpha.png": Case(
+            png(32, 24, 16, _rows(alpha.astype(">u2")), 4), _grey(np.where(half, 255, ramp)), tolerance=1
+        ),
+    }
+
+
+def _rows(values: np.ndarray) -> bytes:
+    """Rows of a PNG, without a filter."""
+    return b"".join(b"\0" + row.tobytes() for row in values)
+
+
+def _remarked() -> dict[str, Case]:
+    """PNGs with more said about them than PIL would read."""
+    rgb = photo()
+    found = {}
+    for name, size, settings in (
+        ("text", 3_000_000, {"zip": True}),
+        ("plain_text", 70_000_000, {}),
+        ("long_text", 70_000_000, {"zip": True}),
+    ):
+        info = PngImagePlugin.PngInfo()
+        info.add_text("parameters", "x" * size, **settings)
+        found[f"{name}.png"] = Case(written(rgb, pnginfo=info), rgb)
+    info = PngImagePlugin.PngInfo()
+    info.add_itxt("workflow", "y" * 2_000_000, zip=True)
+    found["international.png"] = Case(written(rgb, pnginfo=info), rgb)
+    found["profile.png"] = Case(written(rgb, icc_profile=bytes(2_000_000)), rgb)
+    # A profile that is applied would exchange red and green here, or whatever it says.
+    srgb = ImageCms.ImageCmsProfile(ImageCms.createProfile("LAB")).tobytes()
+    found["profile_of_another_space.png"] = Case(written(rgb, icc_profile=srgb), rgb)
+    info = PngImagePlugin.PngInfo()
+    info.add_itxt("XML:com.adobe.xmp", f'<x {" " * 2_000_000} tiff:Orientation="6"/>', zip=True)
+    turned = np.ascontiguousarray(rgb[:, ::-1].transpose(1, 0, 2))
+    found["turned_by_xmp.png"] = Case(written(turned, pnginfo=info), rgb)
+    return found
+
+
 def _turned() -> dict[str, Case]:
     """The same upright picture as a camera stores it under each EXIF orientation."""
     upright = photo()
@@ -118,6 +213,10 @@ def _turned() -> dict[str, Case]:
         data = written(np.ascontiguousarray(pixels), exif=_orientation(orientation))
         found[f"turned_{orientation}.png"] = Case(data, upright)
     jpeg = written(np.ascontiguousarray(stored[6]), "JPEG", quality=100, subsampling=0, exif=_orientation(6))
+    sixth = np.ascontiguousarray(stored[6])
+    for kind, settings in (("WEBP", {"lossless": True}), ("TIFF", {}), ("TIFF", {"compression": "tiff_lzw"})):
+        name = f"turned_6_{len(settings)}.{kind.lower()}"
+        found[name] = Case(written(sixth, kind, exif=_orientation(6), **settings), upright)
     return {**found, "turned_6.jpg": Case(jpeg, upright, tolerance=4)}
 
 

@@ -5,7 +5,9 @@ from __future__ import annotations
 import csv
 import json
 import os
+import socket
 import sys
+import unicodedata
 
 import pytest
 
@@ -13,7 +15,7 @@ from data_prep.sources import Caption, open_source
 from data_prep.sources.record import PER_UNIT
 from megatron_dit.errors import UserError
 from tests.data_prep.heap import photo, written
-from tests.data_prep.test_sources import kept, reasons, scan
+from tests.data_prep.test_sources import kept, reasons, scan, scan_in_little_memory
 
 PNG = written(photo())
 
@@ -89,6 +91,88 @@ def test_links_are_followed_but_not_round_in_circles(fill, tmp_path):
     (tmp_path / "elsewhere" / "d.png").write_bytes(PNG)
     (folder / "link").symlink_to(tmp_path / "elsewhere")
     assert [item.name for item in scan(open_source(str(folder)))] == ["a/b/c.png", "link/d.png"]
+
+
+def test_links_that_lead_to_each_other_are_followed_once(fill):
+    folder = fill({"a/c.png": PNG, "a/c.txt": b"sea", "b/d.png": PNG, "b/d.txt": b"bee"})
+    (folder / "a" / "other").symlink_to(folder / "b")
+    (folder / "b" / "other").symlink_to(folder / "a")
+    names = [item.name for item in scan(open_source(str(folder)))]
+    assert names == ["a/c.png", "a/other/d.png", "b/d.png", "b/other/c.png"]
+
+
+def test_a_folder_that_cannot_be_read_is_no_empty_one(fill, monkeypatch):
+    folder = fill({"a.png": PNG, "a.txt": b"a", "sub/b.png": PNG, "sub/b.txt": b"b"})
+    scandir = os.scandir
+
+    def refuse(path):
+        if str(path).endswith("sub"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    with pytest.raises(UserError, match=r"photos/sub cannot be read .Permission denied."):
+        open_source(str(folder))
+
+
+def test_fifos_sockets_and_devices_do_not_hang_and_are_left_out(fill, tmp_path):
+    folder = fill({"a.png": PNG, "b.png": PNG, "d.png": PNG, "d.txt": b"d"})
+    os.mkfifo(folder / "a.txt")
+    os.mkfifo(folder / "c.png")
+    (folder / "c.txt").write_text("sea")
+    (folder / "b.txt").symlink_to("/dev/zero")
+    with socket.socket(socket.AF_UNIX) as server:
+        server.bind(str(folder / "e.png"))
+        (folder / "e.txt").write_text("e")
+        found = scan(open_source(str(folder)))
+    assert list(kept(found)) == ["d.png"]
+    assert reasons(found) == dict.fromkeys(("a.png", "b.png", "c.png", "e.png"), "file is missing")
+    table = tmp_path / "t.csv"
+    table.write_text("file,caption\nc.png,a fifo\nd.png,d\n")
+    assert reasons(scan(open_source(str(folder), table=str(table)))) == {"t.csv row 0": "file is missing"}
+    os.mkfifo(tmp_path / "f.csv")
+    with pytest.raises(UserError, match="expected a file"):
+        open_source(str(folder), table=str(tmp_path / "f.csv"))
+
+
+def test_files_larger_than_the_limits_are_left_out_unread(fill):
+    """Most of each file is a hole, which takes no disk."""
+    folder = fill({f"{key}.png": PNG for key in "abcd"} | {"c.txt": b"sea", "d.txt": b"dee"})
+    for name, size in (("a.txt", 100 * 2**20), ("b.json", 100 * 2**20), ("c.png", 2**40)):
+        with (folder / name).open("wb") as file:
+            file.truncate(size)
+    found = scan_in_little_memory(open_source(str(folder)))
+    assert list(kept(found)) == ["d.png"]
+    assert reasons(found) == {
+        "a.png": "file of more than 1 MiB",
+        "b.png": "file of more than 1 MiB",
+        "c.png": "file of more than 512 MiB",
+    }
+
+
+def test_names_of_any_letters_keep_their_own_captions(fill):
+    names = [
+        "a%20b",
+        "data[1]",
+        "-x",
+        "two\nlines",
+        "café",
+        unicodedata.normalize("NFD", "café"),
+        "a.b",
+        "a.c",
+        "[red]",
+    ]
+    files = {f"data[1]/{name}.PNG": PNG for name in names}
+    files |= {f"data[1]/{name}.txt": f"caption of {name!r}".encode() for name in names}
+    found = kept(scan(open_source(str(fill(files) / "data[1]"))))
+    assert {name: item.captions[0].text for name, item in found.items()} == {
+        f"{name}.PNG": f"caption of {name!r}" for name in names
+    }
+
+
+def test_two_captions_of_one_name_are_not_chosen_from(fill):
+    found = scan(open_source(str(fill({"a.png": PNG, "a.txt": b"one", "a.TXT": b"two"}))))
+    assert reasons(found) == {"a.png": "two captions or json files of one name"}
 
 
 def test_a_file_name_that_is_not_utf8_is_read(fill):
@@ -179,8 +263,8 @@ def test_each_fault_of_a_table_has_its_reason(fill, tmp_path):
     assert list(reasons(found).values()) == [
         "file is missing",
         "empty file",
-        "unsafe name",
-        "unsafe name",
+        "file is outside the folder",
+        "file is outside the folder",
         "no caption",
         "file is missing",
         "file is missing",
@@ -222,9 +306,25 @@ def test_a_table_is_read_from_any_unit_on(fill, tmp_path, kind):
 @pytest.mark.parametrize(
     ("name", "data", "message"),
     [
-        ("t.csv", b"file,text\n", "has no column 'caption', its columns are file, text"),
-        ("t.csv", b"", "has no column 'file', its columns are none"),
-        ("t.csv", b'file,caption\na,"' + b"x" * 200_000, "cannot be read .field larger"),
+        (
+            "t.csv",
+            b"file,text\n",
+            "has no column 'caption', its columns are 'file', 'text': name one with --caption-column",
+        ),
+        ("t.csv", b"", "has no rows"),
+        ("t.csv", b"file,caption\n", "has no rows"),
+        (
+            "t.csv",
+            b"file;caption\na.png;a\n",
+            "its columns are 'file;caption'.*as .csv .commas. or .tsv .tabs. have it",
+        ),
+        ("t.csv", b"File, Caption\na.png,a\n", "its columns are 'File', ' Caption'"),
+        ("t.csv", b"file,caption,caption\na.png,a,b\n", "has 2 columns 'caption': expected one"),
+        ("t.csv", b'file,"caption\na.png,a\n', "its first line, which names the columns, cannot be read"),
+        ("t.csv", "file,caption\na.png,a\n".encode("utf-16"), "is not UTF-8 text, but UTF-16"),
+        ("t.tsv", "file\tcaption\na.png\ta\n".encode("utf-16-be"), "is not UTF-8 text, but UTF-16"),
+        ("t.jsonl", b'[{"file": "a.png", "caption": "a"}]', "none of its first 1 lines is a JSON object"),
+        ("t.jsonl", b'{\n "file": "a.png",\n "caption": "a"\n}', "none of its first 4 lines is a JSON object"),
         ("t.xls", b"", "expected a file .csv"),
         ("t.parquet", b"PAR1", "is not a readable parquet"),
     ],

@@ -228,6 +228,91 @@ def test_a_picture_that_is_gone_is_told(arguments, tmp_path, capsys, monkeypatch
     assert "a.tar/0000 has changed since the scan" in one_line(capsys)
 
 
+@pytest.mark.parametrize("data", [b"", b"[]", b"null", b"[" * 5000, b"\xff", b'{"source": [1]}'])
+def test_a_damaged_job_json_is_one_line(arguments, undisturbed, tmp_path, capsys, data):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "job.json").write_bytes(data)
+    assert data_prep(encode(arguments, tmp_path / "out")) == 2
+    assert "give" in one_line(capsys)
+
+
+def test_what_is_no_file_does_not_hang(arguments, tmp_path, capsys):
+    (tmp_path / "out").mkdir()
+    os.mkfifo(tmp_path / "out" / "job.json")
+    assert data_prep(encode(arguments, tmp_path / "out")) == 2
+    assert "job.json is not a regular file" in one_line(capsys)
+
+
+def interrupted(arguments, folder, monkeypatch, after):
+    """The job of ``folder``, ended by Ctrl-C once it has ``after``, a phase's notes."""
+    with monkeypatch.context() as patched:
+
+        def stop(*_, **__):
+            raise KeyboardInterrupt
+
+        patched.setattr("data_prep.run." + {"scan": "plan_shards", "shards": "write_index"}[after], stop)
+        assert data_prep(encode(arguments, folder)) == 130
+
+
+@pytest.mark.parametrize("phase", ["scan", "shards"])
+def test_damaged_marks_of_tasks_are_done_again(arguments, undisturbed, tmp_path, monkeypatch, capsys, phase):
+    folder = tmp_path / "out"
+    interrupted(arguments, folder, monkeypatch, phase)
+    marks = sorted((folder / "job" / phase).glob("*.json"))
+    for mark, data in zip(
+        marks, [b"", b"\xff\x00", b"[]", b'{"buckets": {"16x16": "x"}}', b'{"samples": 1e999}'], strict=False
+    ):
+        mark.write_bytes(data)
+    (folder / "job" / phase / "99999.json").write_bytes(marks[-1].read_bytes())  # of no task
+    (folder / "job" / phase / "notes.json").write_text("{}")
+    assert data_prep(encode(arguments, folder)) == 0
+    assert capsys.readouterr().err.count("is damaged: its task is done again") == 5
+    assert folder_bytes(folder) == folder_bytes(undisturbed)
+
+
+def test_damaged_notes_of_the_scan_are_one_line(arguments, tmp_path, monkeypatch, capsys):
+    folder = tmp_path / "out"
+    interrupted(arguments, folder, monkeypatch, "scan")
+    notes = next((folder / "job" / "scan" / "00003").glob("16x16.jsonl"))
+    whole = notes.read_text()
+    for damage in (whole[:-30], "\n" + whole, "[1]\n" * 20, ""):
+        notes.write_text(damage)
+        assert data_prep(encode(arguments, folder)) == 2
+        assert "job/scan/00003 is damaged: remove" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("data", [b"{", b"\xff\n\n[1]\n", b'{"reason": ["x"]}\n', b"[" * 5000])
+def test_a_damaged_list_of_rejected_pictures_blocks_nothing(arguments, undisturbed, tmp_path, capsys, data):
+    folder = tmp_path / "out"
+    shutil.copytree(undisturbed, folder)
+    (folder / "rejected.jsonl").write_bytes(data)
+    assert data_prep(encode(arguments, folder)) == 0
+    assert "finished before: wrote 144 samples" in capsys.readouterr().out
+    assert data_prep(["verify", str(folder)]) == 1
+    out = capsys.readouterr().out
+    assert "rejected.jsonl, line 1 is no rejected picture" in out
+    (folder / "rejected.jsonl").unlink()
+    assert data_prep(encode(arguments, folder)) == 0
+    assert data_prep(["verify", str(folder)]) == 0
+
+
+def test_paths_are_expanded_as_the_shell_does(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "in").mkdir()
+    write_tar(tmp_path / "in" / "0.tar", [{"png": png(noise()), "txt": "a dot"}])
+    assert data_prep(["encode", "~/in/*.tar,~/in/0.tar", "~/out", "--size", "8"]) == 0
+    assert data_prep(["verify", "~/out"]) == 0
+    assert (tmp_path / "out" / "index.json").is_file()
+    capsys.readouterr()
+    for words in (["in/*.tar", "$HOME/out2"], ["$HOME/in/*.tar", "out2"], ["in/*.tar", "out2", "--vae", "${HOME}/vae"]):
+        assert data_prep(["encode", *words, "--size", "8"]) == 2
+        assert "is not expanded here" in one_line(capsys)
+    assert data_prep(["encode", "in/*.tar", "s3://bucket/out", "--size", "8"]) == 2
+    assert "is a URL: give a local folder" in one_line(capsys)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["in", "out"]
+
+
 def test_demo_is_the_same_job(dataset, capsys):
     assert data_prep(["demo", str(dataset), "--pictures", "600"]) == 2
     assert "--per-shard 150, not 2500" in one_line(capsys)

@@ -5,11 +5,14 @@ from __future__ import annotations
 import io
 import json
 import tarfile
+import tracemalloc
+import unicodedata
 from pathlib import Path
 
 import pytest
 
 from data_prep.sources import Caption, Record, Rejected, open_source
+from data_prep.sources.record import IMAGE_BYTES, TEXT_BYTES
 from megatron_dit.errors import UserError
 from tests.data_prep.heap import bad_pictures, photo, written
 
@@ -39,6 +42,16 @@ def scan(source):
                 assert source.read(again) == data
             else:
                 assert data is None
+    return found
+
+
+def scan_in_little_memory(source):
+    tracemalloc.start()
+    try:
+        found = scan(source)
+        assert tracemalloc.get_traced_memory()[1] < 20 * 2**20
+    finally:
+        tracemalloc.stop()
     return found
 
 
@@ -163,6 +176,136 @@ def test_captions_of_the_json_join_the_text(tmp_path, case):
         assert item.reason == expected
     else:
         assert [(caption.text, caption.weight) for caption in item.captions] == expected
+
+
+def test_keys_with_dots_are_kept_apart_and_parts_are_no_samples(tmp_path):
+    members = {
+        "a.b.jpg": PNG,
+        "a.b.txt": b"first",
+        "a.c.JPG": PNG,
+        "a.c.txt": b"second",
+        "d.jpg": PNG,
+        "d.txt": b"third",
+        "d.seg.png": PNG,  # a part of d
+        "d.meta.json": b"{",  # another part, which is not read
+        "d.e.png": PNG,  # no part: it has a caption of its own
+        "d.e.txt": b"fourth",
+        "v1.2/f.g.png": PNG,
+        "v1.2/f.txt": b"of another picture",
+    }
+    found = scan(open_source(write_tar(tmp_path / "a.tar", members)))
+    assert {name: item.captions[0].text for name, item in kept(found).items()} == {
+        "a.tar/a.b": "first",
+        "a.tar/a.c": "second",
+        "a.tar/d": "third",
+        "a.tar/d.e": "fourth",
+    }
+    assert reasons(found) == {"a.tar/v1.2/f.g": "no caption", "a.tar/v1.2/f": "no picture"}
+
+
+def test_keys_of_any_letters_keep_their_own_captions(tmp_path):
+    keys = [
+        "a%20b",
+        "data[1]",
+        "-x",
+        "two\nlines",
+        "café",
+        unicodedata.normalize("NFD", "café"),
+        "A",
+        "a",
+        "[red]",
+        "日本",
+    ]
+    members = [pair for key in keys for pair in ((f"{key}.JPG", PNG), (f"{key}.Txt", f"of {key!r}".encode()))]
+    found = scan(open_source(write_tar(tmp_path / "a.tar", members)))
+    assert {name: item.captions[0].text for name, item in kept(found).items()} == {
+        f"a.tar/{key}": f"of {key!r}" for key in keys
+    }
+
+
+def test_two_captions_of_one_key_are_not_chosen_from(tmp_path):
+    members = [("a.jpg", PNG), ("a.txt", b"one"), ("a.txt", b"two"), ("b.jpg", PNG), ("b.txt", b"three")]
+    found = scan(open_source(write_tar(tmp_path / "a.tar", members)))
+    assert (list(kept(found)), reasons(found)) == (["a.tar/b"], {"a.tar/a": "two .txt of one key"})
+
+
+def header(name, size=0, kind=tarfile.REGTYPE, claim=None):
+    """A header by tarfile, which may claim another size: a positive one in octal, or any in base 256."""
+    member = tarfile.TarInfo(name)
+    member.size, member.type = size, kind
+    data = bytearray(member.tobuf(tarfile.GNU_FORMAT))
+    if claim is not None:
+        data[124:136] = (b"\xff" if claim < 0 else b"\x80") + claim.to_bytes(11, "big", signed=True)
+        data[148:156] = b"        "
+        data[148:156] = b"%06o\0 " % sum(data)
+    return bytes(data)
+
+
+GIB = 2**30
+HOSTILE = {
+    "claims 100 GB": header("bad.png", claim=100 * GIB),
+    "negative size": header("bad.png", claim=-1024),
+    "long name of 1 GB": header("././@LongLink", claim=GIB, kind=tarfile.GNUTYPE_LONGNAME),
+    "long name of negative size": header("././@LongLink", claim=-512, kind=tarfile.GNUTYPE_LONGNAME),
+    "PAX header of 100 MB": header("x", claim=10**8, kind=tarfile.XHDTYPE),
+    "global PAX header of 100 MB": header("x", claim=10**8, kind=tarfile.XGLTYPE),
+    "2,000 long names": (header("././@LongLink", 2, kind=tarfile.GNUTYPE_LONGNAME) + b"x\0".ljust(512, b"\0")) * 2000,
+}
+
+
+@pytest.mark.parametrize("case", HOSTILE)
+def test_a_hostile_header_costs_no_memory_and_not_the_samples_before_it(tmp_path, case):
+    path = Path(write_tar(tmp_path / "a.tar", {"a.png": PNG, "a.txt": b"good"}))
+    whole = path.read_bytes()
+    with tarfile.open(path) as tar:
+        last = tar.getmembers()[-1]
+    end = last.offset_data + 512
+    path.write_bytes(whole[:end] + HOSTILE[case] + bytes(20 * 512))
+    with path.open("r+b") as file:
+        file.truncate(300 * 2**20)  # so that what it claims could be there; takes no disk
+    found = scan_in_little_memory(open_source(str(path)))
+    assert list(kept(found)) == ["a.tar/a"]
+    assert set(reasons(found).values()) <= {"tar is torn after 1 samples"}
+
+
+def test_members_larger_than_the_limits_are_left_out_unread(tmp_path):
+    """All three lie in the tar as zeros, which take no disk."""
+    path = tmp_path / "a.tar"
+    with path.open("wb") as file:
+        for name, size in (("a.png", IMAGE_BYTES + 1), ("b.txt", TEXT_BYTES + 1), ("c.json", 10 * GIB)):
+            file.write(header(name, claim=size))
+            file.seek(-(-size // 512) * 512, 1)
+            other = "a.txt" if name == "a.png" else f"{name[0]}.png"
+            file.write(header(other, 5) + b"words".ljust(512, b"\0"))
+        file.write(header("d.png", len(PNG)) + PNG + bytes(-len(PNG) % 512))
+        file.write(header("d.txt", 4) + b"good".ljust(512, b"\0") + bytes(1024))
+    found = scan_in_little_memory(open_source(str(path)))
+    assert list(kept(found)) == ["a.tar/d"]
+    assert reasons(found) == {
+        "a.tar/a": "file of more than 512 MiB",
+        "a.tar/b": "file of more than 1 MiB",
+        "a.tar/c": "file of more than 1 MiB",
+    }
+
+
+def test_a_folder_or_tar_named_like_a_pattern_is_taken_by_its_name(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("data[1]/a.tar", "data1/b.tar", "x,y/c.tar", "d[1],e.TAR", "-f/a%20b.tar"):
+        Path(name).parent.mkdir(exist_ok=True)
+        write_tar(name, {"0.png": PNG, "0.txt": b"x"})
+    for spec, names in {
+        "data[1]/*.tar": ["a.tar/0"],
+        "data[1]/a.tar": ["a.tar/0"],
+        "data?/*.tar": ["b.tar/0"],
+        "x,y/*.tar": ["c.tar/0"],
+        "d[1],e.TAR": ["d[1],e.TAR/0"],
+        "-f/*.tar": ["a%20b.tar/0"],
+        "data[1]/*.tar,data1/*.tar": ["a.tar/0", "b.tar/0"],
+    }.items():
+        assert list(kept(scan(open_source(spec)))) == names, spec
+    Path("data1/gone.tar").symlink_to("nowhere")
+    with pytest.raises(UserError, match=r"'data1/gone.tar' is not a regular file"):
+        open_source("data1/*.tar")
 
 
 def test_classes_come_from_cls_and_need_no_caption(tmp_path):

@@ -112,3 +112,18 @@ def test_a_bad_sample_is_named(folder, tmp_path, capsys):
     make_folder(tmp_path / "bad", [(WIDE, 4)], members=lambda _: {"latent.npy": b"no array"})
     assert data_prep(["stats", str(tmp_path / "bad")]) == 2
     assert "data_prep verify" in capsys.readouterr().err
+
+
+def test_bad_samples_are_counted_and_the_others_looked_at(tmp_path, capsys):
+    def members(number):
+        bad = [{"latent.npy": b"no array"}, {"cls": "1" * 5000}, {"captions.npy": npy(np.zeros((1, 2)))}]
+        return {"latent.npy": npy(latent(number, WIDE)), **(bad[number] if number < 3 else {})}
+
+    make_folder(tmp_path / "data", [(WIDE, 5), (WIDE, 4)], members=members)
+    (tmp_path / "data" / "00001.tar").unlink()
+    assert data_prep(["stats", str(tmp_path / "data")]) == 0
+    figures = json.loads((tmp_path / "data" / "stats" / "stats.json").read_text())
+    assert (figures["samples"], figures["looked_at"], figures["unreadable"]) == (9, 2, 7)
+    values = np.concatenate([latent(n, WIDE).astype(np.float64).reshape(3, -1) for n in (3, 4)], axis=1)
+    assert figures["latents"]["mean"] == pytest.approx(values.mean(1).tolist(), rel=1e-12)
+    assert "7 samples cannot be read, such as: 00000.tar/000000" in capsys.readouterr().out

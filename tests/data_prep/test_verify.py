@@ -16,6 +16,7 @@ from data_prep.__main__ import main as data_prep
 from megatron_dit.data.shards import Index, read_index, write_index
 from megatron_dit.data.tar import npy, write_shard
 from tests.data.made import make_folder, sample
+from tests.data_prep.test_sources import header
 
 SIDE = (4, 4)
 
@@ -130,7 +131,7 @@ def plant(kind, folder, ran):
         return "00000.tar/000000: captions.npy has weight -1, expected above 0"
     if kind == "class":
         replaced(folder, cls="24")
-        return "00000.tar/000000: class '24', expected 0 to 23"
+        return "00000.tar/000000: has class '24', expected 0 to 23"
     if kind == "count":
         change_index(folder, samples=5)
         return "00000.tar has no table of 5 samples"
@@ -160,6 +161,29 @@ def test_harm_is_found_and_named(folder, tmp_path, kind, capsys):
     assert any(words in line for line in lines), lines
     assert words in capsys.readouterr().out
     assert not (tmp_path / "ran").exists()
+
+
+def test_names_and_captions_are_shown_as_they_are(folder, tmp_path, capsys):
+    append(folder / "00000.tar", "[red]x[/red]\x1b[2J\n.txt", b"x")
+    status, _ = problems(folder, tmp_path)
+    assert status == 1
+    out = capsys.readouterr().out
+    assert "[red]x[/red]" in out
+    assert "\x1b" not in out
+    assert all("wrong" not in line for line in out.splitlines())
+
+
+@pytest.mark.parametrize("claim", [-1024, 100 * 2**30])
+def test_a_tar_that_claims_any_size_is_told(folder, tmp_path, claim):
+    shard = folder / "00000.tar"
+    with tarfile.open(shard) as tar:
+        at = tar.getmembers()[1].offset
+    data = bytearray(shard.read_bytes())
+    data[at : at + 512] = header("x.png", claim=claim)
+    shard.write_bytes(data)
+    status, lines = problems(folder, tmp_path)
+    assert status == 1
+    assert any(line.startswith("00000.tar: no tar") or "00000.tar: no member" in line for line in lines), lines
 
 
 @pytest.mark.parametrize("procs", ["1", "2"])
