@@ -18,7 +18,7 @@ from checkpoints_tools.reshard import reshard
 from megatron_dit.checkpoint.format import CheckpointReader, Torn
 from megatron_dit.checkpoint.load import newest, open_checkpoint
 from megatron_dit.checkpoint.save import old_ones
-from megatron_dit.cli import Parser, add_command
+from megatron_dit.cli import Parser, add_command, run_program
 from megatron_dit.cli.common import write_json
 from megatron_dit.errors import UserError, writing
 
@@ -156,4 +156,4 @@ def _prune(parsed: argparse.Namespace) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(run_program(main))

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from data_prep import cli_check, cli_encode
 from data_prep.cli_encode import add_shared
-from megatron_dit.cli import Parser, add_command
+from megatron_dit.cli import Parser, add_command, run_program
 from megatron_dit.cli.common import write_json
 from megatron_dit.errors import UserError
 
@@ -75,4 +75,4 @@ def _demo(parsed: argparse.Namespace) -> Done:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(run_program(main))

@@ -15,6 +15,10 @@ class UserError(Exception):
     """
 
 
+class OwnError(UserError):
+    """A UserError that this rank alone knows of, so that it prints the message itself, whichever rank it is."""
+
+
 @contextmanager
 def writing(path: Path) -> Iterator[None]:
     """What cannot be written inside is told as a UserError that names ``path``."""
