@@ -13,6 +13,7 @@ from data_prep.cli_encode import add_shared
 from megatron_dit.cli import Parser, add_command, run_program
 from megatron_dit.cli.common import write_json
 from megatron_dit.errors import UserError
+from megatron_dit.runtime.output import keep_going
 
 if TYPE_CHECKING:
     from data_prep.run import Done
@@ -47,6 +48,7 @@ def main(arguments: list[str]) -> int:
 def _run(parsed: argparse.Namespace, words: list[str]) -> int:
     if parsed.procs < 1:
         raise UserError(f"--procs {parsed.procs}: expected at least 1")
+    keep_going()
     if parsed.procs > 1:
         from data_prep.workers import run_workers
 

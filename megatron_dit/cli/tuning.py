@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from megatron_dit.cli.common import add_command, check_ranks, config_arguments, ranks_argument, start_ranks, write_json
 from megatron_dit.errors import UserError
 from megatron_dit.runtime.launch_environment import is_rank0
+from megatron_dit.runtime.output import keep_going
 
 if TYPE_CHECKING:  # imports of torch take seconds: each command imports what it needs
     from megatron_dit.config import Config
@@ -149,6 +150,7 @@ def _sweep(arguments: argparse.Namespace) -> int:
         return 0
     if arguments.trial is not None and not 0 <= arguments.trial < config.count:
         raise UserError(f"--trial {arguments.trial}: expected a number from 0 to {config.count - 1}")
+    keep_going()
     results = Sweep(config).run(arguments.trial)
     write_json(arguments, [asdict(result) for result in results])
     report.print_table(results)

@@ -128,8 +128,9 @@ def _train(files: TrialFiles, procs: int) -> str | None:
     """Run the training; returns what ended it early, an empty string at its last step, None for a signal."""
     path = files.file(".yaml")
     config = load_config(path)
+    stop = config.launch.stop_seconds
     try:
-        if procs > 1 and (status := run_ranks(["train", str(path)], procs)):
+        if procs > 1 and (status := run_ranks(["train", str(path)], procs, stop_seconds=stop)):
             stopped = status in (128 + signal.SIGTERM, 128 + signal.SIGINT)  # before the first step
             return None if stopped else _last_error(files)
         if procs == 1:
