@@ -1,6 +1,7 @@
 """The command line: ``megatron-dit COMMAND``, equal to ``python -m megatron_dit COMMAND``.
 
-Exit status 0: good; 1: a check failed; 2: the user's mistake, told in one line.
+Exit status 0: good; 1: a check failed; 2: invalid input or config, with the reason on one line; 128 + n: ended by
+signal n.
 """
 
 from __future__ import annotations
