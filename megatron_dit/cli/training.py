@@ -12,6 +12,7 @@ from megatron_dit.cli.common import add_command, check_ranks, config_arguments, 
 from megatron_dit.errors import UserError
 from megatron_dit.runtime.launch_environment import is_rank0
 from megatron_dit.runtime.output import keep_going
+from megatron_dit.runtime.signals import signals_end_at_once
 
 if TYPE_CHECKING:  # imports of torch take seconds: each command imports what it needs
     from megatron_dit.config import Config
@@ -78,11 +79,12 @@ def _train(arguments: argparse.Namespace) -> int:
     keep_going()
     if arguments.procs > 1:
         return start_ranks(arguments, config, ["train"])
-    from megatron_dit.parallel.topology import disconnect
-    from megatron_dit.trainer import train
+    with signals_end_at_once():  # while torch is imported too
+        from megatron_dit.parallel.topology import disconnect
+        from megatron_dit.trainer import train
 
-    write_json(arguments, train(config))
-    disconnect()
+        write_json(arguments, train(config))
+        disconnect()
     return 0
 
 

@@ -5,13 +5,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import os
 import secrets
 import socket
 import sys
+import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch.distributed as dist
 
@@ -115,7 +117,8 @@ class _Meeting:
 
     def _store(self, host: str, serve: bool) -> dist.TCPStore:
         seconds = datetime.timedelta(seconds=STORE_SECONDS)
-        return dist.TCPStore(host, self._port, None, serve, timeout=seconds, wait_for_workers=False)
+        with _without_stderr():  # a try that fails prints a stack trace; its reason is in the exception too
+            return dist.TCPStore(host, self._port, None, serve, timeout=seconds, wait_for_workers=False)
 
     def _register(self, store: dist.Store) -> None:
         rank, world = self._place.rank, self._place.world
@@ -180,6 +183,23 @@ class _Meeting:
     def _failed(self, reason: str, remedy: str) -> UserError:
         waited = f"after {time.monotonic() - self._started:.0f} s"
         return OwnError(f"rank {self._place.rank} on host {socket.gethostname()}: {reason}, {waited}: {remedy}")
+
+
+_stderr = threading.Lock()
+
+
+@contextlib.contextmanager
+def _without_stderr() -> Iterator[None]:
+    """Drop what C++ prints to standard error."""
+    with _stderr, open(os.devnull, "w") as null:  # noqa: PTH123
+        sys.stderr.flush()
+        before = os.dup(2)
+        os.dup2(null.fileno(), 2)
+        try:
+            yield
+        finally:
+            os.dup2(before, 2)
+            os.close(before)
 
 
 def _first_line(error: BaseException) -> str:

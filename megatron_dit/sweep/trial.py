@@ -21,6 +21,7 @@ from megatron_dit.errors import UserError
 from megatron_dit.launch import die_with_parent, leave, run_ranks
 from megatron_dit.run_folder import read_metrics
 from megatron_dit.runtime.locks import try_lock
+from megatron_dit.runtime.output import guard_output, keep_going
 from megatron_dit.trainer import train
 
 # Exit statuses of a trial's process that has no result.
@@ -79,6 +80,8 @@ def run_trial(files: TrialFiles, procs: int, last: float, keep: bool, devices: s
     with files.file(".log").open("a", buffering=1) as log:
         os.dup2(log.fileno(), 1)
         os.dup2(log.fileno(), 2)
+    guard_output()
+    keep_going()
     if devices is not None:
         os.environ["CUDA_VISIBLE_DEVICES"] = devices
     with files.lock() as mine:

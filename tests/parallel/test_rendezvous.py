@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import socket
 import subprocess
@@ -99,6 +100,23 @@ def test_port_in_use(port):
         (error,) = meet((0, 2), limit=1.0)
     assert f"MASTER_PORT={port} cannot be served" in str(error)
     assert "choose a free port" in str(error)
+
+
+def test_another_server_at_the_port(port, monkeypatch, capfd):
+    monkeypatch.setattr(module, "STORE_SECONDS", 0.5)
+
+    def serve(server):
+        with contextlib.suppress(OSError):
+            while True:
+                connection, _ = server.accept()
+                connection.sendall(b"HTTP/1.1 400 Bad Request\r\n\r\n")
+
+    with socket.create_server(("127.0.0.1", port)) as server:
+        threading.Thread(target=serve, args=(server,), daemon=True).start()
+        (error,) = meet((1, 2), limit=1.0)
+        server.shutdown(socket.SHUT_RDWR)
+    assert f"what answers at 127.0.0.1:{port} is no rank 0" in str(error)
+    assert all(line.startswith("rank 1 on ") for line in capfd.readouterr().err.splitlines())
 
 
 def test_wrong_addresses(port, monkeypatch):
