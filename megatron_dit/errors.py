@@ -16,7 +16,7 @@ class UserError(Exception):
 
 
 class OwnError(UserError):
-    """A UserError that this rank alone knows of, so that it prints the message itself, whichever rank it is."""
+    """A UserError that only this rank knows of, so that it prints the message itself even if it is not rank 0."""
 
 
 @contextmanager

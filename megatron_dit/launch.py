@@ -20,18 +20,18 @@ from megatron_dit.runtime.launch_environment import LAUNCHER_PREFIXES, RANK_VARI
 
 GRACE_SECONDS = 2.0  # from the first rank's failure to the end of the others
 REMINDER_SECONDS = 10.0  # from a signal to a line about the ranks that have not ended
-DELAY_SECONDS = 0.3  # of what ranks write to standard error, in which the failure that caused it is noticed
-LAST_LINES = 40  # of a failed rank that are repeated
+DELAY_SECONDS = 0.3  # before ranks' standard error is printed, to learn first whether another rank's failure caused it
+LAST_LINES = 40  # of a failed rank's standard error, printed at the end
 LAUNCHED = "MEGATRON_DIT_LAUNCHED"  # set for the ranks of --procs
 
 
 def run_ranks(arguments: Sequence[str], ranks: int, *, quiet: bool = False, stop_seconds: float = 120.0) -> int:
     """Run ``python -m megatron_dit ARGUMENTS`` on ``ranks`` processes; returns the exit status.
 
-    A rank that fails takes the others down, so that none waits for it, and its status is returned: 128 + n if signal n
-    killed it. What it last wrote to standard error is shown last. SIGTERM and SIGINT are passed on to every rank once;
-    ranks that are left ``stop_seconds`` later are killed, as they are at once by a second signal. The ranks die with
-    this process. ``quiet`` drops their standard output.
+    If a rank fails, the others are killed, and its status is returned: 128 + n if signal n killed it. Its last lines on
+    standard error are printed last. SIGTERM and SIGINT are passed on to every rank once; ranks that have not ended
+    ``stop_seconds`` later are killed, or at once at a second signal. The ranks die with this process. ``quiet``
+    discards their standard output.
     """
     with socket.socket() as sock:
         sock.bind(("127.0.0.1", 0))
@@ -41,7 +41,7 @@ def run_ranks(arguments: Sequence[str], ranks: int, *, quiet: bool = False, stop
 
 
 class _Rank:
-    """A rank's process. Its standard error comes through a pipe, so that a failure's last lines can be shown last."""
+    """A rank's process. Its standard error is piped, so that the last lines of a failed rank can be printed last."""
 
     def __init__(self, number: int, arguments: Sequence[str], shared: dict[str, object], quiet: bool) -> None:
         self.number = number
@@ -62,8 +62,8 @@ class _Rank:
             errors="backslashreplace",
         )
         self.last: deque[str] = deque(maxlen=LAST_LINES)
-        self.waiting: deque[tuple[float, str]] = deque()  # lines that are not shown yet, and when they came
-        self.wrote = 0.0  # when the last line came
+        self.waiting: deque[tuple[float, str]] = deque()  # lines that are not printed yet, and when they arrived
+        self.wrote = 0.0  # when the last line arrived
         self._reader = threading.Thread(target=self._read, daemon=True)
         self._reader.start()
 
@@ -75,18 +75,18 @@ class _Rank:
             self.waiting.append((self.wrote, line))
 
     def finish_reading(self) -> None:
-        """Read what an ended process wrote; a child of it that holds the pipe is not waited for."""
+        """Read the rest of an ended process's output, without waiting for children that keep the pipe open."""
         self._reader.join(timeout=1.0)
 
     @property
     def status(self) -> int:
-        """The exit status of a shell: 128 + n for signal n; 0 for a rank that runs."""
+        """Exit status as a shell reports it: 128 + n for signal n; 0 while the rank runs."""
         code = self.process.poll() or 0
         return 128 - code if code < 0 else code
 
     @property
     def failure(self) -> tuple[bool, bool, float]:
-        """Sorts ranks that failed at one time: the cause before those that lost the connection to it."""
+        """Sort key of ranks that failed at the same time: the cause before those that lost the connection to it."""
         code = self.process.poll() or 0
         return code >= 0, code != 2, self.wrote
 
@@ -97,7 +97,7 @@ class _Job:
     def __init__(self, arguments: Sequence[str], ranks: int, shared: dict[str, object], quiet: bool) -> None:
         self._ranks = [_Rank(number, arguments, shared, quiet) for number in range(ranks)]
         self._host = socket.gethostname()
-        self._errors: set[str] = set()  # shown: each rank may meet the same mistake
+        self._errors: set[str] = set()  # printed: every rank may report the same error
         self._signal, self._signalled, self._reminded = 0, 0.0, 0
 
     def run(self, stop_seconds: float) -> int:
@@ -110,7 +110,7 @@ class _Job:
                 (rank for rank in self._ranks if rank.status), key=lambda rank: rank.failure, default=None
             )
             if first:
-                # Ranks that met the same mistake end by themselves; the others wait for a rank that is gone.
+                # Ranks with the same error end by themselves; the others wait for a rank that has ended.
                 self._wait(GRACE_SECONDS)
                 self._send(signal.SIGKILL)
                 continue
@@ -128,10 +128,14 @@ class _Job:
         return 0 if first is None else self._explain(first)
 
     def _explain(self, first: _Rank) -> int:
-        """Say why the job failed, if its ranks have not; returns the exit status."""
+        """Print why the job failed, unless a rank has done so, and return the exit status."""
         code = first.process.returncode
         if self._signal and -code in (self._signal, signal.SIGKILL):
-            _say("the ranks ended without saving" if code == -signal.SIGKILL else "stopped before the first step")
+            _say(
+                "the ranks were killed before they had saved"
+                if code == -signal.SIGKILL
+                else "stopped before the first step"
+            )
             return 128 + self._signal
         if code == 2:
             return 2
@@ -147,7 +151,7 @@ class _Job:
         return first.status
 
     def _show(self, rank: _Rank, until: float) -> None:
-        """Pass on what the rank wrote to standard error before ``until``; of equal error messages the first."""
+        """Print what the rank wrote to standard error before ``until``; equal error messages once."""
         while rank.waiting and rank.waiting[0][0] <= until:
             line = rank.waiting.popleft()[1]
             if line.startswith("error: "):
@@ -163,14 +167,14 @@ class _Job:
             self._signal, self._signalled = number, time.monotonic()
 
     def _remind(self, stop_seconds: float) -> None:
-        """After a signal: say what is waited for, and end it when it takes too long."""
+        """After a signal, print which ranks have not ended, and kill them after ``stop_seconds``."""
         name, waited = signal.Signals(self._signal).name, time.monotonic() - self._signalled
         left = ", ".join(str(rank.number) for rank in self._running())
         if self._reminded == 0:
-            _say(f"{name}: the ranks save and stop; a second signal ends them at once")
+            _say(f"received {name}: the ranks save and stop; send a second signal to kill them at once")
         elif self._reminded == 1 and waited > min(REMINDER_SECONDS, stop_seconds):
             after = f"after launch.stop_seconds={stop_seconds:g}, or at once by a second signal"
-            _say(f"ranks {left} have not ended {waited:.0f} s after {name}: they are killed {after}")
+            _say(f"ranks {left} have not ended {waited:.0f} s after {name}: they will be killed {after}")
         elif self._reminded == 2 and waited > stop_seconds:
             _say(f"ranks {left} have not ended {waited:.0f} s after {name}: killing them")
             self._send(signal.SIGKILL)

@@ -106,7 +106,7 @@ def _advice(config: Config, world: int, reason: str) -> str:
     total = _total_memory()
     advice = [
         f"lower train.micro_batch={config.train.micro_batch} or set train.recompute=full",
-        "share the model out by parallel.zero_stage, parallel.tensor or parallel.pipeline",
+        "shard the model by parallel.zero_stage, parallel.tensor or parallel.pipeline",
     ]
     if held > total / 2:
         advice.reverse()

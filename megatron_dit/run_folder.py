@@ -49,10 +49,10 @@ class RunFolder:
             raise UserError(f"run_dir={self.path} exists and is no run of ours: set run_dir to a new folder")
 
     def lock(self) -> None:
-        """Take the folder's lock, if the folder exists, before anything in it is read: a run that holds it may still
-        delete what we find. A new run's folder is made and locked by :meth:`open`, when all that may fail is done.
+        """Lock the folder if it exists, before any of it is read: a running process may still delete what we find.
 
-        Raises UserError naming the process that holds it.
+        A new run's folder is created and locked by :meth:`open`, after everything that may be refused.
+        Raises UserError naming the process that holds the lock.
         """
         if self._lock is None and self.path.is_dir():
             with writing(self.path):
@@ -61,14 +61,16 @@ class RunFolder:
 
     def open(self, step: int) -> None:
         """Create the folder, lock it, write the config, and drop metrics that a run resumed at ``step`` will write
-        anew. Raises UserError if another process has the folder, or has begun a run in it since we looked.
+        anew. Raises UserError if another process holds the lock, or has begun a run in it since we looked.
         """
         with writing(self.path):
             self.path.mkdir(parents=True, exist_ok=True)
             if self._lock is None:
                 self.lock()
                 if (self.path / CONFIG).exists():
-                    raise UserError(f"run_dir={self.path} was made by another process just now: start again to resume")
+                    raise UserError(
+                        f"run_dir={self.path} was created by another process just now: run the command again to resume"
+                    )
             save_config(self._config, self.path / CONFIG)
             kept = [line for line in self.metrics() if line["step"] <= step]
             path = self.path / METRICS
@@ -134,7 +136,7 @@ class RunFolder:
                 self._board.close()
 
     def unlock(self) -> None:
-        """Give the folder up to other processes, if we have it."""
+        """Release the lock, if this process holds it."""
         if self._lock is not None:
             self._lock.release()
             self._lock = None

@@ -119,7 +119,7 @@ def test_a_signal_lets_ranks_save(ranks, capfd):
     captured = capfd.readouterr()
     assert status == 0
     assert sorted(captured.out.splitlines()) == ["saved 0", "saved 1"]
-    assert "SIGTERM: the ranks save and stop; a second signal ends them at once" in captured.err
+    assert "received SIGTERM: the ranks save and stop; send a second signal to kill them at once" in captured.err
 
 
 def test_a_rank_that_hangs_is_named_and_killed_after_a_while(ranks, capfd):
@@ -129,7 +129,7 @@ def test_a_rank_that_hangs_is_named_and_killed_after_a_while(ranks, capfd):
     assert seconds < 20
     err = capfd.readouterr().err
     assert "ranks 1 have not ended" in err
-    assert "they are killed after launch.stop_seconds=1.5, or at once by a second signal" in err
+    assert "they will be killed after launch.stop_seconds=1.5, or at once by a second signal" in err
     assert "killing them" in err
 
 
@@ -138,7 +138,7 @@ def test_a_second_signal_kills(ranks, capfd, number):
     status, seconds = ranks(HANGS + HANGS.replace("TERM", "INT") + READY, [number, number])
     assert status == 128 + number
     assert seconds < 20
-    assert "the ranks ended without saving" in capfd.readouterr().err
+    assert "the ranks were killed before they had saved" in capfd.readouterr().err
 
 
 def test_signals_before_the_first_step_have_their_own_status(ranks, capfd):

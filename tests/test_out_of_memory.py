@@ -50,7 +50,7 @@ def test_one_line_with_sizes_and_keys(fail, words):
 
 def test_the_likelier_remedy_comes_first(monkeypatch):
     config = small("mmdit")
-    for total, first in ((2**40, "lower train.micro_batch"), (2**20, "share the model out")):
+    for total, first in ((2**40, "lower train.micro_batch"), (2**20, "shard the model")):
         monkeypatch.setattr(memory, "_total_memory", lambda total=total: total)
         with pytest.raises(UserError, match=f"activations and buffers; {first}"), explain_out_of_memory(config):
             raise MemoryError

@@ -56,7 +56,7 @@ def test_two_new_runs_at_one_time(tmp_path):
         second.open(0)
     first.close()
     first.unlock()
-    with pytest.raises(UserError, match="was made by another process just now: start again to resume"):
+    with pytest.raises(UserError, match="was created by another process just now: run the command again to resume"):
         third.open(0)
     third.unlock()
     resumed = RunFolder(config)

@@ -1,4 +1,4 @@
-"""How the ranks of a job find each other: every wait is short, says whom it waits for, and ends.
+"""The rendezvous of a job's ranks: it polls, prints which ranks are missing, and ends after a limit.
 
 ``torch.distributed``'s own rendezvous waits inside C++, where it prints nothing and only SIGKILL ends it.
 """
@@ -31,16 +31,16 @@ DEFAULT_PORT = "29500"
 
 
 def rendezvous(place: LaunchEnvironment, limit: float) -> dist.Store:
-    """The store that all ranks of the job share, once all of them are there; MASTER_ADDR and MASTER_PORT say where.
+    """Return the store that all ranks of the job share, once all of them have connected to MASTER_ADDR:MASTER_PORT.
 
-    Raises UserError after ``limit`` seconds, naming the missing ranks, and for ranks that cannot be one job.
+    Raises UserError after ``limit`` seconds, naming the missing ranks, and if the ranks' settings contradict.
     """
     address, port = _master()
     return _Meeting(place, address, port, time.monotonic(), limit).hold()
 
 
 def ranges(numbers: Sequence[int]) -> str:
-    """``1, 3-6`` of 1, 3, 4, 5, 6."""
+    """Return numbers as text with runs abbreviated: ``1, 3-6`` for 1, 3, 4, 5, 6."""
     runs: list[list[int]] = []
     for number in sorted(numbers):
         if runs and number == runs[-1][-1] + 1:
@@ -64,7 +64,7 @@ def _master() -> tuple[str, int]:
 
 
 class _Meeting:
-    """One rank's side of the rendezvous. Rank 0 serves the store, unless torchrun's agent does."""
+    """One rank's part in the rendezvous. Rank 0 serves the store, unless torchrun's agent does."""
 
     def __init__(self, place: LaunchEnvironment, address: str, port: int, started: float, limit: float) -> None:
         self._place, self._address, self._port, self._limit = place, address, port, limit
@@ -91,16 +91,16 @@ class _Meeting:
 
     def _serve(self) -> dist.TCPStore:
         try:
-            # The others come by MASTER_ADDR, which may be a service's address that this host itself cannot reach.
+            # The others connect to MASTER_ADDR, which may be a service's address that this host itself cannot reach.
             return self._store("127.0.0.1", serve=True)
         except (dist.DistError, RuntimeError) as error:
             raise OwnError(
                 f"MASTER_PORT={self._port} cannot be served by rank 0 on host {socket.gethostname()} "
-                f"({_first_line(error)}): another job, or another process with RANK=0, has it; choose a free port"
+                f"({_first_line(error)}): another job or a process with RANK=0 may be using it; choose a free port"
             ) from None
 
     def _join(self) -> dist.TCPStore:
-        """Connect to the store. Tried in Python first, where a signal or the limit can end it."""
+        """Connect to the store. A plain socket tries first, because Python can interrupt it."""
         while True:
             try:
                 socket.create_connection((self._address, self._port), timeout=2.0).close()
@@ -112,12 +112,12 @@ class _Meeting:
             except OSError as error:
                 reason = f"{self._address}:{self._port} does not answer: {error.strerror or error}"
             except (dist.DistError, RuntimeError) as error:
-                reason = f"what answers at {self._address}:{self._port} is no rank 0: {_first_line(error)}"
+                reason = f"the server at {self._address}:{self._port} is not rank 0: {_first_line(error)}"
             self._pause(reason, "start rank 0, or correct MASTER_ADDR and MASTER_PORT")
 
     def _store(self, host: str, serve: bool) -> dist.TCPStore:
         seconds = datetime.timedelta(seconds=STORE_SECONDS)
-        with _without_stderr():  # a try that fails prints a stack trace; its reason is in the exception too
+        with _without_stderr():  # a failed attempt prints a stack trace in addition to its exception
             return dist.TCPStore(host, self._port, None, serve, timeout=seconds, wait_for_workers=False)
 
     def _register(self, store: dist.Store) -> None:
@@ -133,22 +133,22 @@ class _Meeting:
         if found != mine:
             other = found.partition("\n")[0]
             raise OwnError(
-                f"RANK={rank} belongs to {other} already, and to {self._who} too: give each process its own rank, and "
+                f"RANK={rank} is set for {other} and for {self._who}: give each process its own rank, and "
                 f"each job its own MASTER_PORT (now {self._port})"
             )
 
     def _gather(self, store: dist.Store) -> None:
-        """Rank 0: wait for the others, and tell them how it ended."""
+        """On rank 0, wait for the other ranks, and publish whether all have connected."""
         others = range(1, self._place.world)
         while not store.check([f"rank{rank}" for rank in others]):
             if not self._due():
                 time.sleep(POLL_SECONDS)
                 continue
             missing = [rank for rank in others if not store.check([f"rank{rank}"])] or [others[-1]]
-            few = f"rank {missing[0]} has" if len(missing) == 1 else f"ranks {ranges(missing)} have"
-            text = f"{few} not come to {self._address}:{self._port} (of {self._place.world} ranks)"
+            few = f"rank {missing[0]}" if len(missing) == 1 else f"ranks {ranges(missing)}"
+            text = f"{few} of {self._place.world} did not connect to {self._address}:{self._port}"
             try:
-                self._pause(text, "start what is missing, or see what ended it")
+                self._pause(text, "start the missing ranks, or look for their errors")
             except UserError as error:
                 store.set("end", str(error))
                 time.sleep(FAREWELL_SECONDS)
@@ -157,16 +157,16 @@ class _Meeting:
 
     def _wait(self, store: dist.Store) -> None:
         while not store.check(["end"]):
-            # Rank 0 speaks for all, unless it is rank 0 that is missing (torchrun's agent serves the store).
+            # Rank 0 prints for all ranks, unless rank 0 itself is missing (torchrun's agent serves the store).
             if store.check(["rank0"]):
                 time.sleep(POLL_SECONDS)
             else:
-                self._pause(f"rank 0 has not come to {self._address}:{self._port}", "see what ended it")
+                self._pause(f"rank 0 did not connect to {self._address}:{self._port}", "look for its error")
         if message := store.get("end").decode():
             raise UserError(message)
 
     def _pause(self, reason: str, remedy: str) -> None:
-        """Wait a moment; say now and then why. Raises UserError when the limit is over."""
+        """Wait a moment; print the reason if it is time to. Raises UserError after the limit."""
         if time.monotonic() - self._started > self._limit:
             raise self._failed(reason, remedy)
         if self._due():
@@ -176,7 +176,7 @@ class _Meeting:
         time.sleep(POLL_SECONDS)
 
     def _due(self) -> bool:
-        """Whether it is time for a line, or to give up."""
+        """Return whether it is time to print a line or to give up."""
         now = time.monotonic()
         return now - self._said > REPEAT_SECONDS or now - self._started > self._limit
 
@@ -190,7 +190,7 @@ _stderr = threading.Lock()
 
 @contextlib.contextmanager
 def _without_stderr() -> Iterator[None]:
-    """Drop what C++ prints to standard error."""
+    """Discard what C++ prints to standard error."""
     with _stderr, open(os.devnull, "w") as null:  # noqa: PTH123
         sys.stderr.flush()
         before = os.dup(2)

@@ -1,4 +1,4 @@
-"""Which rank of how many this process is, by the environment that its launcher set. Everything else asks here."""
+"""This process's rank and world size, from the environment that its launcher set. Nothing else reads it."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from dataclasses import dataclass
 
 from megatron_dit.errors import UserError
 
-# What launchers set for a rank. ``--procs`` removes these before it sets its own: those of a launcher around it would
-# make a rank look for a store that does not exist (TORCHELASTIC_USE_AGENT_STORE) or count another job's ranks.
+# Set by launchers for each rank. ``--procs`` removes them before it sets its own: those of an outer launcher would make
+# a rank look for a store that does not exist (TORCHELASTIC_USE_AGENT_STORE) or count another job's ranks.
 RANK_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "LOCAL_SIZE", "MASTER_ADDR", "MASTER_PORT")
 LAUNCHER_PREFIXES = ("TORCHELASTIC_", "GROUP_", "ROLE_", "CROSS_")
 
@@ -32,8 +32,8 @@ class LaunchEnvironment:
 def launch_environment(variables: Mapping[str, str] | None = None) -> LaunchEnvironment:
     """Interpret ``variables`` (the process's own environment); one that is set but blank counts as not set.
 
-    RANK and WORLD_SIZE come first, then those of an srun step. The variables that Slurm sets for a batch script or an
-    interactive shell say nothing: these run once, whatever SLURM_NTASKS and SLURM_PROCID are.
+    RANK and WORLD_SIZE take precedence over the variables of an srun step. Those that Slurm sets for a batch script or
+    an interactive shell are ignored: these run once, whatever SLURM_NTASKS and SLURM_PROCID are.
     Raises UserError for values that are not numbers or contradict each other.
     """
     env = {name: text for name, text in (os.environ if variables is None else variables).items() if text.strip()}
@@ -65,7 +65,7 @@ def launch_environment(variables: Mapping[str, str] | None = None) -> LaunchEnvi
 
 
 def is_rank0() -> bool:
-    """Whether this process speaks for the job. True if the environment is invalid: each process then says so."""
+    """Return whether this process prints for the job. True if the environment is invalid, so that each reports it."""
     try:
         return launch_environment().rank == 0
     except UserError:
@@ -79,7 +79,7 @@ def _is_srun_step(env: Mapping[str, str]) -> bool:
 
 
 def _slurm_tasks_here(env: Mapping[str, str]) -> int:
-    """Tasks of the step on this node: SLURM_STEP_TASKS_PER_NODE is such as ``8(x2),4``, by SLURM_NODEID."""
+    """Return the step's tasks on this node, from SLURM_STEP_TASKS_PER_NODE (such as ``8(x2),4``) and SLURM_NODEID."""
     text = env.get("SLURM_STEP_TASKS_PER_NODE", env.get("SLURM_NTASKS_PER_NODE", "1"))
     counts: list[int] = []
     for item in text.replace(" ", "").split(","):
@@ -94,5 +94,5 @@ def _slurm_tasks_here(env: Mapping[str, str]) -> int:
 def _number(env: Mapping[str, str], name: str, default: int) -> int:
     text = env.get(name, str(default)).strip()
     if not (text.isascii() and text.isdecimal()):
-        raise UserError(f"{name}={text!r}: expected a whole number from 0 on, as a launcher sets it")
+        raise UserError(f"{name}={text!r}: expected a non-negative integer, as launchers set it")
     return int(text)

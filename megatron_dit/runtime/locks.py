@@ -1,4 +1,4 @@
-"""Locks on files, which end with the process that holds them however it ends, and the lock of a run's folder."""
+"""Locks on files, which the kernel frees when their process ends, and the lock of a run's folder."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class FileLock:
     """An exclusive lock on a file, by ``flock``: the kernel frees it when the process ends, also by SIGKILL."""
 
     def __init__(self, descriptor: int, supported: bool) -> None:
-        self.supported = supported  # False: the file system has no locks, and others may hold this one too
+        self.supported = supported  # False: the file system has no locks, and another process may hold this one too
         self._descriptor: int | None = descriptor
         _held.add(self)
 
@@ -66,7 +66,7 @@ os.register_at_fork(after_in_child=_forget_in_child)
 
 
 def wait_for_lock(path: Path) -> FileLock:
-    """Lock ``path``, which is made if it is missing, when whoever holds it is done. Raises OSError."""
+    """Lock ``path``, which is created if it is missing, waiting for its holder. Raises OSError."""
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX)
@@ -77,9 +77,9 @@ def wait_for_lock(path: Path) -> FileLock:
 
 
 def try_lock(path: Path) -> FileLock | None:
-    """Lock ``path``, which is made if it is missing; None if another process holds it.
+    """Lock ``path``, which is created if it is missing; return None if another process holds it.
 
-    On a file system without locks a lock that is not ``supported``. Raises OSError for other failures.
+    On a file system without locks, return one that is not ``supported``. Raises OSError for other failures.
     """
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
     try:
@@ -98,10 +98,10 @@ def try_lock(path: Path) -> FileLock | None:
 class RunLock:
     """The lock of a run's folder. Its file names the holder: host, process id, start time, and a heartbeat.
 
-    ``flock`` decides on one machine, and refuses between machines wherever it works there (NFS 4, most cluster file
-    systems): the lock is stale as soon as its process is dead. Some mounts keep ``flock`` to one machine, and some have
-    none: if it lets us have a lock whose file names a process of another machine, or if there is no ``flock``, then the
-    lock is stale if its heartbeat does not change for ``SILENCE_SECONDS``, or its process on this host is gone.
+    ``flock`` decides on one machine, and also between machines on NFS 4 and most cluster file systems: the lock is
+    stale as soon as its process is dead. But some mounts apply ``flock`` to one machine only, and some lack it. So if it
+    succeeds although the file names a process of another machine, or if it is missing, the lock is stale once its
+    heartbeat has not changed for ``SILENCE_SECONDS``, or if the process that it names on this host does not exist.
     """
 
     def __init__(self, path: Path, say: Callable[[str], None] = print) -> None:
@@ -129,7 +129,7 @@ class RunLock:
 
     def _keep_beating(self) -> None:
         while not self._ended.wait(HEARTBEAT_SECONDS):
-            with contextlib.suppress(OSError):  # a full or lost disk is reported by those who must write
+            with contextlib.suppress(OSError):  # saving reports a full or lost disk
                 self._beat()
 
     def release(self) -> None:
@@ -148,7 +148,7 @@ class RunLock:
 
 
 def _here() -> dict[str, Any]:
-    """This process. ``boot`` tells machines of one name apart, and a machine from itself before it was restarted."""
+    """Describe this process. ``boot`` tells apart machines of one name, and a machine before and after a restart."""
     boot = Path("/proc/sys/kernel/random/boot_id")
     return {
         "host": socket.gethostname(),
@@ -158,7 +158,7 @@ def _here() -> dict[str, Any]:
 
 
 def _read(path: Path) -> dict[str, Any]:
-    """The holder that a lock's file names; empty if it names none (free, or just being taken)."""
+    """Return the holder that a lock's file names; empty if it names none (it is free, or just being taken)."""
     try:
         holder = json.loads(path.read_text())
     except (OSError, ValueError):
@@ -167,14 +167,14 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def _alive(path: Path, holder: dict[str, Any], locked: bool, say: Callable[[str], None]) -> bool:
-    """Whether the process that the file names has the lock, although ``flock`` let us have it."""
+    """Return whether the process that the file names still has the lock, although ``flock`` did not refuse it to us."""
     here = _here()
     if holder.get("boot") == here["boot"]:
         if locked:
             return False
         if holder.get("host") == here["host"] and not Path(f"/proc/{holder.get('pid')}").exists():
             return False
-    say(f"{path} names {_describe(holder)}: waiting {SILENCE_SECONDS:.0f} s for a sign of it")
+    say(f"{path} names {_describe(holder)}: waiting {SILENCE_SECONDS:.0f} s for its heartbeat")
     until = time.monotonic() + SILENCE_SECONDS
     while time.monotonic() < until:
         time.sleep(min(1.0, HEARTBEAT_SECONDS / 4))

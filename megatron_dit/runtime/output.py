@@ -1,4 +1,4 @@
-"""Standard output and error that may go away: a reader that leaves, a full disk, a terminal that is closed."""
+"""Standard output and error that can fail: the reader leaves, the disk is full, or the terminal is closed."""
 
 from __future__ import annotations
 
@@ -14,10 +14,8 @@ READER_LEFT = 128 + signal.SIGPIPE  # exit status of a command whose reader left
 
 
 class GuardedStream:
-    """A text stream for what is printed.
-
-    When it cannot be written, a command ends: quietly with status 141 if its reader has left (``… | head``), with a
-    UserError otherwise. After :func:`keep_going`, and on standard error always, what cannot be written is dropped.
+    """A text stream whose write errors end the command: quietly with status 141 if its reader left (``… | head``), with
+    a UserError otherwise. After :func:`keep_going`, and always for standard error, they are ignored instead.
     """
 
     def __init__(self, stream: TextIO, name: str, *, drop: bool) -> None:
@@ -49,9 +47,9 @@ class GuardedStream:
 
 
 def guard_output() -> None:
-    """Guard this process's standard streams; one that is closed goes to /dev/null.
+    """Guard this process's standard streams, and open those that are closed as /dev/null.
 
-    Else the next file that is opened would take its place, and get what C libraries print.
+    Otherwise the next file that is opened would get their descriptor, and with it what C libraries print.
     """
     for descriptor in range(3):
         try:
@@ -66,9 +64,9 @@ def guard_output() -> None:
 
 
 def keep_going() -> None:
-    """Go on without a terminal or reader from here on: for work of hours, which says in files what matters.
+    """Continue without a terminal or reader from now on: for commands that run for hours and keep results in files.
 
-    SIGHUP, sent when a terminal is closed, is ignored, by processes that are started from here too.
+    SIGHUP, which is sent when a terminal is closed, is ignored, also by processes that are started later.
     """
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, GuardedStream):

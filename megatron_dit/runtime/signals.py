@@ -1,4 +1,4 @@
-"""What SIGTERM and Ctrl-C do while a command waits for other ranks."""
+"""SIGTERM and Ctrl-C while a command waits for other ranks."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Ranks that find each other, or say within a moment whom they miss. Threads stand for processes."""
+"""Ranks connect to each other, or name the missing ones within seconds. Threads stand in for processes."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def port(monkeypatch):
 
 
 def meet(*places, limit=20.0):
-    """What the rendezvous gave each of ``places``, (rank, world): a store or an error."""
+    """Return what each of ``places``, (rank, world), got from the rendezvous: a store or an error."""
     results = [None] * len(places)
 
     def join(number, place):
@@ -66,7 +66,7 @@ def test_missing_ranks_are_named_and_the_wait_ends(port, capfd):
     started = time.monotonic()
     zero, two = meet((0, 5), (2, 5), limit=1.5)
     assert time.monotonic() - started < 10
-    named = f"ranks 1, 3-4 have not come to 127.0.0.1:{port} (of 5 ranks)"
+    named = f"ranks 1, 3-4 of 5 did not connect to 127.0.0.1:{port}"
     assert named in str(zero)
     assert str(two) == str(zero)
     lines = capfd.readouterr().err.splitlines()
@@ -84,13 +84,13 @@ def test_two_processes_with_one_rank(port):
     zero, one, other = meet((0, 2), (1, 2), (1, 2), limit=1.0)
     assert not isinstance(zero, UserError)
     assert not isinstance(one, UserError)
-    assert "RANK=1 belongs to" in str(other)
+    assert "RANK=1 is set for" in str(other)
 
 
 def test_different_world_sizes(port):
     zero, one = meet((0, 2), (1, 3), limit=1.0)
     assert "was started with WORLD_SIZE=3, other ranks with 2" in str(one)
-    assert "rank 1 has not come" in str(zero)
+    assert "rank 1 of 2 did not connect" in str(zero)
 
 
 def test_port_in_use(port):
@@ -115,7 +115,7 @@ def test_another_server_at_the_port(port, monkeypatch, capfd):
         threading.Thread(target=serve, args=(server,), daemon=True).start()
         (error,) = meet((1, 2), limit=1.0)
         server.shutdown(socket.SHUT_RDWR)
-    assert f"what answers at 127.0.0.1:{port} is no rank 0" in str(error)
+    assert f"the server at 127.0.0.1:{port} is not rank 0" in str(error)
     assert all(line.startswith("rank 1 on ") for line in capfd.readouterr().err.splitlines())
 
 

@@ -1,4 +1,4 @@
-"""What launchers set, as recorded from them, and what this process is by it."""
+"""The environments of launchers, as recorded from them, and the rank and world size they mean."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def test_what_launchers_set(variables, expected):
 @pytest.mark.parametrize(
     ("variables", "words"),
     [
-        ({"RANK": "two", "WORLD_SIZE": "4"}, "RANK='two': expected a whole number"),
+        ({"RANK": "two", "WORLD_SIZE": "4"}, "RANK='two': expected a non-negative integer"),
         ({"RANK": "-1", "WORLD_SIZE": "4"}, "RANK='-1'"),
         ({"RANK": "0", "WORLD_SIZE": "4.0"}, "WORLD_SIZE='4.0'"),
         ({"RANK": "4", "WORLD_SIZE": "4"}, "RANK=4 and WORLD_SIZE=4: expected a rank from 0"),
