@@ -99,8 +99,8 @@ class RunLock:
     """The lock of a run's folder. Its file names the holder: host, process id, start time, and a heartbeat.
 
     ``flock`` decides on one machine, and also between machines on NFS 4 and most cluster file systems: the lock is
-    stale as soon as its process is dead. But some mounts apply ``flock`` to one machine only, and some lack it. So if it
-    succeeds although the file names a process of another machine, or if it is missing, the lock is stale once its
+    stale as soon as its process is dead. But some mounts apply ``flock`` to one machine only, and some lack it. If it
+    succeeds although the file names a process of another machine, or if it is missing, then the lock is stale once its
     heartbeat has not changed for ``SILENCE_SECONDS``, or if the process that it names on this host does not exist.
     """
 
