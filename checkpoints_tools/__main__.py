@@ -19,7 +19,7 @@ from megatron_dit.checkpoint.format import CheckpointReader
 from megatron_dit.checkpoint.listing import CHECKPOINTS, delete, list_checkpoints, old_ones
 from megatron_dit.checkpoint.load import open_checkpoint
 from megatron_dit.checkpoint.manifest import Torn
-from megatron_dit.cli import Parser, add_command
+from megatron_dit.cli import Parser, add_command, run_program
 from megatron_dit.cli.common import write_json
 from megatron_dit.errors import UserError, writing
 from megatron_dit.runtime.text import printable
@@ -175,4 +175,4 @@ def _prune(parsed: argparse.Namespace) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(run_program(main))

@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING
 
 from data_prep import cli_check, cli_encode
 from data_prep.cli_encode import add_shared
-from megatron_dit.cli import Parser, add_command
+from megatron_dit.cli import Parser, add_command, run_program
 from megatron_dit.cli.common import write_json
 from megatron_dit.errors import UserError
+from megatron_dit.runtime.output import keep_going
 from megatron_dit.runtime.paths import user_path
 from megatron_dit.runtime.text import printable
 
@@ -53,6 +54,7 @@ def _run(parsed: argparse.Namespace, words: list[str]) -> int:
     if "://" in parsed.folder:
         raise UserError(f"FOLDER={parsed.folder} is a URL: give a local folder, and copy it when it is finished")
     parsed.folder = Path(parsed.folder)
+    keep_going()
     if parsed.procs > 1:
         from data_prep.workers import run_workers
 
@@ -81,4 +83,4 @@ def _demo(parsed: argparse.Namespace) -> Done:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(run_program(main))

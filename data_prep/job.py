@@ -8,7 +8,6 @@ which is killed, or done twice where a file system has no locks, changes nothing
 from __future__ import annotations
 
 import errno
-import fcntl
 import json
 import os
 import re
@@ -26,10 +25,10 @@ from pydantic import BaseModel, ConfigDict, NonNegativeInt
 from megatron_dit.data.index_file import ShardFields
 from megatron_dit.data.shards import INDEX
 from megatron_dit.errors import UserError
+from megatron_dit.runtime.locks import FileLock, try_lock
 from megatron_dit.runtime.text import printable
 
 POLL_SECONDS = 0.5
-NO_LOCKS = (errno.ENOTSUP, errno.ENOSYS, errno.ENOLCK)
 
 
 class _ScanFields(BaseModel):
@@ -47,7 +46,7 @@ RESULTS: dict[str, type[BaseModel]] = {"scan": _ScanFields, "shards": ShardField
 class Claim:
     """A task that this worker holds, and ``scratch``, a fresh folder for its files, until it is left."""
 
-    def __init__(self, lock: int, scratch: Path, done: Path) -> None:
+    def __init__(self, lock: FileLock, scratch: Path, done: Path) -> None:
         self._lock, self.scratch, self._done = lock, scratch, done
         shutil.rmtree(scratch, ignore_errors=True)
         scratch.mkdir(parents=True)
@@ -79,7 +78,7 @@ class Claim:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
         shutil.rmtree(self.scratch, ignore_errors=True)
-        os.close(self._lock)
+        self._lock.release()
 
 
 class Job:
@@ -136,16 +135,11 @@ class Job:
 
     def claim(self, name: str, done: Path | None = None) -> Claim | None:
         """None where another worker holds the task."""
-        lock = os.open(self.root / "locks" / name, os.O_RDWR | os.O_CREAT, 0o666)
-        scratch = self.root / "work" / name
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            os.close(lock)
+        lock = try_lock(self.root / "locks" / name)
+        if lock is None:
             return None
-        except OSError as error:
-            if error.errno not in NO_LOCKS:
-                raise
+        scratch = self.root / "work" / name
+        if not lock.supported:
             scratch = scratch.with_name(f"{name}-{socket.gethostname()}-{os.getpid()}")
         return Claim(lock, scratch, done or scratch / "done")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -18,7 +19,8 @@ from megatron_dit.launch import die_with_parent
 def run_workers(words: Sequence[str], workers: int) -> int:
     """Run ``python -m data_prep WORDS`` on ``workers`` processes, each with one of the GPUs.
 
-    Returns 0, or the status of the first that fails, whose message is shown and which ends the others.
+    Returns 0, or the status of the first that fails, whose message is shown and which ends the others: 128 + n for one
+    that signal n killed.
     """
     visible = os.environ.get("CUDA_VISIBLE_DEVICES", "")
     devices = visible.split(",") if visible else [str(number) for number in range(torch.cuda.device_count())]
@@ -48,7 +50,12 @@ def run_workers(words: Sequence[str], workers: int) -> int:
         messages[failed].seek(0)
         sys.stderr.write(messages[failed].read())
         status = processes[failed].returncode
-        return status if status > 0 else 1
+        if status < 0:
+            name = signal.Signals(-status).name
+            print(
+                f"error: worker {failed} of {workers} was killed by {name}: the same command resumes", file=sys.stderr
+            )
+        return status if status > 0 else 128 - status
 
 
 def _end(processes: list[subprocess.Popen[str]]) -> None:

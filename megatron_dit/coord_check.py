@@ -56,7 +56,7 @@ def coord_check(
 
     The learning rate is the config's from the first step on: no warm-up, no decay.
     """
-    connect()
+    connect(config.launch.rendezvous_seconds)
     use_threads(config)
     sizes = []
     for parametrization in PARAMETRIZATIONS:

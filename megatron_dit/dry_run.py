@@ -24,6 +24,7 @@ from megatron_dit.engine import Engine
 from megatron_dit.memory import StateBytes, state_bytes
 from megatron_dit.models.flops import model_flops
 from megatron_dit.parallel.topology import build_topology
+from megatron_dit.runtime.launch_environment import launch_environment
 
 GIB = 2**30
 
@@ -62,7 +63,7 @@ def dry_run(config: Config, world: int, rank: int) -> Share:
     data_parallel = config.data_parallel(world)
     if Path(config.data.path).exists():
         check_fit(read_data(config.data), config)
-    os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed asks for it
+    os.environ["LOCAL_RANK"] = str(launch_environment().local_rank)  # DeepSpeed asks for it
     dist.init_process_group("fake", store=fake_pg.FakeStore(), rank=rank, world_size=world)
     topology = build_topology(config)
     engine = Engine(config, topology)

@@ -15,6 +15,10 @@ class UserError(Exception):
     """
 
 
+class OwnError(UserError):
+    """A UserError that only this rank knows of, so that it prints the message itself even if it is not rank 0."""
+
+
 @contextmanager
 def writing(path: Path) -> Iterator[None]:
     """What cannot be written inside is told as a UserError that names ``path``."""

@@ -6,9 +6,18 @@ import time
 from types import TracebackType
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
 SECONDS_BETWEEN_LINES = 15.0
+
+
+def duration(seconds: float) -> str:
+    """``15:04:05``, with the days before it if there are any: ``2 days 15:04:05``."""
+    minutes, second = divmod(round(seconds), 60)
+    hours, minute = divmod(minutes, 60)
+    days, hour = divmod(hours, 24)
+    clock = f"{hour:02}:{minute:02}:{second:02}"
+    return f"{days} day{'s' if days > 1 else ''} {clock}" if days else clock
 
 
 class ProgressBar:
@@ -24,11 +33,10 @@ class ProgressBar:
                 TextColumn("{task.description}"),
                 BarColumn(),
                 MofNCompleteColumn(),
-                TimeRemainingColumn(),
-                TextColumn("{task.fields[text]}"),
+                TextColumn("eta {task.fields[eta]} {task.fields[text]}"),
                 console=self._console,
             )
-            self._task = self._bar.add_task(title, total=total, completed=done, text="")
+            self._task = self._bar.add_task(title, total=total, completed=done, eta=self._eta(), text="")
 
     def __enter__(self) -> ProgressBar:
         if self._bar is not None:
@@ -46,14 +54,19 @@ class ProgressBar:
         ended = done == self._total != self._done
         self._done = done
         if self._bar is not None:
-            self._bar.update(self._task, completed=self._done, text=text)
+            self._bar.update(self._task, completed=self._done, eta=self._eta(), text=text)
         elif self._show:
             now = time.monotonic()
             if now - self._printed >= SECONDS_BETWEEN_LINES or ended:
                 self._printed = now
-                rate = (now - self._started) / max(1, self._done - self._first)
-                left = time.strftime("%H:%M:%S", time.gmtime(rate * (self._total - self._done)))
-                print(f"{self._title} {self._done}/{self._total} eta {left} {text}", flush=True)
+                print(f"{self._title} {self._done}/{self._total} eta {self._eta()} {text}", flush=True)
+
+    def _eta(self) -> str:
+        """Time left at the mean rate since the start; what a resumed run had done before does not count."""
+        if self._done <= self._first:
+            return "--:--:--"
+        each = (time.monotonic() - self._started) / (self._done - self._first)
+        return duration(each * (self._total - self._done))
 
     def say(self, line: str) -> None:
         """Print a line above the bar."""

@@ -8,12 +8,14 @@ from typing import TYPE_CHECKING, Any
 
 from megatron_dit.config import Config, first_difference, load_config, save_config
 from megatron_dit.errors import UserError, writing
+from megatron_dit.runtime.locks import RunLock
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
 
 CONFIG = "config.yaml"
 METRICS = "metrics.jsonl"
+LOCK = "run.lock"  # held by rank 0 of the process that trains
 SNAPSHOTS = "ema"  # the averages of train.ema_sigma_rel every checkpoint.ema_every steps
 
 
@@ -33,18 +35,42 @@ class RunFolder:
         self.checkpoints = self.path / "checkpoints"
         self.snapshots = self.path / SNAPSHOTS
         self._config = config
+        self._lock: RunLock | None = None
+        self._check()
+
+    def _check(self) -> None:
+        config = self._config
         saved = self.path / CONFIG
         if saved.is_file():
             difference = first_difference(load_config(saved), config)
             if difference is not None:
                 raise UserError(f"{self.path} holds another run ({difference}): set run_dir to a new folder")
-        elif self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir())):
+        elif self.path.exists() and (not self.path.is_dir() or any(path.name != LOCK for path in self.path.iterdir())):
             raise UserError(f"run_dir={self.path} exists and is no run of ours: set run_dir to a new folder")
 
+    def lock(self) -> None:
+        """Lock the folder if it exists, before any of it is read: a running process may still delete what we find.
+
+        A new run's folder is created and locked by :meth:`open`, after everything that may be refused.
+        Raises UserError naming the process that holds the lock.
+        """
+        if self._lock is None and self.path.is_dir():
+            with writing(self.path):
+                self._lock = RunLock(self.path / LOCK)
+            self._check()
+
     def open(self, step: int) -> None:
-        """Create the folder, write the config, and drop metrics that a run resumed at ``step`` will write anew."""
+        """Create the folder, lock it, write the config, and drop metrics that a run resumed at ``step`` will write
+        anew. Raises UserError if another process holds the lock, or has begun a run in it since we looked.
+        """
         with writing(self.path):
             self.path.mkdir(parents=True, exist_ok=True)
+            if self._lock is None:
+                self.lock()
+                if (self.path / CONFIG).exists():
+                    raise UserError(
+                        f"run_dir={self.path} was created by another process just now: run the command again to resume"
+                    )
             save_config(self._config, self.path / CONFIG)
             kept = [line for line in self.metrics() if line["step"] <= step]
             path = self.path / METRICS
@@ -108,3 +134,9 @@ class RunFolder:
             self._file.close()
             if self._board is not None:
                 self._board.close()
+
+    def unlock(self) -> None:
+        """Release the lock, if this process holds it."""
+        if self._lock is not None:
+            self._lock.release()
+            self._lock = None

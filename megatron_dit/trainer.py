@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import time
-from types import FrameType
+from types import FrameType, TracebackType
 from typing import Any
 
 import torch
@@ -15,15 +15,19 @@ from megatron_dit.checkpoint.load import newest_intact, restore
 from megatron_dit.config import Config
 from megatron_dit.data.fit import check_same, identity
 from megatron_dit.data.health import DataHealth, check_shards
+from megatron_dit.data.shards import Index
 from megatron_dit.data.stream import batches, read_data
 from megatron_dit.devices import device_peak, peak_memory
 from megatron_dit.engine import Engine, StepMetrics
 from megatron_dit.errors import UserError
+from megatron_dit.memory import explain_out_of_memory
 from megatron_dit.models.flops import model_flops
 from megatron_dit.monitor import SpikeDetector
-from megatron_dit.parallel.topology import agreed, build_topology, connect
+from megatron_dit.parallel.topology import Topology, agreed, build_topology, connect
 from megatron_dit.progress import ProgressBar
 from megatron_dit.run_folder import RunFolder
+from megatron_dit.runtime.launch_environment import launch_environment
+from megatron_dit.runtime.signals import STOPPING, signals_end_at_once
 from megatron_dit.saving import RunSaver
 
 
@@ -31,14 +35,26 @@ def train(config: Config) -> dict[str, Any]:
     """Train to ``config.train.steps``, resuming what the run's folder holds. Collective.
 
     Returns the run's figures: the step reached, the last logged metrics, and whether it was stopped by
-    SIGTERM or Ctrl-C, which save and leave.
+    SIGTERM or Ctrl-C, which save and leave. Before the first step they end the process at once.
+    Raises UserError if the memory of a device or host is not enough, or another process trains in the folder.
     """
-    stop_signal = StopSignal()
-    connect()
-    topology = build_topology(config)
-    use_threads(config)
-    run, data = agreed(lambda: (RunFolder(config), read_data(config.data)))
+    with StopSignal() as stop_signal, explain_out_of_memory(config):
+        connect(config.launch.rendezvous_seconds)
+        topology = build_topology(config)
+        use_threads(config)
+        run, data = agreed(lambda: (RunFolder(config), read_data(config.data)))
+        try:
+            return _train(config, topology, run, data, stop_signal)
+        finally:
+            run.unlock()
+
+
+def _train(
+    config: Config, topology: Topology, run: RunFolder, data: tuple[Index, ...], stop_signal: StopSignal
+) -> dict[str, Any]:
     notes = check_shards(data, config.data, topology.rank, topology.world)
+    first = topology.rank == 0
+    agreed(lambda: run.lock() if first else None)
     reader, skipped = newest_intact(run.checkpoints, topology.rank, topology.world)
     notes += skipped
     start = reader.step if reader else 0
@@ -49,7 +65,6 @@ def train(config: Config) -> dict[str, Any]:
         engine.initialise()
     else:
         notes += [*_resume(engine, reader), f"resumed {run.path} at step {start}"]
-    first = topology.rank == 0
     logger = agreed(lambda: Logger(run, config, engine, topology.world) if first else None)
     saver = RunSaver(engine, run)
     notes += agreed(lambda: saver.prepare() if first else [])
@@ -58,6 +73,7 @@ def train(config: Config) -> dict[str, Any]:
         for line in [*notes, f"optimizer: {engine.optimizer.title}"]:
             bar.say(line)
         skipped_in_a_row = 0
+        stop_signal.listen()
         for batch in stream:
             every = config.train.monitor_every
             monitor = bool(every) and (engine.step + 1) % every == 0
@@ -166,19 +182,31 @@ class Logger:
 
 
 class StopSignal:
-    """SIGTERM and Ctrl-C set ``asked``; a second one falls through to Python's own handling."""
+    """What SIGTERM and Ctrl-C do inside: end the process at once; after ``listen`` the first sets ``asked`` instead."""
 
     def __init__(self) -> None:
         self.asked = False
-        for number in (signal.SIGTERM, signal.SIGINT):
+        self._at_once = signals_end_at_once()
+
+    def listen(self) -> None:
+        """From here on there is something to save."""
+        for number in STOPPING:
             signal.signal(number, self._ask)
 
     def _ask(self, number: int, _: FrameType | None) -> None:
         self.asked = True
-        signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
+        for each in STOPPING:
+            signal.signal(each, signal.SIG_DFL)
+
+    def __enter__(self) -> StopSignal:
+        self._at_once.__enter__()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
+        self._at_once.__exit__(kind, error, _)
 
 
 def use_threads(config: Config) -> None:
     """Share this host's cores out among its ranks."""
-    local = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("SLURM_NTASKS_PER_NODE", "1")))
+    local = launch_environment().local_world
     torch.set_num_threads(config.train.threads or max(1, (os.cpu_count() or 1) // local))

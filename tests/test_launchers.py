@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -52,6 +53,29 @@ def test_launchers_give_the_same_weights(dataset, tmp_path):
     for name in ("torchrun", "deepspeed"):
         found = weights(tmp_path / name)
         assert all(torch.equal(found[key], value) for key, value in expected.items())
+
+
+@pytest.mark.parametrize(
+    ("scontrol", "given", "expected"),
+    [
+        ("seq -f node-%g 100000", "", "node-1"),  # more than a pipe holds
+        ("exit 1", "", "batch-host"),
+        (None, "", "batch-host"),
+        ("echo node-1", "mine", "mine"),
+    ],
+)
+def test_train_sbatch_finds_the_first_host(tmp_path, scontrol, given, expected):
+    """Fake srun and scontrol; the latter may fail or be missing."""
+    commands = {"srun": 'echo "$MASTER_ADDR $MASTER_PORT"', "scontrol": scontrol, "hostname": "echo batch-host"}
+    for name, script in commands.items():
+        if script is not None:
+            (tmp_path / name).write_text(f"#!/bin/bash\n{script}\n")
+            (tmp_path / name).chmod(0o755)
+    for name in ("bash", "env", "seq"):
+        (tmp_path / name).symlink_to(shutil.which(name))
+    env = {"PATH": str(tmp_path), "SLURM_JOB_ID": "123", "SLURM_JOB_NODELIST": "node-[1-8]", "MASTER_ADDR": given}
+    done = subprocess.run(["bash", ROOT / "launch/train.sbatch"], env=env, capture_output=True, text=True, check=True)
+    assert done.stdout == f"{expected} 20123\n"
 
 
 def test_dry_run_prints_config_and_what_is_made_of_it(dataset, tmp_path, capsys):

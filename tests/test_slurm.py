@@ -131,3 +131,15 @@ def test_train_sbatch_as_it_stands(slurm, dataset, tmp_path):
     assert done.returncode == 0, (done.stdout, done.stderr, (tmp_path / "log").read_text())
     reader = open_checkpoint(tmp_path / "run")
     assert (reader.step, reader.manifest["layout"]["pipeline"]) == (3, 2)
+
+
+def test_procs_in_a_batch_script(slurm, dataset, tmp_path):
+    """Without srun the script runs once, whatever Slurm's variables say of tasks: --procs starts the ranks."""
+    config = tmp_path / "config.yaml"
+    values = small_dict("mmdit", **{"data.path": str(dataset), "run_dir": str(tmp_path / "run"), "train.steps": 3})
+    config.write_text(yaml.safe_dump(values))
+    command = f"{sys.executable} -m megatron_dit train {config} --procs 2"
+    words = ["sbatch", "--wait", "--nodes=2", "--ntasks-per-node=1", f"--output={tmp_path}/log", "--wrap", command]
+    done = subprocess.run(words, capture_output=True, text=True, timeout=200, check=False, env=slurm)
+    assert done.returncode == 0, (done.stdout, done.stderr, (tmp_path / "log").read_text())
+    assert open_checkpoint(tmp_path / "run").manifest["layout"]["world"] == 2

@@ -125,7 +125,7 @@ def measure(config: Config, steps: int, warmup: int, diffusers: bool) -> Measure
 
     ``diffusers``: and as many of a plain diffusers model, in turn with ours.
     """
-    connect()
+    connect(config.launch.rendezvous_seconds)
     world = dist.get_world_size()
     if diffusers:
         check_plain(config.model)

@@ -1,6 +1,7 @@
 """The command line: ``megatron-dit COMMAND``, equal to ``python -m megatron_dit COMMAND``.
 
-Exit status 0: good; 1: a check failed; 2: the user's mistake, told in one line.
+Exit status 0: good; 1: a check failed; 2: invalid input or config, with the reason on one line; 128 + n: ended by
+signal n.
 """
 
 from __future__ import annotations
@@ -12,14 +13,16 @@ from typing import NoReturn
 
 from megatron_dit.cli import pictures, training, tuning
 from megatron_dit.cli.common import Parser, add_command
-from megatron_dit.errors import UserError
-from megatron_dit.launch import leave
+from megatron_dit.cli.program import run_program
+from megatron_dit.errors import OwnError, UserError
+from megatron_dit.launch import LAUNCHED, leave
+from megatron_dit.runtime.launch_environment import is_rank0
 
-__all__ = ["Parser", "add_command", "main", "run"]
+__all__ = ["Parser", "add_command", "main", "run", "run_program"]
 
 
 def main() -> NoReturn:
-    leave(run(sys.argv[1:]))
+    leave(run_program(run))
 
 
 def run(arguments: list[str]) -> int:
@@ -28,7 +31,8 @@ def run(arguments: list[str]) -> int:
         parsed = _parse(_without_launcher_flags(arguments))
         return parsed.run(parsed)
     except UserError as error:
-        if os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0":
+        # Under --procs the launcher shows each message once, whichever ranks print it.
+        if is_rank0() or isinstance(error, OwnError) or LAUNCHED in os.environ:
             print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:

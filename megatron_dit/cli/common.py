@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from megatron_dit.errors import UserError
+from megatron_dit.runtime.launch_environment import is_rank0, launch_environment
 
 if TYPE_CHECKING:
     from megatron_dit.config import Config
@@ -50,8 +50,12 @@ def ranks_argument(command: Parser) -> None:
 def check_ranks(arguments: argparse.Namespace) -> None:
     if arguments.procs < 1:
         raise UserError(f"--procs {arguments.procs}: expected at least 1")
-    if arguments.procs > 1 and ("RANK" in os.environ or "SLURM_PROCID" in os.environ):
-        raise UserError(f"--procs {arguments.procs}: a launcher started this rank already, leave --procs out")
+    place = launch_environment()
+    if arguments.procs > 1 and place.world > 1:
+        raise UserError(
+            f"--procs {arguments.procs}: this is rank {place.rank} of {place.world} that a launcher started already; "
+            "leave --procs out, or start the command once"
+        )
 
 
 def start_ranks(arguments: argparse.Namespace, config: Config, words: list[str]) -> int:
@@ -60,9 +64,10 @@ def start_ranks(arguments: argparse.Namespace, config: Config, words: list[str])
 
     config.data_parallel(arguments.procs)
     words = [*words, arguments.config, *arguments.overrides]
-    return run_ranks([*words, *(["--json", arguments.json] if arguments.json else [])], arguments.procs)
+    words += ["--json", arguments.json] if arguments.json else []
+    return run_ranks(words, arguments.procs, stop_seconds=config.launch.stop_seconds)
 
 
 def write_json(arguments: argparse.Namespace, figures: Any) -> None:
-    if arguments.json and os.environ.get("RANK", "0") == "0":
+    if arguments.json and is_rank0():
         Path(arguments.json).write_text(json.dumps(figures, indent=1) + "\n")

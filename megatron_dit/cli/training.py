@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import argparse
 import math
-import os
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megatron_dit.cli.common import add_command, check_ranks, config_arguments, ranks_argument, start_ranks, write_json
 from megatron_dit.errors import UserError
+from megatron_dit.runtime.launch_environment import is_rank0
+from megatron_dit.runtime.output import keep_going
+from megatron_dit.runtime.signals import signals_end_at_once
 
 if TYPE_CHECKING:  # imports of torch take seconds: each command imports what it needs
     from megatron_dit.config import Config
@@ -74,13 +76,15 @@ def _train(arguments: argparse.Namespace) -> int:
         return _share(arguments, config)
     if arguments.dry_run:
         return _dry_run(arguments, config)
+    keep_going()
     if arguments.procs > 1:
         return start_ranks(arguments, config, ["train"])
-    from megatron_dit.parallel.topology import disconnect
-    from megatron_dit.trainer import train
+    with signals_end_at_once():  # while torch is imported too
+        from megatron_dit.parallel.topology import disconnect
+        from megatron_dit.trainer import train
 
-    write_json(arguments, train(config))
-    disconnect()
+        write_json(arguments, train(config))
+        disconnect()
     return 0
 
 
@@ -141,8 +145,6 @@ def _verify_layout(arguments: argparse.Namespace) -> int:
 
 
 def _bench(arguments: argparse.Namespace) -> int:
-    import torch
-
     from megatron_dit.config import load_config
 
     config = load_config(arguments.config, arguments.overrides)
@@ -154,16 +156,12 @@ def _bench(arguments: argparse.Namespace) -> int:
         flags = ["--steps", str(arguments.steps), "--warmup", str(arguments.warmup)]
         return start_ranks(arguments, config, ["bench", *flags, *(["--diffusers"] if arguments.diffusers else [])])
     from megatron_dit.bench.measure import measure
+    from megatron_dit.memory import explain_out_of_memory
     from megatron_dit.parallel.topology import disconnect
 
-    try:
+    with explain_out_of_memory(config):
         found = measure(config, arguments.steps, arguments.warmup, arguments.diffusers)
-    except torch.OutOfMemoryError as error:
-        raise UserError(
-            f"train.micro_batch={config.train.micro_batch} does not fit: lower it, set train.recompute=full, or "
-            f"share the model out by parallel.zero_stage and parallel.tensor ({str(error).splitlines()[0]})"
-        ) from None
-    if os.environ.get("RANK", "0") == "0":
+    if is_rank0():
         found.print(arguments.config)
     write_json(arguments, found.figures())
     disconnect()

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import argparse
-import os
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megatron_dit.cli.common import add_command, check_ranks, config_arguments, ranks_argument, start_ranks, write_json
 from megatron_dit.errors import UserError
+from megatron_dit.runtime.launch_environment import is_rank0
+from megatron_dit.runtime.output import keep_going
 
 if TYPE_CHECKING:  # imports of torch take seconds: each command imports what it needs
     from megatron_dit.config import Config
@@ -102,7 +103,7 @@ def _coord_check(arguments: argparse.Namespace) -> int:
     from megatron_dit.parallel.topology import disconnect
     from megatron_dit.progress import ProgressBar
 
-    first = os.environ.get("RANK", "0") == "0"
+    first = is_rank0()
     with ProgressBar("coord-check", 2 * len(heads) * arguments.seeds, show=first) as bar:
         sizes = coord_check.coord_check(config, heads, arguments.seeds, arguments.steps, bar.advance)
     found = coord_check.slopes(sizes)
@@ -149,6 +150,7 @@ def _sweep(arguments: argparse.Namespace) -> int:
         return 0
     if arguments.trial is not None and not 0 <= arguments.trial < config.count:
         raise UserError(f"--trial {arguments.trial}: expected a number from 0 to {config.count - 1}")
+    keep_going()
     results = Sweep(config).run(arguments.trial)
     write_json(arguments, [asdict(result) for result in results])
     report.print_table(results)

@@ -19,7 +19,7 @@ from megatron_dit.errors import UserError
 T = TypeVar("T")
 
 # What a run may change when it is started again in its folder: how it is run, not what it computes.
-RESUMABLE = ("run_dir", "parallel", "train.micro_batch", "train.steps")
+RESUMABLE = ("run_dir", "parallel", "launch", "train.micro_batch", "train.steps")
 RESUMABLE += ("data.path", "data.workers", "data.max_bad_share", "data.cache", "data.cache_gib")
 RESUMABLE += (
     "train.recompute",

@@ -12,6 +12,7 @@ from megatron_dit.config.training import (
     SOLVERS_OF,
     CheckpointConfig,
     DataConfig,
+    LaunchConfig,
     OptimizerConfig,
     ParallelConfig,
     SamplingConfig,
@@ -32,6 +33,7 @@ class Config:
     data: DataConfig
     train: TrainConfig
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    launch: LaunchConfig = field(default_factory=LaunchConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
 

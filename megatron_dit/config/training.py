@@ -114,6 +114,19 @@ class ParallelConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class LaunchConfig:
+    """How long ranks are waited for when a job starts and when it is stopped."""
+
+    rendezvous_seconds: float = 600.0  # for missing ranks, which are named after 10 s; then the others end too
+    stop_seconds: float = 120.0  # --procs: after SIGTERM or Ctrl-C, for ranks to save and end; then they are killed
+
+    def __post_init__(self) -> None:
+        value = self.rendezvous_seconds
+        check(value > 0, f"launch.rendezvous_seconds={value}: expected a positive number of seconds")
+        at_least("launch.stop_seconds", self.stop_seconds, 0)
+
+
+@dataclass(frozen=True, kw_only=True)
 class TrainConfig:
     steps: int  # optimizer steps in all
     global_batch: int  # samples per optimizer step, over all ranks

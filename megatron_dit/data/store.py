@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import hashlib
 import os
 from collections.abc import Iterator
@@ -13,6 +12,7 @@ from megatron_dit.config import DataConfig
 from megatron_dit.data.shards import Index, file_system
 from megatron_dit.data.tar import BadSample, Shard, sha256_of
 from megatron_dit.errors import writing
+from megatron_dit.runtime.locks import wait_for_lock
 from megatron_dit.runtime.paths import user_path
 
 
@@ -86,8 +86,7 @@ class Cache(Store):
     @contextlib.contextmanager
     def _lock(self, name: str) -> Iterator[None]:
         """Held by one process of the host; the kernel frees it when the process ends, however it ends."""
-        with (self._folder / name).open("w") as file:
-            fcntl.flock(file, fcntl.LOCK_EX)
+        with wait_for_lock(self._folder / name):
             yield
 
 

@@ -28,8 +28,8 @@ def betas(schedule: str) -> Tensor:
     """The fp64 variances (1000,) that each step of a schedule adds; diffusers' own tables are fp32."""
     options = SCHEDULES[schedule]
     power = 0.5 if options["beta_schedule"] == "scaled_linear" else 1.0
-    ends = (options[name] ** power for name in ("beta_start", "beta_end"))
-    return torch.linspace(*ends, STEPS, dtype=torch.float64) ** (1 / power)
+    start, end = (options[name] ** power for name in ("beta_start", "beta_end"))
+    return torch.linspace(start, end, STEPS, dtype=torch.float64) ** (1 / power)
 
 
 @functools.cache

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-import datetime
 import os
+import socket
+import sys
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar, cast
@@ -11,9 +13,14 @@ from typing import Any, TypeVar, cast
 import torch
 import torch.distributed as dist
 
-from megatron_dit.config import Config
+from megatron_dit.config import Config, LaunchConfig
 from megatron_dit.errors import UserError
 from megatron_dit.parallel.cpu import device, let_megatron_run_on_cpu
+from megatron_dit.parallel.rendezvous import GROUP_TIMEOUT, rendezvous
+from megatron_dit.runtime.launch_environment import LaunchEnvironment, launch_environment
+from megatron_dit.runtime.signals import signals_end_at_once
+
+CONNECT_SECONDS = 30.0  # in which ranks that have met should connect; a line is printed if they have not
 
 T = TypeVar("T")
 
@@ -91,37 +98,44 @@ class DeepSpeedMpu:
         self.get_pipeline_model_parallel_group = state.get_pipeline_model_parallel_group
 
 
-def environment_rank() -> tuple[int, int]:
-    """(rank, world size) as torchrun, ``deepspeed``, ``--procs`` or srun tell them."""
-    env = os.environ
-    if "RANK" not in env and "SLURM_PROCID" in env and "SLURM_STEP_NUM_TASKS" in env:
-        return int(env["SLURM_PROCID"]), int(env["SLURM_STEP_NUM_TASKS"])
-    return int(env.get("RANK", 0)), int(env.get("WORLD_SIZE", 1))
+def connect(limit: float = LaunchConfig.rendezvous_seconds) -> None:
+    """Join the default process group (nccl on GPUs, gloo on CPUs); a lone process gets a group of one.
 
-
-def connect() -> None:
-    """Join the default process group (nccl on GPUs, gloo on CPUs); a lone process gets a group of one."""
+    Raises UserError, naming them, if ranks are still missing after ``limit`` seconds. Until all are there SIGTERM and
+    Ctrl-C end the process at once.
+    """
     if dist.is_initialized():
         return
-    rank, world = environment_rank()
-    env = os.environ
-    env.setdefault("LOCAL_RANK", env.get("SLURM_LOCALID", "0"))
+    place = launch_environment()
+    os.environ.update(RANK=str(place.rank), WORLD_SIZE=str(place.world), LOCAL_RANK=str(place.local_rank))
     cuda = torch.cuda.is_available()
     if cuda:
-        torch.cuda.set_device(int(env["LOCAL_RANK"]) % torch.cuda.device_count())
-    timeout = datetime.timedelta(minutes=30)
-    if world == 1:
-        store = dist.HashStore()
-        dist.init_process_group("nccl" if cuda else "gloo", store=store, rank=0, world_size=1, timeout=timeout)
-        return
-    if "MASTER_ADDR" not in env:
-        raise UserError(
-            f"{world} ranks but MASTER_ADDR is not set: start with --procs, torchrun, deepspeed, or "
-            "export MASTER_ADDR and MASTER_PORT in the sbatch script"
-        )
-    env.setdefault("MASTER_PORT", "29500")
-    env.update(RANK=str(rank), WORLD_SIZE=str(world))
-    dist.init_process_group("nccl" if cuda else "gloo", timeout=timeout)
+        torch.cuda.set_device(place.local_rank % torch.cuda.device_count())
+    with signals_end_at_once():
+        store = dist.HashStore() if place.world == 1 else rendezvous(place, limit)
+        patience = threading.Timer(CONNECT_SECONDS, _say_unconnected, [place])
+        patience.daemon = True
+        patience.start()
+        try:
+            dist.init_process_group(
+                "nccl" if cuda else "gloo",
+                store=store,
+                rank=place.rank,
+                world_size=place.world,
+                timeout=GROUP_TIMEOUT,
+            )
+        finally:
+            patience.cancel()
+
+
+def _say_unconnected(place: LaunchEnvironment) -> None:
+    print(
+        f"rank {place.rank} on {socket.gethostname()}: all {place.world} ranks are there, but have not connected to "
+        f"each other within {CONNECT_SECONDS:.0f} s: set GLOO_SOCKET_IFNAME or NCCL_SOCKET_IFNAME to the network "
+        "interface that joins the hosts",
+        file=sys.stderr,
+        flush=True,
+    )
 
 
 def disconnect() -> None:

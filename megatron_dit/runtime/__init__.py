@@ -1,1 +1,1 @@
-"""What every package may use: text for terminals, files."""
+"""What every package may use: text for terminals, locks, signals, standard output, the launchers' environment."""

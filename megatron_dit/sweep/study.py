@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import itertools
 import multiprocessing
 import os
@@ -27,6 +26,7 @@ from megatron_dit.config import save_config
 from megatron_dit.errors import UserError
 from megatron_dit.progress import ProgressBar
 from megatron_dit.run_folder import read_metrics
+from megatron_dit.runtime.locks import FileLock, wait_for_lock
 from megatron_dit.sweep.space import SweepConfig, open_folder
 from megatron_dit.sweep.trial import INTERRUPTED, TAKEN, Result, TrialFiles, judge, run_trial
 
@@ -38,14 +38,16 @@ class Lock(BaseJournalFileLock):
     """A file's lock that the kernel frees with its process: optuna's own outlive a kill by half a minute."""
 
     def __init__(self, path: Path) -> None:
-        self._file = path.open("w")
+        self._path = path
+        self._lock: FileLock | None = None
 
     def acquire(self) -> bool:
-        fcntl.flock(self._file, fcntl.LOCK_EX)
+        self._lock = wait_for_lock(self._path)
         return True
 
     def release(self) -> None:
-        fcntl.flock(self._file, fcntl.LOCK_UN)
+        if self._lock is not None:
+            self._lock.release()
 
     def __enter__(self) -> None:
         self.acquire()

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import json
 import math
 import os
 import shutil
+import signal
 import sys
 import time
 import traceback
@@ -20,6 +20,8 @@ from megatron_dit.config import Config, load_config
 from megatron_dit.errors import UserError
 from megatron_dit.launch import die_with_parent, leave, run_ranks
 from megatron_dit.run_folder import read_metrics
+from megatron_dit.runtime.locks import try_lock
+from megatron_dit.runtime.output import guard_output, keep_going
 from megatron_dit.trainer import train
 
 # Exit statuses of a trial's process that has no result.
@@ -67,13 +69,9 @@ class TrialFiles:
     @contextlib.contextmanager
     def lock(self) -> Iterator[bool]:
         """Whether this process alone has the trial; the kernel frees it however the process ends."""
-        with self.file(".lock").open("w") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                yield False
-            else:
-                yield True
+        lock = try_lock(self.file(".lock"))
+        with lock or contextlib.nullcontext():
+            yield lock is not None
 
 
 def run_trial(files: TrialFiles, procs: int, last: float, keep: bool, devices: str | None) -> None:
@@ -82,6 +80,8 @@ def run_trial(files: TrialFiles, procs: int, last: float, keep: bool, devices: s
     with files.file(".log").open("a", buffering=1) as log:
         os.dup2(log.fileno(), 1)
         os.dup2(log.fileno(), 2)
+    guard_output()
+    keep_going()
     if devices is not None:
         os.environ["CUDA_VISIBLE_DEVICES"] = devices
     with files.lock() as mine:
@@ -131,9 +131,11 @@ def _train(files: TrialFiles, procs: int) -> str | None:
     """Run the training; returns what ended it early, an empty string at its last step, None for a signal."""
     path = files.file(".yaml")
     config = load_config(path)
+    stop = config.launch.stop_seconds
     try:
-        if procs > 1 and run_ranks(["train", str(path)], procs):
-            return _last_error(files)
+        if procs > 1 and (status := run_ranks(["train", str(path)], procs, stop_seconds=stop)):
+            stopped = status in (128 + signal.SIGTERM, 128 + signal.SIGINT)  # before the first step
+            return None if stopped else _last_error(files)
         if procs == 1:
             train(config)
     except UserError as error:

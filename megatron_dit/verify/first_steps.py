@@ -73,7 +73,7 @@ def first_steps(config: Config, folder: Path) -> Trace | None:
     Returns the trace on rank 0, None elsewhere. The weights are saved under ``folder`` and hashed as a reader
     of any layout sees them.
     """
-    connect()
+    connect(config.launch.rendezvous_seconds)
     topology = build_topology(config)
     use_threads(config)
     engine = Engine(config, topology)

@@ -120,7 +120,7 @@ def resumed(
 
     Collective; returns what was found on rank 0, None elsewhere.
     """
-    connect()
+    connect(config.launch.rendezvous_seconds)
     topology = build_topology(config)
     use_threads(config)
     engine = Engine(config, topology)

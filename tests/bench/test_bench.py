@@ -142,4 +142,4 @@ def test_mistakes_are_told(tmp_path, capsys, monkeypatch):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB\nmore")
 
     monkeypatch.setattr(Engine, "train_step", full)
-    told("train.micro_batch=4 does not fit", "mmdit")
+    told("train.micro_batch=4 or set train.recompute=full", "mmdit")

@@ -164,7 +164,7 @@ def test_file_systems_without_locks(arguments, undisturbed, tmp_path, monkeypatc
     def flock(*_):
         raise OSError(95, "Operation not supported")
 
-    monkeypatch.setattr("data_prep.job.fcntl.flock", flock)
+    monkeypatch.setattr("megatron_dit.runtime.locks.fcntl.flock", flock)
     assert data_prep(encode(arguments, tmp_path / "out")) == 0
     assert folder_bytes(tmp_path / "out") == folder_bytes(undisturbed)
 

@@ -1,0 +1,128 @@
+"""Locks of files and of a run's folder: who holds them, and when they are stale."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from megatron_dit.errors import UserError
+from megatron_dit.runtime import locks
+from megatron_dit.runtime.locks import RunLock, try_lock, wait_for_lock
+
+HOLD = """
+import os, sys, time
+from pathlib import Path
+from megatron_dit.runtime.locks import RunLock
+lock = RunLock(Path(sys.argv[1]))
+if "fork" in sys.argv and (child := os.fork()):
+    print(child, flush=True)
+elif "fork" not in sys.argv:
+    print(os.getpid(), flush=True)
+time.sleep(60)
+"""
+
+
+def hold(path, *flags):
+    """A process that holds the lock, and the number it printed: its own, or its forked child's."""
+    process = subprocess.Popen([sys.executable, "-c", HOLD, str(path), *flags], stdout=subprocess.PIPE, text=True)
+    return process, int(process.stdout.readline())
+
+
+@pytest.fixture
+def fast(monkeypatch):
+    monkeypatch.setattr(locks, "HEARTBEAT_SECONDS", 0.1)
+    monkeypatch.setattr(locks, "SILENCE_SECONDS", 1.0)
+
+
+def refused(path, **kwargs):
+    with pytest.raises(UserError) as caught:
+        RunLock(path, **kwargs)
+    return str(caught.value)
+
+
+def silent(line):
+    raise AssertionError(f"waited: {line}")
+
+
+def test_the_holder_is_named_and_sigkill_frees_the_lock_at_once(tmp_path):
+    path = tmp_path / "run.lock"
+    process, pid = hold(path)
+    message = refused(path, say=silent)
+    assert f"run_dir={tmp_path} is in use by process {pid} on host {os.uname().nodename}, started 20" in message
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    with RunLock(path, say=silent):  # nothing to wait for: flock knows
+        assert json.loads(path.read_text())["pid"] == os.getpid()
+    assert path.read_text() == ""
+
+
+def test_a_forked_child_does_not_keep_its_killed_parents_lock(tmp_path):
+    path = tmp_path / "run.lock"
+    process, child = hold(path, "fork")
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    try:
+        with RunLock(path, say=silent):
+            os.kill(child, 0)  # it lives
+    finally:
+        os.kill(child, signal.SIGKILL)
+
+
+def test_another_machine_is_judged_by_its_heartbeat(tmp_path, fast, monkeypatch):
+    """flock lets us have it, as on mounts that keep flock to one machine: a copy of the lock's file stands for one."""
+    path, there = tmp_path / "run.lock", tmp_path / "there" / "run.lock"
+    there.parent.mkdir()
+    said = []
+    with monkeypatch.context() as elsewhere:
+        elsewhere.setattr(locks, "_here", lambda: {"host": "far", "boot": "other", "pid": 7})
+        holder = RunLock(there)
+    path.symlink_to(there)
+    monkeypatch.setattr(locks, "try_lock", lambda path: locks.FileLock(os.open(path, os.O_RDWR), supported=True))
+    assert "is in use by process 7 on host far" in refused(path, say=said.append)
+    assert "waiting" in said[0]
+    holder._ended.set()  # killed: no more heartbeats, and the file as it was
+    holder._heart.join()
+    started = time.monotonic()
+    RunLock(path, say=said.append).release()
+    assert 0.9 < time.monotonic() - started < 5
+
+
+def test_a_file_system_without_locks(tmp_path, fast, monkeypatch):
+    def flock(*_):
+        raise OSError(95, "Operation not supported")
+
+    monkeypatch.setattr("megatron_dit.runtime.locks.fcntl.flock", flock)
+    path = tmp_path / "run.lock"
+    with RunLock(path):
+        assert "is in use by process" in refused(path, say=lambda line: None)
+    RunLock(path, say=silent).release()
+    ended = subprocess.Popen(["true"])
+    ended.wait()
+    path.write_text(json.dumps({**locks._here(), "pid": ended.pid, "heartbeat": 3}))
+    RunLock(path, say=silent).release()  # its process is gone
+
+
+@pytest.mark.parametrize("content", ["", "\0\0\0", "[1]", "{", '{"pid": null}'])
+def test_a_damaged_lock_file_is_no_obstacle(tmp_path, fast, content):
+    path = tmp_path / "run.lock"
+    path.write_text(content)
+    RunLock(path, say=lambda line: None).release()
+
+
+def test_file_locks(tmp_path):
+    path = tmp_path / "a.lock"
+    first = try_lock(path)
+    assert first is not None
+    assert first.supported
+    assert try_lock(path) is None
+    first.release()
+    first.release()
+    with wait_for_lock(path):
+        assert try_lock(path) is None
+    assert try_lock(path) is not None
