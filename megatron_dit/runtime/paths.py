@@ -1,0 +1,29 @@
+"""Paths as users write them on a command line or in a config."""
+
+from __future__ import annotations
+
+import os
+import re
+
+from megatron_dit.errors import UserError
+
+_VARIABLE = re.compile(r"\$(?:[A-Za-z_]\w*|\{[^}]*\})")
+
+
+def user_path(path: str, name: str) -> str:
+    """Return ``path`` with a leading ``~`` or ``~USER`` expanded, as fsspec and shells do; URLs are returned as given.
+
+    ``name`` is the key or option that holds the path, for messages. Raises UserError if the path holds a variable such
+    as ``$SCRATCH``, which would otherwise become part of a folder's name, or starts with the ``~`` of an unknown user.
+    """
+    if variable := _VARIABLE.search(path):
+        raise UserError(
+            f"{name}={path}: {variable[0]} is not expanded here; write the path itself, or use double quotes so that "
+            "the shell expands it"
+        )
+    # A Path would lose the "./" that lets a folder be called "~x", and raises for unknown users.
+    expanded = path if "://" in path else os.path.expanduser(path)  # noqa: PTH111
+    if expanded.startswith("~"):
+        user = expanded.partition("/")[0]
+        raise UserError(f"{name}={path}: no home folder of {user} is known; write ./{user} for a folder of that name")
+    return expanded

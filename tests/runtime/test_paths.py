@@ -1,0 +1,28 @@
+"""Paths of users: the home folder is expanded, and a variable that no shell has expanded is refused."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from fsspec.implementations.local import LocalFileSystem
+
+from megatron_dit.errors import UserError
+from megatron_dit.runtime.paths import user_path
+
+
+@pytest.mark.parametrize("path", ["~", "~/x", "~root/x", "a/~b", "-x", "café", "a%20b", "data[1]", "a$", "5$"])
+def test_the_home_folder_is_expanded_as_fsspec_does(path, monkeypatch):
+    monkeypatch.setenv("HOME", "/home/somebody")
+    assert Path(user_path(path, "run_dir")).absolute() == Path(LocalFileSystem._strip_protocol(path))
+
+
+def test_urls_and_explicit_names_are_returned_as_given():
+    assert user_path("s3://bucket/~x", "data.path") == "s3://bucket/~x"
+    assert user_path("./~x", "run_dir") == "./~x"
+
+
+@pytest.mark.parametrize("path", ["$SCRATCH/run", "a/${USER}/b", "s3://b/$NAME", "~nobody-here/x"])
+def test_what_nobody_expands_is_refused(path):
+    with pytest.raises(UserError, match="run_dir"):
+        user_path(path, "run_dir")
