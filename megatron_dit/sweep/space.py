@@ -5,13 +5,12 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import yaml
-from omegaconf import OmegaConf
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
 
 from megatron_dit.config import RESUMABLE, Config, first_difference, flatten, load_config, save_config
@@ -113,9 +112,8 @@ class SweepConfig:
 
     def trial_config(self, params: Mapping[str, Any], number: int) -> Config:
         """The config of a trial. Raises UserError where its values do not go together."""
-        dots = [f"{key}={_yaml(value)}" for key, value in params.items()]
         run_dir = self.folder / "trials" / f"{number:04d}"
-        return load_config(self.config, [*self.overrides, *dots, f"run_dir={run_dir}"])
+        return load_config(self.config, self.overrides, {**params, "run_dir": str(run_dir)})
 
 
 def open_folder(config: SweepConfig) -> None:
@@ -133,7 +131,7 @@ def open_folder(config: SweepConfig) -> None:
     part = folder / f"{os.getpid()}.part"
     save_config(config.base, part)
     part.replace(base)
-    part.write_text(OmegaConf.to_yaml(OmegaConf.structured(config)))
+    part.write_text(yaml.safe_dump(asdict(config), sort_keys=False))
     part.replace(path)
 
 
@@ -144,14 +142,9 @@ def _ours(item: Path) -> bool:
 
 def _difference(path: Path, config: SweepConfig) -> str | None:
     """What makes the saved sweep another search than ``config``'s; how it is run may change."""
-    old, new = yaml.safe_load(path.read_text()), OmegaConf.to_container(OmegaConf.structured(config))
-    assert isinstance(new, dict)
+    old, new = yaml.safe_load(path.read_text()), asdict(config)
     free = ("run_dir", "parallel", "procs", "stop_early", "keep_checkpoints", "trials")
     for key, value in old.items():
         if key not in free and new[key] != value:
             return f"{key} is {value!r} there and {new[key]!r} here"
     return None
-
-
-def _yaml(value: Any) -> str:
-    return yaml.safe_dump(value, default_flow_style=True).removesuffix("...\n").strip()
