@@ -18,7 +18,7 @@ from checkpoints_tools.reshard import reshard
 from megatron_dit.checkpoint.format import CheckpointReader, Torn
 from megatron_dit.checkpoint.load import newest, open_checkpoint
 from megatron_dit.checkpoint.save import old_ones
-from megatron_dit.cli import Parser, add_command
+from megatron_dit.cli import Parser, add_command, exit_status
 from megatron_dit.cli.common import write_json
 from megatron_dit.errors import UserError, writing
 
@@ -84,12 +84,15 @@ def main(arguments: list[str]) -> int:
     command.add_argument("--keep", type=int, required=True, help="the newest whole ones to keep, at least 1")
     command.add_argument("--keep-every", type=int, default=0, metavar="N", help="keep those of every N-th step too")
     command.add_argument("--dry-run", action="store_true", help="say what would go")
-    try:
+
+    def run() -> int:
         parsed = parser.parse_args(arguments)
-        return parsed.run(parsed)
-    except (UserError, Torn) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+        try:
+            return parsed.run(parsed)
+        except Torn as error:
+            raise UserError(str(error)) from None
+
+    return exit_status(run)
 
 
 def _inspect(parsed: argparse.Namespace) -> int:

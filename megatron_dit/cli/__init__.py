@@ -1,21 +1,20 @@
 """The command line: ``megatron-dit COMMAND``, equal to ``python -m megatron_dit COMMAND``.
 
-Exit status 0: good; 1: a check failed; 2: the user's mistake, told in one line.
+Exit status 0: good; 1: a check failed; 2: the user's mistake, reported in one line.
 """
 
 from __future__ import annotations
 
 import argparse
-import os
+import re
 import sys
 from typing import NoReturn
 
 from megatron_dit.cli import pictures, training, tuning
-from megatron_dit.cli.common import Parser, add_command
-from megatron_dit.errors import UserError
+from megatron_dit.cli.common import Parser, add_command, exit_status, is_rank0
 from megatron_dit.launch import leave
 
-__all__ = ["Parser", "add_command", "main", "run"]
+__all__ = ["Parser", "add_command", "exit_status", "main", "run"]
 
 
 def main() -> NoReturn:
@@ -24,16 +23,12 @@ def main() -> NoReturn:
 
 def run(arguments: list[str]) -> int:
     """Run one command; returns the exit status."""
-    try:
+
+    def command() -> int:
         parsed = _parse(_without_launcher_flags(arguments))
         return parsed.run(parsed)
-    except UserError as error:
-        if os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0":
-            print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return 130
+
+    return exit_status(command, shown=lambda _: is_rank0())
 
 
 def _parse(arguments: list[str]) -> argparse.Namespace:
@@ -51,7 +46,7 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
 
 def _without_launcher_flags(arguments: list[str]) -> list[str]:
     """Drop the ``--local_rank=N`` that the deepspeed launcher adds (it sets LOCAL_RANK too)."""
-    return [item for item in arguments if not item.startswith(("--local_rank", "--local-rank"))]
+    return [item for item in arguments if not re.fullmatch(r"--local[_-]rank=\d+", item)]
 
 
 def _parser() -> Parser:

@@ -80,16 +80,17 @@ def check_ranges(config: Any, prefix: str = "") -> None:
     in its interval.
     """
     for name, kind in hints_of(type(config)).items():
-        _check_range(f"{prefix}{name}", getattr(config, name), kind)
+        check_range(f"{prefix}{name}", getattr(config, name), kind)
 
 
-def _check_range(key: str, value: Any, kind: Any) -> None:
+def check_range(key: str, value: Any, kind: Any) -> None:
+    """Raise UserError if a number, or one of those in a list or mapping, is outside the interval of its type."""
     interval = next((item for item in getattr(kind, "__metadata__", ()) if isinstance(item, Interval)), None)
     if interval is not None:
         check(interval.holds(value), f"{key}={value}: expected {interval}")
     elif isinstance(value, (list, dict)):
         items = value.items() if isinstance(value, dict) else enumerate(value)
         for name, item in items:
-            _check_range(f"{key}.{name}" if isinstance(value, dict) else key, item, get_args(kind)[-1])
+            check_range(f"{key}.{name}" if isinstance(value, dict) else key, item, get_args(kind)[-1])
     elif value is not None and type(None) in get_args(kind):
-        _check_range(key, value, get_args(kind)[0])
+        check_range(key, value, get_args(kind)[0])

@@ -9,7 +9,7 @@ import types
 from dataclasses import MISSING, fields, is_dataclass
 from typing import Any, Union, get_args, get_origin
 
-from megatron_dit.config.checks import PATH, check, hints_of
+from megatron_dit.config.checks import PATH, check, check_range, hints_of
 from megatron_dit.config.tree import Scalar
 from megatron_dit.errors import UserError
 from megatron_dit.runtime.paths import user_path
@@ -95,6 +95,13 @@ def convert(kind: Any, value: Any, key: str) -> Any:
     text = {str: _text, int: _integer, float: _number, bool: _boolean}[kind](value, key)
     expand = isinstance(value, Scalar) and PATH in getattr(annotated, "__metadata__", ())
     return user_path(text, key) if expand else text
+
+
+def read_number(kind: Any, text: str, key: str) -> Any:
+    """Return a number that a user wrote as ``kind``. Raises UserError if it is none or not in its interval."""
+    value = convert(kind, Scalar(text), key)
+    check_range(key, value, kind)
+    return value
 
 
 def show(value: Any) -> str:

@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 import yaml
 from rich.console import Console
-from rich.table import Table
 
 from megatron_dit.config import flatten
+from megatron_dit.runtime.table import Table
 from megatron_dit.sweep.space import SweepConfig
 from megatron_dit.sweep.trial import Result
 

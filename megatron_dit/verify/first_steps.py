@@ -16,7 +16,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from rich.console import Console
-from rich.table import Table
 from torch import Tensor
 
 from megatron_dit.checkpoint.format import STATE, CheckpointReader
@@ -28,6 +27,7 @@ from megatron_dit.mup.init import initial_value
 from megatron_dit.mup.rules import Param
 from megatron_dit.parallel.topology import build_topology, connect
 from megatron_dit.progress import ProgressBar
+from megatron_dit.runtime.table import Table
 from megatron_dit.trainer import use_threads
 from megatron_dit.verify.layouts import LAYOUTS, SINGLE, layouts_of, run_layout
 
