@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import math
+import sys
 from collections import Counter
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -16,15 +17,15 @@ from typing import Any
 import torch
 import yaml
 
-from megatron_dit.config import Config, ModelConfig, config_from_dict, flatten, load, load_config
+from megatron_dit.config import Config, ModelConfig, config_from_dict, flatten, load_config
 from megatron_dit.errors import UserError
 from megatron_dit.models import build_unsharded
 from megatron_dit.mup.shapes import describe
 from megatron_dit.runtime.io import replacing
 from megatron_dit.runtime.text import printable
 from megatron_dit.sweep import report
-from megatron_dit.sweep.space import SweepConfig
-from megatron_dit.sweep.trial import Result, TrialFiles
+from megatron_dit.sweep.space import SweepConfig, load_saved
+from megatron_dit.sweep.trial import Result, stored_result
 
 
 @dataclass(frozen=True)
@@ -143,10 +144,17 @@ def read_sweep(folder: Path) -> tuple[SweepConfig, list[Result]]:
     path = folder / "sweep.yaml"
     if not path.is_file():
         raise UserError(f"{folder} is no sweep's folder (it has no sweep.yaml): give what 'megatron-dit sweep' wrote")
-    # The base as it was resolved then, wherever the sweep is read from.
-    config = load(SweepConfig, path, [f"config={folder / 'base.yaml'}", "overrides=[]", f"run_dir={folder}"])
-    found = [TrialFiles(folder / "trials" / f"{number:04d}", {}).result() for number in range(config.count)]
-    return config, [result for result in found if result is not None]
+    config = load_saved(folder)
+    results = []
+    for number in range(config.count):
+        try:
+            results.append(stored_result(config, number))
+        except UserError as error:
+            print(
+                printable(f"warning: {error}; its trial is left out, 'megatron-dit sweep' runs it again"),
+                file=sys.stderr,
+            )
+    return config, [result for result in results if result is not None]
 
 
 def print_plan(config: SweepConfig, target: str | None) -> dict[str, Any]:

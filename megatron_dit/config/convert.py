@@ -34,7 +34,7 @@ def build(schema: type, values: Any, prefix: str = "") -> Any:
         check_known(schema, key, prefix)
     for item in fields(schema):
         if item.default is MISSING and item.default_factory is MISSING and item.name not in values:
-            raise UserError(f"the config does not set {prefix}{item.name}: add it, it has no default")
+            raise UserError(f"it does not set {prefix}{item.name}: add it, it has no default")
     return schema(**{key: convert(hints[key], value, prefix + key) for key, value in values.items()})
 
 
