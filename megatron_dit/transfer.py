@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import functools
 import math
-import sys
 from collections import Counter
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -22,7 +21,7 @@ from megatron_dit.errors import UserError
 from megatron_dit.models import build_unsharded
 from megatron_dit.mup.shapes import describe
 from megatron_dit.runtime.io import replacing
-from megatron_dit.runtime.text import printable
+from megatron_dit.runtime.text import printable, warn
 from megatron_dit.sweep import report
 from megatron_dit.sweep.space import SweepConfig, load_saved
 from megatron_dit.sweep.trial import Result, stored_result
@@ -150,10 +149,7 @@ def read_sweep(folder: Path) -> tuple[SweepConfig, list[Result]]:
         try:
             results.append(stored_result(config, number))
         except UserError as error:
-            print(
-                printable(f"warning: {error}; its trial is left out, 'megatron-dit sweep' runs it again"),
-                file=sys.stderr,
-            )
+            warn(f"{error}; its trial is left out, 'megatron-dit sweep' runs it again")
     return config, [result for result in results if result is not None]
 
 

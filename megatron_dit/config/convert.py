@@ -32,10 +32,11 @@ def build(schema: type, values: Any, prefix: str = "") -> Any:
     hints = hints_of(schema)
     for key in values:
         check_known(schema, key, prefix)
+    converted = {key: convert(hints[key], value, prefix + key) for key, value in values.items()}
     for item in fields(schema):
         if item.default is MISSING and item.default_factory is MISSING and item.name not in values:
             raise UserError(f"it does not set {prefix}{item.name}: add it, it has no default")
-    return schema(**{key: convert(hints[key], value, prefix + key) for key, value in values.items()})
+    return schema(**converted)
 
 
 def check_known(schema: type, key: str, prefix: str) -> None:

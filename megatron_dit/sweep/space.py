@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import sys
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
@@ -18,7 +17,7 @@ from megatron_dit.config import RESUMABLE, Config, first_difference, flatten, lo
 from megatron_dit.config.checks import Count, CountOrZero, FilePath, Interval, at_least, check, check_ranges, choice
 from megatron_dit.errors import UserError, writing
 from megatron_dit.runtime.io import replacing
-from megatron_dit.runtime.text import printable
+from megatron_dit.runtime.text import warn
 
 Params = dict[str, Any]  # dotted key -> value, of one trial
 
@@ -159,7 +158,7 @@ def open_folder(config: SweepConfig) -> None:
         except UserError as error:
             difference = _other_results(folder, config)
             if difference is None:
-                print(printable(f"warning: {error}; the sweep's saved config is written anew"), file=sys.stderr)
+                warn(f"{error}; the sweep's saved config is written anew")
         if difference is not None:
             raise UserError(f"{folder} holds another sweep ({difference}): set run_dir to a new folder")
     elif folder.exists() and (not folder.is_dir() or any(not _ours(item) for item in folder.iterdir())):

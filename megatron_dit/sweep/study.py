@@ -8,7 +8,6 @@ import json
 import multiprocessing
 import os
 import signal
-import sys
 import time
 from collections import deque
 from collections.abc import Iterator
@@ -30,7 +29,7 @@ from megatron_dit.config import flatten, load_config, save_config
 from megatron_dit.errors import UserError, writing
 from megatron_dit.progress import ProgressBar
 from megatron_dit.run_folder import read_metrics
-from megatron_dit.runtime.text import printable
+from megatron_dit.runtime.text import warn
 from megatron_dit.sweep.space import Params, SweepConfig, open_folder, to_optuna
 from megatron_dit.sweep.trial import INTERRUPTED, TAKEN, Result, TrialFiles, judge, run_trial, stored_result
 
@@ -88,10 +87,6 @@ def set_aside(path: Path) -> Path:
     names = (path.with_name(f"{path.name}.damaged{number or ''}") for number in itertools.count())
     free = next(name for name in names if not name.exists())
     return path.rename(free)
-
-
-def warn(message: str) -> None:
-    print(printable(f"warning: {message}"), file=sys.stderr, flush=True)
 
 
 @dataclass
