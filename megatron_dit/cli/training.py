@@ -131,7 +131,7 @@ def _share(arguments: argparse.Namespace, config: Config) -> int:
 def _verify(arguments: argparse.Namespace) -> int:
     from megatron_dit.verify import verify, verify_resume
 
-    names = arguments.layouts.split(",") if arguments.layouts else None
+    names = None if arguments.layouts is None else arguments.layouts.split(",")
     if arguments.steps < 1 + arguments.resume:
         raise UserError(f"--steps {arguments.steps}: expected at least {1 + arguments.resume}")
     if arguments.resume:

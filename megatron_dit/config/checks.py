@@ -88,7 +88,7 @@ def check_range(key: str, value: Any, kind: Any) -> None:
     interval = next((item for item in getattr(kind, "__metadata__", ()) if isinstance(item, Interval)), None)
     if interval is not None:
         check(interval.holds(value), f"{key}={value}: expected {interval}")
-    elif isinstance(value, (list, dict)):
+    elif isinstance(value, (list, dict)) and get_args(kind):
         items = value.items() if isinstance(value, dict) else enumerate(value)
         for name, item in items:
             check_range(f"{key}.{name}" if isinstance(value, dict) else key, item, get_args(kind)[-1])

@@ -60,7 +60,8 @@ def check_output(path: Path, option: str, *, makes_folder: bool = False) -> None
             with tempfile.TemporaryFile(dir=folder):
                 pass
     except (OSError, ValueError) as error:
-        raise UserError(f"{option} {path} cannot be written ({error}): choose another folder") from None
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"{option} {path} cannot be written ({reason}): choose another folder") from None
 
 
 @contextmanager
