@@ -12,6 +12,7 @@ from typing import NoReturn
 
 from megatron_dit.cli import pictures, training, tuning
 from megatron_dit.cli.common import Parser, add_command, exit_status, is_rank0
+from megatron_dit.config import check_overrides
 from megatron_dit.launch import leave
 
 __all__ = ["Parser", "add_command", "exit_status", "main", "run"]
@@ -39,8 +40,9 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
     unknown = [item for item in left if item not in overrides]
     if unknown:
         parser.error(f"unrecognized arguments: {' '.join(unknown)}")
-    if overrides:
+    if hasattr(parsed, "overrides"):
         parsed.overrides = [*parsed.overrides, *overrides]
+        check_overrides(parsed.overrides)
     return parsed
 
 

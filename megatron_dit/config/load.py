@@ -47,25 +47,29 @@ def load(
     both. An override's value is written as in YAML, but text needs no quotes. A section is merged key by key, any
     other value is replaced as a whole.
 
-    Raises UserError, which names the file, if it cannot be read; if a key is unknown, missing, ill-typed or given
+    Raises UserError, which names the file, if it cannot be read; if a key of it is unknown, missing, ill-typed or given
     twice; and for anything that the dataclasses refuse.
     """
     tree = read_tree(Path(user_path(str(path), "config")), f"config {path}")
     try:
         if not isinstance(tree, dict):
             raise UserError(f"expected keys such as run_dir and their values, it holds {show(tree)}")
-        seen = set()
         for item in overrides:
             key, equals, text = item.partition("=")
             check(bool(equals), f"override {item!r}: expected key=value, such as train.steps=100")
-            check(key not in seen, f"override {item!r}: {key} is given twice, leave one out")
-            seen.add(key)
             _assign(tree, schema, key, lambda kind, text=text, item=item: _parsed(kind, text, item))
         for key, value in (values or {}).items():
             _assign(tree, schema, key, lambda _, value=value: _quoted(value))
         return build(schema, tree)
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
+
+
+def check_overrides(overrides: Sequence[str]) -> None:
+    """Raise UserError if one of a user's overrides has no effect because a later one sets the same key."""
+    keys = [item.partition("=")[0] for item in overrides]
+    twice = next((key for key in keys if keys.count(key) > 1), None)
+    check(twice is None, f"override {twice} is given twice: leave one out")
 
 
 def config_from_dict(values: Any, source: str = "the checkpoint's config") -> Config:

@@ -13,7 +13,7 @@ from typing import Annotated, Any
 import yaml
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
 
-from megatron_dit.config import RESUMABLE, Config, first_difference, flatten, load, load_config
+from megatron_dit.config import RESUMABLE, Config, check_overrides, first_difference, flatten, load, load_config
 from megatron_dit.config.checks import Count, CountOrZero, FilePath, Interval, at_least, check, check_ranges, choice
 from megatron_dit.errors import UserError, writing
 from megatron_dit.runtime.io import replacing
@@ -90,6 +90,7 @@ class SweepConfig:
         choice("sampler", self.sampler, ("grid", "random", "tpe"))
         check_ranges(self)
         check(bool(self.run_dir), "run_dir is empty: expected a folder")
+        check_overrides(self.overrides)
         check(bool(self.space), "space is empty: name at least one key, such as optimizer.lr: {log2: [-13, -5]}")
         known = flatten(self.base)
         for key, dimension in self.space.items():

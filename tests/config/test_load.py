@@ -240,10 +240,6 @@ def test_overrides_of_another_form_are_refused(path, override, words):
     assert words in refused(path, override)
 
 
-def test_an_override_that_another_one_undoes_is_refused(path):
-    assert "seed is given twice" in refused(path, "seed=3", "seed=4")
-
-
 def test_sections_merge_and_other_values_are_replaced(path):
     config = load_config(path, ["model={depth: 3}", "data.mix.a/b.c=0.2", "data.mix.d=0.1"])
     assert (config.model.depth, config.model.heads) == (3, 4)

@@ -147,6 +147,7 @@ def test_values_of_every_kind_are_searched_and_reported(tmp_path, dataset, capsy
     config = load(SweepConfig, path)
     sweep = Sweep(config)
     asked = [sweep.files(number).params for number in range(config.count)]
+    asked.sort(key=lambda params: (values.index(params[key]), params["seed"]))
     assert asked == [{key: value, "seed": seed} for value in values for seed in (0, 1)]
     plant(path, [(params, "complete", 1.0 + values.index(params[key])) for params in asked])
     assert run(["sweep", str(path)]) == 0
