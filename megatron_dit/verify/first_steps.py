@@ -28,6 +28,7 @@ from megatron_dit.mup.rules import Param
 from megatron_dit.parallel.topology import build_topology, connect
 from megatron_dit.progress import ProgressBar
 from megatron_dit.runtime.table import Table
+from megatron_dit.runtime.text import printable
 from megatron_dit.trainer import use_threads
 from megatron_dit.verify.layouts import LAYOUTS, SINGLE, layouts_of, run_layout
 
@@ -120,7 +121,7 @@ def verify(path: str, overrides: Sequence[str], names: Sequence[str] | None, ste
     results = [compare(name, trace, reference) for name, trace in traces.items()]
     _print(results, reference, steps)
     for line in impossible:
-        print(line)
+        print(printable(line))
     return results
 
 

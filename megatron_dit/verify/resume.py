@@ -26,6 +26,7 @@ from megatron_dit.engine import Engine
 from megatron_dit.parallel.topology import Topology, build_topology, connect, gather
 from megatron_dit.progress import ProgressBar
 from megatron_dit.runtime.table import Table
+from megatron_dit.runtime.text import printable
 from megatron_dit.trainer import use_threads
 from megatron_dit.verify.first_steps import TOLERANCE, disturbed, greatest_difference
 from megatron_dit.verify.layouts import SINGLE, layouts_of, run_layout
@@ -108,7 +109,7 @@ def verify_resume(path: str, overrides: Sequence[str], names: Sequence[str] | No
             bar.advance(f"{name} loaded")
     _print(pairs, list(layouts), steps)
     for line in impossible:
-        print(line)
+        print(printable(line))
     return pairs
 
 
