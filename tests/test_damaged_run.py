@@ -46,6 +46,7 @@ def opened(config):
         b'{"step": 4}',
         b'{"step": 4, "loss": "low"}',
         b'{"step": 4, "loss": 1e999}',
+        b'{"step": 4, "loss": 1%s}' % (b"0" * 400),
         b"[1, 2]",
         b"3",
         b"",
