@@ -19,7 +19,7 @@ from megatron_dit.checkpoint.format import CheckpointReader
 from megatron_dit.checkpoint.listing import CHECKPOINTS, delete, list_checkpoints, old_ones
 from megatron_dit.checkpoint.load import open_checkpoint
 from megatron_dit.checkpoint.manifest import Torn
-from megatron_dit.cli import Parser, add_command, run_program
+from megatron_dit.cli import Parser, add_command, exit_status, run_program
 from megatron_dit.cli.common import write_json
 from megatron_dit.errors import UserError, writing
 from megatron_dit.runtime.text import printable
@@ -86,12 +86,12 @@ def main(arguments: list[str]) -> int:
     command.add_argument("--keep", type=int, required=True, help="the newest whole ones to keep, at least 1")
     command.add_argument("--keep-every", type=int, default=0, metavar="N", help="keep those of every N-th step too")
     command.add_argument("--dry-run", action="store_true", help="say what would go")
-    try:
+
+    def run() -> int:
         parsed = parser.parse_args(arguments)
         return parsed.run(parsed)
-    except UserError as error:
-        print(f"error: {printable(error)}", file=sys.stderr)
-        return 2
+
+    return exit_status(run)
 
 
 def _inspect(parsed: argparse.Namespace) -> int:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from data_prep import cli_check, cli_encode
 from data_prep.cli_encode import add_shared
-from megatron_dit.cli import Parser, add_command, run_program
+from megatron_dit.cli import Parser, add_command, exit_status, run_program
 from megatron_dit.cli.common import write_json
 from megatron_dit.errors import UserError
 from megatron_dit.runtime.output import keep_going
@@ -36,16 +36,13 @@ def main(arguments: list[str]) -> int:
     add_shared(embedded)
     cli_encode.add_command_to(commands)
     cli_check.add_commands_to(commands)
-    try:
+
+    def command() -> int:
         parsed = parser.parse_args(arguments)
         parsed.folder = user_path(parsed.folder, "FOLDER")
         return _run(parsed, arguments) if parsed.run is None else parsed.run(parsed)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("interrupted: the same command goes on", file=sys.stderr)
-        return 130
+
+    return exit_status(command, interrupted="interrupted: run the same command again to resume")
 
 
 def _run(parsed: argparse.Namespace, words: list[str]) -> int:

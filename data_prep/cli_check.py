@@ -9,6 +9,7 @@ from typing import Any
 
 from megatron_dit.cli.common import add_command, write_json
 from megatron_dit.errors import UserError
+from megatron_dit.runtime.io import check_output
 from megatron_dit.runtime.paths import user_path
 
 
@@ -50,8 +51,8 @@ def stats(parsed: argparse.Namespace) -> int:
 
     if parsed.samples < 1:
         raise UserError(f"--samples {parsed.samples}: expected at least 1")
-    figures = stats(
-        parsed.folder, parsed.samples, Path(user_path(parsed.out, "--out") if parsed.out else f"{parsed.folder}/stats")
-    )
+    out = Path(user_path(str(parsed.out or Path(parsed.folder, "stats")), "--out"))
+    check_output(out / "stats.json", "--out", makes_folder=True)
+    figures = stats(parsed.folder, parsed.samples, out)
     write_json(parsed, figures)
     return 0

@@ -20,6 +20,7 @@ from megatron_dit.config import Config
 from megatron_dit.data.stream import batches, read_data
 from megatron_dit.engine import Engine
 from megatron_dit.parallel.topology import build_topology, connect
+from megatron_dit.runtime.io import replacing
 from megatron_dit.trainer import use_threads
 
 LIMIT = 0.1  # greatest |slope| of a good parametrization
@@ -144,8 +145,8 @@ def draw(sizes: Sequence[Size], head_dim: int, path: Path) -> None:
         axes_row[0].set_ylabel("mean |activation|")
     grid[0][-1].legend(fontsize=6, loc="center left", bbox_to_anchor=(1, 0.5))
     grid[1][0].set_xlabel("width")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=120)
+    with replacing(path, makes_folder=True) as part:
+        figure.savefig(part, dpi=120)
 
 
 def figures(sizes: Sequence[Size], found: Sequence[Slope]) -> dict[str, list[dict[str, object]]]:

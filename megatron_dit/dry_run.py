@@ -13,7 +13,6 @@ from pathlib import Path
 
 import torch.distributed as dist
 from rich.console import Console
-from rich.table import Table
 from torch.testing._internal.distributed import fake_pg
 
 from megatron_dit.config import Config
@@ -25,6 +24,7 @@ from megatron_dit.memory import StateBytes, state_bytes
 from megatron_dit.models.flops import model_flops
 from megatron_dit.parallel.topology import build_topology
 from megatron_dit.runtime.launch_environment import launch_environment
+from megatron_dit.runtime.table import Table, plain
 
 GIB = 2**30
 
@@ -113,5 +113,5 @@ def print_share(config: Config, share: Share) -> None:
             f"a stage waits {share.bubble:.1%} of a step"
         )
     if not Path(config.data.path).exists():
-        console.print(f"data.path={config.data.path} is not on this machine: not checked")
+        console.print(plain(f"data.path={config.data.path} is not on this machine: not checked"))
     console.print(f"built in {share.seconds:.0f} s; activations and communication buffers are not in it")

@@ -8,6 +8,8 @@ from types import TracebackType
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
+from megatron_dit.runtime.text import printable
+
 SECONDS_BETWEEN_LINES = 15.0
 
 
@@ -30,10 +32,10 @@ class ProgressBar:
         self._bar: Progress | None = None
         if show and self._console.is_terminal:
             self._bar = Progress(
-                TextColumn("{task.description}"),
+                TextColumn("{task.description}", markup=False),
                 BarColumn(),
                 MofNCompleteColumn(),
-                TextColumn("eta {task.fields[eta]} {task.fields[text]}"),
+                TextColumn("eta {task.fields[eta]} {task.fields[text]}", markup=False),
                 console=self._console,
             )
             self._task = self._bar.add_task(title, total=total, completed=done, eta=self._eta(), text="")
@@ -52,7 +54,7 @@ class ProgressBar:
 
     def to(self, done: int, text: str = "") -> None:
         ended = done == self._total != self._done
-        self._done = done
+        self._done, text = done, printable(text)
         if self._bar is not None:
             self._bar.update(self._task, completed=self._done, eta=self._eta(), text=text)
         elif self._show:
@@ -71,4 +73,4 @@ class ProgressBar:
     def say(self, line: str) -> None:
         """Print a line above the bar."""
         if self._show:
-            self._console.print(line, markup=False, highlight=False, soft_wrap=True)
+            self._console.print(printable(line), markup=False, emoji=False, highlight=False, soft_wrap=True)

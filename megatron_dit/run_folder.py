@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megatron_dit.config import Config, first_difference, load_config, save_config
 from megatron_dit.errors import UserError, writing
 from megatron_dit.runtime.locks import RunLock
+from megatron_dit.runtime.text import printable, warn
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
@@ -20,10 +22,46 @@ SNAPSHOTS = "ema"  # the averages of train.ema_sigma_rel every checkpoint.ema_ev
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
-    """The lines logged to a run's folder; a last line cut short by a kill is left out."""
+    """Return the lines logged to a run's folder, without those that are damaged or another program's."""
+    return _read_metrics(folder)[0]
+
+
+def _read_metrics(folder: Path) -> tuple[list[dict[str, Any]], list[int]]:
+    """The lines, and the numbers of damaged ones; a last line that was cut short by a kill is in neither."""
     path = folder / METRICS
-    lines = path.read_text().splitlines() if path.is_file() else []
-    return [json.loads(line) for line in lines if line.endswith("}")]
+    found, damaged = [], []
+    lines = path.read_bytes().split(b"\n") if path.is_file() else [b""]
+    if not lines[-1].endswith(b"}"):
+        lines.pop()
+    for number, text in enumerate(lines, 1):
+        line = _metrics_of(text)
+        if line is None:
+            damaged.append(number)
+        else:
+            found.append(line)
+    return found, damaged
+
+
+def _metrics_of(text: bytes) -> dict[str, Any] | None:
+    """A line as :meth:`RunFolder.log` writes it, figures that are not finite as None; None if it is none of ours."""
+    try:
+        line = json.loads(text.decode(), parse_constant=lambda _: None)
+    except (ValueError, RecursionError):
+        return None
+    if not isinstance(line, dict) or type(line.get("step")) is not int or "loss" not in line:
+        return None
+    figures = (line["loss"], line.get("grad_norm"))
+    ours = all(figure is None or (type(figure) in (int, float) and abs(figure) < 1e300) for figure in figures)
+    return line if ours else None
+
+
+def _list_lines(numbers: list[int]) -> str:
+    shown = ", ".join(map(str, numbers[:5])) + (", …" if len(numbers) > 5 else "")
+    return f"line {shown}" if len(numbers) == 1 else f"lines {shown}"
+
+
+def _is_not_finite(value: Any) -> bool:
+    return isinstance(value, float) and not math.isfinite(value)
 
 
 class RunFolder:
@@ -72,13 +110,20 @@ class RunFolder:
                         f"run_dir={self.path} was created by another process just now: run the command again to resume"
                     )
             save_config(self._config, self.path / CONFIG)
-            kept = [line for line in self.metrics() if line["step"] <= step]
             path = self.path / METRICS
+            lines, damaged = _read_metrics(self.path)
+            if damaged:
+                warn(f"{path}: {_list_lines(damaged)} cannot be read as metrics of a run, dropped")
+            kept = [line for line in lines if line["step"] <= step]
             part = path.with_suffix(".part")
             part.write_text("".join(json.dumps(line) + "\n" for line in kept))
             part.replace(path)
             self._file, self._waiting = path.open("ab", buffering=0), b""
-            self._board: SummaryWriter | None = self._open_board(step)
+        self._board: SummaryWriter | None = None
+        try:
+            self._board = self._open_board(step)
+        except OSError as error:  # of no consequence to the run; tried again with each line
+            warn(f"TensorBoard's events cannot be written ({error})")
 
     def _open_board(self, step: int) -> SummaryWriter:
         from torch.utils.tensorboard import SummaryWriter
@@ -88,10 +133,11 @@ class RunFolder:
         return SummaryWriter(str(folder), purge_step=step + 1)
 
     def log(self, step: int, figures: dict[str, Any]) -> str:
-        """Add a line to metrics.jsonl and TensorBoard; None stands for a figure that is not finite.
+        """Add a line to metrics.jsonl and TensorBoard; a figure that is not finite is written as null.
 
         Returns "", or why that could not be done: the line then waits for the next one, TensorBoard goes without it.
         """
+        figures = {name: None if _is_not_finite(value) else value for name, value in figures.items()}
         self._waiting += json.dumps({"step": step, **figures}).encode() + b"\n"
         try:
             while self._waiting:
@@ -113,13 +159,13 @@ class RunFolder:
         """Draw loss.png: loss and gradient norm over steps."""
         from matplotlib.figure import Figure
 
-        lines = [line for line in self.metrics() if line["loss"] is not None and line["grad_norm"] is not None]
+        lines = [line for line in self.metrics() if line["loss"] is not None and line.get("grad_norm") is not None]
         steps = [line["step"] for line in lines]
         figure = Figure(figsize=(8, 5), layout="constrained")
         upper, lower = figure.subplots(2, sharex=True, height_ratios=(2, 1))
         upper.plot(steps, [line["loss"] for line in lines], linewidth=1)
         upper.set_ylabel("loss")
-        upper.set_title(str(self.path))
+        upper.set_title(printable(self.path), parse_math=False)  # a $ in a name is no formula
         lower.plot(steps, [line["grad_norm"] for line in lines], linewidth=1, color="tab:orange")
         lower.set_yscale("log")
         lower.set(xlabel="step", ylabel="gradient norm")

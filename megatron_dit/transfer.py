@@ -16,13 +16,15 @@ from typing import Any
 import torch
 import yaml
 
-from megatron_dit.config import Config, ModelConfig, config_from_dict, flatten, load, load_config
+from megatron_dit.config import Config, ModelConfig, config_from_dict, flatten, load_config
 from megatron_dit.errors import UserError
 from megatron_dit.models import build_unsharded
 from megatron_dit.mup.shapes import describe
+from megatron_dit.runtime.io import replacing
+from megatron_dit.runtime.text import printable, warn
 from megatron_dit.sweep import report
-from megatron_dit.sweep.space import SweepConfig
-from megatron_dit.sweep.trial import Result, TrialFiles
+from megatron_dit.sweep.space import SweepConfig, load_saved
+from megatron_dit.sweep.trial import Result, stored_result
 
 
 @dataclass(frozen=True)
@@ -78,8 +80,8 @@ def transfer(folder: Path, target: Config, target_path: str, out: Path) -> dict[
     """Write ``out``: ``target`` with the best base hyperparameters of the sweep in ``folder``, under a header.
 
     The header names the trials and seeds, the learning rate and weight decay of every group, and the search's
-    cost. Returns its figures. Raises UserError for a folder that is no sweep or has no completed μP trial, and for a
-    target that is not parametrized as the proxies were.
+    cost. Returns its figures and the header's lines. Raises UserError for a folder that is no sweep or has no completed
+    μP trial, and for a target that is not parametrized as the proxies were.
     """
     config, results = read_sweep(folder)
     chosen = report.best(results, config)
@@ -97,10 +99,12 @@ def transfer(folder: Path, target: Config, target_path: str, out: Path) -> dict[
         *groups,
         *cost.lines(),
     ]
+    header = [printable(line) for line in header]  # a line break in a name would end the comment
     text = "".join(f"# {line}\n" for line in header) + yaml.safe_dump(asdict(found), sort_keys=False)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(text)
+    with replacing(out, makes_folder=True) as part:
+        part.write_text(text, encoding="utf-8")
     return {
+        "header": header,
         "hyperparameters": dict(chosen.hyperparameters),
         "trials": [trial.number for trial in chosen.trials],
         "loss": chosen.loss,
@@ -139,18 +143,22 @@ def read_sweep(folder: Path) -> tuple[SweepConfig, list[Result]]:
     path = folder / "sweep.yaml"
     if not path.is_file():
         raise UserError(f"{folder} is no sweep's folder (it has no sweep.yaml): give what 'megatron-dit sweep' wrote")
-    # The base as it was resolved then, wherever the sweep is read from.
-    config = load(SweepConfig, path, [f"config={folder / 'base.yaml'}", "overrides=[]", f"run_dir={folder}"])
-    found = [TrialFiles(folder / "trials" / f"{number:04d}", {}).result() for number in range(config.count)]
-    return config, [result for result in found if result is not None]
+    config = load_saved(folder)
+    results = []
+    for number in range(config.count):
+        try:
+            results.append(stored_result(config, number))
+        except UserError as error:
+            warn(f"{error}; its trial is left out, 'megatron-dit sweep' runs it again")
+    return config, [result for result in results if result is not None]
 
 
 def print_plan(config: SweepConfig, target: str | None) -> dict[str, Any]:
     """What a sweep would try, and its cost as a share of ``target``'s training if every trial completes."""
-    print(f"{config.count} trials ({config.sampler}) of {config.config}, {config.parallel} at a time:")
+    print(f"{config.count} trials ({config.sampler}) of {printable(config.config)}, {config.parallel} at a time:")
     for key, dimension in config.space.items():
         kind = next(name for name in ("log2", "choice", "uniform", "log_uniform") if getattr(dimension, name))
-        print(f"  {key}: {kind} {getattr(dimension, kind)}")
+        print(printable(f"  {key}: {kind} {getattr(dimension, kind)}"))
     figures: dict[str, Any] = {"trials": config.count}
     if target is not None:
         goal = load_config(target)

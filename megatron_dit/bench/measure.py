@@ -12,7 +12,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from rich.console import Console
-from rich.table import Table
 
 from megatron_dit.bench.plain import PlainTraining, check_plain
 from megatron_dit.config import Config
@@ -25,6 +24,7 @@ from megatron_dit.models.flops import model_flops
 from megatron_dit.parallel.cpu import device
 from megatron_dit.parallel.topology import build_topology, connect
 from megatron_dit.progress import ProgressBar
+from megatron_dit.runtime.table import Table
 from megatron_dit.trainer import use_threads
 
 GIB = 2**30

@@ -8,17 +8,18 @@ from __future__ import annotations
 
 import argparse
 import os
-import sys
+import re
 from typing import NoReturn
 
 from megatron_dit.cli import pictures, training, tuning
-from megatron_dit.cli.common import Parser, add_command
+from megatron_dit.cli.common import Parser, add_command, exit_status
 from megatron_dit.cli.program import run_program
+from megatron_dit.config import check_overrides
 from megatron_dit.errors import OwnError, UserError
 from megatron_dit.launch import LAUNCHED, leave
 from megatron_dit.runtime.launch_environment import is_rank0
 
-__all__ = ["Parser", "add_command", "main", "run", "run_program"]
+__all__ = ["Parser", "add_command", "exit_status", "main", "run", "run_program"]
 
 
 def main() -> NoReturn:
@@ -27,17 +28,16 @@ def main() -> NoReturn:
 
 def run(arguments: list[str]) -> int:
     """Run one command; returns the exit status."""
-    try:
+
+    def command() -> int:
         parsed = _parse(_without_launcher_flags(arguments))
         return parsed.run(parsed)
-    except UserError as error:
+
+    def shown(error: UserError) -> bool:
         # Under --procs the launcher shows each message once, whichever ranks print it.
-        if is_rank0() or isinstance(error, OwnError) or LAUNCHED in os.environ:
-            print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return 130
+        return is_rank0() or isinstance(error, OwnError) or LAUNCHED in os.environ
+
+    return exit_status(command, shown)
 
 
 def _parse(arguments: list[str]) -> argparse.Namespace:
@@ -48,14 +48,15 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
     unknown = [item for item in left if item not in overrides]
     if unknown:
         parser.error(f"unrecognized arguments: {' '.join(unknown)}")
-    if overrides:
+    if hasattr(parsed, "overrides"):
         parsed.overrides = [*parsed.overrides, *overrides]
+        check_overrides(parsed.overrides)
     return parsed
 
 
 def _without_launcher_flags(arguments: list[str]) -> list[str]:
     """Drop the ``--local_rank=N`` that the deepspeed launcher adds (it sets LOCAL_RANK too)."""
-    return [item for item in arguments if not item.startswith(("--local_rank", "--local-rank"))]
+    return [item for item in arguments if not re.fullmatch(r"--local[_-]rank=\d+", item)]
 
 
 def _parser() -> Parser:

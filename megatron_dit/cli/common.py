@@ -1,25 +1,102 @@
-"""What the commands share: the parser, ``--json``, config overrides and ``--procs``."""
+"""What the commands share: the parser, types of arguments, ``--json``, config overrides and ``--procs``."""
 
 from __future__ import annotations
 
 import argparse
 import json
+import re
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
+from megatron_dit.config.checks import Count
 from megatron_dit.errors import UserError
+from megatron_dit.runtime.io import check_output, replacing
 from megatron_dit.runtime.launch_environment import is_rank0, launch_environment
+from megatron_dit.runtime.paths import user_path
+from megatron_dit.runtime.text import printable
 
 if TYPE_CHECKING:
     from megatron_dit.config import Config
 
 
+PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".pdf", ".svg")
+
+
 class Parser(argparse.ArgumentParser):
-    """Tells a wrong flag in one line, as every other mistake of the user's."""
+    """Reports a wrong flag in one line, as every other mistake; flags are written in full."""
+
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, allow_abbrev=False, **options)
 
     def error(self, message: str) -> NoReturn:
+        if flag := re.match(r"argument (?:-\w, ?)?(--[\w-]+).*: expected one argument$", message):
+            message += f"; if its value starts with a dash, write {flag[1]}=VALUE"
         raise UserError(f"{message} (see {self.prog} --help)")
+
+
+def exit_status(
+    command: Callable[[], int],
+    shown: Callable[[UserError], bool] = lambda _: True,
+    interrupted: str = "interrupted",
+) -> int:
+    """Run a command and return its exit status: 2 after a UserError, whose message is printed if ``shown`` says so."""
+    try:
+        return command()
+    except UserError as error:
+        if shown(error):
+            print(f"error: {printable(error)}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(interrupted, file=sys.stderr)
+        return 130
+
+
+def number(option: str, kind: Any) -> Callable[[str], Any]:
+    """An argparse type: a number of ``kind``, such as ``Annotated[int, Interval("[1, 10]")]``, in its interval."""
+
+    def parse(text: str) -> Any:
+        from megatron_dit.config.convert import read_number
+
+        try:
+            return read_number(kind, text, option)
+        except UserError as error:
+            raise UserError(str(error).replace(f"{option}=", f"{option} ", 1)) from None
+
+    return parse
+
+
+def input_path(option: str) -> Callable[[str], str]:
+    """An argparse type: the path or URL of something to read, with ``~`` expanded."""
+    return lambda text: user_path(text, option)
+
+
+def output_file(option: str, *, makes_folder: bool = False) -> Callable[[str], Path]:
+    """An argparse type: a file to write. It is refused before the work starts if it could not be written."""
+    return lambda text: _checked(Path(user_path(text, option)), option, makes_folder)
+
+
+def output_picture(option: str, name: str, *, makes_folder: bool = False) -> Callable[[str], Path]:
+    """As :func:`output_file`, for a picture: ``name`` in a folder that is given, PNG if the name has no ending."""
+
+    def parse(text: str) -> Path:
+        path = Path(user_path(text, option))
+        if text.endswith("/") or path.is_dir():
+            path /= name
+        elif not path.suffix:
+            path = path.with_name(f"{path.name}.png")
+        elif path.suffix.lower() not in PICTURES:
+            raise UserError(f"{option} {text}: expected a name that ends in {', '.join(PICTURES)}")
+        return _checked(path, option, makes_folder)
+
+    return parse
+
+
+def _checked(path: Path, option: str, makes_folder: bool) -> Path:
+    if is_rank0():  # it alone writes; other hosts may not have the folder
+        check_output(path, option, makes_folder=makes_folder)
+    return path
 
 
 def add_command(
@@ -33,7 +110,13 @@ def add_command(
         epilog=f"example: {example}",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    command.add_argument("--json", metavar="FILE", help="write the figures here")
+    json_file = output_file("--json")
+    command.add_argument(
+        "--json",
+        type=lambda text: json_file(text) if text else None,  # empty: none, as processes of the same command get it
+        metavar="FILE",
+        help="write the figures here",
+    )
     command.set_defaults(run=function)
     return command
 
@@ -44,12 +127,12 @@ def config_arguments(command: Parser) -> None:
 
 
 def ranks_argument(command: Parser) -> None:
-    command.add_argument("--procs", type=int, default=1, metavar="N", help="ranks to start on this machine")
+    command.add_argument(
+        "--procs", type=number("--procs", Count), default=1, metavar="N", help="ranks to start on this machine"
+    )
 
 
 def check_ranks(arguments: argparse.Namespace) -> None:
-    if arguments.procs < 1:
-        raise UserError(f"--procs {arguments.procs}: expected at least 1")
     place = launch_environment()
     if arguments.procs > 1 and place.world > 1:
         raise UserError(
@@ -64,10 +147,11 @@ def start_ranks(arguments: argparse.Namespace, config: Config, words: list[str])
 
     config.data_parallel(arguments.procs)
     words = [*words, arguments.config, *arguments.overrides]
-    words += ["--json", arguments.json] if arguments.json else []
+    words += ["--json", str(arguments.json)] if arguments.json else []
     return run_ranks(words, arguments.procs, stop_seconds=config.launch.stop_seconds)
 
 
 def write_json(arguments: argparse.Namespace, figures: Any) -> None:
     if arguments.json and is_rank0():
-        Path(arguments.json).write_text(json.dumps(figures, indent=1) + "\n")
+        with replacing(arguments.json) as part:
+            part.write_text(json.dumps(figures, indent=1) + "\n")

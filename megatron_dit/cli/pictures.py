@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import argparse
+import re
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
-from megatron_dit.cli.common import Parser, add_command, write_json
+from megatron_dit.cli.common import Parser, add_command, input_path, number, output_picture, write_json
+from megatron_dit.config.checks import Count, Fraction, Interval, hints_of
+from megatron_dit.config.training import SamplingConfig
 from megatron_dit.errors import UserError
+from megatron_dit.runtime.io import check_output
+from megatron_dit.runtime.text import printable
 
 if TYPE_CHECKING:  # imports of torch take seconds: each command imports what it needs
     import numpy as np
@@ -28,7 +33,7 @@ def add_commands(commands: Any) -> None:
     sample.add_argument(
         "--prompt", action="append", required=True, help="a caption, or a class number; repeat for more"
     )
-    sample.add_argument("--out", type=Path, default=Path("grid.png"), help="the grid's PNG")
+    sample.add_argument("--out", type=output_picture("--out", "grid.png"), default="grid.png", help="the grid's PNG")
     sample.add_argument("--size", metavar="HxW", help="height and width in pixels (the training size)")
 
     evaluate = add_command(
@@ -39,19 +44,26 @@ def add_commands(commands: Any) -> None:
         _evaluate,
     )
     _checkpoint_arguments(evaluate)
-    evaluate.add_argument("--prompts", type=int, default=64, help="number of held-out prompts")
-    evaluate.add_argument("--out", type=Path, help="the grid's PNG (samples.png beside the checkpoint's run)")
-    evaluate.add_argument("--at-least", type=float, default=0.0, help="share below which the exit status is 1")
+    evaluate.add_argument("--prompts", type=number("--prompts", Count), default=64, help="number of held-out prompts")
+    picture = output_picture("--out", "samples.png")
+    evaluate.add_argument("--out", type=picture, help="the grid's PNG (samples.png beside the checkpoint's run)")
+    share = number("--at-least", Fraction)
+    evaluate.add_argument("--at-least", type=share, default=0.0, help="share below which the exit status is 1")
 
 
 def _checkpoint_arguments(command: Parser) -> None:
-    command.add_argument("checkpoint", help="a run's folder (its newest checkpoint) or one checkpoint")
-    command.add_argument("--seed", type=int, default=0, help="seed of the noise, with the prompt")
+    checkpoint = input_path("checkpoint")
+    command.add_argument("checkpoint", type=checkpoint, help="a run's folder (its newest checkpoint) or one checkpoint")
+    seed = number("--seed", Annotated[int, Interval("[0, 2^63)")])
+    command.add_argument("--seed", type=seed, default=0, help="seed of the noise, with the prompt")
     command.add_argument("--solver", help="euler | dpm++ | ddim (the config's)")
-    command.add_argument("--steps", type=int, help="solver steps (the config's)")
-    command.add_argument("--guidance", type=float, help="classifier-free guidance scale (the config's)")
+    steps, guidance = (number(f"--{name}", hints_of(SamplingConfig)[name]) for name in ("steps", "guidance"))
+    command.add_argument("--steps", type=steps, help="solver steps (the config's)")
+    command.add_argument("--guidance", type=guidance, help="classifier-free guidance scale (the config's)")
     command.add_argument("--raw", action="store_true", help="use the raw weights instead of their EMA")
-    command.add_argument("--data", help="folder of shards that names codec and text encoder (the config's)")
+    command.add_argument(
+        "--data", type=input_path("--data"), help="folder of shards that names codec and text encoder (the config's)"
+    )
 
 
 def _sample(arguments: argparse.Namespace) -> int:
@@ -60,7 +72,7 @@ def _sample(arguments: argparse.Namespace) -> int:
     size = _size(arguments.size)
     pictures = _draw(_sampler(arguments), arguments, arguments.prompt, size)
     save_grid(pictures, arguments.prompt, arguments.out)
-    print(f"wrote {len(pictures)} pictures to {arguments.out}")
+    print(f"wrote {len(pictures)} pictures to {printable(arguments.out)}")
     write_json(arguments, {"prompts": arguments.prompt, "out": str(arguments.out), "seed": arguments.seed})
     return 0
 
@@ -75,6 +87,9 @@ def _evaluate(arguments: argparse.Namespace) -> int:
         prompts = held_out_captions(arguments.prompts, seed=0)
     except ValueError as error:
         raise UserError(f"--prompts {arguments.prompts}: {error}") from None
+    out = arguments.out or _run_of(Path(arguments.checkpoint)) / "samples.png"
+    if not arguments.out and Path(arguments.checkpoint).exists():
+        check_output(out, "--out is not given:")
     sampler = _sampler(arguments)
     index = sampler.index
     if sampler.config.model.num_classes:
@@ -82,10 +97,10 @@ def _evaluate(arguments: argparse.Namespace) -> int:
     if index.source != SCENES:
         raise UserError(f"{index.folder} is not the embedded data: only its pictures can be scored, use sample")
     score = score_pictures(_draw(sampler, arguments, prompts, None), prompts)
-    out = arguments.out or _run_of(Path(arguments.checkpoint)) / "samples.png"
     save_grid(score.pictures, prompts, out, ["darkgreen" if right else "firebrick" for right in score.right])
     right, total = sum(score.right), len(score.right)
-    print(f"score: {right} of {total} held-out prompts drawn right ({100 * score.share:.1f}%), pictures in {out}")
+    shown = f"{right} of {total} held-out prompts drawn right ({100 * score.share:.1f}%)"
+    print(f"score: {shown}, pictures in {printable(out)}")
     write_json(arguments, {"right": right, "prompts": total, "share": score.share})
     return 0 if score.share >= arguments.at_least else 1
 
@@ -116,7 +131,7 @@ def _run_of(checkpoint: Path) -> Path:
 def _size(text: str | None) -> tuple[int, int] | None:
     if text is None:
         return None
-    height, _, width = text.partition("x")
-    if not (height.isdecimal() and width.isdecimal()):
+    sides = re.fullmatch(r"([1-9][0-9]{0,4})x([1-9][0-9]{0,4})", text)
+    if sides is None:
         raise UserError(f"--size {text}: expected HEIGHTxWIDTH in pixels, such as 256x384")
-    return int(height), int(width)
+    return int(sides[1]), int(sides[2])

@@ -6,9 +6,18 @@ import argparse
 import math
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
-from megatron_dit.cli.common import add_command, check_ranks, config_arguments, ranks_argument, start_ranks, write_json
+from megatron_dit.cli.common import (
+    add_command,
+    check_ranks,
+    config_arguments,
+    number,
+    ranks_argument,
+    start_ranks,
+    write_json,
+)
+from megatron_dit.config.checks import Count, CountOrZero, Interval
 from megatron_dit.errors import UserError
 from megatron_dit.runtime.launch_environment import is_rank0
 from megatron_dit.runtime.output import keep_going
@@ -30,8 +39,10 @@ def add_commands(commands: Any) -> None:
     config_arguments(train)
     ranks_argument(train)
     train.add_argument("--dry-run", action="store_true", help="print the resolved config and what is made from it")
-    train.add_argument("--world", type=int, metavar="N", help="with --dry-run: build the share of one of N ranks")
-    train.add_argument("--rank", type=int, metavar="R", help="with --world: the rank (0)")
+    train.add_argument(
+        "--world", type=number("--world", Count), metavar="N", help="with --dry-run: build the share of one of N ranks"
+    )
+    train.add_argument("--rank", type=number("--rank", CountOrZero), metavar="R", help="with --world: the rank (0)")
 
     verify = add_command(
         commands,
@@ -42,7 +53,7 @@ def add_commands(commands: Any) -> None:
     )
     config_arguments(verify)
     verify.add_argument("--layouts", metavar="A,B", help="comma-separated layouts (all)")
-    verify.add_argument("--steps", type=int, default=10, help="steps to run")
+    verify.add_argument("--steps", type=number("--steps", Count), default=10, help="steps to run")
     verify.add_argument("--resume", action="store_true", help="save each layout's run halfway, go on from it in each")
     layout = add_command(
         commands,
@@ -62,8 +73,10 @@ def add_commands(commands: Any) -> None:
     )
     config_arguments(bench)
     ranks_argument(bench)
-    bench.add_argument("--steps", type=int, default=20, help="steps to time")
-    bench.add_argument("--warmup", type=int, default=5, help="steps before them")
+    bench.add_argument(
+        "--steps", type=number("--steps", Annotated[int, Interval("[2, 2^31)")]), default=20, help="steps to time"
+    )
+    bench.add_argument("--warmup", type=number("--warmup", Count), default=5, help="steps before them")
     bench.add_argument("--diffusers", action="store_true", help="in turn with a plain diffusers model of the same size")
 
 
@@ -110,7 +123,9 @@ def _share(arguments: argparse.Namespace, config: Config) -> int:
     from megatron_dit.dry_run import dry_run, print_share
 
     if not arguments.dry_run or arguments.world is None:
-        raise UserError("--world N, and --rank R with it, are of --dry-run: add what is missing, or leave them out")
+        raise UserError("--world N, and --rank R with it, need --dry-run: add what is missing, or leave them out")
+    if arguments.procs > 1:
+        raise UserError(f"--procs {arguments.procs} has no effect with --world: leave it out")
     share = dry_run(config, arguments.world, arguments.rank or 0)
     print_share(config, share)
     write_json(arguments, {**asdict(share), "imbalance": share.imbalance})
@@ -120,7 +135,7 @@ def _share(arguments: argparse.Namespace, config: Config) -> int:
 def _verify(arguments: argparse.Namespace) -> int:
     from megatron_dit.verify import verify, verify_resume
 
-    names = arguments.layouts.split(",") if arguments.layouts else None
+    names = None if arguments.layouts is None else arguments.layouts.split(",")
     if arguments.steps < 1 + arguments.resume:
         raise UserError(f"--steps {arguments.steps}: expected at least {1 + arguments.resume}")
     if arguments.resume:
@@ -149,9 +164,6 @@ def _bench(arguments: argparse.Namespace) -> int:
 
     config = load_config(arguments.config, arguments.overrides)
     check_ranks(arguments)
-    for name, least in (("steps", 2), ("warmup", 1)):
-        if getattr(arguments, name) < least:
-            raise UserError(f"--{name} {getattr(arguments, name)}: expected at least {least}")
     if arguments.procs > 1:
         flags = ["--steps", str(arguments.steps), "--warmup", str(arguments.warmup)]
         return start_ranks(arguments, config, ["bench", *flags, *(["--diffusers"] if arguments.diffusers else [])])

@@ -7,10 +7,23 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from megatron_dit.cli.common import add_command, check_ranks, config_arguments, ranks_argument, start_ranks, write_json
+from megatron_dit.cli.common import (
+    add_command,
+    check_ranks,
+    config_arguments,
+    input_path,
+    number,
+    output_file,
+    output_picture,
+    ranks_argument,
+    start_ranks,
+    write_json,
+)
+from megatron_dit.config.checks import Count, CountOrZero
 from megatron_dit.errors import UserError
 from megatron_dit.runtime.launch_environment import is_rank0
 from megatron_dit.runtime.output import keep_going
+from megatron_dit.runtime.text import printable
 
 if TYPE_CHECKING:  # imports of torch take seconds: each command imports what it needs
     from megatron_dit.config import Config
@@ -26,7 +39,9 @@ def add_commands(commands: Any) -> None:
         _mup,
     )
     config_arguments(mup)
-    mup.add_argument("--save", type=Path, metavar="F.bsh", help="write base shapes for mup.base_shapes")
+    mup.add_argument(
+        "--save", type=output_file("--save"), metavar="F.bsh", help="write base shapes for mup.base_shapes"
+    )
 
     check = add_command(
         commands,
@@ -38,9 +53,10 @@ def add_commands(commands: Any) -> None:
     config_arguments(check)
     ranks_argument(check)
     check.add_argument("--heads", metavar="A,B", help="widths in heads (1, 2, 4 and 8 times mup.base_heads)")
-    check.add_argument("--seeds", type=int, default=3, help="seeds a width")
-    check.add_argument("--steps", type=int, default=4, help="training steps")
-    check.add_argument("--out", type=Path, default=Path("coord-check.png"), help="the picture")
+    check.add_argument("--seeds", type=number("--seeds", Count), default=3, help="seeds a width")
+    check.add_argument("--steps", type=number("--steps", Count), default=4, help="training steps")
+    picture = output_picture("--out", "coord-check.png", makes_folder=True)
+    check.add_argument("--out", type=picture, default="coord-check.png", help="the picture")
 
     sweep = add_command(
         commands,
@@ -51,7 +67,12 @@ def add_commands(commands: Any) -> None:
     )
     sweep.add_argument("config", help="YAML file of the sweep")
     sweep.add_argument("overrides", nargs="*", metavar="a.b=v", help="dotted overrides of the sweep's config")
-    sweep.add_argument("--trial", type=int, metavar="K", help="run this trial alone, as one task of a Slurm array")
+    sweep.add_argument(
+        "--trial",
+        type=number("--trial", CountOrZero),
+        metavar="K",
+        help="run this trial alone, as one task of a Slurm array",
+    )
     sweep.add_argument("--dry-run", action="store_true", help="print what would be searched and what it costs")
     sweep.add_argument(
         "--target", metavar="TARGET", help="with --dry-run: the config that the search's cost is a share of"
@@ -64,9 +85,10 @@ def add_commands(commands: Any) -> None:
         "megatron-dit transfer runs/sweep configs/mmdit/18b.yaml --out runs/target.yaml",
         _transfer,
     )
-    transfer.add_argument("sweep", help="folder of a sweep")
+    transfer.add_argument("sweep", type=input_path("sweep"), help="folder of a sweep")
     config_arguments(transfer)
-    transfer.add_argument("--out", type=Path, required=True, metavar="FILE", help="the config to write")
+    config_file = output_file("--out", makes_folder=True)
+    transfer.add_argument("--out", type=config_file, required=True, metavar="FILE", help="the config to write")
 
 
 def _mup(arguments: argparse.Namespace) -> int:
@@ -81,7 +103,7 @@ def _mup(arguments: argparse.Namespace) -> int:
     print_table(params, config)
     if arguments.save:
         save_base_shapes({name: param.base for name, param in params.items()}, arguments.save)
-        print(f"wrote base shapes of {len(params)} parameters to {arguments.save}")
+        print(f"wrote base shapes of {len(params)} parameters to {printable(arguments.save)}")
     write_json(arguments, rows(params))
     return 0
 
@@ -93,9 +115,6 @@ def _coord_check(arguments: argparse.Namespace) -> int:
     config = load_config(arguments.config, arguments.overrides)
     check_ranks(arguments)
     heads = _widths(arguments.heads, config)
-    for name in ("seeds", "steps"):
-        if getattr(arguments, name) < 1:
-            raise UserError(f"--{name} {getattr(arguments, name)}: expected at least 1")
     if arguments.procs > 1:
         flags = {"--heads": ",".join(map(str, heads)), "--seeds": arguments.seeds, "--steps": arguments.steps}
         words = [str(word) for flag in {**flags, "--out": arguments.out}.items() for word in flag]
@@ -116,7 +135,8 @@ def _coord_check(arguments: argparse.Namespace) -> int:
     good = abs(coord_check.worst(found, config.mup.parametrization).slope) <= coord_check.LIMIT
     if first:
         verdict = "keeps" if good else "does not keep"
-        print(f"{config.mup.parametrization} {verdict} activations within |slope| {coord_check.LIMIT}: {arguments.out}")
+        out = printable(arguments.out)
+        print(f"{config.mup.parametrization} {verdict} activations within |slope| {coord_check.LIMIT}: {out}")
     disconnect()
     return 0 if good else 1
 
@@ -124,12 +144,12 @@ def _coord_check(arguments: argparse.Namespace) -> int:
 def _widths(text: str | None, config: Config) -> list[int]:
     """Heads of the models to compare; every one must suit the config."""
     base = config.mup.base_heads or config.model.heads
-    try:
-        heads = sorted({int(word) for word in text.split(",")}) if text else [base * n for n in (1, 2, 4, 8)]
-    except ValueError:
-        raise UserError(f"--heads {text}: expected numbers of heads, such as 2,4,8") from None
-    if len(heads) < 2:
-        raise UserError(f"--heads {text}: expected at least two widths")
+    if text is None:
+        heads = [base * n for n in (1, 2, 4, 8)]
+    else:
+        heads = sorted(number("--heads", Count)(word.strip()) for word in text.split(","))
+        if len(set(heads)) < max(2, len(heads)):
+            raise UserError(f"--heads {text}: expected at least two different widths, such as 2,4,8")
     for count in heads:
         replace(config, model=replace(config.model, heads=count))  # validated as the config is
     return heads
@@ -146,9 +166,11 @@ def _sweep(arguments: argparse.Namespace) -> int:
     if arguments.target and not arguments.dry_run:
         raise UserError(f"--target {arguments.target} goes with --dry-run: 'megatron-dit transfer' counts what was run")
     if arguments.dry_run:
+        if arguments.trial is not None:
+            raise UserError(f"--trial {arguments.trial} has no effect with --dry-run: leave one out")
         write_json(arguments, print_plan(config, arguments.target))
         return 0
-    if arguments.trial is not None and not 0 <= arguments.trial < config.count:
+    if arguments.trial is not None and arguments.trial >= config.count:
         raise UserError(f"--trial {arguments.trial}: expected a number from 0 to {config.count - 1}")
     keep_going()
     results = Sweep(config).run(arguments.trial)
@@ -161,8 +183,8 @@ def _sweep(arguments: argparse.Namespace) -> int:
     if chosen is None:
         print("no trial completed: lower the learning rates, see the table above")
         return 1
-    print(f"{report.provenance(chosen, results)}: {config.folder / 'best.yaml'}")
-    print("pictures: " + ", ".join(map(str, pictures)))
+    print(printable(f"{report.provenance(chosen, results)}: {config.folder / 'best.yaml'}"))
+    print(printable("pictures: " + ", ".join(map(str, pictures))))
     return 0
 
 
@@ -172,6 +194,6 @@ def _transfer(arguments: argparse.Namespace) -> int:
 
     target = load_config(arguments.config, arguments.overrides)
     figures = transfer(Path(arguments.sweep), target, arguments.config, arguments.out)
-    print(arguments.out.read_text().split("\nrun_dir:")[0])
+    print("\n".join(f"# {line}" for line in figures.pop("header")))
     write_json(arguments, figures)
     return 0

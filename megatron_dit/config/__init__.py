@@ -7,6 +7,7 @@ DeepSpeed's JSON is made by :func:`deepspeed_config` and Megatron's ``Transforme
 from megatron_dit.config.deepspeed import deepspeed_config
 from megatron_dit.config.load import (
     RESUMABLE,
+    check_overrides,
     config_from_dict,
     first_difference,
     flatten,
@@ -42,6 +43,7 @@ __all__ = [
     "ParallelConfig",
     "SamplingConfig",
     "TrainConfig",
+    "check_overrides",
     "config_from_dict",
     "deepspeed_config",
     "first_difference",

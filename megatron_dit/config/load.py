@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-import difflib
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, fields, is_dataclass
 from pathlib import Path
-from typing import Any, TypeVar, cast, get_type_hints
+from typing import Any, TypeVar, get_args, get_origin
 
 import yaml
-from omegaconf import OmegaConf, flag_override
-from omegaconf.errors import ConfigKeyError, MissingMandatoryValue, OmegaConfBaseException
 
-from megatron_dit.config.checks import check
+from megatron_dit.config.checks import check, hints_of
+from megatron_dit.config.convert import bare, build, check_known, is_scalar, show
 from megatron_dit.config.schema import Config
+from megatron_dit.config.tree import Scalar, Tree, parse_tree, read_tree
 from megatron_dit.errors import UserError
+from megatron_dit.runtime.paths import user_path
 
 T = TypeVar("T")
 
@@ -33,47 +33,100 @@ RESUMABLE += ("data.text_encoder", "data.text_sharded")
 RESUMABLE += ("train.max_skipped_steps", "checkpoint", "sampling", "optimizer.fused", "optimizer.offload")
 
 
-def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
+def load_config(path: str | Path, overrides: Sequence[str] = (), values: Mapping[str, Any] | None = None) -> Config:
     """A run's config; see :func:`load`."""
-    return load(Config, path, overrides)
+    return load(Config, path, overrides, values)
 
 
-def load(schema: type[T], path: str | Path, overrides: Sequence[str] = ()) -> T:
-    """Read a YAML file, apply ``a.b=value`` overrides and validate the whole as the dataclass ``schema``.
+def load(
+    schema: type[T], path: str | Path, overrides: Sequence[str] = (), values: Mapping[str, Any] | None = None
+) -> T:
+    """Read a YAML file and validate it as the dataclass ``schema``.
 
-    Raises UserError for a missing file, an unknown key (naming the nearest known one), an ill-typed or
-    missing value, and anything the dataclasses refuse.
+    ``overrides`` such as ``a.b=value`` replace what the file has, dotted ``values`` that are typed already replace
+    both. An override's value is written as in YAML, but text needs no quotes. A section is merged key by key, any
+    other value is replaced as a whole.
+
+    Raises UserError, which names the file, if it cannot be read; if a key of it is unknown, missing, ill-typed or given
+    twice; and for anything that the dataclasses refuse.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise UserError(f"config {path} does not exist: give the path of a YAML file, such as configs/quickstart.yaml")
-    for item in overrides:
-        check("=" in item, f"override {item!r}: expected key=value, such as train.steps=100")
+    tree = read_tree(Path(user_path(str(path), "config")), f"config {path}")
     try:
-        return _merged(schema, OmegaConf.load(path), OmegaConf.from_dotlist(list(overrides)))
-    except ConfigKeyError as error:
-        known = _dotted_keys(schema)
-        key = str(error.full_key)
-        near = difflib.get_close_matches(key, known, n=1, cutoff=0.0)
-        raise UserError(f"unknown key {key!r} in {path}: did you mean {near[0]!r}?") from None
-    except MissingMandatoryValue as error:
-        raise UserError(f"{path} does not set {error.full_key}: add it, it has no default") from None
-    except OmegaConfBaseException as error:
-        reason = str(error).splitlines()[0]
-        raise UserError(f"{path}: {error.full_key}: {reason}") from None
-    except yaml.YAMLError as error:
-        raise UserError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
+        if not isinstance(tree, dict):
+            raise UserError(f"expected keys such as run_dir and their values, it holds {show(tree)}")
+        for item in overrides:
+            key, equals, text = item.partition("=")
+            check(bool(equals), f"override {item!r}: expected key=value, such as train.steps=100")
+            _assign(tree, schema, key, lambda kind, text=text, item=item: _parsed(kind, text, item))
+        for key, value in (values or {}).items():
+            _assign(tree, schema, key, lambda _, value=value: _quoted(value))
+        return build(schema, tree)
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
 
 
-def config_from_dict(values: dict[str, Any]) -> Config:
-    """The config that ``dataclasses.asdict`` gave, validated anew."""
-    return _merged(Config, OmegaConf.create(values))
+def check_overrides(overrides: Sequence[str]) -> None:
+    """Raise UserError if one of a user's overrides has no effect because a later one sets the same key."""
+    keys = [item.partition("=")[0] for item in overrides]
+    twice = next((key for key in keys if keys.count(key) > 1), None)
+    check(twice is None, f"override {twice} is given twice: leave one out")
 
 
-def _merged(schema: type[T], *parts: Any) -> T:
-    structured = OmegaConf.structured(schema)
-    with flag_override(structured, "readonly", False):
-        return cast(T, OmegaConf.to_object(OmegaConf.merge(structured, *parts)))
+def config_from_dict(values: Any, source: str = "the checkpoint's config") -> Config:
+    """The config that ``dataclasses.asdict`` gave, validated anew. Raises UserError, which names ``source``."""
+    try:
+        return build(Config, values)
+    except UserError as error:
+        raise UserError(f"{source}: {error}") from None
+
+
+def _assign(tree: dict[str, Any], schema: type, key: str, value: Callable[[Any], Any]) -> None:
+    """Set the dotted ``key`` in a tree; ``value`` gives what is set for the key's type."""
+    names, kind, is_section = _place(schema, key)
+    for i, name in enumerate(names[:-1]):
+        tree = tree.setdefault(name, {})
+        given = f"{'.'.join(names[: i + 1])}={show(tree)}"
+        check(isinstance(tree, dict), f"{given}: expected a section, in which {key} can be set")
+    item, old = value(kind), tree.get(names[-1], {})
+    merged = is_section and isinstance(item, dict) and isinstance(old, dict)
+    tree[names[-1]] = {**old, **item} if merged else item
+
+
+def _place(schema: type, key: str) -> tuple[list[str], Any, bool]:
+    """The names on the way to a dotted key, its type, and whether it is a section.
+
+    A mapping's own keys may hold dots: all that follows the mapping's name is one key.
+    """
+    names: list[str] = []
+    rest = key
+    while True:
+        name, _, rest = rest.partition(".")
+        check_known(schema, name, "".join(f"{name}." for name in names))
+        kind = bare(hints_of(schema)[name])
+        names.append(name)
+        if not rest:
+            return names, kind, is_dataclass(kind)
+        if get_origin(kind) is dict:
+            return [*names, rest], get_args(kind)[1], False
+        check(is_dataclass(kind), f"unknown key {key!r}: {'.'.join(names)} is a single value, not a section")
+        schema = kind
+
+
+def _parsed(kind: Any, text: str, override: str) -> Tree:
+    """An override's value; scalars are taken as they are unless they are in quotes, so that paths need none."""
+    text = text.strip()
+    if is_scalar(kind) and not text.startswith(("'", '"')):
+        return Scalar(text, plain=bool(text))
+    return parse_tree(text, f"override {override!r}")
+
+
+def _quoted(value: Any) -> Any:
+    """Typed values as parts of a tree: text is the user's own, and means itself."""
+    if isinstance(value, dict):
+        return {key: _quoted(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_quoted(item) for item in value]
+    return Scalar(value, plain=False) if isinstance(value, str) else value
 
 
 def save_config(config: Config, path: Path) -> None:
@@ -101,13 +154,3 @@ def first_difference(old: Config, new: Config, free: Sequence[str] = RESUMABLE) 
         if not may_change and after[key] != value:
             return f"{key} is {value!r} there and {after[key]!r} here"
     return None
-
-
-def _dotted_keys(cls: type, prefix: str = "") -> list[str]:
-    """Every section and key, dotted."""
-    keys = []
-    for name, kind in get_type_hints(cls).items():
-        keys.append(prefix + name)
-        if isinstance(kind, type) and is_dataclass(kind):
-            keys += _dotted_keys(kind, f"{prefix}{name}.")
-    return keys

@@ -5,8 +5,9 @@ from __future__ import annotations
 import itertools
 import math
 from dataclasses import dataclass, field
+from typing import Annotated
 
-from megatron_dit.config.checks import at_least, check
+from megatron_dit.config.checks import FilePath, Interval, check, check_ranges
 from megatron_dit.config.model import OBJECTIVE_OF, ModelConfig, MupConfig, ObjectiveConfig
 from megatron_dit.config.training import (
     SOLVERS_OF,
@@ -24,8 +25,8 @@ from megatron_dit.config.training import (
 class Config:
     """A run, whole. Rank-independent checks live here; those that need the world size in ``check_world``."""
 
-    run_dir: str
-    seed: int = 0
+    run_dir: FilePath
+    seed: Annotated[int, Interval("[0, 2^63)")] = 0
     model: ModelConfig
     mup: MupConfig
     objective: ObjectiveConfig
@@ -38,7 +39,8 @@ class Config:
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
 
     def __post_init__(self) -> None:
-        at_least("seed", self.seed, 0)
+        check(bool(self.run_dir), "run_dir is empty: expected a folder")
+        check_ranges(self)
         model, tensor = self.model, self.parallel.tensor
         check(
             model.heads % tensor == 0,

@@ -2,10 +2,22 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, field
+from typing import Annotated
 
-from megatron_dit.config.checks import at_least, check, check_sigma_rel, choice
+from megatron_dit.config.checks import (
+    Count,
+    CountOrZero,
+    FilePath,
+    Fraction,
+    Interval,
+    NonNegative,
+    Positive,
+    check,
+    check_ranges,
+    check_sigma_rel,
+    choice,
+)
 
 SOLVERS_OF = {"rectified_flow": ("euler",), "ddpm": ("dpm++", "ddim")}
 
@@ -14,86 +26,77 @@ SOLVERS_OF = {"rectified_flow": ("euler",), "ddpm": ("dpm++", "ddim")}
 class OptimizerConfig:
     """AdamW; ``lr`` and ``weight_decay`` are the base values that μP scales group by group."""
 
-    lr: float
-    beta1: float = 0.9
-    beta2: float = 0.999
-    eps: float = 1e-8
-    weight_decay: float = 0.0
-    grad_clip: float = 0.0  # greatest global gradient norm; 0: no clipping
-    warmup_steps: int = 0  # optimizer steps: step k (from 0) has lr * (k + 1) / warmup_steps
+    lr: Positive
+    beta1: Annotated[float, Interval("[0, 1)")] = 0.9
+    beta2: Annotated[float, Interval("[0, 1)")] = 0.999
+    eps: Annotated[float, Interval("(0, 1]")] = 1e-8
+    weight_decay: NonNegative = 0.0
+    grad_clip: NonNegative = 0.0  # greatest global gradient norm; 0: no clipping
+    warmup_steps: CountOrZero = 0  # optimizer steps: step k (from 0) has lr * (k + 1) / warmup_steps
     schedule: str = "constant"  # after warm-up: constant | cosine
-    final_lr_ratio: float = 0.0  # cosine: lr at the last step / peak lr
+    final_lr_ratio: Fraction = 0.0  # cosine: lr at the last step / peak lr
     fused: str = "auto"  # whose AdamW: apex | te | deepspeed | torch; auto: the first that is there (CPU: torch)
     offload: bool = False  # ZeRO 1, 2, 3: masters, moments and EMA on the CPU, stepped by DeepSpeed's CPU AdamW
 
     def __post_init__(self) -> None:
-        check(self.lr > 0 and math.isfinite(self.lr), f"optimizer.lr={self.lr}: expected a positive finite number")
+        check_ranges(self, "optimizer.")
         choice("optimizer.schedule", self.schedule, ("constant", "cosine"))
         choice("optimizer.fused", self.fused, ("auto", "apex", "te", "deepspeed", "torch"))
         check(
             not self.offload or self.fused == "auto",
             f"optimizer.fused={self.fused!r}: optimizer.offload=true has its own AdamW, leave optimizer.fused out",
         )
-        for name in ("weight_decay", "grad_clip", "warmup_steps", "final_lr_ratio"):
-            at_least(f"optimizer.{name}", getattr(self, name), 0)
-        for name in ("beta1", "beta2"):
-            value = getattr(self, name)
-            check(0 <= value < 1, f"optimizer.{name}={value}: expected a number in [0, 1)")
 
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
-    path: str  # folder written by python -m data_prep, or its URL (s3://, gs://, https://, ...)
-    mix: dict[str, float] = field(default_factory=dict)  # further folders, each with its share of the steps
-    caption_dropout: float = 0.1  # share of captions replaced by the null text (classifier-free guidance)
-    repa_encoder: str = ""  # REPA: DINOv2 folder or hub name, run on the fly; empty: features are in the shards
-    text_encoder: str = ""  # T5 folder or hub name, run on the fly on the token ids; empty: features are in the shards
+    path: FilePath  # folder written by python -m data_prep, or its URL (s3://, gs://, https://, ...)
+    # Further folders, each with its share of the steps.
+    mix: dict[FilePath, Annotated[float, Interval("[0.001, 1)")]] = field(default_factory=dict)
+    caption_dropout: Fraction = 0.1  # share of captions replaced by the null text (classifier-free guidance)
+    repa_encoder: FilePath = ""  # REPA: DINOv2 folder or hub name, run on the fly; empty: features are in the shards
+    # T5 folder or hub name, run on the fly on the token ids; empty: features are in the shards.
+    text_encoder: FilePath = ""
     text_sharded: bool = False  # shard its weights over all ranks (ZeRO-3)
-    workers: int = 0  # loader processes per rank
-    shuffle_shards: int = 4  # samples of a lane are shuffled within this many shards at a time
-    max_bad_share: float = 0.1  # of the samples of the last 100 steps that could not be read, above which the run stops
-    cache: str = ""  # folder on this host for the shards of a URL
-    cache_gib: float = 200.0  # bound of that folder
+    workers: CountOrZero = 0  # loader processes per rank
+    shuffle_shards: Count = 4  # samples of a lane are shuffled within this many shards at a time
+    # Of the samples of the last 100 steps that could not be read, above which the run stops.
+    max_bad_share: Annotated[float, Interval("[0, 1)")] = 0.1
+    cache: FilePath = ""  # folder on this host for the shards of a URL
+    cache_gib: Positive = 200.0  # bound of that folder
 
     def __post_init__(self) -> None:
-        check(
-            0 <= self.caption_dropout <= 1,
-            f"data.caption_dropout={self.caption_dropout}: expected a number in [0, 1]",
-        )
+        check(bool(self.path), "data.path is empty: expected a folder of shards or its URL")
+        check_ranges(self, "data.")
         check(
             bool(self.text_encoder) or not self.text_sharded,
             "data.text_sharded=true needs data.text_encoder: features that are in the shards need no encoder",
         )
-        at_least("data.workers", self.workers, 0)
-        check(0 <= self.max_bad_share < 1, f"data.max_bad_share={self.max_bad_share}: expected a number in [0, 1)")
-        for folder, share in self.mix.items():
-            check(0.001 <= share < 1, f"data.mix: {folder} has share {share}, expected a number from 0.001 to below 1")
         total = sum(self.mix.values())
         check(total < 0.9995, f"data.mix: shares add up to {total}, expected less than 1: data.path has the rest")
         check(self.path not in self.mix, f"data.mix: {self.path} is data.path, which has the rest of the steps")
         remote = next((folder for folder in (self.path, *self.mix) if "://" in folder), None)
         check(remote is None or bool(self.cache), f"{remote} is a URL: set data.cache to a folder on this host")
-        check(self.cache_gib > 0, f"data.cache_gib={self.cache_gib}: expected a positive number")
-        at_least("data.shuffle_shards", self.shuffle_shards, 1)
 
 
 @dataclass(frozen=True, kw_only=True)
 class ParallelConfig:
-    tensor: int = 1  # ranks that share each layer
+    tensor: Count = 1  # ranks that share each layer
     sequence: bool = False  # shard tokens between the tensor-parallel regions too
-    pipeline: int = 1  # ranks that share the blocks, each a stage
-    chunks: int = 1  # runs of blocks a stage has; 2 or more: Megatron's interleaved schedule, else 1F1B
-    blocks: list[int] = field(default_factory=list)  # blocks of each run, in the model's order; empty: even
-    zero_stage: int = 0  # DeepSpeed ZeRO: 0 none, 1 optimizer, 2 + gradients, 3 + weights
+    pipeline: Count = 1  # ranks that share the blocks, each a stage
+    chunks: Count = 1  # runs of blocks a stage has; 2 or more: Megatron's interleaved schedule, else 1F1B
+    blocks: list[Count] = field(default_factory=list)  # blocks of each run, in the model's order; empty: even
+    # DeepSpeed ZeRO: 0 none, 1 optimizer, 2 + gradients, 3 + weights
+    zero_stage: Annotated[int, Interval("[0, 3]")] = 0
     overlap: bool = True  # ZeRO 2, 3: reduce and gather while computing, for 4.5 buckets of memory
-    bucket: int = 200_000_000  # ZeRO: elements reduced at a time; smaller takes less memory, larger fewer messages
-    prefetch: int = 50_000_000  # ZeRO 3: elements of weights gathered ahead of their use
+    bucket: Count = 200_000_000  # ZeRO: elements reduced at a time; smaller takes less memory, larger fewer messages
+    prefetch: CountOrZero = 50_000_000  # ZeRO 3: elements of weights gathered ahead of their use
     backend: str = "auto"  # of the hidden layers: te | local; auto: te where it is there, on a GPU, in bf16
 
     def __post_init__(self) -> None:
+        check(self.zero_stage in (0, 1, 2, 3), f"parallel.zero_stage={self.zero_stage}: expected one of 0, 1, 2, 3")
+        check_ranges(self, "parallel.")
         choice("parallel.backend", self.backend, ("auto", "te", "local"))
-        for name in ("tensor", "pipeline", "chunks"):
-            at_least(f"parallel.{name}", getattr(self, name), 1)
         check(
             self.chunks == 1 or self.pipeline > 1,
             f"parallel.chunks={self.chunks} needs parallel.pipeline of at least 2: leave it out",
@@ -104,9 +107,6 @@ class ParallelConfig:
             "gradients or gather weights anew for every micro-batch in flight; use parallel.zero_stage=1 with the "
             f"pipeline, or parallel.zero_stage={self.zero_stage} with parallel.tensor and parallel.pipeline=1",
         )
-        at_least("parallel.bucket", self.bucket, 1)
-        at_least("parallel.prefetch", self.prefetch, 0)
-        check(self.zero_stage in (0, 1, 2, 3), f"parallel.zero_stage={self.zero_stage}: expected one of 0, 1, 2, 3")
         check(
             not self.sequence or self.tensor > 1,
             "parallel.sequence=true needs parallel.tensor of at least 2: it shards over the tensor-parallel ranks",
@@ -117,40 +117,40 @@ class ParallelConfig:
 class LaunchConfig:
     """How long ranks are waited for when a job starts and when it is stopped."""
 
-    rendezvous_seconds: float = 600.0  # for missing ranks, which are named after 10 s; then the others end too
-    stop_seconds: float = 120.0  # --procs: after SIGTERM or Ctrl-C, for ranks to save and end; then they are killed
+    rendezvous_seconds: Positive = 600.0  # for missing ranks, which are named after 10 s; then the others end too
+    stop_seconds: NonNegative = 120.0  # --procs: from SIGTERM or Ctrl-C, for ranks to save; then they are killed
 
     def __post_init__(self) -> None:
-        value = self.rendezvous_seconds
-        check(value > 0, f"launch.rendezvous_seconds={value}: expected a positive number of seconds")
-        at_least("launch.stop_seconds", self.stop_seconds, 0)
+        check_ranges(self, "launch.")
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
-    steps: int  # optimizer steps in all
-    global_batch: int  # samples per optimizer step, over all ranks
-    micro_batch: int  # samples per rank and forward pass; the rest is gradient accumulation
+    steps: Count  # optimizer steps in all
+    global_batch: Count  # samples per optimizer step, over all ranks
+    micro_batch: Count  # samples per rank and forward pass; the rest is gradient accumulation
     dtype: str = "fp32"  # of weights and activations: fp32 | bf16 (masters, moments and EMA are always fp32)
     recompute: str = "none"  # in the backward pass: none | selective (pointwise functions) | full (whole blocks)
-    recompute_blocks: int = 0  # the first blocks, as many, are recomputed; 0: all
+    recompute_blocks: CountOrZero = 0  # the first blocks, as many, are recomputed; 0: all
     fp8: str = "none"  # GEMMs of the hidden linears, on Transformer Engine: none | delayed | current | blockwise
     fp8_format: str = "hybrid"  # hybrid: e4m3, gradients e5m2 | e4m3: gradients too
     compile: bool = False  # torch.compile of the blocks
-    ema_decay: float = 0.9999
+    ema_decay: Annotated[float, Interval("[0, 1)")] = 0.9999
     # Power-function averages beside it, in (0, 0.2886], such as [0.05, 0.1]: post-hoc EMA (EDM2, arXiv 2312.02696).
-    ema_sigma_rel: list[float] = field(default_factory=list)
-    max_skipped_steps: int = 10  # non-finite steps in a row after which the run stops
-    log_every: int = 10
-    monitor_every: int = 100  # steps between activations, gradient norms and update sizes in the metrics; 0: never
-    threads: int = 0  # CPU threads per rank; 0: the cores shared out among this host's ranks
+    ema_sigma_rel: list[Positive] = field(default_factory=list)
+    max_skipped_steps: Count = 10  # non-finite steps in a row after which the run stops
+    log_every: Count = 10
+    # Steps between activations, gradient norms and update sizes in the metrics; 0: never
+    monitor_every: CountOrZero = 100
+    # CPU threads per rank; 0: the cores shared out among this host's ranks
+    threads: Annotated[int, Interval("[0, 4096]")] = 0
 
     def __post_init__(self) -> None:
-        for name in ("steps", "global_batch", "micro_batch", "max_skipped_steps", "log_every"):
-            at_least(f"train.{name}", getattr(self, name), 1)
+        for width in self.ema_sigma_rel:
+            check_sigma_rel("train.ema_sigma_rel", width)
+        check_ranges(self, "train.")
         choice("train.dtype", self.dtype, ("fp32", "bf16"))
         choice("train.recompute", self.recompute, ("none", "selective", "full"))
-        at_least("train.recompute_blocks", self.recompute_blocks, 0)
         check(
             not self.compile or self.recompute != "selective",
             "train.compile=true with train.recompute=selective: the compiler recomputes pointwise functions by itself; "
@@ -167,11 +167,6 @@ class TrainConfig:
             self.fp8 == "none" or self.dtype == "bf16",
             f"train.fp8={self.fp8} and train.dtype={self.dtype}: what is not FP8 must be bf16, set train.dtype=bf16",
         )
-        at_least("train.threads", self.threads, 0)
-        at_least("train.monitor_every", self.monitor_every, 0)
-        check(0 <= self.ema_decay < 1, f"train.ema_decay={self.ema_decay}: expected a number in [0, 1)")
-        for width in self.ema_sigma_rel:
-            check_sigma_rel("train.ema_sigma_rel", width)
         check(
             len(set(self.ema_sigma_rel)) == len(self.ema_sigma_rel),
             f"train.ema_sigma_rel={self.ema_sigma_rel}: expected different numbers",
@@ -180,16 +175,13 @@ class TrainConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class CheckpointConfig:
-    every: int = 1000  # steps between checkpoints; the last step is always saved
-    keep: int = 2  # newest checkpoints kept
-    keep_every: int = 0  # those of steps divisible by it are kept too; 0: none
-    ema_every: int = 0  # steps between snapshots of the averages of train.ema_sigma_rel, all kept; 0: none
+    every: Count = 1000  # steps between checkpoints; the last step is always saved
+    keep: Count = 2  # newest checkpoints kept
+    keep_every: CountOrZero = 0  # those of steps divisible by it are kept too; 0: none
+    ema_every: CountOrZero = 0  # steps between snapshots of the averages of train.ema_sigma_rel, all kept; 0: none
 
     def __post_init__(self) -> None:
-        at_least("checkpoint.every", self.every, 1)
-        at_least("checkpoint.keep", self.keep, 1)
-        at_least("checkpoint.keep_every", self.keep_every, 0)
-        at_least("checkpoint.ema_every", self.ema_every, 0)
+        check_ranges(self, "checkpoint.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -197,10 +189,9 @@ class SamplingConfig:
     """What ``megatron-dit sample`` and ``evaluate`` do unless told otherwise."""
 
     solver: str = "auto"  # euler (rectified_flow); dpm++ | ddim (ddpm); auto: the objective's first
-    steps: int = 30
-    guidance: float = 3.0  # classifier-free guidance scale; 1: none
+    steps: Annotated[int, Interval("[1, 10000]")] = 30
+    guidance: Annotated[float, Interval("[1, 1000]")] = 3.0  # classifier-free guidance scale; 1: none
 
     def __post_init__(self) -> None:
         choice("sampling.solver", self.solver, ("auto", "euler", "dpm++", "ddim"))
-        at_least("sampling.steps", self.steps, 1)
-        at_least("sampling.guidance", self.guidance, 1)
+        check_ranges(self, "sampling.")

@@ -7,8 +7,11 @@ from pathlib import Path
 
 import yaml
 
+from megatron_dit.config.convert import convert
+from megatron_dit.config.tree import read_tree
 from megatron_dit.errors import UserError
 from megatron_dit.mup.authors import to_ours
+from megatron_dit.runtime.io import replacing
 
 BaseShape = tuple[int | None, ...]
 
@@ -16,7 +19,9 @@ HEADER = "# Base shapes: the base size of each dimension that grows with width, 
 
 
 def save_base_shapes(base: Mapping[str, BaseShape], path: Path) -> None:
-    path.write_text(HEADER + yaml.safe_dump({name: list(dims) for name, dims in base.items()}, sort_keys=False))
+    text = HEADER + yaml.safe_dump({name: list(dims) for name, dims in base.items()}, sort_keys=False)
+    with replacing(path) as part:
+        part.write_text(text, encoding="utf-8")
 
 
 def load_base_shapes(path: str | Path, shapes: Mapping[str, tuple[int, ...]], arch: str) -> dict[str, BaseShape]:
@@ -25,14 +30,13 @@ def load_base_shapes(path: str | Path, shapes: Mapping[str, tuple[int, ...]], ar
     Raises UserError for a file that is missing or no such file, and with the first parameter it does not fit.
     """
     path = Path(path)
-    if not path.is_file():
+    if not path.exists():
         raise UserError(f"mup.base_shapes={path} does not exist: write it with 'megatron-dit mup CONFIG --save {path}'")
     try:
-        raw = yaml.safe_load(path.read_text())
-        read = {name: tuple(None if dim is None else int(dim) for dim in dims) for name, dims in raw.items()}
-    except (yaml.YAMLError, AttributeError, TypeError, ValueError) as error:
-        raise UserError(f"mup.base_shapes={path} is no base-shape file ({' '.join(str(error).split())})") from None
-    base = to_ours(read, arch)
+        read = convert(dict[str, list[int | None]], read_tree(path, "the file"), "the file")
+    except UserError as error:
+        raise UserError(f"mup.base_shapes={path} is no base-shape file ({error})") from None
+    base = to_ours({name: tuple(dims) for name, dims in read.items()}, arch)
     for name, shape in shapes.items():
         if name not in base:
             raise UserError(f"mup.base_shapes={path} has no {name}: it belongs to another architecture or depth")

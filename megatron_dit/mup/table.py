@@ -8,10 +8,10 @@ from collections.abc import Mapping
 from typing import Any
 
 from rich.console import Console
-from rich.table import Table
 
 from megatron_dit.config import Config
 from megatron_dit.mup.rules import Param
+from megatron_dit.runtime.table import Table
 
 WIDTH = 140  # of the table: on a narrow terminal its lines wrap, but nothing is cut
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import unicodedata
 
 _UNSAFE = {"Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp"}  # Unicode categories: controls, formats, surrogates, separators
@@ -15,6 +16,11 @@ def printable(text: object) -> str:
     terminal: ``printable("a\x1b[2J")`` is ``a\x1b[2J`` in printable characters. Spaces of all kinds and emoji stay.
     """
     return "".join(_escape(character) for character in str(text))
+
+
+def warn(message: str) -> None:
+    """Print a warning to standard error, on one line."""
+    print(printable(f"warning: {message}"), file=sys.stderr, flush=True)
 
 
 def _escape(character: str) -> str:

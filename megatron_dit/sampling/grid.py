@@ -9,6 +9,9 @@ from pathlib import Path
 import numpy as np
 from matplotlib.figure import Figure
 
+from megatron_dit.runtime.io import replacing
+from megatron_dit.runtime.text import printable
+
 
 def save_grid(
     pictures: np.ndarray | Sequence[np.ndarray],
@@ -27,9 +30,9 @@ def save_grid(
     for i, (cell, picture, caption) in enumerate(zip(cells, pictures, captions, strict=False)):
         cell.imshow(picture, interpolation="nearest")
         colour = colours[i] if colours else "black"
-        cell.set_xlabel(_wrap(caption), fontsize=7, color=colour, parse_math=False)  # a caption may have a $
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=110)
+        cell.set_xlabel(_wrap(printable(caption)), fontsize=7, color=colour, parse_math=False)  # a caption may have a $
+    with replacing(path) as part:
+        figure.savefig(part, dpi=110)
 
 
 def _wrap(caption: str, width: int = 24) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -11,9 +12,11 @@ from typing import Any
 import numpy as np
 import yaml
 from rich.console import Console
-from rich.table import Table
 
 from megatron_dit.config import flatten
+from megatron_dit.runtime.io import replacing
+from megatron_dit.runtime.table import Table
+from megatron_dit.runtime.text import printable
 from megatron_dit.sweep.space import SweepConfig
 from megatron_dit.sweep.trial import Result
 
@@ -37,13 +40,16 @@ def is_hyperparameter(key: str) -> bool:
 
 def settings(results: Sequence[Result]) -> list[Setting]:
     """Settings by model, then from the best to the worst."""
-    groups: dict[tuple[Values, Values], list[Result]] = {}
+    groups: dict[str, list[Result]] = {}  # by JSON, as values may be lists
+    parts: dict[str, tuple[Values, Values]] = {}
     for result in results:
         pairs = sorted(result.params.items())
         model = tuple((k, v) for k, v in pairs if not is_hyperparameter(k) and k != "seed")
         searched = tuple((k, v) for k, v in pairs if is_hyperparameter(k))
-        groups.setdefault((model, searched), []).append(result)
-    found = [Setting(model, searched, _mean(trials), tuple(trials)) for (model, searched), trials in groups.items()]
+        name = json.dumps([model, searched])
+        parts[name] = (model, searched)
+        groups.setdefault(name, []).append(result)
+    found = [Setting(*parts[name], _mean(trials), tuple(trials)) for name, trials in groups.items()]
     return sorted(found, key=lambda setting: (str(setting.model), setting.loss))
 
 
@@ -66,7 +72,8 @@ def write_best(results: Sequence[Result], config: SweepConfig) -> Setting | None
     values = {**dict(chosen.model), **dict(chosen.hyperparameters)}
     proxy = config.trial_config(values, 0)
     text = yaml.safe_dump({**asdict(proxy), "run_dir": str(config.folder / "best")}, sort_keys=False)
-    (config.folder / "best.yaml").write_text(f"# {provenance(chosen, results)}\n{text}")
+    with replacing(config.folder / "best.yaml") as part:
+        part.write_text(f"# {printable(provenance(chosen, results))}\n{text}", encoding="utf-8")
     return chosen
 
 
@@ -109,6 +116,13 @@ def show(value: Any) -> str:
 
 def draw(results: Sequence[Result], config: SweepConfig) -> list[Path]:
     """Write the pictures: loss against lr by width, and each hyperparameter's influence."""
+    import matplotlib as mpl
+
+    with mpl.rc_context({"text.parse_math": False}):  # a $ in a value is no formula
+        return _draw(results, config)
+
+
+def _draw(results: Sequence[Result], config: SweepConfig) -> list[Path]:
     from matplotlib.figure import Figure
 
     written = []
@@ -118,22 +132,35 @@ def draw(results: Sequence[Result], config: SweepConfig) -> list[Path]:
         figure = Figure(figsize=(4.6 * panels, 3.8), layout="constrained")
         draw_lr(figure, results, config)
         written.append(config.folder / "loss_by_lr.png")
-        figure.savefig(written[-1], dpi=120)
+        _save(figure, written[-1])
     if not searched:
         return written
     figure = Figure(figsize=(4 * len(searched), 3.6), layout="constrained")
     panels = figure.subplots(1, len(searched), sharey=True, squeeze=False)[0]
     complete = [result for result in results if result.state == "complete"]
     for key, panel in zip(searched, panels, strict=True):
-        panel.plot([result.params[key] for result in complete], [result.loss for result in complete], "o", alpha=0.6)
+        values = [result.params[key] for result in complete]
+        if not all(type(value) in (int, float) for value in values):  # a category each
+            values = [_label(value) for value in values]
+        panel.plot(values, [result.loss for result in complete], "o", alpha=0.6)
         panel.set(xlabel=key)
         panel.grid(alpha=0.3)
         if config.space[key].log2 or config.space[key].log_uniform:
             panel.set_xscale("log", base=2)
     panels[0].set_ylabel("loss")
     written.append(config.folder / "influence.png")
-    figure.savefig(written[-1], dpi=120)
+    _save(figure, written[-1])
     return written
+
+
+def _label(value: Any) -> str:
+    text = printable(show(value))
+    return text if len(text) <= 40 else f"{text[:18]} … {text[-18:]}"
+
+
+def _save(figure: Any, path: Path) -> None:
+    with replacing(path) as part:
+        figure.savefig(part, dpi=120)
 
 
 def draw_lr(figure: Any, results: Sequence[Result], config: SweepConfig) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import multiprocessing
 import os
 import signal
@@ -16,19 +17,21 @@ from typing import Any
 
 import optuna
 import torch
+from optuna.distributions import BaseDistribution
 from optuna.samplers import RandomSampler, TPESampler
 from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
 from optuna.storages.journal._file import BaseJournalFileLock
 from optuna.trial import TrialState
 
-from megatron_dit.config import save_config
-from megatron_dit.errors import UserError
+from megatron_dit.config import flatten, load_config, save_config
+from megatron_dit.errors import UserError, writing
 from megatron_dit.progress import ProgressBar
 from megatron_dit.run_folder import read_metrics
 from megatron_dit.runtime.locks import FileLock, wait_for_lock
-from megatron_dit.sweep.space import SweepConfig, open_folder
-from megatron_dit.sweep.trial import INTERRUPTED, TAKEN, Result, TrialFiles, judge, run_trial
+from megatron_dit.runtime.text import warn
+from megatron_dit.sweep.space import Params, SweepConfig, open_folder, to_optuna
+from megatron_dit.sweep.trial import INTERRUPTED, TAKEN, Result, TrialFiles, judge, run_trial, stored_result
 
 POLL_SECONDS = 0.2
 TAKEN_SECONDS = 5.0  # before a trial that another process holds is tried again
@@ -56,6 +59,38 @@ class Lock(BaseJournalFileLock):
         self.release()
 
 
+def open_journal(folder: Path) -> JournalStorage:
+    """Optuna's journal in a sweep's folder. A damaged one is set aside: all that counts is in ``trials/`` too."""
+    path, lock = folder / "journal.log", Lock(folder / "journal.lock")
+    with lock:
+        damage = _damage_of(path)
+        if damage:
+            warn(f"{path} is damaged ({damage}); it is now {set_aside(path)}, and is made anew from the trials")
+    return JournalStorage(JournalFileBackend(str(path), lock_obj=lock))
+
+
+def _damage_of(path: Path) -> str:
+    """What is wrong with a journal, or an empty string."""
+    text = path.read_bytes() if path.exists() else b""
+    if not text.endswith(b"\n") and text:
+        return "its last line is cut short"
+    try:
+        for line in text.splitlines():
+            json.loads(line)
+        if text:
+            JournalStorage(JournalFileBackend(str(path)))  # replays every line
+    except Exception as error:  # whatever optuna raises for lines that it did not write
+        return f"{type(error).__name__}: {error}"
+    return ""
+
+
+def set_aside(path: Path) -> Path:
+    """Rename a damaged file to a name that is free, and return it."""
+    names = (path.with_name(f"{path.name}.damaged{number or ''}") for number in itertools.count())
+    free = next(name for name in names if not name.exists())
+    return path.rename(free)
+
+
 @dataclass
 class Running:
     files: TrialFiles
@@ -80,13 +115,13 @@ class Sweep:
         open_folder(config)
         self.config = config
         optuna.logging.set_verbosity(optuna.logging.ERROR)
-        backend = JournalFileBackend(str(config.folder / "journal.log"), lock_obj=Lock(config.folder / "journal.lock"))
-        self._study = optuna.create_study(
-            study_name="sweep",
-            storage=JournalStorage(backend),
-            load_if_exists=True,
-            pruner=optuna.pruners.MedianPruner(n_startup_trials=5, n_warmup_steps=config.base.train.steps // 10),
-        )
+        with writing(config.folder):
+            self._study = optuna.create_study(
+                study_name="sweep",
+                storage=open_journal(config.folder),
+                load_if_exists=True,
+                pruner=optuna.pruners.MedianPruner(n_startup_trials=5, n_warmup_steps=config.base.train.steps // 10),
+            )
 
     # --- what to try ----------------------------------------------------------------------------------
 
@@ -95,11 +130,17 @@ class Sweep:
         with Lock(self.config.folder / "ask.lock"):
             while len(trials := self._study.get_trials(deepcopy=False)) <= number:
                 self._ask(len(trials))
-        return TrialFiles(self.config.folder / "trials" / f"{number:04d}", dict(trials[number].params))
+        space = self.config.space
+        params = {key: space[key].from_optuna(value) for key, value in trials[number].params.items()}
+        return TrialFiles(self.config.trial_folder(number), params)
 
     def _ask(self, number: int) -> None:
-        """Add trial ``number`` to the study."""
+        """Add trial ``number`` to the study: with the values it has in ``trials/``, if the journal has lost them."""
         distributions = self.config.distributions()
+        params = self._known_params(number)
+        if params is not None:
+            self._add(params, distributions)
+            return
         if self.config.sampler != "grid":
             # Seeded anew for each trial: a sampler's generator would start over with the process.
             seed = (self.config.seed << 20) + number
@@ -108,10 +149,33 @@ class Sweep:
             self._study.ask(distributions)
             return
         # Optuna's GridSampler stops its study by itself, which only ``study.optimize`` allows.
-        points = list(itertools.product(*(dimension.finite for dimension in self.config.space.values())))
-        point = dict(zip(self.config.space, points[number], strict=True))
-        trial = optuna.trial.create_trial(state=TrialState.RUNNING, params=point, distributions=distributions)
+        points = itertools.product(*(dimension.finite for dimension in self.config.space.values()))
+        point = next(itertools.islice(points, number, None))
+        self._add(dict(zip(self.config.space, point, strict=True)), distributions)
+
+    def _add(self, params: Params, distributions: dict[str, BaseDistribution]) -> None:
+        values = {key: to_optuna(value) for key, value in params.items()}
+        try:
+            trial = optuna.trial.create_trial(state=TrialState.RUNNING, params=values, distributions=distributions)
+        except ValueError as error:
+            folder = self.config.folder / "trials"
+            raise UserError(f"{folder} holds trials of another search ({error}): set run_dir to a new folder") from None
         self._study.add_trial(trial)
+
+    def _known_params(self, number: int) -> Params | None:
+        """The values that a trial was started with before, by its result or its config."""
+        result = self._stored(number)
+        if result is not None:
+            return result.params
+        path = TrialFiles(self.config.trial_folder(number), {}).file(".yaml")
+        if not path.is_file():
+            return None
+        try:
+            values = flatten(load_config(path))
+        except UserError as error:
+            warn(f"{error}; the values of trial {number} are chosen anew")
+            return None
+        return {key: values[key] for key in self.config.space}
 
     # --- trying it ------------------------------------------------------------------------------------
 
@@ -169,7 +233,13 @@ class Sweep:
                 yield self._ended(trial)
 
     def _stored(self, number: int) -> Result | None:
-        return TrialFiles(self.config.folder / "trials" / f"{number:04d}", {}).result()
+        """The result of a trial, if it has one; one that is damaged is set aside, and the trial runs again."""
+        try:
+            return stored_result(self.config, number)
+        except UserError as error:
+            path = TrialFiles(self.config.trial_folder(number), {}).file(".json")
+            warn(f"{error}; it is now {set_aside(path)}, and the trial runs again")
+            return None
 
     def _start(self, context: Any, number: int, slot: int) -> Running:
         """Start a trial's process. Raises UserError where its values do not go together."""
@@ -208,6 +278,7 @@ class Sweep:
     # --- optuna's side --------------------------------------------------------------------------------
 
     def _tell(self, result: Result) -> None:
+        self.files(result.number)  # the journal may have lost it
         trial = self._study.get_trials(deepcopy=False)[result.number]
         if trial.state.is_finished():
             return
@@ -246,5 +317,5 @@ def line_of(result: Result) -> str:
         f"{key}={value:.6g}" if isinstance(value, float) else f"{key}={value}" for key, value in result.params.items()
     )
     return f"trial {result.number} {values}: {result.state} " + (
-        f"loss {result.loss:.5g}" if result.loss else result.reason
+        result.reason if result.loss is None else f"loss {result.loss:.5g}"
     )

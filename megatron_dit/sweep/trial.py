@@ -14,14 +14,18 @@ import traceback
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from megatron_dit.config import Config, load_config
+from megatron_dit.config.checks import CountOrZero, Interval, NonNegative, check, check_ranges, choice
+from megatron_dit.config.convert import build
 from megatron_dit.errors import UserError
 from megatron_dit.launch import die_with_parent, leave, run_ranks
 from megatron_dit.run_folder import read_metrics
+from megatron_dit.runtime.io import read_text, replacing
 from megatron_dit.runtime.locks import try_lock
 from megatron_dit.runtime.output import guard_output, keep_going
+from megatron_dit.sweep.space import SweepConfig
 from megatron_dit.trainer import train
 
 # Exit statuses of a trial's process that has no result.
@@ -33,14 +37,19 @@ INTERRUPTED = 130  # stopped by a signal and saved: it will go on
 class Result:
     """What a trial came to; ``state`` is complete, diverged, stopped (hopeless, by the median) or crashed."""
 
-    number: int
+    number: CountOrZero
     params: dict[str, Any]
     state: str
     loss: float | None  # mean training loss over the last steps; None unless complete or stopped
     reason: str  # why it is not complete
-    steps: int  # steps done
-    samples: int  # training samples seen
-    seconds: float  # of the process that ended it
+    steps: CountOrZero  # steps done
+    samples: Annotated[int, Interval("[0, 2^63)")]  # training samples seen
+    seconds: NonNegative  # of the process that ended it
+
+    def __post_init__(self) -> None:
+        choice("state", self.state, ("complete", "diverged", "stopped", "crashed"))
+        check(self.loss is not None or self.state != "complete", "state=complete: expected a loss")
+        check_ranges(self)
 
 
 @dataclass(frozen=True)
@@ -58,13 +67,20 @@ class TrialFiles:
         return self.folder.with_name(self.folder.name + suffix)
 
     def result(self) -> Result | None:
+        """The trial's result, if it has one. Raises UserError if the file is damaged or another trial's."""
         path = self.file(".json")
-        return Result(**json.loads(path.read_text())) if path.is_file() else None
+        if not path.exists():
+            return None
+        try:
+            result = build(Result, json.loads(read_text(path, "it")))
+            check(result.number == self.number, f"it is the result of trial {result.number}")
+            return result
+        except (UserError, ValueError, RecursionError) as error:
+            raise UserError(f"{path} is no result of a trial ({error})") from None
 
     def write(self, result: Result) -> None:
-        part = self.file(".json.part")
-        part.write_text(json.dumps(asdict(result)) + "\n")
-        part.replace(self.file(".json"))
+        with replacing(self.file(".json")) as part:
+            part.write_text(json.dumps(asdict(result)) + "\n")
 
     @contextlib.contextmanager
     def lock(self) -> Iterator[bool]:
@@ -72,6 +88,16 @@ class TrialFiles:
         lock = try_lock(self.file(".lock"))
         with lock or contextlib.nullcontext():
             yield lock is not None
+
+
+def stored_result(config: SweepConfig, number: int) -> Result | None:
+    """The result of a sweep's trial, if it has one. Raises UserError if it is damaged or belongs to another search."""
+    files = TrialFiles(config.trial_folder(number), {})
+    result = files.result()
+    keys = set(config.space)
+    if result is not None and set(result.params) != keys:
+        raise UserError(f"{files.file('.json')} has values of {sorted(result.params)}, expected {sorted(keys)}")
+    return result
 
 
 def run_trial(files: TrialFiles, procs: int, last: float, keep: bool, devices: str | None) -> None:
@@ -144,10 +170,11 @@ def _train(files: TrialFiles, procs: int) -> str | None:
     except Exception as error:  # a trial's crash is a result of the sweep, kept with its reason
         traceback.print_exc()
         return f"{type(error).__name__}: {error}"
-    return "" if read_metrics(files.folder)[-1]["step"] == config.train.steps else None
+    lines = read_metrics(files.folder)
+    return "" if lines and lines[-1]["step"] == config.train.steps else None
 
 
 def _last_error(files: TrialFiles) -> str:
-    lines = files.file(".log").read_text().strip().splitlines()
+    lines = files.file(".log").read_text(errors="replace").strip().splitlines()
     errors = [line.removeprefix("error: ") for line in lines if line.startswith("error: ")]
     return (errors or lines or ["no message"])[-1]

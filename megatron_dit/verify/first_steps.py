@@ -16,7 +16,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from rich.console import Console
-from rich.table import Table
 from torch import Tensor
 
 from megatron_dit.checkpoint.format import CheckpointReader
@@ -29,6 +28,8 @@ from megatron_dit.mup.init import initial_value
 from megatron_dit.mup.rules import Param
 from megatron_dit.parallel.topology import build_topology, connect
 from megatron_dit.progress import ProgressBar
+from megatron_dit.runtime.table import Table
+from megatron_dit.runtime.text import printable
 from megatron_dit.trainer import use_threads
 from megatron_dit.verify.layouts import LAYOUTS, SINGLE, layouts_of, run_layout
 
@@ -121,7 +122,7 @@ def verify(path: str, overrides: Sequence[str], names: Sequence[str] | None, ste
     results = [compare(name, trace, reference) for name, trace in traces.items()]
     _print(results, reference, steps)
     for line in impossible:
-        print(line)
+        print(printable(line))
     return results
 
 

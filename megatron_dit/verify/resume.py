@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from rich.console import Console
-from rich.table import Table
+from rich.text import Text
 
 from megatron_dit.checkpoint.format import CheckpointReader
 from megatron_dit.checkpoint.listing import step_folder
@@ -27,6 +27,8 @@ from megatron_dit.data.stream import batches, read_data
 from megatron_dit.engine import Engine
 from megatron_dit.parallel.topology import Topology, build_topology, connect, gather
 from megatron_dit.progress import ProgressBar
+from megatron_dit.runtime.table import Table
+from megatron_dit.runtime.text import printable
 from megatron_dit.trainer import use_threads
 from megatron_dit.verify.first_steps import TOLERANCE, disturbed, greatest_difference
 from megatron_dit.verify.layouts import SINGLE, layouts_of, run_layout
@@ -109,7 +111,7 @@ def verify_resume(path: str, overrides: Sequence[str], names: Sequence[str] | No
             bar.advance(f"{name} loaded")
     _print(pairs, list(layouts), steps)
     for line in impossible:
-        print(line)
+        print(printable(line))
     return pairs
 
 
@@ -201,7 +203,7 @@ def _print(pairs: list[Pair], layouts: list[str], steps: int) -> None:
     by_name = {(pair.saved, pair.loaded): pair for pair in pairs}
     for saved in layouts:
         row = [by_name[saved, loaded] for loaded in layouts]
-        cells = [f"{pair.loss:.1e}\n{pair.state:.1e}" + ("" if pair.good else "\nDIFFERS") for pair in row]
+        cells = [Text(f"{pair.loss:.1e}\n{pair.state:.1e}" + ("" if pair.good else "\nDIFFERS")) for pair in row]
         table.add_row(saved, *cells, end_section=True)
     Console(width=20 + 12 * len(layouts)).print(table)
     for text, part in {

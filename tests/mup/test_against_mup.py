@@ -15,7 +15,7 @@ from megatron_dit.cli import run
 from megatron_dit.errors import UserError
 from megatron_dit.models import build_unsharded
 from megatron_dit.mup.authors import to_ours
-from megatron_dit.mup.base_shapes import save_base_shapes
+from megatron_dit.mup.base_shapes import load_base_shapes, save_base_shapes
 from megatron_dit.mup.groups import optimizer_groups
 from megatron_dit.mup.shapes import describe
 from tests.configs import ARCHITECTURES, small, small_dict
@@ -109,6 +109,33 @@ def test_base_shape_files_that_do_not_fit(harm, words, tmp_path):
     config = small("mmdit", base_heads=0, **{"mup.base_shapes": str(path), **overrides})
     with pytest.raises(UserError, match=re.escape(words)):
         describe(build_unsharded, config)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        b"- 1\n",
+        b"a: 3\n",
+        b"a: [16, true]\n",
+        b"a: [1_6]\n",
+        b"a: [020]\n",
+        b"a: [16.0]\n",
+        b"a: [16]\na: [8]\n",
+        b"a: !!python/tuple [16]\n",
+        b"# caf\xe9\na: [16]\n",
+        b"\x00",
+        b"[" * 5000,
+    ],
+)
+def test_files_of_another_form_are_no_base_shapes(content, tmp_path):
+    path = tmp_path / "x.bsh"
+    path.write_bytes(content)
+    with pytest.raises(UserError, match="is no base-shape file") as caught:
+        load_base_shapes(path, {"a": (32,)}, "mmdit")
+    assert "\n" not in str(caught.value)
+    with pytest.raises(UserError, match="is no base-shape file"):
+        load_base_shapes(tmp_path, {"a": (32,)}, "mmdit")
 
 
 def test_mup_command(tmp_path, capsys):

@@ -1,0 +1,175 @@
+"""Arguments of the command lines: numbers in their ranges, flags in full, files that can be written, no escapes."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from checkpoints_tools.__main__ import main as checkpoints_tools
+from data_prep.__main__ import main as data_prep
+from megatron_dit.cli import run
+from megatron_dit.sampling.grid import save_grid
+from tests.configs import write_config
+
+NOT_NUMBERS = ["nan", "inf", "010", "0x10", "1_000", "1e2.", "\u0663", "", " 3x", "true"]
+
+
+@pytest.fixture
+def config(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    return str(write_config(tmp_path))
+
+
+def refused(capsys, words, command=run):
+    """The one line that refuses a command line; nothing is printed to standard output."""
+    assert command([str(word) for word in words]) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.count("\n") == 1, err
+    assert err.startswith("error: ")
+    return err
+
+
+@pytest.mark.parametrize(
+    ("words", "flag", "wrong"),
+    [
+        (["sample", "run", "--prompt", "a"], "--steps", ["0", "-1", "10001", "2.5"]),
+        (["sample", "run", "--prompt", "a"], "--guidance", ["0.5", "-3", "1001"]),
+        (["sample", "run", "--prompt", "a"], "--seed", ["-1", str(2**63), "1.5"]),
+        (["sample", "run", "--prompt", "a"], "--size", ["0x0", "16", "16x", "x16", "16x16x16", "-16x16", "1e1x16"]),
+        (["evaluate", "run"], "--prompts", ["0", "-1"]),
+        (["evaluate", "run"], "--at-least", ["-0.1", "1.1"]),
+        (["train", "CONFIG"], "--procs", ["0", "-1"]),
+        (["train", "CONFIG", "--dry-run"], "--world", ["0"]),
+        (["train", "CONFIG", "--dry-run", "--world", "2"], "--rank", ["-1"]),
+        (["verify", "CONFIG"], "--steps", ["0"]),
+        (["bench", "CONFIG"], "--steps", ["1"]),
+        (["bench", "CONFIG"], "--warmup", ["0"]),
+        (["coord-check", "CONFIG"], "--seeds", ["0"]),
+        (["coord-check", "CONFIG"], "--steps", ["0"]),
+        (["coord-check", "CONFIG"], "--heads", ["2", "2,2", "2,010", "2,", "0,2"]),
+        (["sweep", "CONFIG"], "--trial", ["-1"]),
+    ],
+)
+def test_numbers_are_checked_before_anything_else(config, capsys, words, flag, wrong):
+    words = [config if word == "CONFIG" else word for word in words]
+    for value in [*NOT_NUMBERS, *wrong]:
+        assert flag in refused(capsys, [*words, f"{flag}={value}"])
+
+
+def test_flags_are_not_guessed_from_their_beginnings(config, capsys):
+    assert "--dry" in refused(capsys, ["train", config, "--dry"])
+    assert "--kee" in refused(capsys, ["prune", "run", "--keep", "1", "--kee", "2"], checkpoints_tools)
+    assert "--pic" in refused(capsys, ["demo", "out", "--pic", "3"], data_prep)
+
+
+def test_options_without_effect_are_refused(config, tmp_path, capsys):
+    assert "--procs 2 has no effect" in refused(capsys, ["train", config, "--dry-run", "--world", "2", "--procs", "2"])
+    assert "--dry-run" in refused(capsys, ["train", config, "--rank", "1"])
+    assert "seed is given twice" in refused(capsys, ["train", config, "seed=3", "--dry-run", "seed=4"])
+    sweep = tmp_path / "sweep.yaml"
+    sweep.write_text(f"run_dir: {tmp_path}/s\nconfig: {config}\nspace: {{seed: {{choice: [0]}}}}\n")
+    assert "--trial 0 has no effect" in refused(capsys, ["sweep", sweep, "--dry-run", "--trial", "0"])
+    assert "layout ''" in refused(capsys, ["verify", config, "--layouts", ""])
+
+
+def test_a_value_that_starts_with_a_dash_is_explained(config, capsys):
+    assert "write --prompt=VALUE" in refused(capsys, ["sample", "run", "--prompt", "-a"])
+    assert "checkpoint run does not exist" in refused(capsys, ["sample", "run", "--prompt=-a"])
+    Path("-x.yaml").write_text(Path(config).read_text())
+    assert run(["mup", "--", "-x.yaml"]) == 0
+
+
+def test_odd_names_of_configs_are_names(config, capsys):
+    name = "a b[1] [red] 50% :x: {y}.yaml"
+    Path(name).write_text(Path(config).read_text())
+    assert run(["mup", name, "--json", "[x] 100%.json"]) == 0
+    assert "role" in json.loads(Path("[x] 100%.json").read_text())[0]
+    assert run(["train", name, "--dry-run", "run_dir=a\nb: [x] % \x1b[2J"]) == 0
+    assert "\x1b" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("words", "command"),
+    [
+        (["train", "\x1b[2J\nx.yaml"], run),
+        (["train", "CONFIG", "--\x1b[2J\n"], run),
+        (["train", "CONFIG", "\x1b[2J=\n1"], run),
+        (["\x1b[2J\n"], run),
+        (["sample", "\x1b[2J\nx", "--prompt", "a"], run),
+        (["verify", "\x1b[2J\nx"], data_prep),
+        (["demo", "x", "--pictures", "\x1b[2J\n"], data_prep),
+        (["inspect", "\x1b[2J\nx"], checkpoints_tools),
+        (["\x1b[2J\n"], checkpoints_tools),
+    ],
+)
+def test_messages_of_all_programs_escape_what_they_repeat(config, capsys, words, command):
+    err = refused(capsys, [config if word == "CONFIG" else word for word in words], command)
+    assert r"\x1b[2J" in err
+    assert "\x1b" not in err
+
+
+OUTPUTS = [
+    (["train", "CONFIG"], "--json", run),
+    (["train", "CONFIG", "--dry-run"], "--json", run),
+    (["verify", "CONFIG"], "--json", run),
+    (["bench", "CONFIG"], "--json", run),
+    (["mup", "CONFIG"], "--json", run),
+    (["mup", "CONFIG"], "--save", run),
+    (["coord-check", "CONFIG"], "--json", run),
+    (["coord-check", "CONFIG"], "--out", run),
+    (["sweep", "CONFIG"], "--json", run),
+    (["transfer", "run", "CONFIG", "--out", "x.yaml"], "--json", run),
+    (["transfer", "run", "CONFIG"], "--out", run),
+    (["sample", "run", "--prompt", "a"], "--json", run),
+    (["sample", "run", "--prompt", "a"], "--out", run),
+    (["evaluate", "run"], "--json", run),
+    (["evaluate", "run"], "--out", run),
+    (["demo", "scenes"], "--json", data_prep),
+    (["verify", "scenes"], "--json", data_prep),
+    (["stats", "scenes"], "--json", data_prep),
+    (["stats", "scenes"], "--out", data_prep),
+    (["inspect", "run"], "--json", checkpoints_tools),
+    (["prune", "run", "--keep", "1"], "--json", checkpoints_tools),
+]
+
+
+@pytest.mark.parametrize(("words", "flag", "command"), OUTPUTS)
+def test_outputs_that_cannot_be_written_are_refused_before_the_work(config, capsys, words, flag, command):
+    words = [config if word == "CONFIG" else word for word in words]
+    before = sorted(Path().rglob("*"))
+    for path in ("/proc/x.png", "config.yaml/x.png", "$HOME/x.png"):
+        assert flag in refused(capsys, [*words, flag, path], command)
+    assert sorted(Path().rglob("*")) == before
+
+
+def test_outputs_are_found_under_the_home_folder(config, tmp_path, monkeypatch, capsys):
+    (tmp_path / "home").mkdir()
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    assert run(["mup", config, "--json", "~/x.json", "--save", "~/x.bsh"]) == 0
+    assert {path.name for path in (tmp_path / "home").iterdir()} == {"x.json", "x.bsh"}
+    assert run(["mup", config, "mup.base_heads=0", "mup.base_shapes=~/x.bsh"]) == 0
+    assert not Path("~").exists()
+    assert run(["mup", config, "--json", "/dev/null"]) == 0
+    assert Path("/dev/null").is_char_device()
+
+
+@pytest.mark.parametrize(
+    ("given", "written"),
+    [("grid1", "grid1.png"), ("pictures", "pictures/grid.png"), ("pictures/", "pictures/grid.png"), ("a.jpg", "a.jpg")],
+)
+def test_a_pictures_name_is_the_one_that_is_written(config, capsys, given, written):
+    from megatron_dit.cli.common import output_picture
+
+    Path("pictures").mkdir()
+    path = output_picture("--out", "grid.png")(given)
+    assert str(path) == written
+    save_grid([np.zeros((8, 8, 3), np.uint8)], ["a\x1b[2J red $\\frac$ circle"], path)
+    kind = "JPEG" if written.endswith("jpg") else "PNG"
+    assert Image.open(written).format == kind
+    assert ".xyz" in refused(capsys, ["sample", "run", "--prompt", "a", "--out", "grid.xyz"])
+    assert "none does not exist" in refused(capsys, ["sample", "run", "--prompt", "a", "--out", "none/"])

@@ -1,0 +1,119 @@
+"""Damaged files beside a run's checkpoints do not block its resume."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import pytest
+
+from megatron_dit.config import load_config
+from megatron_dit.errors import UserError
+from megatron_dit.run_folder import RunFolder, read_metrics
+from tests.configs import write_config
+
+GOOD = [{"step": step, "loss": 1.0 / step, "grad_norm": 0.5} for step in (1, 2, 3)]
+
+
+@pytest.fixture
+def config(tmp_path):
+    return load_config(write_config(tmp_path))
+
+
+@pytest.fixture
+def opened(config):
+    """Opens the run's folder at a step, as training does; closes it again."""
+
+    def open_at(step):
+        run = RunFolder(config)
+        run.open(step)
+        run.close()
+        return run
+
+    return open_at
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        b'{"step": 2, "loss": {"step": 3, "loss": 0.2, "grad_norm": 1}',  # two lines run into one
+        b'{"step": 7, "loss": 1.0, "x": "\xff"}',
+        b"\0" * 40,
+        b"\0" * 40 + b'{"step": 4, "loss": 1.0}',
+        b'{"epoch": 1}',
+        b'{"step": "4", "loss": 1.0}',
+        b'{"step": true, "loss": 1.0}',
+        b'{"step": 4}',
+        b'{"step": 4, "loss": "low"}',
+        b'{"step": 4, "loss": 1e999}',
+        b'{"step": 4, "loss": 1%s}' % (b"0" * 400),
+        b"[1, 2]",
+        b"3",
+        b"",
+        b"[" * 100_000,
+    ],
+)
+def test_a_damaged_line_is_dropped_with_one_warning(opened, tmp_path, capsys, damage):
+    opened(0)
+    path = tmp_path / "run" / "metrics.jsonl"
+    lines = [json.dumps(line).encode() for line in GOOD]
+    path.write_bytes(b"\n".join([lines[0], damage, *lines[1:]]) + b"\n")
+    assert read_metrics(path.parent) == GOOD
+    capsys.readouterr()
+    opened(2)
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1
+    assert f"{path}: line 2 " in err
+    assert [json.loads(line) for line in path.read_text().splitlines()] == GOOD[:2]
+    opened(2).plot()
+    assert capsys.readouterr().err == ""
+
+
+def test_a_last_line_that_a_kill_cut_is_expected(opened, tmp_path, capsys):
+    opened(0)
+    path = tmp_path / "run" / "metrics.jsonl"
+    path.write_text("".join(json.dumps(line) + "\n" for line in GOOD) + '{"step": 4, "lo')
+    opened(3)
+    assert capsys.readouterr().err == ""
+    assert read_metrics(path.parent) == GOOD
+
+
+def test_figures_that_are_not_finite_are_null(config, tmp_path):
+    run = RunFolder(config)
+    run.open(0)
+    run.log(1, {"loss": math.nan, "grad_norm": math.inf, "lr": 0.1})
+    run.close()
+    text = (tmp_path / "run" / "metrics.jsonl").read_text()
+    assert text == '{"step": 1, "loss": null, "grad_norm": null, "lr": 0.1}\n'
+    (tmp_path / "run" / "metrics.jsonl").write_text('{"step": 1, "loss": NaN, "grad_norm": 1.0}\n')  # of older runs
+    assert read_metrics(tmp_path / "run") == [{"step": 1, "loss": None, "grad_norm": 1.0}]
+
+
+def test_tensorboard_is_not_needed(config, tmp_path, capsys):
+    (tmp_path / "run").mkdir()
+    run = RunFolder(config)
+    (tmp_path / "run" / "tensorboard").write_text("a file where the folder belongs")
+    run.open(0)
+    assert "TensorBoard" in capsys.readouterr().err
+    run.log(1, {"loss": 1.0, "grad_norm": 1.0})
+    run.close()
+    assert read_metrics(tmp_path / "run")[0]["loss"] == 1.0
+
+
+@pytest.mark.parametrize("content", [b"\x7fELF\x00\x01", b"", b"- 1\n", b"\xff\xfe"])
+def test_a_damaged_config_is_one_line(opened, config, tmp_path, content):
+    opened(0)
+    (tmp_path / "run" / "config.yaml").write_bytes(content)
+    with pytest.raises(UserError) as caught:
+        RunFolder(config)
+    assert "run/config.yaml" in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_folder_whose_name_looks_like_a_formula_is_drawn(tmp_path):
+    run = RunFolder(load_config(write_config(tmp_path, run_dir=str(tmp_path / r"a$\frac$"))))
+    run.open(0)
+    run.log(1, {"loss": 1.0, "grad_norm": 1.0})
+    run.plot()
+    run.close()
+    assert (run.path / "loss.png").stat().st_size > 5000
