@@ -1,3 +1,5 @@
+"""A free port for a test's servers."""
+
 from __future__ import annotations
 
 import socket

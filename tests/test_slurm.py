@@ -16,6 +16,7 @@ import yaml
 from megatron_dit.checkpoint.load import open_checkpoint
 from megatron_dit.transfer import read_sweep
 from tests.configs import small_dict
+from tests.ports import free_port
 from tests.sweep.helpers import write_sweep
 
 NEEDED = ("srun", "slurmctld", "slurmd", "munged", "mungekey")
@@ -25,12 +26,6 @@ pytestmark = [
     pytest.mark.skipif(bool(missing), reason=f"needs slurm-wlm and munge: {', '.join(missing)} not found"),
     pytest.mark.skipif(os.geteuid() != 0, reason="starts Slurm's daemons, which needs root"),
 ]
-
-
-def free_port():
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        return sock.getsockname()[1]
 
 
 @pytest.fixture
