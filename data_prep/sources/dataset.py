@@ -13,7 +13,7 @@ from data_prep.sources.record import (
     PER_UNIT,
     Record,
     Scanned,
-    bounded,
+    check_size,
     class_label,
     file_bytes,
     merge_captions,
@@ -114,4 +114,5 @@ def _image_bytes(image: dict[str, Any] | None) -> bytes:
         raise Unusable("no picture")
     if image["bytes"] is None:
         return file_bytes(Path(image["path"]), IMAGE_BYTES)
-    return bounded(image["bytes"], IMAGE_BYTES)
+    check_size(len(image["bytes"]), IMAGE_BYTES)
+    return image["bytes"]

@@ -203,20 +203,13 @@ def file_bytes(path: Path, limit: int) -> bytes:
         if not path.is_file():
             raise Unusable("file is missing")
         check_size(path.stat().st_size, limit)
-        with path.open("rb") as file:
-            data = file.read(limit + 1)
+        data = path.read_bytes()
     except PermissionError:
         raise Unusable("file is not readable") from None
     except OSError as error:
         if error.errno != errno.ENAMETOOLONG:
             raise
         raise Unusable("file is missing") from None
-    return bounded(data, limit)
-
-
-def bounded(data: bytes, limit: int) -> bytes:
-    """``data``. Raises Unusable where there are more than ``limit`` bytes."""
-    check_size(len(data), limit)
     return data
 
 

@@ -45,9 +45,10 @@ class Table:
             count = self._rows.columns.count(name)
             if count == 0 and self._rows.columns:
                 found = ", ".join(map(repr, self._rows.columns))
+                apart = f", or separate them by {self._rows.delimiter!r}" if len(self._rows.columns) == 1 else ""
                 raise UserError(
-                    f"table {table} has no column {name!r}, its columns are {found}: name one with --{option}-column, "
-                    "or separate the columns as .csv (commas) or .tsv (tabs) have it"
+                    f"table {table} has no column {name!r}, its columns are {found}: name one with "
+                    f"--{option}-column{apart if self._rows.delimiter else ''}"
                 )
             if count > 1:
                 raise UserError(f"table {table} has {count} columns {name!r}: expected one; rename the others")

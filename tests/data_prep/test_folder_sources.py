@@ -316,7 +316,7 @@ def test_a_table_is_read_from_any_unit_on(fill, tmp_path, kind):
         (
             "t.csv",
             b"file;caption\na.png;a\n",
-            "its columns are 'file;caption'.*as .csv .commas. or .tsv .tabs. have it",
+            "its columns are 'file;caption'.*or separate them by ','",
         ),
         ("t.csv", b"File, Caption\na.png,a\n", "its columns are 'File', ' Caption'"),
         ("t.csv", b"file,caption,caption\na.png,a,b\n", "has 2 columns 'caption': expected one"),

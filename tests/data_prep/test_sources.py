@@ -147,6 +147,30 @@ def test_a_link_in_a_tar_is_not_followed(tmp_path):
     assert reasons(scan(open_source(str(tmp_path / "a.tar")))) == {"a.tar/0": "member is not a plain file"}
 
 
+SPECIAL = [tarfile.LNKTYPE, tarfile.SYMTYPE, tarfile.CHRTYPE, tarfile.BLKTYPE, tarfile.FIFOTYPE, tarfile.CONTTYPE, b"Z"]
+
+
+@pytest.mark.parametrize("kind", SPECIAL)
+def test_members_that_are_no_files_are_left_out(tmp_path, kind):
+    with tarfile.open(tmp_path / "a.tar", "w") as tar:
+        for name, own in (("0.png", kind), ("0.txt", tarfile.REGTYPE), ("1.png", tarfile.DIRTYPE), ("1.txt", b"0")):
+            member = tarfile.TarInfo(name)
+            member.type, member.linkname = own, "2.png"
+            tar.addfile(member)
+        for name, data in (("2.png", PNG), ("2.txt", b"good")):
+            member = tarfile.TarInfo(name)
+            member.size = len(data)
+            tar.addfile(member, io.BytesIO(data))
+    found = scan(open_source(str(tmp_path / "a.tar")))
+    assert list(kept(found)) == ["a.tar/2"]
+    # A contiguous file is a file like any other, as tarfile has it: here an empty one.
+    regular = kind == tarfile.CONTTYPE
+    assert reasons(found) == {
+        "a.tar/0": "empty file" if regular else "member is not a plain file",
+        "a.tar/1": "no picture",
+    }
+
+
 CAPTIONS = {
     "list": (["b", "c"], [("a", 1.0), ("b", 1.0), ("c", 1.0)]),
     "weights": ([{"text": "b", "weight": 3}, {"text": "c"}], [("a", 1.0), ("b", 3.0), ("c", 1.0)]),
