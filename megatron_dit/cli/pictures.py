@@ -8,8 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 from megatron_dit.cli.common import Parser, add_command, input_path, number, output_picture, write_json
-from megatron_dit.config.checks import Count, Fraction, Interval, hints_of
-from megatron_dit.config.training import SamplingConfig
+from megatron_dit.config.checks import Count, Fraction, Interval
 from megatron_dit.errors import UserError
 from megatron_dit.runtime.io import check_output
 from megatron_dit.runtime.text import printable
@@ -57,8 +56,9 @@ def _checkpoint_arguments(command: Parser) -> None:
     seed = number("--seed", Annotated[int, Interval("[0, 2^63)")])
     command.add_argument("--seed", type=seed, default=0, help="seed of the noise, with the prompt")
     command.add_argument("--solver", help="euler | dpm++ | ddim (the config's)")
-    steps, guidance = (number(f"--{name}", hints_of(SamplingConfig)[name]) for name in ("steps", "guidance"))
-    command.add_argument("--steps", type=steps, help="solver steps (the config's)")
+    # Their ranges are those of the config's section sampling, which checks them.
+    command.add_argument("--steps", type=number("--steps", int), help="solver steps (the config's)")
+    guidance = number("--guidance", float)
     command.add_argument("--guidance", type=guidance, help="classifier-free guidance scale (the config's)")
     command.add_argument("--raw", action="store_true", help="use the raw weights instead of their EMA")
     command.add_argument(
