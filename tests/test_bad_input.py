@@ -215,7 +215,7 @@ def test_no_checkpoint(capsys, tmp_path):
     assert run(["sample", str(tmp_path / "none"), "--prompt", "a"]) == 2
     assert "does not exist" in one_line(capsys)
     assert run(["sample", str(tmp_path), "--prompt", "a"]) == 2
-    assert "holds no whole checkpoint" in one_line(capsys)
+    assert "holds no complete checkpoint" in one_line(capsys)
 
 
 def test_too_many_skipped_steps_stop_the_run(config, tmp_path):
