@@ -146,7 +146,7 @@ def _mmdit(config: ModelConfig, patches: int) -> Parts:
 
 def _pixart(config: ModelConfig, patches: int) -> Parts:
     d, text = config.width, config.text_tokens
-    captions = _linear(text, config.text_dim, d) + _linear(text, d, d)  # the null caption is learned
+    captions = _linear(text, config.text_dim, d, of_data=not config.train_null_caption) + _linear(text, d, d)
     embed = _patch_embed(config, patches) + _time_embed(config) + _linear(1, d, 6 * d) + captions
     cross = _linear(patches, d, d) + _linear(text, d, 2 * d) + _attention(patches, text, d) + _linear(patches, d, d)
     block = _layer(config, patches) + _attention(patches, patches, d) + cross
