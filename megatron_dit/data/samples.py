@@ -171,7 +171,7 @@ class Shards:
         index = self._data[dataset]
         shard = index.shards[number]
         try:
-            self._open[place] = reader = ShardReader(self._stores[dataset].path(shard), shard, index.members)
+            self._open[place] = reader = self._stores[dataset].open(shard)
         except BadSample as failure:
             self._failed[place] = time.monotonic(), failure
             raise

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from megatron_dit.config import DataConfig
 from megatron_dit.data.shards import Index, file_system
-from megatron_dit.data.tar import BadSample, Shard, sha256_of
+from megatron_dit.data.tar import BadSample, Shard, ShardReader, sha256_of
 from megatron_dit.errors import writing
 from megatron_dit.runtime.locks import wait_for_lock
 from megatron_dit.runtime.paths import user_path
@@ -25,6 +25,10 @@ class Store:
     def path(self, shard: Shard) -> Path:
         """Raises BadSample where the shard cannot be had."""
         return Path(self._index.path(shard.file))
+
+    def open(self, shard: Shard) -> ShardReader:
+        """Open a shard for reading. Raises BadSample if it is missing or is not the shard of the index."""
+        return ShardReader(self.path(shard), shard, self._index.members)
 
 
 class Cache(Store):
@@ -48,6 +52,15 @@ class Cache(Store):
                 if not self._touch(path, shard):
                     self._fetch(shard, path)
         return path
+
+    def open(self, shard: Shard) -> ShardReader:
+        while True:
+            path = self.path(shard)
+            with self._lock(
+                "evict.lock"
+            ):  # a shard may be deleted for another one after it was found, before it is open
+                if self._touch(path, shard):
+                    return ShardReader(path, shard, self._index.members)
 
     def _touch(self, path: Path, shard: Shard) -> bool:
         """Whether the shard is held, in its size: one that a full disk or a crash has cut is fetched again."""
