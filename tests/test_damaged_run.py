@@ -26,8 +26,10 @@ def opened(config):
 
     def open_at(step):
         run = RunFolder(config)
+        run.lock()
         run.open(step)
         run.close()
+        run.unlock()
         return run
 
     return open_at
@@ -92,6 +94,7 @@ def test_figures_that_are_not_finite_are_null(config, tmp_path):
 def test_tensorboard_is_not_needed(config, tmp_path, capsys):
     (tmp_path / "run").mkdir()
     run = RunFolder(config)
+    run.lock()
     (tmp_path / "run" / "tensorboard").write_text("a file where the folder belongs")
     run.open(0)
     assert "TensorBoard" in capsys.readouterr().err

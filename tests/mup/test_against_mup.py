@@ -26,6 +26,12 @@ def table(groups, names):
     return {names[id(p)]: (g["lr"], g["weight_decay"]) for g in groups for p in g["params"]}
 
 
+def package_table(groups, model):
+    """As :func:`table`; a fixed null caption is a buffer in the original, so that no optimizer changes it."""
+    found = table(groups, {id(p): name for name, p in model.named_parameters()})
+    return found | ({"null_caption.table": (0.0, 0.0)} if "null_caption.table" in found else {})
+
+
 def package_groups(config):
     """{name: (lr, weight decay)} of mup.MuAdamW, its base shapes taken from our base and delta models."""
     base_heads = config.mup.base_heads
@@ -36,18 +42,17 @@ def package_groups(config):
     mup.set_base_shapes(target, base, delta=delta, rescale_params=False, do_assert=False)
     options = config.optimizer
     groups = mup.MuAdamW(target.parameters(), lr=options.lr, weight_decay=options.weight_decay).param_groups
-    return table(groups, {id(p): name for name, p in target.named_parameters()}), target
+    return package_table(groups, target), target
 
 
 @pytest.mark.parametrize("multiplier", [1, 2, 4])
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 def test_groups_equal_mup(arch, multiplier):
-    trained = {"model.train_null_caption": True} if arch == "pixart" else {}  # the package groups every parameter
-    config = small(arch, heads=2 * multiplier, base_heads=2, **trained)
+    config = small(arch, heads=2 * multiplier, base_heads=2)
     expected, target = package_groups(config)
     ours = optimizer_groups(target.named_parameters(), describe(build_unsharded, config), config.optimizer)
     assert table(ours, {id(p): name for name, p in target.named_parameters()}) == expected
-    assert len({lr for lr, _ in expected.values()}) == (1 if multiplier == 1 else 2)
+    assert len({lr for lr, _ in expected.values()} - {0.0}) == (1 if multiplier == 1 else 2)
 
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)
@@ -76,7 +81,7 @@ def test_base_shape_files_go_both_ways(arch, tmp_path):
     mup.set_base_shapes(fresh, str(ours), rescale_params=False, do_assert=False)
     options = config.optimizer
     groups = mup.MuAdamW(fresh.parameters(), lr=options.lr, weight_decay=options.weight_decay).param_groups
-    assert table(groups, {id(p): name for name, p in fresh.named_parameters()}) == expected
+    assert package_table(groups, fresh) == expected
 
     from_file = small(arch, heads=8, base_heads=0, **{"mup.base_shapes": str(theirs)})
     found = describe(build_unsharded, from_file)
