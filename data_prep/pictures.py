@@ -17,6 +17,7 @@ from PIL import ExifTags, Image, ImageOps, PngImagePlugin, TiffImagePlugin, Unid
 from PIL.Image import Transpose
 
 from megatron_dit.errors import UserError
+from megatron_dit.runtime.content import is_lfs_pointer
 
 # The job reports what it leaves out; PIL's own remarks on odd files would come by the thousand. The filter is set
 # once because warnings.catch_warnings does not hold across threads.
@@ -130,7 +131,8 @@ def decode(data: bytes, limits: Limits) -> Image.Image:
     except Unusable:
         raise
     except UnidentifiedImageError:
-        raise Unusable("damaged or unsupported TIFF" if data.startswith(TIFF_MAGIC) else "not a picture") from None
+        tiff = "damaged or unsupported TIFF" if data.startswith(TIFF_MAGIC) else "not a picture"
+        raise Unusable("not a picture, but a Git LFS pointer" if is_lfs_pointer(data) else tiff) from None
     except Image.DecompressionBombError:
         assert Image.MAX_IMAGE_PIXELS is not None  # PIL refuses twice that, whatever our own limit
         raise Unusable(f"more than {min(limits.max_pixels, 2 * Image.MAX_IMAGE_PIXELS)} pixels") from None

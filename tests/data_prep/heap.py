@@ -276,6 +276,9 @@ def _broken() -> dict[str, Case]:
         "zero.jpg": Case(b"", reason="empty file"),
         "text.jpg": Case(b"a cat sits on a mat\n" * 20, reason="not a picture"),
         "page.png": Case(b"<!DOCTYPE html><html><body>404 not found</body></html>", reason="not a picture"),
+        "pointer.jpg": Case(
+            b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", reason="not a picture, but a Git LFS pointer"
+        ),
         "drawing.jpg": Case(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 64 64\n", reason="not a picture"),
         "noise.jpg": Case(b"\xff\xd8\xff\xe0" + noise, reason="truncated"),
         "bomb.png": Case(png(60000, 60000, 8, bytes(1000)), reason="more than 4000000 pixels"),
