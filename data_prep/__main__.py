@@ -13,6 +13,7 @@ from data_prep.cli_encode import add_shared
 from megatron_dit.cli import Parser, add_command, exit_status, run_program
 from megatron_dit.cli.common import write_json
 from megatron_dit.errors import UserError
+from megatron_dit.runtime.io import check_output
 from megatron_dit.runtime.output import keep_going
 from megatron_dit.runtime.paths import user_path
 from megatron_dit.runtime.text import printable
@@ -51,6 +52,8 @@ def _run(parsed: argparse.Namespace, words: list[str]) -> int:
     if "://" in parsed.folder:
         raise UserError(f"FOLDER={parsed.folder} is a URL: give a local folder, and copy it when it is finished")
     parsed.folder = Path(parsed.folder)
+    if not parsed.folder.exists():
+        check_output(parsed.folder / "index.json", "FOLDER", makes_folder=True)
     keep_going()
     if parsed.procs > 1:
         from data_prep.workers import run_workers
@@ -73,6 +76,8 @@ def _demo(parsed: argparse.Namespace) -> Done:
 
     if parsed.pictures < 1:
         raise UserError(f"--pictures {parsed.pictures}: expected at least 1")
+    if not 0 <= parsed.seed < 2**63:
+        raise UserError(f"--seed {parsed.seed}: expected at least 0 and less than 2 to the power of 63")
     if parsed.patch < 1:
         raise UserError(f"--patch {parsed.patch}: expected at least 1")
     vision = Vision(parsed.vision_encoder, parsed.patch) if parsed.vision_encoder else None

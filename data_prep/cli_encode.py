@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from dataclasses import fields
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megatron_dit.cli.common import Parser, add_command
@@ -47,8 +48,8 @@ def add_command_to(commands: Any) -> None:
     add("--vae", default="pixels", help="AutoencoderKL folder or hub name; pixels: none")
     add("--dtype", default="fp32", help="fp32 | bf16 | fp16: what VAE and T5 compute in")
     add("--table", metavar="FILE", help=".csv, .tsv, .parquet or .jsonl of a folder's files and captions")
-    add("--file-column", default="file", help="of the table: path in the folder")
-    add("--caption-column", default="caption", help="of the table or dataset")
+    add("--file-column", metavar="NAME", help="of the table: path in the folder (file)")
+    add("--caption-column", metavar="NAME", help="of the table or dataset (caption)")
     labels = command.add_mutually_exclusive_group()
     labels.add_argument("--class-folders", action="store_true", help="SOURCE/CLASS/picture: labels, no captions")
     labels.add_argument("--classes", type=int, default=0, help="classes of KEY.cls; captions may then be missing")
@@ -63,16 +64,20 @@ def encode(parsed: argparse.Namespace) -> Done:
     if parsed.classes < 0:
         raise UserError(f"--classes {parsed.classes}: expected at least 0")
     for option in ("vae", "text_encoder", "vision_encoder", "table"):
-        if value := getattr(parsed, option):
+        value = getattr(parsed, option)
+        if value is not None:
+            if not value:
+                raise UserError(f"--{option.replace('_', '-')} is empty: give a name or leave it out")
             setattr(parsed, option, user_path(value, f"--{option.replace('_', '-')}"))
     source = ",".join(user_path(part, "SOURCE") for part in parsed.source.split(","))
     given = {name: value for name, value in vars(parsed).items() if name in {item.name for item in fields(Recipe)}}
     recipe = Recipe(**{**given, "ratios": tuple(parsed.ratios.split(","))})
     from data_prep.run import run
-    from data_prep.sources import open_source
+    from data_prep.sources import is_dataset, open_source
 
     table = parsed.table
-    columns = {"file_column": parsed.file_column, "caption_column": parsed.caption_column}
+    _check_effects(parsed, columns=bool(table), captions=bool(table) or is_dataset(Path(source)))
+    columns = {"file_column": parsed.file_column or "file", "caption_column": parsed.caption_column or "caption"}
     arguments = {"source": source, "table": table, **columns}
     arguments |= {"class_folders": parsed.class_folders, "classes": parsed.classes}
     return run(
@@ -81,3 +86,23 @@ def encode(parsed: argparse.Namespace) -> Done:
         recipe,
         arguments,
     )
+
+
+def _check_effects(parsed: argparse.Namespace, *, columns: bool, captions: bool) -> None:
+    """Raise UserError for an option that has no effect on a source of this kind.
+
+    ``columns`` and ``captions``: whether it has a column of files and one of captions.
+    """
+    if parsed.file_column is not None and not columns:
+        raise UserError(f"--file-column {parsed.file_column} has no effect without --table: leave it out")
+    if parsed.caption_column is not None and not captions:
+        raise UserError(
+            f"--caption-column {parsed.caption_column} has no effect without --table or a saved dataset: leave it out"
+        )
+    if parsed.class_folders and not captions:
+        for name, default in (("text_encoder", "tiny"), ("tokens", 120), ("text", "features")):
+            if (value := getattr(parsed, name)) != default:
+                raise UserError(
+                    f"--{name.replace('_', '-')} {value} has no effect with --class-folders, which have no captions: "
+                    "leave it out"
+                )

@@ -24,7 +24,7 @@ from pydantic import BaseModel, ConfigDict, NonNegativeInt
 
 from megatron_dit.data.index_file import ShardFields
 from megatron_dit.data.shards import INDEX
-from megatron_dit.errors import UserError
+from megatron_dit.errors import UserError, writing
 from megatron_dit.runtime.locks import FileLock, try_lock
 from megatron_dit.runtime.text import printable
 
@@ -123,8 +123,9 @@ class Job:
 
     def begin(self, arguments: Mapping[str, Any]) -> None:
         """Make the folder, or join the job in it, which must have the same arguments."""
-        for name in ("locks", "scan", "shards"):
-            (self.root / name).mkdir(parents=True, exist_ok=True)
+        with writing(self.folder):
+            for name in ("locks", "scan", "shards"):
+                (self.root / name).mkdir(parents=True, exist_ok=True)
         while not self.begun(arguments):
             if (claim := self.claim("begin")) is None:
                 time.sleep(POLL_SECONDS)

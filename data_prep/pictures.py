@@ -17,6 +17,7 @@ from PIL import ExifTags, Image, ImageOps, PngImagePlugin, TiffImagePlugin, Unid
 from PIL.Image import Transpose
 
 from megatron_dit.errors import UserError
+from megatron_dit.runtime.content import is_lfs_pointer
 
 # The job reports what it leaves out; PIL's own remarks on odd files would come by the thousand. The filter is set
 # once because warnings.catch_warnings does not hold across threads.
@@ -35,6 +36,9 @@ PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY
 
 # PIL knows 16 bits whose zero is white in one of the two byte orders.
 TiffImagePlugin.OPEN_INFO.setdefault((b"MM", 0, (1,), 1, (16,), ()), ("I;16B", "I;16B"))
+TIFF_MAGIC = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
+# libtiff gives numbers in the machine's byte order, which PIL 13 knows of unsigned 16 bits alone.
+LIBTIFF_NATIVE = {"I;16BS": "I;16NS", "I;32BS": "I;32NS", "F;32BF": "F;32NF"}
 
 # What undoes each EXIF orientation. ImageOps.exif_transpose also rewrites the EXIF block and fails on mangled ones.
 UPRIGHT = {
@@ -119,13 +123,16 @@ def decode(data: bytes, limits: Limits) -> Image.Image:
     try:
         with Image.open(io.BytesIO(_without_texts(data)), formats=FORMATS) as picture:
             _check(picture.size, limits)
+            if isinstance(picture, TiffImagePlugin.TiffImageFile):
+                _mend_tiles(picture)
             picture.load()
             rgb, orientation = _rgb(picture, data), _orientation(picture)
             return rgb.transpose(UPRIGHT[orientation]) if orientation in UPRIGHT else rgb
     except Unusable:
         raise
     except UnidentifiedImageError:
-        raise Unusable("not a picture") from None
+        tiff = "damaged or unsupported TIFF" if data.startswith(TIFF_MAGIC) else "not a picture"
+        raise Unusable("not a picture, but a Git LFS pointer" if is_lfs_pointer(data) else tiff) from None
     except Image.DecompressionBombError:
         assert Image.MAX_IMAGE_PIXELS is not None  # PIL refuses twice that, whatever our own limit
         raise Unusable(f"more than {min(limits.max_pixels, 2 * Image.MAX_IMAGE_PIXELS)} pixels") from None
@@ -165,6 +172,27 @@ def _without_texts(data: bytes) -> bytes:
             kept.append(data[start : start + 12 + size])
         start += 12 + size
     return b"".join([*kept, data[start:]])
+
+
+def _mend_tiles(picture: TiffImagePlugin.TiffImageFile) -> None:
+    """Correct the layout of a TIFF's pixels where PIL takes 16 or 32 bits for others, without a word."""
+    tags = picture.tag_v2
+    planar = tags.get(TiffImagePlugin.PLANAR_CONFIGURATION) == 2
+    if planar and tags.get(TiffImagePlugin.SAMPLESPERPIXEL, 1) == 1:
+        tags[TiffImagePlugin.PLANAR_CONFIGURATION] = 1  # PIL takes the first letter of "I;16" for the plane's name
+        picture._setup()
+    wide = planar and max(tags.get(TiffImagePlugin.BITSPERSAMPLE, (1,))) == 16
+    plane = f";16{'B' if tags.prefix == b'MM' else 'L'}"  # PIL reads each plane as one of 8 bits
+    tiles = []
+    for tile in picture.tile:
+        assert isinstance(tile.args, tuple)
+        raw, *others = tile.args
+        if tile.codec_name == "libtiff":
+            raw = LIBTIFF_NATIVE.get(raw, raw)
+        elif wide and len(raw) == 1:
+            raw += plane
+        tiles.append(tile._replace(args=(raw, *others)))
+    picture.tile = tiles
 
 
 def _orientation(picture: Image.Image) -> int:

@@ -10,6 +10,7 @@ from megatron_dit.errors import UserError
 
 TINY = "tiny"
 PIXELS = "pixels"
+GREATEST_SIDE = 2**16  # pixels; an index holds no greater side of a latent
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,6 +36,8 @@ class Recipe:
     def __post_init__(self) -> None:
         for name in ("size", "max_aspect", "max_pixels", "tokens", "patch", "per_shard", "batch"):
             _at_least(name, getattr(self, name), 1)
+        if self.size > GREATEST_SIDE:
+            raise UserError(f"--size {self.size}: expected at most {GREATEST_SIDE:,}")
         for name in ("multiple", "min_side"):
             _at_least(name, getattr(self, name), 0)
         for name, choices in (("text", ("features", "ids")), ("dtype", tuple(DTYPES))):

@@ -166,7 +166,7 @@ def _figures(index: Index, seen: Seen, codec: Codec | None) -> dict[str, Any]:
     for own in buckets.values():
         own["share"] = own["samples"] / index.samples
     figures = {"samples": index.samples, "looked_at": len(seen.values), "buckets": buckets}
-    if seen.tokens:
+    if seen.tokens and index.text:
         figures["captions"] = _captions(seen.tokens, index.text["tokens"])
     figures["latents"] = _latents(seen, codec)
     if index.classes:

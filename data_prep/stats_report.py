@@ -85,7 +85,7 @@ def draw(figures: dict[str, Any], tokens: Sequence[np.ndarray], values: np.ndarr
     upper, lower = figure.subfigures(2, 1, squeeze=False, height_ratios=(1.5, rows - 1)).ravel()
     left, right = upper.subplots(1, 2)
     _draw_buckets(left, figures["buckets"])
-    if tokens:
+    if tokens and "captions" in figures:
         _draw_lengths(right, np.concatenate(tokens), figures["captions"]["limit"])
     else:
         right.set_axis_off()

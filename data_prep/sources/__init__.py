@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from data_prep.sources.table import Table
 from data_prep.sources.tars import Tars
 from megatron_dit.errors import UserError
 
-__all__ = ["Caption", "Record", "Rejected", "Scanned", "Source", "open_source"]
+__all__ = ["Caption", "Record", "Rejected", "Scanned", "Source", "is_dataset", "open_source"]
 
 
 def open_source(
@@ -31,8 +32,10 @@ def open_source(
     """
     if spec.startswith("pipe:") or ",pipe:" in spec:
         raise UserError(f"source {spec!r}: commands are never run; give tars, a folder or a saved dataset")
+    if "://" in spec and not os.path.lexists(spec):
+        raise UserError(f"source {spec!r} is a URL: copy its tars to a disk and give their paths")
     folder = Path(spec)
-    if not spec or not folder.is_dir():
+    if not os.path.isdir(spec):  # noqa: PTH112 # Path.is_dir raises for a list of tars longer than a path
         if table or classes:
             raise UserError(
                 f"source {spec!r} is not a folder: {'a table needs' if table else 'class folders need'} one"
@@ -77,5 +80,9 @@ def _glob(pattern: str) -> list[Path]:
     try:
         paths = root.glob(str(Path(*parts))) if parts else [root]
         return sorted(path for path in paths if not path.is_dir())
-    except (ValueError, NotImplementedError):
+    except (ValueError, NotImplementedError, RecursionError):  # the last for a list of many tars
+        return []
+    except OSError as error:
+        if error.errno != errno.ENAMETOOLONG:  # a list of several tars
+            raise
         return []

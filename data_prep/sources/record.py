@@ -22,6 +22,7 @@ TEXT_BYTES = 2**20  # of a caption or JSON file, and of a row of a csv, tsv or j
 CAPTION_LETTERS = 2**18  # of a sample's captions together
 CAPTIONS = 256  # of a sample
 JSON_DEPTH = 32  # of objects and lists in each other
+TOO_DEEP = f"json is nested deeper than {JSON_DEPTH}"
 
 
 @dataclass(frozen=True)
@@ -114,7 +115,9 @@ def json_object(data: bytes | str) -> dict[str, Any]:
     """Raises Unusable where ``data`` is not a JSON object, has a key twice or is nested deeper than JSON_DEPTH."""
     try:
         found = json.loads(data, object_pairs_hook=_distinct)
-    except (ValueError, RecursionError):
+    except RecursionError:
+        raise Unusable(TOO_DEEP) from None
+    except ValueError:
         found = None
     if not isinstance(found, dict):
         raise Unusable("json is not valid")
@@ -135,7 +138,7 @@ def _check_depth(value: Any) -> None:
     for _ in range(JSON_DEPTH + 1):
         level = [inner for outer in level if isinstance(outer, dict | list) for inner in _inside(outer)]
     if level:
-        raise Unusable(f"json is nested deeper than {JSON_DEPTH}")
+        raise Unusable(TOO_DEEP)
 
 
 def _inside(value: dict[str, Any] | list[Any]) -> list[Any]:

@@ -16,6 +16,7 @@ from data_prep.pictures import Unusable
 from data_prep.sources.lines import csv_records, lines
 from data_prep.sources.record import PER_UNIT, TEXT_BYTES, json_object
 from megatron_dit.errors import UserError
+from megatron_dit.runtime.content import content_of
 
 Row = dict[str, Any] | Unusable  # by column, or why the row cannot be read
 
@@ -36,6 +37,10 @@ def open_rows(path: Path) -> Rows:
     kind = path.suffix.lower()
     if kind not in (".csv", ".tsv", ".jsonl", ".parquet") or not path.is_file():
         raise UserError(f"table {path}: expected a file .csv, .tsv, .jsonl or .parquet")
+    found = content_of(path)
+    expected = ("parquet",) if kind == ".parquet" else ("text", "json", "empty", "unknown")
+    if found.name not in expected:
+        raise UserError(f"table {path} is {found.description}, not a table of the format {kind}: {found.remedy}")
     if kind == ".parquet":
         return _Parquet(path)
     with path.open("rb") as file:

@@ -28,12 +28,13 @@ from data_prep.sources.record import (
     scanned,
     shown,
 )
+from megatron_dit.runtime.content import content_of
 
 REFUSED = frozenset({"pickle", "pkl", "pyd", "pth", "pt"})  # extensions of what may run code when opened
 BESIDE = frozenset({"txt", "json", "cls"})
 
-
 HEADER_BYTES = 2**20  # of a long name or of a PAX header
+AFTER_BYTES = 2**16  # looked at after the end mark; padding goes to the next multiple of 10 KiB
 
 
 @dataclass
@@ -75,14 +76,19 @@ class Tars:
 
     def scan(self, unit: int) -> Iterator[Scanned]:
         path = self._paths[unit]
-        samples, torn = _index(path)
+        samples, torn, more = _index(path)
         for key, sample in samples.items():
             name = shown(f"{path.name}/{key}")
             yield or_rejected(name, partial(self._sample, path, name, sample))
             for _ in sample.pictures[1:]:
                 yield Rejected(name, "duplicate key"), None
-        if torn:
+        found = content_of(path) if torn and not samples else None
+        if found and found.name not in ("tar", "empty", "unknown"):
+            yield Rejected(shown(path.name), f"not a tar, but {found.description}"), None
+        elif torn:
             yield Rejected(shown(path.name), f"tar is torn after {len(samples)} samples"), None
+        if more:
+            yield Rejected(shown(path.name), "more data after the end of the tar: concatenated tars are not read"), None
 
     def read(self, record: Record) -> bytes:
         path, offset, size = record.place
@@ -105,14 +111,14 @@ class Tars:
         return scanned(Record(name, (str(path), *place), captions, label, meta), _member(path, place, IMAGE_BYTES))
 
 
-def _index(path: Path) -> tuple[dict[str, _Sample], bool]:
-    """The samples by key, in order of their first members, and whether the tar ends before its end mark.
+def _index(path: Path) -> tuple[dict[str, _Sample], bool, bool]:
+    """The samples by key, in order of their first members, whether the tar ends before its end mark, and more follows.
 
     A sample with a member that is cut off is not among them.
     """
     samples: dict[str, _Sample] = {}
     end = path.stat().st_size
-    torn = True
+    torn, more = True, False
     try:
         with BoundedFile(path) as file, tarfile.open(fileobj=file, mode="r:") as tar:
             for member in tar:
@@ -124,11 +130,12 @@ def _index(path: Path) -> tuple[dict[str, _Sample], bool]:
                     _add(samples.setdefault(key, _Sample()), member, extension)
             else:
                 # tarfile takes a garbled header for the end of the archive.
-                rest = _member(path, (tar.offset, tarfile.BLOCKSIZE), tarfile.BLOCKSIZE)
-                torn = rest != tarfile.NUL * tarfile.BLOCKSIZE
+                rest = os.pread(_opened(str(path)).fileno(), AFTER_BYTES, tar.offset)
+                torn = rest[: tarfile.BLOCKSIZE] != tarfile.NUL * tarfile.BLOCKSIZE
+                more = not torn and rest.strip(tarfile.NUL) != b""
     except (tarfile.TarError, ValueError, OverflowError, RecursionError):  # the last for a thousand long names in a row
         pass
-    return _joined(samples), torn
+    return _joined(samples), torn, more
 
 
 def _split(name: str) -> tuple[str, str]:

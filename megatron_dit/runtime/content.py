@@ -24,6 +24,7 @@ _MAGIC = {
     b"\xff\xd8\xff": ("jpeg", "a JPEG image"),
     b"gguf": ("gguf", "a GGUF file"),
     b"7z\xbc\xaf": ("7z", "a 7-Zip archive"),
+    b"par1": ("parquet", "a Parquet file"),
 }
 
 
@@ -45,13 +46,13 @@ def content_of(path: Path) -> Content:
         return Content("unreadable", f"not readable ({error.strerror})", "check the path and its permissions")
     if not head:
         return Content("empty", "an empty file", _AGAIN)
-    if head.startswith(_LFS):
+    if is_lfs_pointer(head):
         return Content("lfs", "a Git LFS pointer in place of the file itself", 'run "git lfs pull" in its repository')
     start = head.removeprefix(b"\xef\xbb\xbf").lstrip().lower()
     for magic, (name, description) in _MAGIC.items():
         if start.startswith(magic) or head.lower().startswith(magic):
             return Content(name, description, _AGAIN)
-    if head.startswith(b"PK"):
+    if head.startswith((b"PK\3\4", b"PK\5\6")):
         return _zip(path)
     if head[8:9] == b"{" and b"\0" in head[:8]:
         return _safetensors(path)
@@ -69,6 +70,11 @@ def content_of(path: Path) -> Content:
     except UnicodeDecodeError:
         return Content("unknown", "binary data of an unknown format", _AGAIN)
     return Content("text", "plain text", _AGAIN)
+
+
+def is_lfs_pointer(data: bytes) -> bool:
+    """Return whether ``data`` is what a clone without Git LFS has in place of a large file."""
+    return data.startswith(_LFS)
 
 
 def mismatch(path: Path, *names: str) -> str | None:

@@ -73,6 +73,34 @@ def tiff(values: np.ndarray, photometric: int, sample_format: int = 1, bits: int
     return start + struct.pack(f"{order}I", 8 + len(data)) + data + directory + bytes(4)
 
 
+def packed_tiff(
+    order: str, values: np.ndarray, sample_format: int, photometric: int = 1, deflate: bool = True
+) -> bytes:
+    """A TIFF written by hand in the byte order ``order``: (planes, height, width), one strip a plane."""
+    strips = [plane.astype(f"{order}{values.dtype.str[1:]}").tobytes() for plane in values]
+    strips = [zlib.compress(strip) for strip in strips] if deflate else strips
+    planes, height, width = values.shape
+    lists = {
+        258: [8 * values.itemsize] * planes,
+        273: [0] * planes,
+        279: list(map(len, strips)),
+        339: [sample_format] * planes,
+    }
+    one = {256: width, 257: height, 259: 8 if deflate else 1, 262: photometric, 277: planes, 278: height, 284: 2}
+    tags = sorted({**lists, **{tag: [value] for tag, value in one.items()}}.items())
+    end = 8 + 2 + 12 * len(tags) + 4  # of the directory; the lists follow, then the strips
+    data = end + sum(4 * len(value) for _, value in tags if len(value) > 1)
+    starts = [data + sum(map(len, strips[:i])) for i in range(planes)]
+    directory, beyond = struct.pack(f"{order}H", len(tags)), b""
+    for tag, value in tags:
+        body = struct.pack(f"{order}{len(value)}I", *(starts if tag == 273 else value))
+        place = body if len(value) == 1 else struct.pack(f"{order}I", end + len(beyond))
+        beyond += b"" if len(value) == 1 else body
+        directory += struct.pack(f"{order}HHI", tag, 4, len(value)) + place
+    mark = {"<": b"II*\0", ">": b"MM\0*"}[order]
+    return mark + struct.pack(f"{order}I", 8) + directory + bytes(4) + beyond + b"".join(strips)
+
+
 def cases() -> dict[str, Case]:
     """By file name: all that is awkward, kept or not."""
     return {**_whole(), **_deep(), **_remarked(), **_turned(), **_broken()}
@@ -137,6 +165,14 @@ def _deep() -> dict[str, Case]:
     half = np.broadcast_to(np.arange(32) < 16, (24, 32))
     colours = np.where(half[..., None], [[4660, 300, 65535]], [[513, 40000, 1]]).astype(np.uint16)
     bits = np.packbits(half, axis=1)
+    planes = np.stack([RAMP, RAMP[::-1], RAMP[:, ::-1]])
+    in_planes = {
+        f"planes16_{name}_{deflate}.tiff": Case(
+            packed_tiff(order, planes, 1, 2, deflate), np.rint(planes.transpose(1, 2, 0) / 257), tolerance=1
+        )
+        for name, order in (("little", "<"), ("big", ">"))
+        for deflate in (False, True)
+    }
     alpha = np.stack([RAMP, np.where(half, 0, 65535).astype(np.uint16)], axis=-1)
     return {
         "white16.tiff": Case(tiff(RAMP, 0), _grey(255 - ramp)),
@@ -148,6 +184,18 @@ def _deep() -> dict[str, Case]:
         "black12.tiff": Case(tiff(triples.reshape(24, -1), 1, bits=12), _grey(np.rint(twelve / 4095 * 255))),
         "unsigned32.tiff": Case(tiff(unsigned.astype(np.uint32), 1), _grey(ramp), tolerance=1),
         "signed8.tiff": Case(tiff(signed, 1, 2), _grey(ramp)),
+        **in_planes,
+        "one_plane16.tiff": Case(packed_tiff("<", RAMP[None], 1, 0, deflate=False), _grey(255 - ramp)),
+        "one_plane_float.tiff": Case(packed_tiff(">", floats[None], 3, deflate=False), _grey(ramp), tolerance=1),
+        "deflated_float_big.tiff": Case(packed_tiff(">", floats[None], 3), _grey(ramp), tolerance=1),
+        "deflated_signed16_big.tiff": Case(
+            packed_tiff(">", (RAMP.astype(int) - 32768).astype(np.int16)[None], 2), _grey(ramp)
+        ),
+        "deflated_signed32_big.tiff": Case(
+            packed_tiff(">", (RAMP.astype(np.int64) * 60000 - 2**31).astype(np.int32)[None], 2),
+            _grey(ramp),
+            tolerance=1,
+        ),
         "signed16.tiff": Case(tiff((RAMP.astype(int) - 32768).astype(np.int16), 1, 2), _grey(ramp)),
         "grey4_clear.png": Case(
             png(32, 24, 4, _rows(packed), 0, b"\0\3"), _grey(np.where(four == 3, 255, four * 17)), tolerance=0
@@ -228,6 +276,9 @@ def _broken() -> dict[str, Case]:
         "zero.jpg": Case(b"", reason="empty file"),
         "text.jpg": Case(b"a cat sits on a mat\n" * 20, reason="not a picture"),
         "page.png": Case(b"<!DOCTYPE html><html><body>404 not found</body></html>", reason="not a picture"),
+        "pointer.jpg": Case(
+            b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", reason="not a picture, but a Git LFS pointer"
+        ),
         "drawing.jpg": Case(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 64 64\n", reason="not a picture"),
         "noise.jpg": Case(b"\xff\xd8\xff\xe0" + noise, reason="truncated"),
         "bomb.png": Case(png(60000, 60000, 8, bytes(1000)), reason="more than 4000000 pixels"),
@@ -237,7 +288,8 @@ def _broken() -> dict[str, Case]:
         "long.png": Case(written(np.zeros((20, 20000, 3), np.uint8)), reason="aspect ratio above 4"),
         "tall.png": Case(written(np.zeros((41, 10, 3), np.uint8)), reason="aspect ratio above 4"),
         # The directory of a compressed TIFF stands at its end.
-        "cut_lzw.tiff": Case(written(rgb, "TIFF", compression="tiff_lzw")[:-20], reason="not a picture"),
+        "cut_lzw.tiff": Case(written(rgb, "TIFF", compression="tiff_lzw")[:-20], reason="damaged or unsupported TIFF"),
+        "float64.tiff": Case(tiff(RAMP / 65535, 1, 3), reason="damaged or unsupported TIFF"),
         "nan.tiff": Case(written(nan, "TIFF"), reason="values are not finite"),
         "deflate.png": Case(written(rgb).replace(b"IDAT\x78", b"IDAT\x00"), reason="cannot be decoded: OSError"),
     }

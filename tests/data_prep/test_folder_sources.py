@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import gzip
 import json
 import os
 import socket
@@ -327,6 +328,12 @@ def test_a_table_is_read_from_any_unit_on(fill, tmp_path, kind):
         ("t.jsonl", b'{\n "file": "a.png",\n "caption": "a"\n}', "none of its first 4 lines is a JSON object"),
         ("t.xls", b"", "expected a file .csv"),
         ("t.parquet", b"PAR1", "is not a readable parquet"),
+        ("t.csv", gzip.compress(b"file,caption\na.png,a\n"), "is a gzip archive, not a table of the format .csv"),
+        ("t.csv", b"<!DOCTYPE html><html></html>", "is a web page, not a table of the format .csv"),
+        ("t.csv", b"PAR1\0\0\0\0PAR1", "is a Parquet file, not a table of the format .csv"),
+        ("t.parquet", b"version https://git-lfs.github.com/spec/v1\n", "is a Git LFS pointer .*: run .git lfs pull"),
+        ("t.parquet", b"file,caption\na.png,a\n", "is plain text, not a table of the format .parquet"),
+        ("t.csv", b"PKG,caption\na.png,a\n", "has no column 'file', its columns are 'PKG', 'caption'"),
     ],
 )
 def test_what_is_no_table_is_the_users_mistake(fill, tmp_path, name, data, message):

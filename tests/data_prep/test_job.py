@@ -16,6 +16,7 @@ import pytest
 
 from data_prep.__main__ import main as data_prep
 from data_prep.plan import Part, plan_shards
+from data_prep.sources import open_source
 from megatron_dit.data.shards import read_index
 from tests.data_prep.photos import folder_bytes, noise, png, read_samples, write_tar
 
@@ -208,10 +209,34 @@ def test_refused_before_the_folder_is_made(arguments, tmp_path, capsys):
     told("--text captions: expected features or ids", "encode", *arguments, "--text", "captions")
     told("--size 15: expected a multiple of 2", "encode", *arguments, "--size", "15")
     told("--batch 0: expected at least 1", "encode", *arguments, "--batch", "0")
+    told("--size 80000000000: expected at most", "encode", *arguments, "--size", "80000000000")
+    told("--file-column f has no effect without --table", "encode", *arguments, "--file-column", "f")
+    told("--caption-column c has no effect", "encode", *arguments, "--caption-column", "c")
+    for option in ("--vae", "--text-encoder", "--vision-encoder", "--table"):
+        told(f"{option} is empty", "encode", *arguments, option, "")
+    told("is a URL: copy its tars", "encode", "https://host/a.tar")
+    (tmp_path / "classes" / "cat").mkdir(parents=True)
+    for option in (["--text-encoder", "t5"], ["--tokens", "7"], ["--text", "ids"]):
+        words = ("encode", str(tmp_path / "classes"), "--class-folders", *option)
+        told(f"{option[0]} {option[1]} has no effect with --class-folders", *words)
+    told("--seed -1: expected at least 0", "demo", "--seed=-1")
+    told("--seed 9223372036854775808: expected", "demo", "--seed", str(2**63))
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "notes.txt").write_text("mine")
     assert data_prep(encode(arguments, tmp_path / "other")) == 2
     assert "is no job" in one_line(capsys)
+
+
+@pytest.mark.parametrize("folder", ["/proc/x/y", "/dev/null/x", "FILE/x", "x" * 300, "a/" * 3000, "a\0b"])
+def test_a_folder_that_cannot_be_made_is_one_line(arguments, tmp_path, capsys, folder):
+    (tmp_path / "file").write_bytes(b"")
+    assert data_prep(encode(arguments, folder.replace("FILE", str(tmp_path / "file")))) == 2
+    assert "FOLDER" in one_line(capsys)
+
+
+def test_a_list_of_tars_may_be_longer_than_a_path(tmp_path):
+    paths = [write_tar(tmp_path / f"{i:05d}.tar", [{"png": png(noise()), "txt": "a dot"}]) for i in range(99)]
+    assert open_source(",".join(paths)).units == 99
 
 
 def test_a_source_without_a_usable_picture_leaves_no_folder(tmp_path, capsys):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import io
 import json
 import tarfile
@@ -378,7 +379,32 @@ def test_any_bytes_are_a_torn_tar(tmp_path):
     for name, data in {**bad_pictures(), "gzip": b"\x1f\x8b" + bytes(2000)}.items():
         (tmp_path / "a.tar").write_bytes(data)
         found = [item for item, _ in open_source(str(tmp_path / "a.tar")).scan(0)]
-        assert found == [Rejected("a.tar", "tar is torn after 0 samples")], name
+        (rejected,) = found
+        assert isinstance(rejected, Rejected), name
+        assert rejected.reason.startswith(("tar is torn after 0 samples", "not a tar, but ")), name
+
+
+@pytest.mark.parametrize(
+    ("data", "what"),
+    [
+        (gzip.compress(bytes(10_000)), "a gzip archive"),
+        (b"<!DOCTYPE html><html></html>", "a web page"),
+        (b"version https://git-lfs.github.com/spec/v1\n", "a Git LFS pointer in place of the file itself"),
+    ],
+)
+def test_a_file_that_is_no_tar_is_called_what_it_is(tmp_path, data, what):
+    (tmp_path / "a.tar").write_bytes(data)
+    found = [item for item, _ in open_source(str(tmp_path / "a.tar")).scan(0)]
+    assert found == [Rejected("a.tar", f"not a tar, but {what}")]
+
+
+def test_concatenated_tars_are_reported(tmp_path):
+    first, second = (write_tar(tmp_path / f"{n}.tar", {"0.png": PNG, "0.txt": b"a"}) for n in (1, 2))
+    (tmp_path / "a.tar").write_bytes(Path(first).read_bytes() + Path(second).read_bytes())
+    found = [item for item, _ in open_source(str(tmp_path / "a.tar")).scan(0)]
+    assert [item.name for item in found] == ["a.tar/0", "a.tar"]
+    assert isinstance(found[1], Rejected)
+    assert "concatenated tars are not read" in found[1].reason
 
 
 def test_globs_and_lists_of_tars_are_units_in_order(tmp_path, monkeypatch):

@@ -127,3 +127,9 @@ def test_bad_samples_are_counted_and_the_others_looked_at(tmp_path, capsys):
     values = np.concatenate([latent(n, WIDE).astype(np.float64).reshape(3, -1) for n in (3, 4)], axis=1)
     assert figures["latents"]["mean"] == pytest.approx(values.mean(1).tolist(), rel=1e-12)
     assert "7 samples cannot be read, such as: 00000.tar/000000" in capsys.readouterr().out
+
+
+def test_an_index_without_text_may_have_shards_with_captions(tmp_path):
+    make_folder(tmp_path / "data", [((4, 4), 2)], text={})
+    assert data_prep(["stats", str(tmp_path / "data")]) == 0
+    assert "captions" not in json.loads((tmp_path / "data" / "stats" / "stats.json").read_text())

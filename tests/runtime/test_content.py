@@ -22,6 +22,7 @@ BYTES = {
     "xml": b'<?xml version="1.0"?><Error><Code>AccessDenied</Code></Error>',
     "json": b'\n{"a": 1}',
     "text": "not found: é".encode(),
+    "parquet": b"PAR1\x15\x04PAR1",
     "empty": b"",
     "unknown": bytes(range(256)),
 }

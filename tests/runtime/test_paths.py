@@ -22,7 +22,9 @@ def test_urls_and_explicit_names_are_returned_as_given():
     assert user_path("./~x", "run_dir") == "./~x"
 
 
-@pytest.mark.parametrize("path", ["$SCRATCH/run", "a/${USER}/b", "s3://b/$NAME", "~nobody-here/x"])
+@pytest.mark.parametrize(
+    "path", ["$SCRATCH/run", "a/${USER}/b", "s3://b/$NAME", "~nobody-here/x", "a" * 256, "a/" * 2048, "a\0b", "é" * 128]
+)
 def test_what_nobody_expands_is_refused(path):
     with pytest.raises(UserError, match="run_dir"):
         user_path(path, "run_dir")
