@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+from pathlib import Path
 
 from megatron_dit.errors import UserError
 
@@ -21,7 +22,9 @@ def user_path(path: str, name: str) -> str:
             f"{name}={path}: {variable[0]} is not expanded here; write the path itself, or use double quotes so that "
             "the shell expands it"
         )
-    # A Path would lose the "./" that lets a folder be called "~x", and raises for unknown users.
+    if path.startswith("./") and str(Path(path)).startswith("~"):
+        return str(Path(path).absolute())  # a Path loses the "./" that lets a folder be called "~x"
+    # A Path raises for unknown users.
     expanded = path if "://" in path else os.path.expanduser(path)  # noqa: PTH111
     if expanded.startswith("~"):
         user = expanded.partition("/")[0]
