@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import math
 import sys
-from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -20,7 +19,7 @@ from megatron_dit.checkpoint.listing import CHECKPOINTS, delete, list_checkpoint
 from megatron_dit.checkpoint.load import open_checkpoint
 from megatron_dit.checkpoint.manifest import Torn
 from megatron_dit.cli import Parser, add_command, exit_status, run_program
-from megatron_dit.cli.common import write_json
+from megatron_dit.cli.common import file_path, input_path, write_json
 from megatron_dit.errors import UserError, writing
 from megatron_dit.runtime.text import printable
 
@@ -63,26 +62,32 @@ def main(arguments: list[str]) -> int:
     commands = parser.add_subparsers(required=True, metavar="COMMAND", parser_class=Parser)
     example = "python -m checkpoints_tools inspect runs/quickstart"
     command = add_command(commands, "inspect", "Print what a checkpoint holds.", example, _inspect)
-    command.add_argument("checkpoint", help="a run's folder (its newest checkpoint) or one checkpoint")
+    command.add_argument(
+        "checkpoint", type=input_path("checkpoint"), help="a run's folder (its newest checkpoint) or one checkpoint"
+    )
     add_convert(commands)
     example = "python -m checkpoints_tools average runs/quickstart --sigma-rel 0.08 --out runs/ema-0.08"
     text = "Post-hoc EMA: weights averaged with any width, from a run's snapshots."
     command = add_command(commands, "average", text, example, _average)
-    command.add_argument("folder", type=Path, metavar="run", help="a run's folder, trained with checkpoint.ema_every")
+    command.add_argument(
+        "folder", type=file_path("run"), metavar="run", help="a run's folder, trained with checkpoint.ema_every"
+    )
     command.add_argument(
         "--sigma-rel", type=float, required=True, help="standard deviation of the average over its age"
     )
     command.add_argument("--step", type=int, help="step of the snapshot to average at (the last)")
-    command.add_argument("--out", type=Path, required=True, help="folder of the checkpoint to write")
+    command.add_argument("--out", type=file_path("--out"), required=True, help="folder of the checkpoint to write")
     example = "python -m checkpoints_tools reshard runs/quickstart runs/moved --tensor 2"
     text = "Cut a checkpoint anew for tensor parallelism, one file a rank. Training opens any layout without."
     command = add_command(commands, "reshard", text, example, _reshard)
-    command.add_argument("checkpoint", help="a run's folder (its newest checkpoint) or one checkpoint")
-    command.add_argument("out", type=Path, help="the run folder to write; it must not exist")
+    command.add_argument(
+        "checkpoint", type=input_path("checkpoint"), help="a run's folder (its newest checkpoint) or one checkpoint"
+    )
+    command.add_argument("out", type=file_path("out"), help="the run folder to write; it must not exist")
     command.add_argument("--tensor", type=int, default=1, help="parallel.tensor of the runs to come (1)")
     example = "python -m checkpoints_tools prune runs/quickstart --keep 2 --keep-every 1000 --dry-run"
     command = add_command(commands, "prune", "Delete old checkpoints of a run.", example, _prune)
-    command.add_argument("folder", type=Path, metavar="run", help="a run's folder")
+    command.add_argument("folder", type=file_path("run"), metavar="run", help="a run's folder")
     command.add_argument("--keep", type=int, required=True, help="the newest whole ones to keep, at least 1")
     command.add_argument("--keep-every", type=int, default=0, metavar="N", help="keep those of every N-th step too")
     command.add_argument("--dry-run", action="store_true", help="say what would go")

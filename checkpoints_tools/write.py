@@ -24,6 +24,7 @@ from megatron_dit.data.tar import sha256_of
 from megatron_dit.errors import UserError, writing
 from megatron_dit.mup.init import cut
 from megatron_dit.run_folder import CONFIG, SNAPSHOTS
+from megatron_dit.runtime.paths import user_path
 
 
 def new_folder(out: Path) -> Path:
@@ -32,7 +33,7 @@ def new_folder(out: Path) -> Path:
     Raises UserError if something has that name already, if it is inside of a checkpoint or among a run's checkpoints,
     or if it cannot be created.
     """
-    out = Path(os.path.normpath(os.path.expanduser(out)))  # noqa: PTH111 - a Path raises for unknown users
+    out = Path(os.path.normpath(user_path(str(out), "the folder to write")))
     with writing(out):
         if os.path.lexists(out):
             raise UserError(f"{out} exists: give a new folder")

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from data_prep import cli_check, cli_encode
 from data_prep.cli_encode import add_shared
 from megatron_dit.cli import Parser, add_command, exit_status, run_program
-from megatron_dit.cli.common import write_json
+from megatron_dit.cli.common import check_files_differ, write_json
 from megatron_dit.errors import UserError
 from megatron_dit.runtime.io import check_output
 from megatron_dit.runtime.output import keep_going
@@ -52,6 +52,7 @@ def _run(parsed: argparse.Namespace, words: list[str]) -> int:
     if "://" in parsed.folder:
         raise UserError(f"FOLDER={parsed.folder} is a URL: give a local folder, and copy it when it is finished")
     parsed.folder = Path(parsed.folder)
+    check_files_differ(parsed)
     if not parsed.folder.exists():
         check_output(parsed.folder / "index.json", "FOLDER", makes_folder=True)
     keep_going()

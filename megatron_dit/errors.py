@@ -24,5 +24,9 @@ def writing(path: Path) -> Iterator[None]:
     """What cannot be written inside is told as a UserError that names ``path``."""
     try:
         yield
+    except (FileExistsError, IsADirectoryError, NotADirectoryError) as error:
+        raise UserError(
+            f"{path} cannot be written ({error}): move away what is there, or choose another folder"
+        ) from None
     except OSError as error:
         raise UserError(f"{path} cannot be written ({error}): free space or choose another folder") from None

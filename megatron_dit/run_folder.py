@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from megatron_dit.checkpoint.load import newest
 from megatron_dit.config import Config, first_difference, load_config, save_config
 from megatron_dit.errors import UserError, writing
 from megatron_dit.runtime.locks import RunLock
@@ -77,14 +80,32 @@ class RunFolder:
         self._check()
 
     def _check(self) -> None:
-        config = self._config
-        saved = self.path / CONFIG
-        if saved.is_file():
-            difference = first_difference(load_config(saved), config)
+        saved, self._damage = self._saved_config()
+        if saved is not None:
+            difference = first_difference(saved, self._config)
             if difference is not None:
                 raise UserError(f"{self.path} holds another run ({difference}): set run_dir to a new folder")
         elif self.path.exists() and (not self.path.is_dir() or any(path.name != LOCK for path in self.path.iterdir())):
             raise UserError(f"run_dir={self.path} exists and is no run of ours: set run_dir to a new folder")
+
+    def _saved_config(self) -> tuple[Config | None, str]:
+        """The config of the run in the folder, if there is one, and what is wrong with config.yaml: the newest
+        checkpoint holds the config too. Raises UserError if neither can be used.
+        """
+        path = self.path / CONFIG
+        try:
+            if path.is_file():
+                return load_config(path), ""
+            wrong = UserError(f"{path} is {'not a regular file' if os.path.lexists(path) else 'missing'}")
+        except UserError as error:
+            wrong = error
+        reader = newest(self.checkpoints, verify=False)[0]
+        if reader is not None:
+            with contextlib.suppress(UserError):  # this version cannot use it: what is wrong with the file counts
+                return reader.config, str(wrong)
+        if path.is_file():
+            raise UserError(f"{wrong}; no checkpoint there holds a config to replace it: set run_dir to a new folder")
+        return None, ""
 
     def lock(self) -> None:
         """Lock the folder if it exists, before any of it is read: a running process may still delete what we find.
@@ -109,6 +130,8 @@ class RunFolder:
                     raise UserError(
                         f"run_dir={self.path} was created by another process just now: run the command again to resume"
                     )
+            if self._damage:
+                warn(f"{self._damage}; it is written anew, the config in the newest checkpoint agrees with this run's")
             save_config(self._config, self.path / CONFIG)
             path = self.path / METRICS
             lines, damaged = _read_metrics(self.path)

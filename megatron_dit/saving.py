@@ -93,5 +93,5 @@ class RunSaver:
                         self._run.plot()
                         self._drawn = time.monotonic()
                 except OSError as error:
-                    lines.append(f"{error}; training goes on")
+                    lines.append(f"old checkpoints or loss.png cannot be replaced ({error}); training goes on")
         return lines

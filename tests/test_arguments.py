@@ -147,6 +147,58 @@ def test_outputs_that_cannot_be_written_are_refused_before_the_work(config, caps
     assert sorted(Path().rglob("*")) == before
 
 
+@pytest.mark.parametrize(
+    ("words", "message", "command"),
+    [
+        (["mup", "CONFIG", "--json", "CONFIG"], "--json CONFIG is also the config", run),
+        (["train", "CONFIG", "--dry-run", "--json", "./config.yaml"], "is also the config", run),
+        (["mup", "CONFIG", "--save", "a", "--json", "a"], "--json a is also --save", run),
+        (["transfer", "run", "CONFIG", "--out", "CONFIG"], "--out CONFIG is also the config", run),
+        (["sample", "run", "--prompt", "a", "--out", "a.png", "--json", "a.png"], "--json a.png is also --out", run),
+        (["reshard", "run", "moved", "--json", "moved"], "--json moved is also --out", checkpoints_tools),
+        (["demo", "scenes", "--json", "scenes"], "--json scenes is also the folder", data_prep),
+    ],
+)
+def test_an_output_does_not_replace_an_input_or_another_output(config, capsys, words, message, command):
+    before = Path(config).read_bytes()
+    err = refused(capsys, [config if word == "CONFIG" else word for word in words], command)
+    assert message.replace("CONFIG", config) in err
+    assert Path(config).read_bytes() == before
+    assert [path.name for path in Path().iterdir()] == ["config.yaml"]
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["inspect", "PATH"],
+        ["prune", "PATH", "--keep", "1"],
+        ["average", "PATH", "--sigma-rel", "0.1", "--out", "x"],
+        ["average", "run", "--sigma-rel", "0.1", "--out", "PATH"],
+        ["reshard", "PATH", "x"],
+        ["reshard", "run", "PATH"],
+        ["convert", "PATH", "x", "--to", "diffusers"],
+        ["convert", "run", "PATH", "--to", "diffusers"],
+        ["convert", "run", "x", "--to", "diffusers", "--pipeline", "--vae", "PATH"],
+        ["convert", "run", "x", "--to", "diffusers", "--pipeline", "--text-encoder", "PATH"],
+        ["convert", "run", "x", "--from", "dit-mup", "--base-shapes", "PATH"],
+    ],
+)
+def test_paths_of_checkpoints_tools_are_read_as_those_of_the_config(tmp_path, monkeypatch, capsys, words):
+    monkeypatch.chdir(tmp_path)
+    for path, reason in (
+        ("$SCRATCH/x", "is not expanded here"),
+        ("~nobody-here/x", "no home folder"),
+        ("", "is empty"),
+    ):
+        assert reason in refused(capsys, [path if word == "PATH" else word for word in words], checkpoints_tools)
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_empty_path_is_called_so(config, capsys):
+    assert "config is empty" in refused(capsys, ["train", ""])
+    assert "checkpoint is empty" in refused(capsys, ["sample", "", "--prompt", "a"])
+
+
 def test_outputs_are_found_under_the_home_folder(config, tmp_path, monkeypatch, capsys):
     (tmp_path / "home").mkdir()
     monkeypatch.setenv("HOME", str(tmp_path / "home"))

@@ -4,11 +4,18 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
+from checkpoints_tools.write import write_checkpoint
+from megatron_dit.checkpoint.listing import step_folder
+from megatron_dit.checkpoint.manifest import manifest_of
 from megatron_dit.config import load_config
 from megatron_dit.errors import UserError
+from megatron_dit.models import build_unsharded
+from megatron_dit.mup.shapes import describe
 from megatron_dit.run_folder import RunFolder, read_metrics
 from tests.configs import write_config
 
@@ -26,10 +33,12 @@ def opened(config):
 
     def open_at(step):
         run = RunFolder(config)
-        run.lock()
-        run.open(step)
-        run.close()
-        run.unlock()
+        try:
+            run.lock()
+            run.open(step)
+            run.close()
+        finally:
+            run.unlock()
         return run
 
     return open_at
@@ -92,25 +101,67 @@ def test_figures_that_are_not_finite_are_null(config, tmp_path):
 
 
 def test_tensorboard_is_not_needed(config, tmp_path, capsys):
-    (tmp_path / "run").mkdir()
     run = RunFolder(config)
-    run.lock()
+    (tmp_path / "run").mkdir()
     (tmp_path / "run" / "tensorboard").write_text("a file where the folder belongs")
+    (tmp_path / "run" / "config.yaml").write_text((tmp_path / "config.yaml").read_text())
+    run.lock()
     run.open(0)
     assert "TensorBoard" in capsys.readouterr().err
     run.log(1, {"loss": 1.0, "grad_norm": 1.0})
     run.close()
+    run.unlock()
     assert read_metrics(tmp_path / "run")[0]["loss"] == 1.0
 
 
-@pytest.mark.parametrize("content", [b"\x7fELF\x00\x01", b"", b"- 1\n", b"\xff\xfe"])
-def test_a_damaged_config_is_one_line(opened, config, tmp_path, content):
+CONFIGS = [b"\x7fELF\x00\x01", b"", b"- 1\n", b"\xff\xfe", b"run_dir: x\nmodel:\n  ar", b"\0" * 500, None]
+
+
+def checkpoint_of(config, step=3):
+    """The run's checkpoint of a step, which holds the config."""
+    folder = step_folder(Path(config.run_dir) / "checkpoints", step)
+    params = describe(build_unsharded, config)
+    write_checkpoint(folder, manifest_of(config, params, ["master"], step=step), [])
+
+
+@pytest.mark.parametrize("content", CONFIGS)
+def test_a_damaged_or_missing_config_is_that_of_the_newest_checkpoint(opened, config, tmp_path, capsys, content):
     opened(0)
-    (tmp_path / "run" / "config.yaml").write_bytes(content)
+    checkpoint_of(config)
+    path = tmp_path / "run" / "config.yaml"
+    before = path.read_text()
+    path.unlink() if content is None else path.write_bytes(content)
+    capsys.readouterr()
+    opened(3)
+    assert path.read_text() == before
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1
+    assert f"{path}" in err
+    assert "written anew" in err
+    opened(3)
+    assert capsys.readouterr().err == ""
+    path.unlink() if content is None else path.write_bytes(content)
+    with pytest.raises(UserError, match=r"holds another run \(seed is 1 there and 2 here\)"):
+        RunFolder(replace(config, seed=2))
+
+
+@pytest.mark.parametrize("content", CONFIGS)
+def test_a_damaged_config_without_a_checkpoint_is_one_line(opened, config, tmp_path, content):
+    opened(0)
+    path = tmp_path / "run" / "config.yaml"
+    path.unlink() if content is None else path.write_bytes(content)
     with pytest.raises(UserError) as caught:
         RunFolder(config)
-    assert "run/config.yaml" in str(caught.value)
+    assert ("is no run of ours" if content is None else "run/config.yaml") in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_what_lies_where_metrics_belong_is_to_be_moved_away(opened, tmp_path):
+    opened(0)
+    (tmp_path / "run" / "metrics.jsonl").unlink()
+    (tmp_path / "run" / "metrics.jsonl").mkdir()
+    with pytest.raises(UserError, match="move away what is there, or choose another folder"):
+        opened(0)
 
 
 def test_a_folder_whose_name_looks_like_a_formula_is_drawn(tmp_path):

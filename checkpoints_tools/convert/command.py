@@ -6,7 +6,6 @@ import argparse
 import re
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 from checkpoints_tools.convert.card import card
@@ -18,7 +17,7 @@ from checkpoints_tools.convert.run import Import
 from checkpoints_tools.write import aside, new_folder
 from megatron_dit.checkpoint.load import check_model, open_checkpoint
 from megatron_dit.cli import add_command
-from megatron_dit.cli.common import write_json
+from megatron_dit.cli.common import file_path, input_path, write_json
 from megatron_dit.data.text import DTYPES
 from megatron_dit.errors import UserError
 from megatron_dit.runtime.text import printable
@@ -35,8 +34,10 @@ def add_convert(commands: Any) -> None:
     example = "python -m checkpoints_tools convert runs/quickstart exported --to diffusers --pipeline"
     text = "A checkpoint to a diffusers model or pipeline (--to), or what others published to a run (--from)."
     command = add_command(commands, "convert", text, example, _convert)
-    command.add_argument("source", type=Path, help="a run's folder or one checkpoint; with --from what is to be read")
-    command.add_argument("out", type=Path, help="the folder to write; it must not exist")
+    command.add_argument(
+        "source", type=file_path("source"), help="a run's folder or one checkpoint; with --from what is to be read"
+    )
+    command.add_argument("out", type=file_path("out"), help="the folder to write; it must not exist")
     command.add_argument("--to", choices=["diffusers"], help="write this")
     command.add_argument("--from", dest="source_format", choices=list(IMPORTERS), help="read this")
     there = command.add_argument_group("with --to")
@@ -44,14 +45,19 @@ def add_convert(commands: Any) -> None:
     there.add_argument("--dtype", choices=list(DTYPES), help="of the weights written (fp32)")
     there.add_argument("--max-shard-size", metavar="SIZE", help="of a file of weights, such as 500MB (5GB)")
     there.add_argument("--pipeline", action="store_true", help="a whole pipeline: scheduler, VAE and T5 too")
-    there.add_argument("--vae", help="folder or hub name of the VAE (that of the run's data)")
-    there.add_argument("--text-encoder", help="folder or hub name of T5 (that of the run's data)")
+    there.add_argument("--vae", type=input_path("--vae"), help="folder or hub name of the VAE (that of the run's data)")
+    there.add_argument(
+        "--text-encoder", type=input_path("--text-encoder"), help="folder or hub name of T5 (that of the run's data)"
+    )
     there.add_argument("--link", action="store_true", help="link to the files of VAE and T5 in place of copying them")
     back = command.add_argument_group("with --from")
     back.add_argument("--data", metavar="PATH", help="folder of data to sample, evaluate and train with (data.path)")
     back.add_argument("--set", nargs="+", metavar="a.b=v", help="overrides of the run's config")
     back.add_argument(
-        "--base-shapes", type=Path, metavar="F.bsh", help="base widths of a dit-mup or pixart-mup (package mup)"
+        "--base-shapes",
+        type=file_path("--base-shapes"),
+        metavar="F.bsh",
+        help="base widths of a dit-mup or pixart-mup (package mup)",
     )
     back.add_argument("--variant", metavar="NAME", help="which weights of a diffusers folder, such as fp16")
     back.add_argument("--drop-clip", action="store_true", help="import an SD3 without the pooled text of CLIP")

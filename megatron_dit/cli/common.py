@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import re
 import sys
 from collections.abc import Callable
@@ -21,6 +22,8 @@ if TYPE_CHECKING:
     from megatron_dit.config import Config
 
 
+READ = ("config", "checkpoint", "source", "folder", "target", "base_shapes")  # names of arguments
+WRITTEN = ("out", "save", "json")
 PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".pdf", ".svg")
 
 
@@ -69,7 +72,32 @@ def number(option: str, kind: Any) -> Callable[[str], Any]:
 
 def input_path(option: str) -> Callable[[str], str]:
     """An argparse type: the path or URL of something to read, with ``~`` expanded."""
-    return lambda text: user_path(text, option)
+
+    def parse(text: str) -> str:
+        if not text:
+            raise UserError(f"{option} is empty: expected a path")
+        return user_path(text, option)
+
+    return parse
+
+
+def file_path(option: str) -> Callable[[str], Path]:
+    """As :func:`input_path`, for a local file or folder."""
+    parse = input_path(option)
+    return lambda text: Path(parse(text))
+
+
+def check_files_differ(arguments: argparse.Namespace) -> None:
+    """Raise UserError if a file to write is also read, or written twice: what it held before would be lost."""
+    files: dict[str, str] = {}
+    for name in (*READ, *WRITTEN):
+        given = getattr(arguments, name, None)
+        if given is None or "://" in str(given) or str(given).startswith("/dev/"):
+            continue
+        path = os.path.realpath(given)
+        if name in WRITTEN and path in files:
+            raise UserError(f"--{name} {given} is also {files[path]}: choose another name")
+        files[path] = f"--{name}" if name in WRITTEN else f"the {name.replace('_', ' ')}"
 
 
 def output_file(option: str, *, makes_folder: bool = False) -> Callable[[str], Path]:
@@ -117,12 +145,18 @@ def add_command(
         metavar="FILE",
         help="write the figures here",
     )
-    command.set_defaults(run=function)
+
+    def run(arguments: argparse.Namespace) -> int:
+        assert function is not None
+        check_files_differ(arguments)
+        return function(arguments)
+
+    command.set_defaults(run=run if function else None)
     return command
 
 
 def config_arguments(command: Parser) -> None:
-    command.add_argument("config", help="YAML file")
+    command.add_argument("config", type=input_path("config"), help="YAML file")
     command.add_argument("overrides", nargs="*", metavar="a.b=v", help="dotted overrides of the config")
 
 

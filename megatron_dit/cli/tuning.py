@@ -65,7 +65,7 @@ def add_commands(commands: Any) -> None:
         "megatron-dit sweep configs/quickstart-sweep.yaml parallel=2",
         _sweep,
     )
-    sweep.add_argument("config", help="YAML file of the sweep")
+    sweep.add_argument("config", type=input_path("config"), help="YAML file of the sweep")
     sweep.add_argument("overrides", nargs="*", metavar="a.b=v", help="dotted overrides of the sweep's config")
     sweep.add_argument(
         "--trial",

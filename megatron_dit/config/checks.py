@@ -61,12 +61,16 @@ def check(ok: bool, message: str) -> None:
 
 
 def choice(key: str, value: str, allowed: tuple[str, ...]) -> None:
-    check(value in allowed, f"{key}={value!r}: expected one of {', '.join(allowed)}")
+    given = value if len(value) <= 200 else value[:200] + "…"
+    check(value in allowed, f"{key}={given!r}: expected one of {', '.join(allowed)}")
 
 
 def check_sigma_rel(key: str, value: float) -> None:
-    """Width of a power-function average: 1/sqrt(12) is the plain mean of all steps, wider ones forget the last."""
-    check(0 < value <= 12**-0.5, f"{key}={value}: expected numbers in (0, 0.2886]")
+    """Width of a power-function average: 1/sqrt(12) is the plain mean of all steps, wider ones forget the last.
+
+    One of 0.0001 averages the last step alone, even of a run of thousands.
+    """
+    check(0.0001 <= value <= 12**-0.5, f"{key}={value}: expected numbers in [0.0001, 0.2886]")
 
 
 def at_least(key: str, value: float, least: float) -> None:

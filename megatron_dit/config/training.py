@@ -29,7 +29,7 @@ class OptimizerConfig:
     lr: Positive
     beta1: Annotated[float, Interval("[0, 1)")] = 0.9
     beta2: Annotated[float, Interval("[0, 1)")] = 0.999
-    eps: Annotated[float, Interval("(0, 1]")] = 1e-8
+    eps: Annotated[float, Interval("[1e-30, 1]")] = 1e-8  # a smaller one is 0 in fp32
     weight_decay: NonNegative = 0.0
     grad_clip: NonNegative = 0.0  # greatest global gradient norm; 0: no clipping
     warmup_steps: CountOrZero = 0  # optimizer steps: step k (from 0) has lr * (k + 1) / warmup_steps
@@ -136,7 +136,7 @@ class TrainConfig:
     fp8_format: str = "hybrid"  # hybrid: e4m3, gradients e5m2 | e4m3: gradients too
     compile: bool = False  # torch.compile of the blocks
     ema_decay: Annotated[float, Interval("[0, 1)")] = 0.9999
-    # Power-function averages beside it, in (0, 0.2886], such as [0.05, 0.1]: post-hoc EMA (EDM2, arXiv 2312.02696).
+    # Power-function averages too, in [0.0001, 0.2886], such as [0.05, 0.1]: post-hoc EMA (EDM2, arXiv 2312.02696).
     ema_sigma_rel: list[Positive] = field(default_factory=list)
     max_skipped_steps: Count = 10  # non-finite steps in a row after which the run stops
     log_every: Count = 10

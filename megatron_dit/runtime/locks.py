@@ -9,6 +9,7 @@ import fcntl
 import json
 import os
 import socket
+import stat
 import threading
 import time
 import weakref
@@ -18,6 +19,7 @@ from types import TracebackType
 from typing import Any
 
 from megatron_dit.errors import UserError
+from megatron_dit.runtime.text import printable
 
 NO_LOCKS = (errno.ENOTSUP, errno.ENOSYS, errno.ENOLCK)  # of file systems without flock
 HEARTBEAT_SECONDS = 5.0
@@ -65,9 +67,20 @@ def _forget_in_child() -> None:
 os.register_at_fork(after_in_child=_forget_in_child)
 
 
+def _open(path: Path) -> int:
+    """Open a lock's file, which is created if it is missing. Raises UserError if it is anything but a regular file.
+
+    A link would lead to a file that is not ours to write to, and a FIFO would be read for ever.
+    """
+    with contextlib.suppress(FileNotFoundError):
+        if not stat.S_ISREG(path.lstat().st_mode):
+            raise UserError(f"{path} is not a regular file, as a lock must be: move it away")
+    return os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
+
+
 def wait_for_lock(path: Path) -> FileLock:
     """Lock ``path``, which is created if it is missing, waiting for its holder. Raises OSError."""
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+    descriptor = _open(path)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX)
     except OSError:
@@ -81,7 +94,7 @@ def try_lock(path: Path) -> FileLock | None:
 
     On a file system without locks, return one that is not ``supported``. Raises OSError for other failures.
     """
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+    descriptor = _open(path)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -95,6 +108,10 @@ def try_lock(path: Path) -> FileLock | None:
     return FileLock(descriptor, supported=True)
 
 
+def _print(line: str) -> None:
+    print(printable(line), flush=True)
+
+
 class RunLock:
     """The lock of a run's folder. Its file names the holder: host, process id, start time, and a heartbeat.
 
@@ -104,7 +121,7 @@ class RunLock:
     heartbeat has not changed for ``SILENCE_SECONDS``, or if the process that it names on this host does not exist.
     """
 
-    def __init__(self, path: Path, say: Callable[[str], None] = print) -> None:
+    def __init__(self, path: Path, say: Callable[[str], None] = _print) -> None:
         """Raises UserError naming the holder if another process has the lock, OSError if it cannot be written."""
         lock = try_lock(path)
         if lock is None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+from pathlib import Path
 
 from megatron_dit.errors import UserError
 
@@ -31,7 +32,9 @@ def user_path(path: str, name: str) -> str:
             f"{name}={path[:SHOWN]}… is not a path: expected at most {NAME_BYTES} bytes in each name, {PATH_BYTES:,} "
             "in all, and no NUL"
         )
-    # A Path would lose the "./" that lets a folder be called "~x", and raises for unknown users.
+    if path.startswith("./") and str(Path(path)).startswith("~"):
+        return str(Path(path).absolute())  # a Path loses the "./" that lets a folder be called "~x"
+    # A Path raises for unknown users.
     expanded = path if "://" in path else os.path.expanduser(path)  # noqa: PTH111
     if expanded.startswith("~"):
         user = expanded.partition("/")[0]

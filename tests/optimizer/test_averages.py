@@ -195,7 +195,8 @@ def test_averages_go_through_layouts_without_a_bit_changed(pool, tmp_path):
 @pytest.mark.parametrize(
     ("keys", "message"),
     [
-        ({"train.ema_sigma_rel": [0.05, 0.3]}, r"train.ema_sigma_rel=0.3: expected numbers in \(0, 0.2886\]"),
+        ({"train.ema_sigma_rel": [0.05, 0.3]}, r"train.ema_sigma_rel=0.3: expected numbers in \[0.0001, 0.2886\]"),
+        ({"train.ema_sigma_rel": [1e-200]}, "train.ema_sigma_rel=1e-200: expected numbers in"),
         ({"train.ema_sigma_rel": [0.0]}, "expected numbers in"),
         ({"train.ema_sigma_rel": [0.1, 0.1]}, "expected different numbers"),
         ({"checkpoint.ema_every": 5}, "train.ema_sigma_rel: set it"),

@@ -20,9 +20,7 @@ import os, sys, time
 from pathlib import Path
 from megatron_dit.runtime.locks import RunLock
 lock = RunLock(Path(sys.argv[1]))
-if "fork" in sys.argv and (child := os.fork()):
-    print(child, flush=True)
-elif "fork" not in sys.argv:
+if "fork" not in sys.argv or not os.fork():
     print(os.getpid(), flush=True)
 time.sleep(60)
 """
@@ -126,3 +124,26 @@ def test_file_locks(tmp_path):
     with wait_for_lock(path):
         assert try_lock(path) is None
     assert try_lock(path) is not None
+
+
+@pytest.mark.parametrize("lock", [RunLock, try_lock, wait_for_lock])
+def test_what_is_not_a_regular_file_is_no_lock(tmp_path, lock):
+    """A FIFO would be read for ever, and the file that a link leads to is somebody else's."""
+    path, other = tmp_path / "run.lock", tmp_path / "other"
+    other.write_text("precious")
+    for make in (path.mkdir, lambda: os.mkfifo(path), lambda: path.symlink_to(other), lambda: path.symlink_to("none")):
+        make()
+        with pytest.raises(UserError, match=r"run\.lock is not a regular file"):
+            lock(path)
+        path.rmdir() if path.is_dir() else path.unlink()
+    assert other.read_text() == "precious"
+    assert [item.name for item in tmp_path.iterdir()] == ["other"]
+
+
+def test_the_holder_of_a_foreign_lock_is_printed_without_escape_sequences(tmp_path, fast, capsys):
+    path = tmp_path / "run.lock"
+    path.write_text(json.dumps({"boot": None, "host": "a\x1b[2J\nb", "pid": "../..", "started": [1]}))
+    RunLock(path).release()
+    out = capsys.readouterr().out
+    assert r"host a\x1b[2J\nb" in out
+    assert out.count("\n") == 1

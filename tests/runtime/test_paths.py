@@ -19,7 +19,12 @@ def test_the_home_folder_is_expanded_as_fsspec_does(path, monkeypatch):
 
 def test_urls_and_explicit_names_are_returned_as_given():
     assert user_path("s3://bucket/~x", "data.path") == "s3://bucket/~x"
-    assert user_path("./~x", "run_dir") == "./~x"
+    assert user_path("./x", "run_dir") == "./x"
+
+
+def test_a_folder_called_like_a_home_stays_that_folder_when_its_path_is_read_again():
+    path = user_path("./~root", "run_dir")
+    assert Path(user_path(str(Path(path)), "run_dir")) == Path.cwd() / "~root"
 
 
 @pytest.mark.parametrize(
