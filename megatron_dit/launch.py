@@ -141,7 +141,7 @@ class _Job:
             return 2
         if code < 0:
             hint = " (the kernel does so if memory runs out: see dmesg)" if code == -signal.SIGKILL else ""
-            how = f"was killed by {signal.Signals(-code).name}{hint}"
+            how = f"was killed by {_signal_name(-code)}{hint}"
         else:
             how = f"failed with exit status {code}"
         last = "; its last lines:" if first.last else ", without a message"
@@ -193,6 +193,14 @@ class _Job:
     def _send(self, number: int) -> None:
         for rank in self._running():
             rank.process.send_signal(number)
+
+
+def _signal_name(number: int) -> str:
+    """Python has no names for most real-time signals."""
+    try:
+        return signal.Signals(number).name
+    except ValueError:
+        return f"signal {number}"
 
 
 def _say(line: str) -> None:

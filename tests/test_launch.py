@@ -106,7 +106,8 @@ def test_a_mistake_of_one_rank_ends_all_with_its_line(ranks, capfd):
 SAVES = """
 def stop(*_):
     time.sleep(0.3)
-    print("saved", rank, flush=True)
+    sys.stdout.write(f"saved {rank}\\n")  # in one piece: the ranks share the pipe
+    sys.stdout.flush()
     sys.exit(0)
 signal.signal(signal.SIGTERM, stop)
 """

@@ -58,7 +58,7 @@ class DataConfig:
     # T5 folder or hub name, run on the fly on the token ids; empty: features are in the shards.
     text_encoder: FilePath = ""
     text_sharded: bool = False  # shard its weights over all ranks (ZeRO-3)
-    workers: CountOrZero = 0  # loader processes per rank
+    workers: Annotated[int, Interval("[0, 1024]")] = 0  # loader processes per rank
     shuffle_shards: Count = 4  # samples of a lane are shuffled within this many shards at a time
     # Of the samples of the last 100 steps that could not be read, above which the run stops.
     max_bad_share: Annotated[float, Interval("[0, 1)")] = 0.1

@@ -199,7 +199,7 @@ def _other_results(folder: Path, config: SweepConfig) -> str | None:
     for path in sorted((folder / "trials").glob("*.json")):
         try:
             keys = sorted(json.loads(path.read_bytes())["params"])
-        except (ValueError, TypeError, KeyError):
+        except (ValueError, TypeError, KeyError, OSError, RecursionError):
             continue  # damaged too
         if keys != sorted(config.space):
             return f"{path.name} has values of {', '.join(keys)}, here {', '.join(sorted(config.space))} are searched"

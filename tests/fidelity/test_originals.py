@@ -154,6 +154,35 @@ def test_another_base_width_than_the_groups_tell_is_refused(tmp_path, capsys):
     assert "its width is 2 times the base width, but here it is 8 times" in line
 
 
+def test_a_file_of_another_architecture_is_called_so_before_its_parametrization(tmp_path, capsys):
+    line = refused(tmp_path, capsys, "dit", "--set", "model.heads=2")
+    assert "it is of another format than --from says" in line
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ({"initial_lr": float("nan")}, False),
+        ({"initial_lr": -1.0}, False),
+        ({"weight_decay": float("nan")}, False),
+        ({"eps": 0.0}, False),
+        ({"betas": (0.9, 1.5)}, False),
+        ({"betas": 0.9}, False),
+        ({"lr": torch.tensor(1e-3), "initial_lr": torch.tensor(1e-3)}, True),
+    ],
+)
+def test_groups_that_are_not_adamws_fill_nothing(tmp_path, capsys, change, told):
+    state = torch.load(CHECKPOINT, weights_only=True)
+    for group in state["optimizer"]["param_groups"]:
+        group.update(change)
+    torch.save(state, tmp_path / "x.pth")
+    base = "mup.base_heads=2" if told else "mup.base_heads=1"  # one learning rate for all: n = 1
+    convert(tmp_path / "x.pth", tmp_path / "run", "--from", "pixart-mup", "--set", "model.heads=2", base)
+    assert ("are not valid ones of AdamW" in capsys.readouterr().out) != told
+    lr = load_config(tmp_path / "run" / "config.yaml").optimizer.lr
+    assert lr == pytest.approx(1e-3 if told else 1e-4)  # the import's own default
+
+
 @pytest.fixture(scope="module")
 def uvit(tmp_path_factory):
     run = tmp_path_factory.mktemp("uvit") / "run"

@@ -133,7 +133,7 @@ def test_a_damaged_result_is_set_aside_and_its_trial_runs_again(finished, capsys
         ("mup.zero_adaln", [None, True, False]),
         ("mup.init_std.hidden", [None, 0.02]),
         ("optimizer.schedule", ["constant", "cosine"]),
-        ("data.text_encoder", ["/models/" + "x" * 300, "a/b [red] $1$ %s {}"]),
+        ("data.text_encoder", ["/models" + "/x" * 150, "a/b [red] $1$ %s {}"]),
         ("optimizer.lr", [1, 0.5]),  # an integer for a number is that number
     ],
 )

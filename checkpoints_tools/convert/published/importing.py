@@ -51,17 +51,21 @@ def from_published(form: Format, asked: Import) -> list[str]:
     notes.append("masters and averages are the file's own" if both else "masters and averages begin as its weights")
     if file.groups is not None:
         notes.append("Adam's moments are not taken over: they begin at zero")
+        if recipe_of(file) is None:
+            notes.append("its optimizer's groups are not valid ones of AdamW: the learning rate is not taken from them")
     return [*notes, f"its training is not known: see {asked.out / 'config.yaml'} before you train it on"]
 
 
 def _config(form: Format, file: Published, given: Given, asked: Import) -> Config:
     """The config by the tensors' shapes, the file's optimizer groups and arguments, and the user's overrides."""
     recipe = recipe_of(file)
-    _check_parametrization(form, file, recipe)
     for name in file.raw:
         why = next((why for beginning, why in form.refused.items() if name.startswith(beginning)), None)
         if why is not None:
             raise UserError(f"{file.path} has {name}: {why}, it cannot be imported")
+    patch = shape_of(file, f"{form.embedding}.weight", 4)[2]
+    form.model(file, given, patch)  # refuses the files of other architectures, whose parametrization does not matter
+    _check_parametrization(form, file, recipe)
     model = model_of(form, file, given)
     values = fresh(model, {"kind": OBJECTIVE_OF[form.arch], **form.objective})
     if form.mup:

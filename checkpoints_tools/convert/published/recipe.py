@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
 from checkpoints_tools.convert.published.pickles import Published
 
 
@@ -36,19 +38,19 @@ class Recipe:
 
 
 def recipe_of(file: Published) -> Recipe | None:
-    """The recipe of a file that holds AdamW's groups; None for one that does not.
+    """The recipe of a file that holds AdamW's groups; None for one that does not, or whose groups are not valid.
 
-    A scheduler's ``initial_lr`` counts rather than the rate that it had reached. Groups without a learning rate
+    A scheduler's ``initial_lr`` counts rather than the rate that it had reached. Groups with a learning rate of 0
     (frozen parameters) do not count.
     """
-    groups = [group for group in file.groups or () if _number(_lr(group), least=0)]
+    groups = [group for group in file.groups or () if _number(_lr(group)) != 0]
     if not groups or not all(_complete(group) for group in groups):
         return None
     return Recipe(
-        lrs=tuple(sorted({float(_lr(group)) for group in groups})),
-        weight_decay=min(float(group["weight_decay"]) for group in groups),
-        eps=float(groups[0]["eps"]),
-        betas=(float(groups[0]["betas"][0]), float(groups[0]["betas"][1])),
+        lrs=tuple(sorted({_number(_lr(group)) for group in groups})),
+        weight_decay=min(_number(group["weight_decay"]) for group in groups),
+        eps=_number(groups[0]["eps"]),
+        betas=(_number(groups[0]["betas"][0]), _number(groups[0]["betas"][1])),
     )
 
 
@@ -57,16 +59,20 @@ def _lr(group: Mapping[str, Any]) -> Any:
 
 
 def _complete(group: Mapping[str, Any]) -> bool:
+    """Whether it has all of AdamW's hyperparameters, in the ranges that training allows."""
     betas = group.get("betas")
     return (
         isinstance(betas, tuple | list)
         and len(betas) == 2
-        and all(_number(beta, least=-1) and beta < 1 for beta in betas)
-        and _number(group.get("weight_decay"), least=-1)
-        and _number(group.get("eps"), least=-1)
+        and all(0 <= _number(beta) < 1 for beta in betas)
+        and _number(_lr(group)) > 0
+        and _number(group.get("weight_decay")) >= 0
+        and 0 < _number(group.get("eps")) <= 1
     )
 
 
-def _number(value: Any, least: float) -> bool:
-    """Whether it is a finite number above ``least``."""
-    return isinstance(value, int | float) and math.isfinite(value) and value > least
+def _number(value: Any) -> float:
+    """A finite number, also of a tensor with one element; NaN for anything else."""
+    if isinstance(value, torch.Tensor) and value.numel() == 1:
+        value = value.item()
+    return float(value) if isinstance(value, int | float) and math.isfinite(value) else math.nan
