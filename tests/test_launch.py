@@ -32,17 +32,23 @@ def ranks(tmp_path, monkeypatch):
         ready = tmp_path / "ready"
         ready.unlink(missing_ok=True)
 
+        ended = threading.Event()
+
         def send():
             while not ready.exists():
-                time.sleep(0.02)
+                if ended.wait(0.02):
+                    return  # the ranks have failed: nobody is left to take the signals
             for number in signals:
                 os.kill(os.getpid(), number)
-                time.sleep(0.3)
+                ended.wait(0.3)
 
         if signals:
-            threading.Thread(target=send).start()
+            threading.Thread(target=send, daemon=True).start()
         started = time.monotonic()
-        return run_ranks([], 2, **kwargs), time.monotonic() - started
+        try:
+            return run_ranks([], 2, **kwargs), time.monotonic() - started
+        finally:
+            ended.set()
 
     yield run
     for number, handler in before:
