@@ -115,7 +115,7 @@ def _model_usage(export: Export) -> str:
         ]
     text = {
         "dit": f"Pictures are square; label {export.config.model.num_classes} means no class.",
-        "pixart": f"`{NULL_FILE}` holds the caption that stands for none, unmasked.",
+        "pixart": f"`{NULL_FILE}` holds the null caption; pass it with the mask of the caption.",
         "mmdit": "Text features are zero at the padding, all zeros for no text; pooled text is zeros.",
         "uvit": "Text features are zero at the padding, all zeros for no text; the last label means no class.",
     }[export.config.model.arch]

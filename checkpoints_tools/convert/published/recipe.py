@@ -1,4 +1,4 @@
-"""What the optimizer's parameter groups in a published checkpoint tell of its training."""
+"""Hyperparameters of training from the optimizer's parameter groups in a published checkpoint."""
 
 from __future__ import annotations
 
