@@ -48,7 +48,10 @@ def config_of(values: Mapping[str, Any], asked: Import) -> Config:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / f"{asked.out.name}.yaml"
         path.write_text(yaml.safe_dump({**values, "run_dir": str(asked.out), "data": data}, sort_keys=False))
-        return load_config(path, asked.overrides)
+        try:
+            return load_config(path, asked.overrides)
+        except UserError as error:
+            raise UserError(str(error).replace(str(path), f"config of {asked.source}", 1)) from None
 
 
 def fresh(model: Mapping[str, Any], objective: Mapping[str, Any]) -> dict[str, Any]:

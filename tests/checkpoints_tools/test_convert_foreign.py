@@ -225,4 +225,6 @@ def test_flags_that_do_not_go_together_are_told(tmp_path, capsys, words, message
 
 
 def test_a_folder_that_is_there_is_kept(tmp_path, capsys):
-    assert "give a new folder" in refused(capsys, tmp_path, tmp_path, "--to", "diffusers")
+    (tmp_path / "out").mkdir()
+    assert "give a new folder" in refused(capsys, tmp_path, tmp_path / "out", "--to", "diffusers")
+    assert "is also the source" in refused(capsys, tmp_path, tmp_path, "--to", "diffusers")
