@@ -56,7 +56,8 @@ def test_verify_resume_prints_and_writes_every_pair(config, tmp_path, capsys):
         assert pair["loss"] <= 1e-5
         assert pair["state"] <= 0.01
         assert pair["equal"] == (pair["saved"] == pair["loaded"])
-    assert found["tp2-sp to tp2-sp"]["loss"] > 0  # two processes do not add up as one does
+    tensor_parallel = found["tp2-sp to tp2-sp"]
+    assert max(tensor_parallel["loss"], tensor_parallel["state"]) > 0  # two processes do not add up as one does
     out = capsys.readouterr().out
     assert "samples and their order are the single process's: 4 of 4" in out
 
