@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from unittest import mock
 
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -22,11 +23,15 @@ def pool():
 
 
 @pytest.fixture(autouse=True)
-def no_process_groups_left():
-    """A test that trained in this process leaves none of its process groups to the next."""
-    yield
-    if torch.distributed.is_initialized():
-        leave()
+def restore_process_state():
+    """Destroy the process groups of a test that trained in this process and restore the environment.
+
+    Starting up exports RANK and WORLD_SIZE for DeepSpeed; srun would hand them on to its tasks.
+    """
+    with mock.patch.dict(os.environ):
+        yield
+        if torch.distributed.is_initialized():
+            leave()
 
 
 @pytest.fixture(scope="session")
