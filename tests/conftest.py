@@ -12,7 +12,6 @@ import pytest
 import torch
 
 from data_prep.demo import demo
-from megatron_dit.runtime.launch_environment import RANK_VARIABLES
 from tests.gloo import Pool, leave
 
 
@@ -25,13 +24,8 @@ def pool():
 
 @pytest.fixture(autouse=True)
 def restore_process_state():
-    """Destroy the process groups of a test that trained in this process and restore the environment.
-
-    Starting up exports RANK and WORLD_SIZE for DeepSpeed, also in fixtures of whole modules; srun would pass them on.
-    """
+    """Destroy the process groups of a test that trained in this process and restore the environment."""
     with mock.patch.dict(os.environ):
-        for name in RANK_VARIABLES:
-            os.environ.pop(name, None)
         yield
         if torch.distributed.is_initialized():
             leave()
