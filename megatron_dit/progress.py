@@ -1,4 +1,4 @@
-"""What a person sees of a long run: a bar on a terminal, a line now and then elsewhere. Rank 0 only."""
+"""Progress of a long run: a bar on a terminal, otherwise a line every 15 seconds. Rank 0 only."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ SECONDS_BETWEEN_LINES = 15.0
 
 
 def duration(seconds: float) -> str:
-    """``15:04:05``, with the days before it if there are any: ``2 days 15:04:05``."""
+    """Format seconds as ``15:04:05``, with days if there are any: ``2 days 15:04:05``."""
     minutes, second = divmod(round(seconds), 60)
     hours, minute = divmod(minutes, 60)
     days, hour = divmod(hours, 24)
@@ -23,7 +23,10 @@ def duration(seconds: float) -> str:
 
 
 class ProgressBar:
-    """``advance`` after each unit of work, or ``to`` the number so far, with a short text; silent without ``show``."""
+    """Progress bar with a short status text; prints nothing if ``show`` is False.
+
+    Call ``advance`` after each unit of work, or ``to`` with the number completed so far.
+    """
 
     def __init__(self, title: str, total: int, done: int = 0, *, show: bool = True) -> None:
         self._console = Console()
@@ -64,7 +67,7 @@ class ProgressBar:
                 print(f"{self._title} {self._done}/{self._total} eta {self._eta()} {text}", flush=True)
 
     def _eta(self) -> str:
-        """Time left at the mean rate since the start; what a resumed run had done before does not count."""
+        """Return the remaining time at the mean rate of this process; steps before a resume do not count."""
         if self._done <= self._first:
             return "--:--:--"
         each = (time.monotonic() - self._started) / (self._done - self._first)

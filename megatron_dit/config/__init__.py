@@ -1,7 +1,7 @@
-"""One YAML is the truth: frozen dataclasses, dotted overrides, and the configs made from them.
+"""Run configuration: one YAML file with dotted overrides, validated into frozen dataclasses.
 
-DeepSpeed's JSON is made by :func:`deepspeed_config` and Megatron's ``TransformerConfig`` by
-``parallel.layers``; neither is ever written by hand.
+All other configs are generated from it: DeepSpeed's JSON by :func:`deepspeed_config`, Megatron's
+``TransformerConfig`` by ``parallel.layers``.
 """
 
 from megatron_dit.config.deepspeed import deepspeed_config

@@ -1,4 +1,4 @@
-"""Checks of config values that report a mistake in one line, and the intervals that document a number's range."""
+"""Checks of config values that raise one-line errors, and intervals that declare the valid range of a number."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from megatron_dit.errors import UserError
 
 @dataclass(frozen=True)
 class Interval:
-    """Range of a number in mathematical notation, such as ``[0, 1)`` or ``[1, 2^31)``; infinity is never inside."""
+    """Valid range of a number in interval notation, such as ``[0, 1)`` or ``[1, 2^31)``. Never contains infinity."""
 
     text: str
 
@@ -24,13 +24,13 @@ class Interval:
         return low, high
 
     def holds(self, value: float) -> bool:
-        """Return whether ``value`` is inside; NaN is not."""
+        """Return whether ``value`` is in the interval; NaN never is."""
         low, high = self.bounds
         above = low <= value if self.text[0] == "[" else low < value
         return above and (value <= high if self.text[-1] == "]" else value < high)
 
     def __str__(self) -> str:
-        """Return the range in words: "at least 0 and below 1"."""
+        """Return the range in words, such as "at least 0 and below 1"."""
         low, high = re.split(", ", self.text[1:-1])
         words = f"at least {low}" if self.text[0] == "[" else "a positive number" if low == "0" else f"above {low}"
         if high == "inf":
@@ -38,19 +38,19 @@ class Interval:
         return f"{words} {'and at most' if self.text[-1] == ']' else 'and below'} {high}"
 
 
-# Ranges that many keys share.
+# Ranges used by many keys.
 Count = Annotated[int, Interval("[1, 2^31)")]
 CountOrZero = Annotated[int, Interval("[0, 2^31)")]
 Positive = Annotated[float, Interval("(0, inf)")]
 NonNegative = Annotated[float, Interval("[0, inf)")]
 Fraction = Annotated[float, Interval("[0, 1]")]
 PATH = "a path as users write it"
-FilePath = Annotated[str, PATH]  # `~` is expanded, a shell variable is refused
+FilePath = Annotated[str, PATH]  # `~` is expanded; a shell variable is an error
 
 
 @functools.cache
 def hints_of(schema: type) -> dict[str, Any]:
-    """Return the types of a dataclass's fields, intervals included."""
+    """Return the types of a dataclass's fields by name, including their intervals."""
     found = get_type_hints(schema, include_extras=True)
     return {item.name: found[item.name] for item in fields(schema)}
 
@@ -66,9 +66,10 @@ def choice(key: str, value: str, allowed: tuple[str, ...]) -> None:
 
 
 def check_sigma_rel(key: str, value: float) -> None:
-    """Width of a power-function average: 1/sqrt(12) is the plain mean of all steps, wider ones forget the last.
+    """Raise UserError if ``value`` is not a valid relative width of a power-function average.
 
-    One of 0.0001 averages the last step alone, even of a run of thousands.
+    1/sqrt(12) is the uniform mean of all steps; larger widths would weight later steps less than earlier ones. At
+    0.0001 the average already consists of the last step only, even in a run of thousands of steps.
     """
     check(0.0001 <= value <= 12**-0.5, f"{key}={value}: expected numbers in [0.0001, 0.2886]")
 
@@ -78,17 +79,17 @@ def at_least(key: str, value: float, least: float) -> None:
 
 
 def check_ranges(config: Any, prefix: str = "") -> None:
-    """Check every number of a dataclass, those in lists and mappings too, against the interval of its type.
+    """Check every number of a dataclass, including those in lists and mappings, against the interval of its type.
 
-    ``prefix`` is put before the names of the fields, such as ``"model."``. Raises UserError with the first that is not
-    in its interval.
+    ``prefix``, such as ``"model."``, is prepended to field names in messages. Raises UserError for the first number
+    outside its interval.
     """
     for name, kind in hints_of(type(config)).items():
         check_range(f"{prefix}{name}", getattr(config, name), kind)
 
 
 def check_range(key: str, value: Any, kind: Any) -> None:
-    """Raise UserError if a number, or one of those in a list or mapping, is outside the interval of its type."""
+    """Raise UserError if a number, or any number in a list or mapping, is outside the interval of its type."""
     interval = next((item for item in getattr(kind, "__metadata__", ()) if isinstance(item, Interval)), None)
     if interval is not None:
         check(interval.holds(value), f"{key}={value}: expected {interval}")

@@ -1,4 +1,4 @@
-"""Parameter names of the architectures' own codebases, as their ``.bsh`` files have them, and ours."""
+"""Map parameter names of the original DiT and PixArt-α code, as used in their ``.bsh`` files, to ours."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _DIT = {
     _BLOCK + r"attn\.proj\.": r"blocks.\1.out.",
     r"^final_layer\.linear\.": "head.linear.",
 }
-# Per architecture: pattern -> replacement; None drops what is no parameter of ours (fixed positions).
+# Per architecture: pattern -> replacement; None drops tensors that are not parameters here (fixed positions).
 NAMES: dict[str, dict[str, str | None]] = {
     "dit": {
         **_DIT,
@@ -41,24 +41,24 @@ NAMES: dict[str, dict[str, str | None]] = {
 
 
 def to_ours(base: Mapping[str, Dims], arch: str) -> dict[str, Dims]:
-    """Base shapes under our names and with our dimensions; names that are not the authors' stay as they are.
+    """Convert base shapes to our names and dimensions; unknown names are kept.
 
-    A patch embedding is a convolution there, (D, C, p, p), and a linear layer here, (D, C * p * p). The null caption
-    is a buffer there, so a file may lack it: it has no infinite dimension.
+    The patch embedding is a convolution (D, C, p, p) in the original code and a linear layer (D, C * p * p) here. The
+    null caption is a buffer in the original code, so a file may not contain it; it has no infinite dimension.
     """
-    found: dict[str, Dims] = {}
+    converted: dict[str, Dims] = {}
     for name, dims in base.items():
         ours = rename(name, arch)
         if ours is not None:
             convolution = name.endswith("x_embedder.proj.weight") and len(dims) == 4 and dims[1:] == (None, None, None)
-            found[ours] = (dims[0], None) if convolution else dims
+            converted[ours] = (dims[0], None) if convolution else dims
     if arch == "pixart" and "x_embedder.proj.weight" in base:
-        found.setdefault("null_caption.table", (None, None))
-    return found
+        converted.setdefault("null_caption.table", (None, None))
+    return converted
 
 
 def rename(name: str, arch: str) -> str | None:
-    """Our name of the authors' ``name``, None for fixed positions; another name stays as it is."""
+    """Return our name for the original ``name``, None for fixed positions; unknown names are returned unchanged."""
     for pattern, replacement in NAMES.get(arch, {}).items():
         if re.search(pattern, name):
             return None if replacement is None else re.sub(pattern, replacement, name)

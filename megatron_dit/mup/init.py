@@ -1,4 +1,4 @@
-"""Initial values by (seed, global name): the same in every layout, since each is drawn in full, then cut."""
+"""Initial values from (seed, global name): equal in every layout, because full tensors are drawn and then sharded."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from megatron_dit.mup.rules import Param
 
 
 def initial_value(param: Param, seed: int) -> Tensor:
-    """The full fp32 tensor of ``param.shape`` on the CPU."""
+    """Return the full initial fp32 tensor of ``param.shape`` on the CPU."""
     std = param.init_std
     if std == 0.0:
         return torch.full(param.shape, param.init_constant)
@@ -27,7 +27,10 @@ def initial_value(param: Param, seed: int) -> Tensor:
 
 
 def cut(full: Tensor, dim: int | None, pieces: int, tensor_rank: int, tensor_size: int) -> Tensor:
-    """The tensor-parallel shard of a full tensor, each of ``pieces`` equal parts of ``dim`` being cut (None: all)."""
+    """Return the tensor-parallel shard of a full tensor; ``dim`` None: the tensor is replicated.
+
+    ``dim`` consists of ``pieces`` equal parts (such as q, k and v), each of which is sharded over the ranks.
+    """
     if dim is None or tensor_size == 1:
         return full
     chunks = full.chunk(pieces * tensor_size, dim=dim)
@@ -35,19 +38,19 @@ def cut(full: Tensor, dim: int | None, pieces: int, tensor_rank: int, tensor_siz
 
 
 def unshard(shards: list[Tensor], dim: int, pieces: int) -> Tensor:
-    """Inverse of :func:`cut`: the full tensor from all tensor-parallel shards, in rank order."""
+    """Inverse of :func:`cut`: return the full tensor from all tensor-parallel shards, in rank order."""
     parts = [shard.chunk(pieces, dim=dim) for shard in shards]
     return torch.cat([part[i] for i in range(pieces) for part in parts], dim=dim)
 
 
 def forward_multipliers(params: Mapping[str, Param]) -> dict[str, float]:
-    """μP's forward multiplier of each readout weight, by global name."""
+    """Return μP's forward multiplier of each readout weight, by global name."""
     return {name: p.multiplier for name, p in params.items() if p.role == "output" and name.endswith(".weight")}
 
 
 def set_multipliers(model: nn.Module, multipliers: Mapping[str, float]) -> None:
-    """Hand each layer of ``multipliers`` its own."""
+    """Set the ``multiplier`` of each layer in ``multipliers``."""
     for name, multiplier in multipliers.items():
         layer: Any = model.get_submodule(name.removesuffix(".weight"))
-        assert hasattr(layer, "multiplier"), f"{name} has a multiplier, but its layer takes none"
+        assert hasattr(layer, "multiplier"), f"{name} has a multiplier, but its layer does not support one"
         layer.multiplier = multiplier

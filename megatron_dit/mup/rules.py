@@ -1,7 +1,7 @@
-"""THE table: what μP does to a parameter, by its role.
+"""The μP table: how initialization, forward multiplier, learning rate and weight decay scale with width, by role.
 
 Source: Tensor Programs V (arXiv 2203.03466), Table 8, as used for diffusion Transformers by
-arXiv 2505.15270. Every entry is a power of the width multiplier n = fan-in / base fan-in.
+arXiv 2505.15270. Every entry is an exponent of the width multiplier n = fan-in / base fan-in.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ from megatron_dit.mup.schemes import FAN_IN, ZERO, Scheme, scheme_of
 @dataclass(frozen=True)
 class Rule:
     multiplier: float  # forward multiplier n^multiplier
-    init_std: float  # standard deviation of the initial values: that of the base shape * n^init_std
-    lr: float  # learning rate n^lr
-    weight_decay: float  # decoupled weight decay n^weight_decay, so that lr * wd stays (as package mup)
+    init_std: float  # standard deviation of the initial values is that of the base shape * n^init_std
+    lr: float  # learning rate multiplier n^lr
+    weight_decay: float  # decoupled weight decay multiplier n^weight_decay, keeps lr * wd constant (as package mup)
 
 
 RULES: dict[str, Rule] = {
@@ -35,13 +35,13 @@ class Param:
 
     name: str
     shape: tuple[int, ...]  # global shape
-    base: tuple[int | None, ...]  # base shape; None where the dimension does not grow with width
-    init_kind: str  # what its layer marked it with: a key of schemes.KINDS
+    base: tuple[int | None, ...]  # base shape; None for dimensions that do not grow with width
+    init_kind: str  # key of schemes.KINDS, set by its layer
     mup: MupConfig
-    dim: int | None = None  # the dimension that tensor parallelism cuts, each of ``pieces`` equal parts of it
+    dim: int | None = None  # dimension sharded by tensor parallelism, in each of its ``pieces`` equal parts
     pieces: int = 1
-    trained: bool = True  # False: it keeps its initial values
-    kernel: int = 1  # elements of the convolution kernel that the columns of a patch embedding stand for
+    trained: bool = True  # False: the parameter keeps its initial values
+    kernel: int = 1  # patch embedding: number of elements of the equivalent convolution kernel
 
     @property
     def role(self) -> str:
@@ -55,7 +55,7 @@ class Param:
 
     @property
     def width_multiplier(self) -> float:
-        """n, from the last infinite dimension (fan-in); 1 under standard parametrization."""
+        """Width multiplier n of the last infinite dimension (fan-in); 1 under standard parametrization."""
         if self.mup.parametrization == "standard":
             return 1.0
         ratios = [size / base for size, base in zip(self.shape, self.base, strict=True) if base is not None]
@@ -78,11 +78,11 @@ class Param:
 
     @property
     def scheme(self) -> Scheme:
-        """How the parameter starts at the base width."""
+        """Distribution of the initial values at the base width."""
         options = self.mup
-        asked = getattr(options.init_std, self.role, None) if self._is_weight else None
-        if asked is not None:
-            return Scheme(lambda _: asked)
+        std = getattr(options.init_std, self.role, None) if self._is_weight else None
+        if std is not None:
+            return Scheme(lambda _: std)
         if self.init_kind == "readout":
             return ZERO if options.zero_output else FAN_IN
         if self.init_kind == "adaln" and options.zero_adaln is not None:
@@ -91,11 +91,11 @@ class Param:
 
     @property
     def init_std(self) -> float:
-        """Standard deviation of the initial values; 0 for constants (see :attr:`init_constant`)."""
+        """Standard deviation of the initial values; 0 if they are constant (see :attr:`init_constant`)."""
         standard = self.mup.parametrization == "standard"
         sizes = zip(self.shape, self.base, strict=True)
         base_shape = tuple(size if base is None or standard else base for size, base in sizes)
-        if self.kernel > 1:  # (outputs, channels, kernel), as the convolution's
+        if self.kernel > 1:  # (outputs, channels, kernel), as in the convolution
             base_shape = (base_shape[0], base_shape[1] // self.kernel, self.kernel)
         return self.scheme.std(base_shape) * self._power(RULES[self.role].init_std)
 
@@ -105,7 +105,7 @@ class Param:
 
     @property
     def _is_weight(self) -> bool:
-        """Whether it is drawn at random in the first place: not a bias, a gain, or a gate that starts at zero."""
+        """Whether it is initialized randomly by default, unlike biases, gains, and gates that start at zero."""
         return self.init_kind in ("fan_in", "table", "readout")
 
     def _power(self, exponent: float) -> float:

@@ -1,6 +1,6 @@
-"""How weights start at the base width: by the kind their layer marked them with, or by a named preset.
+"""Weight initialization at the base width, by the kind that the layer sets or by a named preset.
 
-A scheme gives the standard deviation for a *base* shape; ``rules`` carries it to the width at hand.
+A scheme gives the standard deviation for the *base* shape; ``rules`` scales it to the actual width.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ Shape = tuple[int, ...]
 @dataclass(frozen=True)
 class Scheme:
     std: Callable[[Shape], float]
-    uniform: bool = False  # drawn uniformly, with this standard deviation; else normally
-    constant: float = 0.0  # every value, where the standard deviation is 0
+    uniform: bool = False  # uniform distribution with this standard deviation; False: normal distribution
+    constant: float = 0.0  # the value of all elements if the standard deviation is 0
 
 
 def fan_in(shape: Shape) -> float:
@@ -30,7 +30,7 @@ def _xavier(shape: Shape) -> float:
 
 
 def _xavier_matrix(shape: Shape) -> float:
-    """Of a convolution that is viewed as a matrix, (outputs, channels * kernel)."""
+    """Xavier of a convolution viewed as a matrix (outputs, channels * kernel)."""
     return _xavier((shape[0], math.prod(shape[1:])))
 
 
@@ -43,7 +43,7 @@ ZERO = _normal(0.0)
 XAVIER = Scheme(_xavier, uniform=True)
 XAVIER_MATRIX = Scheme(_xavier_matrix, uniform=True)
 
-KINDS: dict[str, Scheme] = {  # what a layer marks its parameters with (parallel.layers.set_init)
+KINDS: dict[str, Scheme] = {  # set by layers on their parameters with parallel.layers.set_init
     "fan_in": FAN_IN,
     "zero": ZERO,
     "one": Scheme(lambda _: 0.0, constant=1.0),
@@ -52,10 +52,10 @@ KINDS: dict[str, Scheme] = {  # what a layer marks its parameters with (parallel
     "adaln": ZERO,  # adaLN-Zero (DiT, arXiv 2212.09748)
 }
 
-# Parameter name patterns; the first that matches decides, then the kind.
+# Parameter name patterns. The first match applies; without a match, the kind does.
 PRESETS: dict[str, dict[str, Scheme]] = {
     "default": {},
-    # DiT as published, under standard parametrization.
+    # Original DiT, for standard parametrization.
     "dit": {
         "time_embed.*.weight": _normal(0.02),
         "label_embed.table": _normal(0.02),
@@ -63,9 +63,9 @@ PRESETS: dict[str, dict[str, Scheme]] = {
         "patch_embed.weight": XAVIER_MATRIX,
         "*.weight": XAVIER,
     },
-    # DiT-μP (arXiv 2505.15270): Kaiming normal everywhere, adaLN not zero.
+    # DiT-μP (arXiv 2505.15270): Kaiming normal everywhere; adaLN is not initialized to zero.
     "dit-mup": {"label_embed.table": _normal(1.0), "*modulation.weight": FAN_IN},
-    # PixArt-α as published, under standard parametrization.
+    # Original PixArt-α, for standard parametrization.
     "pixart": {
         "time_embed.*.weight": _normal(0.02),
         "time_modulation.weight": _normal(0.02),
@@ -82,7 +82,7 @@ PRESETS: dict[str, dict[str, Scheme]] = {
         "*cross_out.weight": ZERO,
         "*.weight": XAVIER,
     },
-    # U-ViT as published, under standard parametrization.
+    # Original U-ViT, for standard parametrization.
     "uvit": {
         "patch_embed.weight": FAN_IN,
         "head.conv.weight": FAN_IN,
@@ -93,7 +93,7 @@ PRESETS: dict[str, dict[str, Scheme]] = {
 
 
 def scheme_of(name: str, kind: str, preset: str) -> Scheme:
-    """The scheme of the parameter ``name``, marked ``kind``."""
+    """Return the scheme of parameter ``name`` of ``kind`` under ``preset``."""
     for pattern, scheme in PRESETS[preset].items():
         if fnmatch.fnmatchcase(name, pattern):
             return scheme

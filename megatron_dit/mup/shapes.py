@@ -1,4 +1,4 @@
-"""Which dimensions grow with width: base, delta and target models on the meta device, unsharded."""
+"""Find the dimensions that grow with width from unsharded base, delta and target models on the meta device."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from megatron_dit.mup.rules import Param
 
 
 def describe(build: Callable[[ModelConfig], nn.Module], config: Config) -> dict[str, Param]:
-    """Every parameter of ``config.model`` by global name, in the model's order.
+    """Return every parameter of ``config.model`` by global name, in the model's order.
 
-    ``build`` makes the unsharded model. Never reads a sharded shape, so the result is the same under
-    any layout and any ZeRO stage. Raises UserError for base shapes from a file that does not fit.
+    ``build`` constructs the unsharded model. Sharded shapes are never read, so the result is the same for every
+    parallel layout and ZeRO stage. Raises UserError if ``mup.base_shapes`` does not fit the model.
     """
     with torch.device("meta"):
         target = dict(build(config.model).named_parameters())
@@ -34,9 +34,9 @@ def describe(build: Callable[[ModelConfig], nn.Module], config: Config) -> dict[
 
 
 def _grown(build: Callable[[ModelConfig], nn.Module], config: Config) -> dict[str, BaseShape]:
-    """Base sizes of the dimensions in which the base model and one of twice as many heads differ.
+    """Return the sizes of dimensions that differ between the base model and one with twice as many heads; else None.
 
-    Where head_dim grows too, with ``model.base_head_dim``, so does the second model's.
+    If head_dim grows too (``model.base_head_dim``), the second model's head_dim is also doubled.
     """
     model, heads = config.model, config.mup.base_heads
     head_dim = model.base_head_dim or model.head_dim
@@ -52,7 +52,7 @@ def _grown(build: Callable[[ModelConfig], nn.Module], config: Config) -> dict[st
 
 
 def _marks(p: Any) -> dict[str, Any]:
-    """What its layer marked a parameter with."""
+    """Return the attributes that a layer set on its parameter, as arguments of :class:`Param`."""
     cut = getattr(p, "tensor_model_parallel", False)
     return {
         "init_kind": p.init_kind,

@@ -1,4 +1,4 @@
-"""Training objectives by name: small functions of (x, randomness) and of the model's prediction."""
+"""Training objectives by name: functions that perturb the latents and compute the loss of a prediction."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""AdamW of several libraries with averages of the weights as more states, and the learning rate's schedule."""
+"""AdamW of several libraries, with moving averages of the weights as optimizer state, and the lr schedule."""
 
 from megatron_dit.optimizer.adam_with_ema import AdamWithEma
 from megatron_dit.optimizer.adamw import AdamW, choose

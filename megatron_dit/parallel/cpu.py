@@ -1,4 +1,4 @@
-"""Stand-in for the CUDA calls that Megatron-core makes whatever the device."""
+"""Device selection, and replacements for CUDA calls that Megatron-core makes even on the CPU."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from torch.overrides import TorchFunctionMode
 
 
 def device() -> torch.device:
-    """The device of this rank: its CUDA device, or the CPU."""
+    """Return the device of this rank: its CUDA device, or the CPU if there is none."""
     return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
 
 
 def let_megatron_run_on_cpu() -> None:
-    """Make ``torch.cuda.current_device()`` name the CPU where there is no CUDA device.
+    """Make ``torch.cuda.current_device()`` return the CPU if there is no CUDA device.
 
     Megatron-core's sequence-parallel collectives allocate on ``torch.cuda.current_device()``.
     """
@@ -23,7 +23,7 @@ def let_megatron_run_on_cpu() -> None:
 
 
 class CudaMeansCpu(TorchFunctionMode):
-    """Context in which tensors asked for on ``cuda`` are made on the CPU, as Megatron-core's schedules ask."""
+    """Context manager that creates tensors requested on ``cuda``, as by Megatron-core's schedules, on the CPU."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}

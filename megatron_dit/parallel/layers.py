@@ -1,8 +1,8 @@
-"""The layer backend: every parallel layer a model may use, so that no model asks for a rank.
+"""The layer backend: all parallel layers that models use, so that model code does not depend on ranks.
 
-Activations between layers are (S, B, D). Under sequence parallelism S is this rank's share of the
-tokens outside attention and MLP. Weights carry Megatron's ``tensor_model_parallel``,
-``partition_dim`` and ``partition_stride``, which say how the shard is cut from the full tensor.
+Activations between layers are (S, B, D). Under sequence parallelism S is the number of this rank's tokens, except in
+attention and MLP. Weights have Megatron's attributes ``tensor_model_parallel``, ``partition_dim`` and
+``partition_stride``, which define how they are sharded.
 """
 
 from __future__ import annotations
@@ -31,9 +31,9 @@ from megatron_dit.parallel.topology import SOLO, Topology
 
 
 class Linear(nn.Linear):
-    """A replicated linear layer. ``multiplier`` is μP's forward multiplier (readouts: 1/n).
+    """Replicated linear layer. ``multiplier`` is μP's forward multiplier (readouts: 1/n).
 
-    ``kernel`` is the number of elements of the convolution kernel that the layer stands for (patch embedding: p²).
+    ``kernel`` is the number of elements of the equivalent convolution kernel (patch embedding: p²).
     """
 
     def __init__(self, inputs: int, outputs: int, *, init: str = "fan_in", kernel: int = 1) -> None:
@@ -44,14 +44,17 @@ class Linear(nn.Linear):
         set_init(self.bias, "zero")
 
     def reset_parameters(self) -> None:
-        """Nothing: ``mup.init`` fills every parameter by its global name."""
+        """Do nothing: ``mup.init`` initializes every parameter by its global name."""
 
     def forward(self, x: Tensor) -> Tensor:
         return super().forward(x if self.multiplier == 1.0 else x * self.multiplier)
 
 
 class ColumnLinear(ColumnParallelLinear):
-    """Outputs are cut over the tensor-parallel ranks, ``pieces`` equal parts of them each (qkv: 3)."""
+    """Column-parallel linear layer: outputs are sharded over the tensor-parallel ranks.
+
+    The outputs consist of ``pieces`` equal parts (qkv: 3), each of which is sharded.
+    """
 
     def __init__(
         self, backend: Backend, inputs: int, outputs: int, *, pieces: int, sharded_input: bool, bias: bool = True
@@ -75,10 +78,10 @@ class ColumnLinear(ColumnParallelLinear):
 
 
 class GatheredLinear(ColumnLinear):
-    """Column-parallel with the output gathered, for adaLN modulation: (B, D) -> (B, outputs) on every rank.
+    """Column-parallel linear layer with gathered output, for adaLN modulation: (B, D) -> (B, outputs) on every rank.
 
-    It is a third of an MMDiT's weights, so it is sharded. Under sequence parallelism each rank applies
-    the result to its own tokens, so the backward sums the ranks' gradients (reduce-scatter).
+    Modulation is sharded because it has a third of an MMDiT's weights. Under sequence parallelism each rank applies
+    the output to its own tokens, so the backward pass sums the ranks' gradients (reduce-scatter).
     """
 
     def __init__(self, backend: Backend, inputs: int, outputs: int, *, init: str) -> None:
@@ -95,9 +98,10 @@ class GatheredLinear(ColumnLinear):
 
 
 class TokenwiseLinear(ColumnLinear):
-    """Column-parallel with whole outputs of the tokens it was given: (S, B, inputs) -> (S, B, outputs).
+    """Column-parallel linear layer with all output features of its tokens: (S, B, inputs) -> (S, B, outputs).
 
-    For long skips, which sit where every rank has whole tokens: all of them, under sequence parallelism its own.
+    For long skip connections, where a rank has all features of its tokens: of all tokens, or of its own under sequence
+    parallelism.
     """
 
     def __init__(self, backend: Backend, inputs: int, outputs: int) -> None:
@@ -109,7 +113,7 @@ class TokenwiseLinear(ColumnLinear):
 
 
 class RowLinear(RowParallelLinear):
-    """Inputs are cut over the tensor-parallel ranks; outputs are summed over them."""
+    """Row-parallel linear layer: inputs are sharded over the tensor-parallel ranks, outputs are summed over them."""
 
     def __init__(self, backend: Backend, inputs: int, outputs: int, *, init: str) -> None:
         super().__init__(
@@ -161,7 +165,7 @@ class LayerNorm(nn.Module):
 
 
 class Conv(nn.Conv2d):
-    """A replicated convolution that keeps height and width."""
+    """Replicated convolution that preserves height and width."""
 
     def __init__(self, inputs: int, outputs: int, side: int) -> None:
         super().__init__(inputs, outputs, side, padding=side // 2)
@@ -169,11 +173,11 @@ class Conv(nn.Conv2d):
         set_init(self.bias, "zero")
 
     def reset_parameters(self) -> None:
-        """Nothing: ``mup.init`` fills every parameter by its global name."""
+        """Do nothing: ``mup.init`` initializes every parameter by its global name."""
 
 
 class Backend:
-    """Megatron-core's local layers for one model and one topology."""
+    """Layers of one model on Megatron-core's local implementation, for one topology."""
 
     def __init__(
         self,
@@ -192,7 +196,7 @@ class Backend:
             num_attention_heads=model.heads,
             ffn_hidden_size=model.width * model.mlp_ratio,
             tensor_model_parallel_size=parallel.tensor,
-            use_cpu_initialization=True,  # allocate on torch's default device; values come from mup.init
+            use_cpu_initialization=True,  # allocate on torch's default device; mup.init sets the values
             perform_initialization=False,
         )
         self.sharded_config = TransformerConfig(**{**self.config.__dict__, "sequence_parallel": parallel.sequence})
@@ -205,13 +209,16 @@ class Backend:
         return Linear(inputs, outputs, init=init)
 
     def patch_embedding(self, channels: int, patch: int, outputs: int) -> Linear:
-        """A convolution of stride ``patch`` as a linear layer of patches (S, B, channels * patch²)."""
+        """Return a linear layer on patches (S, B, channels * patch²), equivalent to a strided convolution."""
         return Linear(channels * patch**2, outputs, kernel=patch**2)
 
     def column(
         self, inputs: int, outputs: int, *, pieces: int = 1, sharded_input: bool = True, bias: bool = True
     ) -> ColumnLinear:
-        """``sharded_input``: the input's tokens are cut under sequence parallelism (text of PixArt: not)."""
+        """Return a column-parallel linear layer.
+
+        ``sharded_input``: the input's tokens are sharded under sequence parallelism (PixArt-α's text is not).
+        """
         return ColumnLinear(self, inputs, outputs, pieces=pieces, sharded_input=sharded_input, bias=bias)
 
     def tokenwise(self, inputs: int, outputs: int) -> TokenwiseLinear:
@@ -233,7 +240,7 @@ class Backend:
         return HeadNorm(self, head_dim)
 
     def attention(self, q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor | None = None) -> Tensor:
-        """Scaled dot-product attention of the local heads.
+        """Compute scaled dot-product attention of this rank's heads.
 
         q (S, B, H, d), k and v (T, B, H, d); mask (B, 1, 1, T) bool, True = attend. Returns (S, B, H * d).
         """
@@ -242,57 +249,63 @@ class Backend:
         return out.permute(2, 0, 1, 3).flatten(2)  # (S, B, H * d)
 
     def precision(self) -> AbstractContextManager[Any]:
-        """The context that a model's forward pass runs in."""
+        """Return the context manager for the forward pass of the model (FP8 with Transformer Engine)."""
         return nullcontext()
 
     def whole_outputs(self, x: Tensor) -> Tensor:
-        """(S, B, D / ranks) of all tokens, as column-parallel layers return them -> this rank's tokens (S', B, D)."""
+        """Gather the output (S, B, D / ranks) of a column-parallel layer into (S', B, D) of this rank's tokens."""
         group = self.topology.tensor_group
         if not self.sharded_config.sequence_parallel:
             return gather_from_tensor_model_parallel_region(x, group=group)
         return all_to_all_hp2sp(x, group=group).view(-1, x.shape[1], x.shape[2] * group.size())
 
     def shard_tokens(self, x: Tensor) -> Tensor:
-        """(S, B, D) whole -> this rank's tokens under sequence parallelism."""
+        """Return this rank's tokens of the full (S, B, D) under sequence parallelism; otherwise return ``x``."""
         if not self.sharded_config.sequence_parallel:
             return x
         return scatter_to_sequence_parallel_region(x, group=self.topology.tensor_group)
 
     def share_of_tokens(self, tokens: int) -> int:
-        """How many of ``tokens`` :meth:`shard_tokens` leaves on this rank."""
+        """Return the number of tokens on this rank after :meth:`shard_tokens` of ``tokens`` tokens."""
         return tokens // self.topology.tensor_size if self.sharded_config.sequence_parallel else tokens
 
     def gather_tokens(self, x: Tensor) -> Tensor:
-        """Inverse of :meth:`shard_tokens`, for what every rank then computes alike (the head)."""
+        """Inverse of :meth:`shard_tokens`, before layers that every rank computes identically (the head)."""
         if not self.sharded_config.sequence_parallel:
             return x
         group = self.topology.tensor_group
         return gather_from_sequence_parallel_region(x, tensor_parallel_output_grad=False, group=group)
 
     def seen_by_tokens(self, x: Tensor) -> Tensor:
-        """A replicated tensor that meets only this rank's tokens under sequence parallelism."""
+        """Return a replicated tensor that is applied to this rank's tokens only under sequence parallelism.
+
+        Its gradient is summed over the ranks.
+        """
         return self._sum_gradient(x) if self.sharded_config.sequence_parallel else x
 
     def seen_by_heads(self, x: Tensor) -> Tensor:
-        """A replicated parameter that meets only this rank's heads under tensor parallelism."""
+        """Return a replicated parameter that is applied to this rank's heads only under tensor parallelism.
+
+        Its gradient is summed over the ranks.
+        """
         return self._sum_gradient(x) if self.topology.tensor_size > 1 else x
 
     def _sum_gradient(self, x: Tensor) -> Tensor:
         out = copy_to_tensor_model_parallel_region(x, group=self.topology.tensor_group)
         if out.requires_grad:
-            # Megatron all-reduces ``grad.contiguous()`` and returns ``grad``: a strided one would go unsummed.
+            # Megatron all-reduces ``grad.contiguous()`` but returns ``grad``: a strided one would not be summed.
             out.register_hook(torch.Tensor.contiguous)
         return out
 
 
 def set_init(parameter: Any, kind: str, *, trained: bool = True) -> None:
-    """Mark how ``mup.rules`` treats a parameter: ``kind`` is a key of ``mup.schemes.KINDS``.
+    """Set how ``mup.rules`` treats a parameter; ``kind`` is a key of ``mup.schemes.KINDS``.
 
-    One that is not ``trained`` keeps its initial values: its learning rate and weight decay are zero, and its module
-    detaches it.
+    A parameter with ``trained=False`` keeps its initial values: its learning rate and weight decay are zero, and its
+    module detaches it.
     """
     parameter.init_kind, parameter.trained = kind, trained
 
 
 def _never(_: Tensor) -> None:
-    raise AssertionError("parameters are initialised by mup.init")
+    raise AssertionError("parameters are initialized by mup.init")

@@ -1,4 +1,4 @@
-"""Process groups: who shares a layer, who shares the data, and DeepSpeed's view of both."""
+"""Process groups for tensor, data and pipeline parallelism, and DeepSpeed's view of them."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ from megatron_dit.parallel.rendezvous import GROUP_TIMEOUT, rendezvous
 from megatron_dit.runtime.launch_environment import LaunchEnvironment, launch_environment
 from megatron_dit.runtime.signals import signals_end_at_once
 
-CONNECT_SECONDS = 30.0  # in which ranks that have met should connect; a line is printed if they have not
+CONNECT_SECONDS = 30.0  # print a message if ranks are not connected to each other this long after the rendezvous
 
 T = TypeVar("T")
 
 
 class SoloGroup:
-    """A group of one, for models built outside ``torch.distributed`` (shapes, sampling)."""
+    """Process group of size one, for models built without ``torch.distributed`` (shapes, sampling)."""
 
     def size(self) -> int:
         return 1
@@ -37,8 +37,11 @@ class SoloGroup:
 
 @dataclass(frozen=True)
 class Topology:
-    """This rank's place. Tensor-parallel ranks are neighbours (the fastest links), then data-parallel ones, and
-    pipeline stages, which exchange least, are farthest apart."""
+    """This rank's process groups.
+
+    Tensor-parallel ranks are adjacent (fastest links), then data-parallel ranks; pipeline stages, which communicate
+    least, are farthest apart.
+    """
 
     rank: int = 0
     world: int = 1
@@ -75,9 +78,9 @@ SOLO = Topology()
 
 
 class DeepSpeedMpu:
-    """What DeepSpeed asks a model-parallel unit; answered from Megatron's ``parallel_state``.
+    """Model-parallel unit (mpu) for DeepSpeed, based on Megatron's ``parallel_state``.
 
-    Its model-parallel group must be tensor x pipeline, else the gradient norm misses other stages.
+    The model-parallel group must be tensor x pipeline; otherwise the gradient norm would omit other pipeline stages.
     """
 
     def __init__(self) -> None:
@@ -99,10 +102,10 @@ class DeepSpeedMpu:
 
 
 def connect(limit: float = LaunchConfig.rendezvous_seconds) -> None:
-    """Join the default process group (nccl on GPUs, gloo on CPUs); a lone process gets a group of one.
+    """Join the default process group (nccl on GPUs, gloo on CPUs); a single process gets a group of size one.
 
-    Raises UserError, naming them, if ranks are still missing after ``limit`` seconds. Until all are there SIGTERM and
-    Ctrl-C end the process at once.
+    Raises UserError naming the missing ranks after ``limit`` seconds. Until all ranks have connected, SIGTERM and
+    Ctrl-C end the process immediately.
     """
     if dist.is_initialized():
         return
@@ -113,9 +116,9 @@ def connect(limit: float = LaunchConfig.rendezvous_seconds) -> None:
         torch.cuda.set_device(place.local_rank % torch.cuda.device_count())
     with signals_end_at_once():
         store = dist.HashStore() if place.world == 1 else rendezvous(place, limit)
-        patience = threading.Timer(CONNECT_SECONDS, _say_unconnected, [place])
-        patience.daemon = True
-        patience.start()
+        timer = threading.Timer(CONNECT_SECONDS, _print_unconnected, [place])
+        timer.daemon = True
+        timer.start()
         try:
             dist.init_process_group(
                 "nccl" if cuda else "gloo",
@@ -125,27 +128,27 @@ def connect(limit: float = LaunchConfig.rendezvous_seconds) -> None:
                 timeout=GROUP_TIMEOUT,
             )
         finally:
-            patience.cancel()
+            timer.cancel()
 
 
-def _say_unconnected(place: LaunchEnvironment) -> None:
+def _print_unconnected(place: LaunchEnvironment) -> None:
     print(
-        f"rank {place.rank} on {socket.gethostname()}: all {place.world} ranks are there, but have not connected to "
+        f"rank {place.rank} on {socket.gethostname()}: all {place.world} ranks have started, but did not connect to "
         f"each other within {CONNECT_SECONDS:.0f} s: set GLOO_SOCKET_IFNAME or NCCL_SOCKET_IFNAME to the network "
-        "interface that joins the hosts",
+        "interface that connects the hosts",
         file=sys.stderr,
         flush=True,
     )
 
 
 def disconnect() -> None:
-    """Leave the process group at the end of a multi-rank command; a lone process may run another."""
+    """Destroy the process group at the end of a multi-rank command. A single process keeps it for further commands."""
     if dist.is_initialized() and dist.get_world_size() > 1:
         dist.destroy_process_group()
 
 
 def build_topology(config: Config) -> Topology:
-    """Megatron's process groups for ``config``; the default process group must exist."""
+    """Create Megatron's process groups for ``config``. The default process group must exist."""
     from megatron.core import parallel_state
 
     let_megatron_run_on_cpu()
@@ -169,9 +172,9 @@ def build_topology(config: Config) -> Topology:
 
 
 def agree(error: Exception | None) -> None:
-    """Raise on every rank the first UserError that any rank met, so that none waits for the others.
+    """If any rank has an error, raise the first one as a UserError on all ranks, so that no rank waits for others.
 
-    Collective. ``error`` None means that this rank is fine.
+    Collective. ``error`` is None if this rank has no error.
     """
     if not dist.is_initialized() or dist.get_world_size() == 1 or dist.get_backend() == "fake":
         if error is not None:
@@ -184,7 +187,7 @@ def agree(error: Exception | None) -> None:
 
 
 def agreed(function: Callable[[], T]) -> T:
-    """``function()``; where it raises a UserError on one rank, all raise it. Collective."""
+    """Return ``function()``. If it raises a UserError on any rank, raise it on all ranks. Collective."""
     result, error = None, None
     try:
         result = function()
@@ -195,14 +198,14 @@ def agreed(function: Callable[[], T]) -> T:
 
 
 def gather(value: T) -> list[T]:
-    """Every rank's value, in their order. Collective."""
+    """Return the values of all ranks, in rank order. Collective."""
     values: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(values, value)
     return values
 
 
 def sum_over_ranks(figures: Sequence[float]) -> list[float]:
-    """Collective."""
+    """Return the elementwise sums over all ranks. Collective."""
     total = torch.tensor(figures, dtype=torch.float64, device=device())
     if dist.get_world_size() > 1:
         dist.all_reduce(total)
@@ -210,9 +213,9 @@ def sum_over_ranks(figures: Sequence[float]) -> list[float]:
 
 
 def mean_over_ranks(figures: Mapping[str, float]) -> dict[str, float]:
-    """Means by name over the ranks that have it: pipeline stages have different ones. Collective."""
-    found: dict[str, list[float]] = {}
-    for share in gather(dict(figures)):
-        for name, value in share.items():
-            found.setdefault(name, []).append(value)
-    return {name: sum(values) / len(values) for name, values in found.items()}
+    """Return the mean of each value over the ranks that have it; pipeline stages have different names. Collective."""
+    values_of: dict[str, list[float]] = {}
+    for local in gather(dict(figures)):
+        for name, value in local.items():
+            values_of.setdefault(name, []).append(value)
+    return {name: sum(values) / len(values) for name, values in values_of.items()}

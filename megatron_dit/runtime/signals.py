@@ -1,4 +1,4 @@
-"""SIGTERM and Ctrl-C while a command waits for other ranks."""
+"""Handling of SIGTERM and Ctrl-C while a command waits for other ranks."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ STOPPING = (signal.SIGTERM, signal.SIGINT)
 
 @contextlib.contextmanager
 def signals_end_at_once() -> Iterator[None]:
-    """Let SIGTERM and Ctrl-C end the process at once, with status 128 + n, even if it is waiting inside C++.
+    """Let SIGTERM and Ctrl-C end the process immediately, with status 128 + n, even if it is waiting inside C++.
 
-    Python's own handlers run only when C++ returns, which a wait for a missing rank does after half an hour.
+    Python's own handlers run only after C++ returns, which takes half an hour if a rank is missing.
     """
     if threading.current_thread() is not threading.main_thread():  # only the main thread may set handlers
         yield
