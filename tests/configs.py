@@ -1,4 +1,4 @@
-"""Small configs that tests start from."""
+"""Small configs for tests."""
 
 from __future__ import annotations
 
@@ -13,7 +13,10 @@ ARCHITECTURES = ["dit", "mmdit", "pixart", "uvit"]
 
 
 def small_dict(arch: str = "mmdit", heads: int = 4, base_heads: int = 2, **overrides) -> dict:
-    """A tiny model on 16 x 16 pixels; ``overrides`` are dotted keys. ``uvit-class`` is U-ViT with labels."""
+    """Return the config of a tiny model on 16 x 16 pixels. ``overrides`` are dotted keys.
+
+    ``uvit-class`` is U-ViT with class labels.
+    """
     arch, _, kind = arch.partition("-")
     condition = {"text_dim": 64, "text_tokens": 23 if arch == "uvit" else 24}
     if arch == "dit" or kind == "class":
@@ -41,7 +44,7 @@ def small_dict(arch: str = "mmdit", heads: int = 4, base_heads: int = 2, **overr
 
 
 def write_config(folder: Path, arch: str = "mmdit", **overrides) -> Path:
-    """``folder/config.yaml``, whose run goes to ``folder/run``."""
+    """Write ``folder/config.yaml`` with run folder ``folder/run``, and return its path."""
     path = folder / "config.yaml"
     path.write_text(yaml.safe_dump(small_dict(arch, **{"run_dir": str(folder / "run"), **overrides})))
     return path

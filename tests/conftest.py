@@ -1,4 +1,4 @@
-"""The pool of ranks and the small dataset that the whole session shares."""
+"""Fixtures shared by the entire test session: the pool of ranks and a small dataset."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def pool():
 def restore_process_state():
     """Destroy the process groups of a test that trained in this process and restore the environment.
 
-    Starting up exports RANK and WORLD_SIZE for DeepSpeed; srun would hand them on to its tasks.
+    Startup exports RANK and WORLD_SIZE for DeepSpeed, and srun would pass them to its tasks.
     """
     with mock.patch.dict(os.environ):
         yield
@@ -36,14 +36,14 @@ def restore_process_state():
 
 @pytest.fixture(scope="session")
 def dataset(tmp_path_factory):
-    """Folder of 600 embedded pictures in four shards."""
+    """Folder with 600 toy images in four shards."""
     folder = tmp_path_factory.mktemp("data") / "scenes"
     demo(folder, 600, seed=0, per_shard=150)
     return folder
 
 
 def pytest_collection_modifyitems(items):
-    """Tests marked ``gpu`` are skipped where there is no CUDA device; -ra lists them with the reason."""
+    """Skip tests marked ``gpu`` if there is no CUDA device; -ra lists them with the reason."""
     for item in items:
         if item.get_closest_marker("gpu") and not torch.cuda.is_available():
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))

@@ -1,4 +1,4 @@
-"""Run a function on N gloo ranks. One pool of processes serves the whole session: imports take seconds."""
+"""Run a function on N gloo ranks. One pool of processes serves the test session, because imports take seconds."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import Any
 import torch.multiprocessing as mp
 
 SIZE = 4
-RENEW = 40  # tasks after which the ranks are started anew: ZeRO-3 engines leave process groups, whose threads poll
+RENEW = 40  # restart the processes after this many tasks: ZeRO-3 engines leave process groups whose threads poll
 
 
 @dataclass
@@ -32,7 +32,7 @@ def _serve(rank, tasks, results):
     from megatron_dit.parallel.topology import connect
 
     assert megatron_dit.engine
-    gc.freeze()  # what is imported stays: collecting after each task need not look at it
+    gc.freeze()  # imported objects stay alive, so garbage collection after each task can skip them
     while True:
         task = tasks.get()
         if task is None:
@@ -51,7 +51,7 @@ def _serve(rank, tasks, results):
 
 
 def leave():
-    """Destroy every process group of this process, and what DeepSpeed and Megatron remember of them."""
+    """Destroy all process groups of this process, and the state that DeepSpeed and Megatron keep about them."""
     import deepspeed.comm.comm as ds_comm
     import torch.distributed as dist
     from deepspeed.runtime.engine import DeepSpeedEngine
@@ -61,7 +61,7 @@ def leave():
     from megatron.core import parallel_state
 
     if dist.is_initialized():
-        # DeepSpeed's hooks tie an engine, and so its process groups, into knots that the collector cannot see.
+        # DeepSpeed's hooks keep an engine and its process groups in reference cycles that the collector cannot detect.
         for engine in [each for each in gc.get_objects() if ds_comm.cdb and type(each) is DeepSpeedEngine]:
             engine.destroy()
         if parallel_state.is_initialized():
@@ -69,10 +69,10 @@ def leave():
         dist.destroy_process_group()
     ds_comm.cdb = None
     FWD_MODULE_STACK.clear()
-    # Each of gloo's groups has threads that poll; those of an engine in a reference cycle would go on polling.
+    # Each gloo group has threads that poll; without collection, those of an engine in a reference cycle would continue.
     gc.collect()
-    # ZeRO-3 numbers parameters and modules over the life of a process and checks that ranks agree; ranks
-    # of a pool have not all run the same tasks.
+    # ZeRO-3 numbers parameters and modules for the lifetime of a process and checks that the numbers are equal on all
+    # ranks, but the ranks of a pool have not all run the same tasks.
     Init.param_id = 0
     DeepSpeedZeRoOffload._register_deepspeed_module.__defaults__[0][0] = 0
     for name in ("_WORLD_GROUP", "_ZERO_PARAM_INTRA_PARALLEL_GROUP", "mpu", "mesh_device"):
@@ -82,7 +82,7 @@ def leave():
 
 
 class Pool:
-    """``run(n, function, *args)`` returns the ranks' results in order; ``function`` is a module's own."""
+    """Pool of ranks. ``run(n, function, *args)`` returns the results in rank order of a module-level function."""
 
     def __init__(self) -> None:
         self._start()
@@ -106,7 +106,7 @@ class Pool:
         return outcomes
 
     def outcomes(self, world: int, function: Any, *args: Any, timeout: float = 300, **kwargs: Any) -> list[Any]:
-        """As ``run``, with a :class:`Failure` in the place of a rank that raised."""
+        """Like ``run``, but return a :class:`Failure` for each rank that raised."""
         if self._done == RENEW:
             self.close()
             self._start()

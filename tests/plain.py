@@ -1,4 +1,4 @@
-"""The unsharded model trained in plain PyTorch: the reference for the engine, made without it and without DeepSpeed."""
+"""Reference for the engine: train the unsharded model in plain PyTorch, without the engine and DeepSpeed."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from tests.mup.test_against_mup import package_groups
 
 
 class Plain:
-    """A model at its initial values and mup.MuAdamW; a step is ``backward``, then ``update``."""
+    """Model at its initial values with mup.MuAdamW. A training step is ``backward`` followed by ``update``."""
 
     def __init__(self, config):
         connect()
         self.config, self.params = config, describe(build_unsharded, config)
-        _, self.model = package_groups(config)  # base shapes set, as the package wants them
+        _, self.model = package_groups(config)  # with base shapes set, as the package requires
         self.weights = dict(self.model.named_parameters())
         with torch.no_grad():
             for name, p in self.weights.items():
@@ -36,10 +36,10 @@ class Plain:
             fused=False,
         )
         self.peaks = [group["lr"] for group in self.optimizer.param_groups]
-        assert len(set(self.peaks)) == 2, "wider than its base, else μP scales nothing"
+        assert len(set(self.peaks)) == 2, "the model must be wider than its base, otherwise μP scales nothing"
 
     def backward(self, batch):
-        """Adds the gradients of the mean loss over ``batch``; returns the taps of the forward pass."""
+        """Accumulate gradients of the mean loss over ``batch``; return the intermediate outputs of the forward pass."""
         taps = {}
         options, noised = self.config.objective, Noised(batch.u, batch.noise)
         objective = OBJECTIVES[options.kind]
@@ -48,7 +48,10 @@ class Plain:
         return taps
 
     def update(self, step):
-        """Clips, steps at the rate of ``step`` in a constant schedule and clears; returns the norm before the clip."""
+        """Clip gradients, update with the constant schedule's learning rate at ``step``, and zero the gradients.
+
+        Returns the gradient norm before clipping.
+        """
         options = self.config.optimizer
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), options.grad_clip)
         for group, peak in zip(self.optimizer.param_groups, self.peaks, strict=True):

@@ -1,4 +1,4 @@
-"""A free port for a test's servers."""
+"""Find a free port for servers in tests."""
 
 from __future__ import annotations
 

@@ -186,7 +186,7 @@ def test_an_output_does_not_replace_an_input_or_another_output(config, capsys, w
 def test_paths_of_checkpoints_tools_are_read_as_those_of_the_config(tmp_path, monkeypatch, capsys, words):
     monkeypatch.chdir(tmp_path)
     for path, reason in (
-        ("$SCRATCH/x", "is not expanded here"),
+        ("$SCRATCH/x", "is not expanded"),
         ("~nobody-here/x", "no home folder"),
         ("", "is empty"),
     ):

@@ -91,7 +91,7 @@ def test_missing_key(config, capsys, tmp_path):
     del values["model"]["depth"]
     path.write_text(yaml.safe_dump(values))
     assert run(["train", str(path)]) == 2
-    assert "does not set model.depth" in one_line(capsys)
+    assert "model.depth is missing" in one_line(capsys)
 
 
 def test_unknown_command_and_flag(capsys):

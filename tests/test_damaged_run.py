@@ -160,7 +160,7 @@ def test_what_lies_where_metrics_belong_is_to_be_moved_away(opened, tmp_path):
     opened(0)
     (tmp_path / "run" / "metrics.jsonl").unlink()
     (tmp_path / "run" / "metrics.jsonl").mkdir()
-    with pytest.raises(UserError, match="move away what is there, or choose another folder"):
+    with pytest.raises(UserError, match="move the existing file or folder away, or choose another folder"):
         opened(0)
 
 

@@ -1,4 +1,4 @@
-"""Peaks by name: the parts of a family apart, nothing for what is not known."""
+"""Peak FLOP/s by device name distinguish the variants of a chip and are None for unknown devices."""
 
 from __future__ import annotations
 
@@ -34,25 +34,25 @@ from megatron_dit.devices import PEAKS, device_peak, peak_flops
         ("cpu", None, None),
     ],
 )
-def test_peaks_by_name(name, bf16, fp8):
+def test_peak_flops_by_device_name(name, bf16, fp8):
     assert peak_flops(name, "bf16") == bf16
     assert peak_flops(name, "fp8") == fp8
 
 
-def test_halving_the_precision_doubles_the_rate():
-    """As on every tensor core since Ampere: a figure with sparsity among dense ones would stand out."""
+def test_halving_the_precision_doubles_the_peak():
+    """This holds for all tensor cores since Ampere, and detects a peak with sparsity among dense ones."""
     for peaks in PEAKS.values():
         assert peaks["bf16"] == pytest.approx(2 * peaks["tf32"], rel=0.02)
         if "fp8" in peaks:
             assert peaks["fp8"] == pytest.approx(2 * peaks["bf16"], rel=0.02)
 
 
-def test_no_peak_of_a_cpu(monkeypatch):
+def test_cpu_has_no_peak(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert device_peak("bf16") is None
 
 
-def test_fp32_runs_in_tf32_where_torch_may(monkeypatch):
+def test_peak_of_fp32_is_tf32_if_torch_allows_it(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA H200")
     monkeypatch.setattr(torch, "get_float32_matmul_precision", lambda: "highest")

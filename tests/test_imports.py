@@ -1,4 +1,4 @@
-"""Imports only go down the rooms."""
+"""Packages import only packages of lower layers."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 
-# From the ground up; rooms on one line do not import each other.
-FLOORS = [
+# From the lowest layer up; packages of the same layer do not import each other.
+LAYERS = [
     ["errors"],
     ["runtime"],
     ["config"],
@@ -31,16 +31,16 @@ FLOORS = [
     ["cli"],
     ["__main__"],
 ]
-HEIGHT = {room: height for height, rooms in enumerate(FLOORS) for room in rooms}
+LEVEL = {package: level for level, packages in enumerate(LAYERS) for package in packages}
 
 
-def room_of(module):
+def package_of(module):
     parts = module.split(".")
     return parts[1] if len(parts) > 1 else None
 
 
 def imports(path):
-    """(module, only for types) of every import of our own in a file, those inside functions included."""
+    """Yield the modules that a file imports, including those in functions but not those for type checking only."""
     tree = ast.parse(path.read_text())
     typing_only = {
         id(inner)
@@ -59,30 +59,30 @@ def imports(path):
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "megatron_dit").rglob("*.py")), ids=lambda p: str(p.relative_to(ROOT)))
-def test_imports_go_down(path):
+def test_packages_import_only_lower_layers(path):
     here = path.relative_to(ROOT / "megatron_dit").parts[0].removesuffix(".py")
     if here == "__init__":
         return
     for module in imports(path):
         assert not module.startswith(("data_prep", "checkpoints_tools", "tests")), f"{path} imports {module}"
-        room = room_of(module) if module.startswith("megatron_dit") else None
-        if room is not None and room != here:
-            assert HEIGHT[room] < HEIGHT[here], f"{path}: {here} imports {room}, which is not below it"
+        package = package_of(module) if module.startswith("megatron_dit") else None
+        if package is not None and package != here:
+            assert LEVEL[package] < LEVEL[here], f"{path}: {here} imports {package}, which is not in a lower layer"
 
 
-def test_only_the_engine_touches_deepspeed_adamw_its_kernels_and_online_text_its_sharding():
+def test_only_engine_adamw_and_online_text_encoding_import_deepspeed():
     users = {
         str(path.relative_to(ROOT / "megatron_dit"))
         for path in (ROOT / "megatron_dit").rglob("*.py")
         if any(module.split(".")[0] == "deepspeed" for module in imports(path))
     }
-    # DeepSpeed's AdamW is one of several libraries' and is built beside the others, knowing no ZeRO. A text encoder
-    # that runs while training is sharded by DeepSpeed, and has no part in the training engine.
+    # DeepSpeed's AdamW is one of several implementations and independent of ZeRO. Text encoders that run in training
+    # are sharded by DeepSpeed, separately from the training engine.
     assert users == {"engine.py", "optimizer/adamw.py", "data/online.py"}
 
 
-def test_models_know_no_rank():
+def test_models_do_not_refer_to_ranks():
     for path in (ROOT / "megatron_dit" / "models").glob("*.py"):
         text = path.read_text()
         for word in ("rank", "torch.distributed", "world_size", "parallel_state"):
-            assert word not in text, f"{path} speaks of {word}"
+            assert word not in text, f"{path} refers to {word}"

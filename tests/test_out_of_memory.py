@@ -1,4 +1,4 @@
-"""Too little memory, on a device or a host, is one line with sizes, keys and the command that counts."""
+"""Out-of-memory errors of device and host are reported in one line with sizes, config keys and the command to use."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ def raises(error):
     ("fail", "words"),
     [
         (lambda: torch.empty(2**58), "DefaultCPUAllocator: can't allocate memory: you tried to allocate"),
-        (lambda: bytearray(2**62), "out of memory (the host has no more)"),
+        (lambda: bytearray(2**62), "out of memory (host memory is exhausted)"),
         (lambda: raises(torch.OutOfMemoryError(f"{CUDA}\nmore")), CUDA.rstrip(".")),
         (lambda: raises(RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`")),
          "CUBLAS_STATUS_ALLOC_FAILED"),
     ],
 )  # fmt: skip
-def test_one_line_with_sizes_and_keys(fail, words):
+def test_message_is_one_line_with_sizes_and_keys(fail, words):
     config = small("mmdit", **{"model.heads": 128, "train.micro_batch": 2})
     with torch.device("meta"):
         numel = sum(param.numel() for param in build_unsharded(config.model).parameters())
@@ -43,12 +43,12 @@ def test_one_line_with_sizes_and_keys(fail, words):
     assert "\n" not in line
     for word in (words, "rank 0 on host", "train.micro_batch=2", "train.recompute=full", "parallel.zero_stage"):
         assert word in line
-    assert "'megatron-dit train CONFIG --dry-run --world 1' counts what a rank holds" in line
+    assert "'megatron-dit train CONFIG --dry-run --world 1' prints the memory per rank" in line
     # fp32 without ZeRO: weights, gradients, two moments and one average, 4 bytes each.
     assert float(re.search(r"averages take ([\d.]+) of", line)[1]) == pytest.approx(20 * numel / 2**30, abs=0.006)
 
 
-def test_the_likelier_remedy_comes_first(monkeypatch):
+def test_message_starts_with_the_more_likely_remedy(monkeypatch):
     config = small("mmdit")
     for total, first in ((2**40, "lower train.micro_batch"), (2**20, "shard the model")):
         monkeypatch.setattr(memory, "_total_memory", lambda total=total: total)
@@ -56,14 +56,14 @@ def test_the_likelier_remedy_comes_first(monkeypatch):
             raise MemoryError
 
 
-def test_other_errors_pass():
+def test_other_errors_are_not_converted():
     error = RuntimeError("shapes do not match")
     with pytest.raises(RuntimeError) as caught, explain_out_of_memory(small("mmdit")):
         raise error
     assert caught.value is error
 
 
-def test_the_rank_that_met_it_prints_it(monkeypatch, capsys, tmp_path, dataset):
+def test_rank_out_of_memory_prints_its_own_error(monkeypatch, capsys, tmp_path, dataset):
     monkeypatch.setenv("RANK", "1")
     monkeypatch.setenv("WORLD_SIZE", "2")
     path = str(write_config(tmp_path, "mmdit", **{"data.path": str(dataset)}))

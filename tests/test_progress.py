@@ -1,4 +1,4 @@
-"""The time left, on a bar and in lines."""
+"""Progress bars and progress lines show the remaining time."""
 
 from __future__ import annotations
 
@@ -23,20 +23,20 @@ from megatron_dit.progress import ProgressBar, duration
         (1000 * 86400, "1000 days 00:00:00"),
     ],
 )
-def test_durations(seconds, text):
+def test_duration_formats_seconds_with_days(seconds, text):
     assert duration(seconds) == text
 
 
 @pytest.fixture
 def clock(monkeypatch):
-    """The bar's clock, which a test sets."""
+    """Replace the progress bar's clock by one that the test sets."""
     now = [1000.0]
     monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])
     return now
 
 
-def test_lines_of_a_run_of_three_days(clock, capsys):
-    """Resumed at step 100: its 10 steps of 63 s leave 3,600 of them, 63 hours."""
+def test_lines_of_a_resumed_run_show_eta_from_its_own_rate(clock, capsys):
+    """After resuming at step 100, 10 steps of 63 s leave 3,600 steps, which take 63 hours."""
     with ProgressBar("train", 3710, 100) as bar:
         for _ in range(10):
             clock[0] += 63.0
@@ -44,7 +44,7 @@ def test_lines_of_a_run_of_three_days(clock, capsys):
     assert "train 110/3710 eta 2 days 15:00:00 loss 1.0" in capsys.readouterr().out
 
 
-def test_a_bar_says_the_same(clock, monkeypatch):
+def test_terminal_bar_shows_eta_and_text(clock, monkeypatch):
     screen = io.StringIO()
     console = Console(file=screen, force_terminal=True, width=120)
     monkeypatch.setattr(progress, "Console", lambda: console)
@@ -56,7 +56,7 @@ def test_a_bar_says_the_same(clock, monkeypatch):
     assert "eta 2 days 15:09:27 loss 1.0" in shown
 
 
-def test_nothing_done_yet(clock, capsys):
+def test_eta_is_unknown_before_the_first_unit_of_work(clock, capsys):
     bar = ProgressBar("scan", 5)
     clock[0] += 60.0
     bar.to(0)

@@ -236,7 +236,7 @@ def test_a_truncated_file_and_a_pickle_are_named(theirs, tmp_path, capsys):
     )
     torch.save({"a": torch.zeros(1)}, theirs / SINGLE)
     line = refused(capsys, theirs, tmp_path / "run", "--from", "diffusers")
-    assert "is a file of torch.save (pickle), not a safetensors file" in line
+    assert "is a torch.save file (pickle), not a safetensors file" in line
     (theirs / SINGLE).rename(theirs / "diffusion_pytorch_model.bin")
     assert "safe_serialization=True" in refused(capsys, theirs, tmp_path / "run", "--from", "diffusers")
 

@@ -389,7 +389,7 @@ def test_any_bytes_are_a_torn_tar(tmp_path):
     [
         (gzip.compress(bytes(10_000)), "a gzip archive"),
         (b"<!DOCTYPE html><html></html>", "a web page"),
-        (b"version https://git-lfs.github.com/spec/v1\n", "a Git LFS pointer in place of the file itself"),
+        (b"version https://git-lfs.github.com/spec/v1\n", "a Git LFS pointer instead of the file itself"),
     ],
 )
 def test_a_file_that_is_no_tar_is_called_what_it_is(tmp_path, data, what):

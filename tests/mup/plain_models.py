@@ -1,4 +1,4 @@
-"""Plain modules whose parameters have the names and shapes of the authors' DiT-μP and PixArt-α-μP."""
+"""Plain modules with the parameter names and shapes of the original DiT-μP and PixArt-α-μP."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class Mlp(nn.Module):
 
 
 class Node(nn.Module):
-    """A module made of named children and parameters."""
+    """Module with named children and parameters."""
 
     def __init__(self, **parts):
         super().__init__()

@@ -1,4 +1,4 @@
-"""Transformer Engine's linear layers on the CPU: its own autograd and collectives, with torch for its GEMM."""
+"""Run Transformer Engine's linear layers on the CPU: its own autograd and collectives, with torch for the GEMM."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ import torch
 
 
 def gemm(a, b, *, layout="TN", out_dtype, bias=None, **_):
-    """(result, bias gradient, None, None), as TE's ``general_gemm``.
+    """Return (result, bias gradient, None, None), like TE's ``general_gemm``.
 
-    TN: a weight and an input to the output. NN: a weight and an output gradient to the input's gradient. NT: an input
-    and an output gradient to the weight's.
+    TN: weight and input give the output. NN: weight and output gradient give the input gradient. NT: input and output
+    gradient give the weight gradient.
     """
     flat_a, flat_b = a.flatten(0, -2), b.flatten(0, -2)
     if layout == "NT":
@@ -25,7 +25,7 @@ def gemm(a, b, *, layout="TN", out_dtype, bias=None, **_):
 
 @contextmanager
 def te_on_cpu():
-    """TE's kernels and what it asks of CUDA, replaced as far as ``Linear`` in fp32 and bf16 needs it."""
+    """Replace the TE kernels and CUDA calls that ``Linear`` uses in fp32 and bf16."""
     from transformer_engine.pytorch.module import base, linear
 
     module = base.TransformerEngineBaseModule

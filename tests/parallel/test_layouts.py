@@ -1,4 +1,4 @@
-"""Every layout against a single process: initial weights, losses and clipped gradient norms, every architecture."""
+"""Compare every layout with a single process: initial weights, losses and gradient norms, for every architecture."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from tests.configs import ARCHITECTURES, small
 KINDS = [*ARCHITECTURES, "uvit-class"]
 
 
-# In a batch of eight the variational term of another seed may be ill-conditioned: then the norms of one process, with
-# and without gradient accumulation, differ by 1e-4.
+# With other seeds the variational term of a batch of eight may be ill-conditioned: then even the gradient norms of a
+# single process with and without gradient accumulation differ by 1e-4.
 SEED = 2
 STEPS = 6
-# The others have no layer that these do not cut; they run with -m slow.
+# These cover all layers that are sharded; the other combinations run with -m slow.
 OFTEN = {(arch, name) for arch in ARCHITECTURES for name in ("dp2-zero3", "pp2-interleaved", "tp2-sp")}
 CASES = [
     pytest.param(name, arch, marks=[] if arch == "mmdit" or (arch, name) in OFTEN else pytest.mark.slow)
@@ -29,12 +29,12 @@ CASES = [
 
 
 def deep(arch):
-    """Enough blocks for four runs."""
+    """Return overrides with enough blocks for four virtual stages."""
     return {"model.depth": 5 if arch.startswith("uvit") else 4, "optimizer.warmup_steps": 30}
 
 
 def trace(arch, layout, data, scratch, fault=None, **overrides):
-    """Runs in the pool's ranks."""
+    """Return the first steps of a layout, with the Backend method ``fault`` disabled if given. Runs in the pool."""
     overrides = {"data.path": str(data), "seed": SEED, "train.steps": STEPS, **overrides}
     values = dict(item.split("=") for item in layout.overrides(small(arch, **overrides)))
     config = small(arch, **{**overrides, **{k: yaml.safe_load(v) for k, v in values.items()}})
@@ -52,7 +52,7 @@ def trace(arch, layout, data, scratch, fault=None, **overrides):
 
 
 def traced(arch, data, scratch, overrides):
-    """Runs in the pool's ranks: the first steps of a config as it is."""
+    """Return the first steps of a config without changes. Runs in the ranks of the pool."""
     config = small(arch, **{"data.path": str(data), "seed": SEED, "train.steps": STEPS, **overrides})
     return verify.first_steps(config, Path(scratch) / "checkpoints")
 
@@ -92,14 +92,14 @@ def test_uneven_blocks_equal_one_process(pool, dataset, tmp_path, deep_reference
 @pytest.mark.parametrize(
     ("arch", "fault", "layout"),
     [
-        # The QK-norm gains' gradient without its sum over the tensor-parallel ranks.
+        # The gradient of the QK-norm gains is not summed over the tensor-parallel ranks.
         ("mmdit", "seen_by_heads", Layout(2, tensor=2)),
-        # Biases of row-parallel layers without their sum over the sequence-parallel ranks.
+        # The gradients of row-parallel biases are not summed over the sequence-parallel ranks.
         ("mmdit", "seen_by_tokens", Layout(2, tensor=2, sequence=True)),
         ("pixart", "seen_by_tokens", Layout(2, tensor=2, sequence=True)),
     ],
 )
-def test_verify_sees_a_gradient_that_is_not_summed(pool, dataset, tmp_path, reference, arch, fault, layout):
+def test_verify_detects_a_gradient_that_is_not_summed(pool, dataset, tmp_path, reference, arch, fault, layout):
     found = pool.run(2, trace, arch, layout, dataset, tmp_path, fault)[0]
     result = verify.compare("faulty", found, reference[arch])
     assert result.equal_initial
@@ -107,7 +107,7 @@ def test_verify_sees_a_gradient_that_is_not_summed(pool, dataset, tmp_path, refe
 
 
 @pytest.mark.parametrize("name", ["dp2-zero0", "dp2-zero1", "dp2-zero3", "pp2", "dp2-pp2-zero1", "recompute-full"])
-def test_bf16_follows_fp32(pool, dataset, tmp_path, deep_reference, name):
+def test_bf16_losses_and_norms_are_close_to_fp32(pool, dataset, tmp_path, deep_reference, name):
     layout, overrides = LAYOUTS[name], {**deep("mmdit"), "train.dtype": "bf16"}
     found = pool.run(layout.ranks, trace, "mmdit", layout, dataset, tmp_path, None, **overrides)[0]
     for a, b in zip(found.losses, deep_reference["mmdit"].losses, strict=True):
