@@ -54,7 +54,7 @@ class Share:
 
 
 def dry_run(config: Config, world: int, rank: int) -> Share:
-    """Build rank ``rank`` of ``world``. Raises UserError for any error that would stop the job at its start.
+    """Build rank ``rank`` of ``world``. Raises UserError if the job would be refused at its start.
 
     The dataset is checked if it exists on this machine.
     """

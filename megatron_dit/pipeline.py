@@ -50,7 +50,7 @@ class Chunk(nn.Module):
 
 
 class Pipeline:
-    """The virtual stages of this rank, and the schedule that runs micro-batches through the whole pipeline."""
+    """The virtual stages of this rank, and the schedule that runs micro-batches through all stages."""
 
     def __init__(self, model: DiffusionTransformer, config: Config, topology: Topology, dtype: torch.dtype) -> None:
         parallel, interleaved = config.parallel, config.parallel.chunks > 1

@@ -1,11 +1,11 @@
 """The checkpoint format, and the reader that assembles full tensors from it.
 
-A checkpoint is a folder with ``step_00001000/manifest.json`` and one ``rank_00000.safetensors`` per writing rank. A
-rank's file stores flat fp32 ranges of tensor-parallel shards under ``KEY/NAME``. KEY is master, exp_avg, exp_avg_sq,
-ema, or ema_0, ... for ``train.ema_sigma_rel``; the manifest's ``states`` lists the keys. The file's metadata store the
-tensor-parallel rank and the start of each NAME's range in the shard. A checkpoint written in any layout can therefore
-be loaded in any other. The learning rate, noise, dropped conditions and data order are functions of the config, the
-seed and the step, so no other state needs to be stored.
+A checkpoint is a folder, e.g. ``step_00001000``, with ``manifest.json`` and one ``rank_00000.safetensors`` per writing
+rank. A rank's file stores flat fp32 ranges of tensor-parallel shards under ``KEY/NAME``. KEY is master, exp_avg,
+exp_avg_sq, ema, or ema_0, ... for ``train.ema_sigma_rel``; the manifest's ``states`` lists the keys. The file's
+metadata contain the tensor-parallel rank and the start of each NAME's range in the shard. A checkpoint written in any
+layout can therefore be loaded in any other. The learning rate, noise, dropped conditions and data order are functions
+of the config, the seed and the step, so no other state needs to be stored.
 """
 
 from __future__ import annotations
@@ -161,7 +161,7 @@ class CheckpointReader:
             low, high = max(start, fragment.start), min(stop, fragment.stop)
             if fragment.tensor_rank != tensor_rank or low >= high:
                 continue
-            with _damage(fragment.file), safe_open(fragment.file, framework="pt") as file:
+            with _torn_on_error(fragment.file), safe_open(fragment.file, framework="pt") as file:
                 piece = file.get_slice(f"{key}/{name}")[low - fragment.start : high - fragment.start]
                 if piece.shape != (high - low,):
                     raise Torn(f"{fragment.file}: {key}/{name} is shorter than {fragment.stop - fragment.start}")
@@ -177,7 +177,7 @@ class CheckpointReader:
         found: dict[str, list[Fragment]] = {}
         for name in self.manifest["files"]:
             path = self.folder / name
-            with _damage(path), safe_open(path, framework="pt") as file:
+            with _torn_on_error(path), safe_open(path, framework="pt") as file:
                 about = file.metadata()
                 rank = int(about["tensor_rank"])
                 for param, start in json.loads(about["starts"]).items():
@@ -192,7 +192,7 @@ class CheckpointReader:
 
 
 @contextmanager
-def _damage(path: Path) -> Iterator[None]:
+def _torn_on_error(path: Path) -> Iterator[None]:
     """Raise Torn for any error of reading a file of tensors, whose header may contain arbitrary values."""
     try:
         yield

@@ -68,7 +68,7 @@ class Saver:
     def begin(self, folder: Path, keys: Sequence[str] = ()) -> None:
         """Start writing ``folder/step_N``: masters and all states, or only ``keys``. ``folder`` must exist."""
         keys = keys or (STATE, *state_keys(self._engine.config.train))
-        views, about = _share(self._engine, keys)
+        views, about = _local_ranges(self._engine, keys)
         for name, view in views.items():
             if name not in self._copies:
                 self._copies[name] = torch.empty(view.shape, pin_memory=view.is_cuda)
@@ -83,7 +83,7 @@ class Saver:
     def save(self, folder: Path, keys: Sequence[str] = ()) -> Path:
         """Write a checkpoint and return its path, without a background copy. Collective."""
         keys = keys or (STATE, *state_keys(self._engine.config.train))
-        self._start(folder, keys, *_share(self._engine, keys))
+        self._start(folder, keys, *_local_ranges(self._engine, keys))
         return self.commit()
 
     def _start(self, folder: Path, keys: Sequence[str], tensors: dict[str, Tensor], about: dict[str, str]) -> None:
@@ -114,11 +114,11 @@ class Saver:
         assert self._thread is not None
         self._thread.join()
         self._thread = None
-        shares = gather((self._error, self._written))
-        error = next((f" ({error}): {REMEDY}" for error, _ in shares if error), None)
+        results = gather((self._error, self._written))
+        error = next((f" ({error}): {REMEDY}" for error, _ in results if error), None)
         if self.first and error is None:
             try:
-                files = {name: record for _, written in shares for name, record in sorted(written.items())}
+                files = {name: record for _, written in results for name, record in sorted(written.items())}
                 _finish(self._part, self._target, {**self._manifest, "files": files})
             except OSError as caught:
                 error = f" ({caught}): {REMEDY}"
@@ -199,8 +199,8 @@ def _point(target: Path) -> None:
     aside.replace(latest)
 
 
-def _share(engine: Engine, keys: Sequence[str]) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Return what this rank writes: flat fp32 ranges by KEY/NAME, and the file's metadata."""
+def _local_ranges(engine: Engine, keys: Sequence[str]) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Return the flat fp32 ranges that this rank writes, by KEY/NAME, and the file's metadata."""
     topology = engine.topology
     views, starts = {}, {}
     for number, (name, shard) in enumerate(engine.masters.shards.items()):

@@ -139,7 +139,7 @@ def _mmdit(config: ModelConfig, patches: int) -> Parts:
     embed = _patch_embed(config, patches) + _time_embed(config) + _linear(text, config.text_dim, d, of_data=True)
     image = _linear(1, d, 6 * d) + _layer(config, patches) + _attention(patches + text, patches + text, d)
     block = image + _linear(1, d, 6 * d) + _layer(config, text)
-    last = image + _linear(1, d, 2 * d) + _linear(text, d, 3 * d)  # its text is only used as keys and values
+    last = image + _linear(1, d, 2 * d) + _linear(text, d, 3 * d)  # text is only an input of its attention
     head = _linear(1, d, 2 * d) + _readout(config, patches)
     return embed, [block] * (config.depth - 1) + [last], head
 

@@ -34,8 +34,8 @@ def load_model(reader: CheckpointReader, config: Config, *, ema: bool = True) ->
     with torch.device(device()):
         model = build_unsharded(config.model)
     multipliers = reader.manifest["multipliers"]
-    taken = {f"{name}.weight" for name, layer in model.named_modules() if hasattr(layer, "multiplier")}
-    unknown = next((name for name in multipliers if name not in taken), None)
+    supported = {f"{name}.weight" for name, layer in model.named_modules() if hasattr(layer, "multiplier")}
+    unknown = next((name for name in multipliers if name not in supported), None)
     if unknown is not None:
         raise UserError(
             f"{reader.folder} has a forward multiplier for {unknown}, whose layer supports none; use another checkpoint"

@@ -18,7 +18,7 @@ from tests.configs import small, write_config
 MOUNT = "mount -t tmpfs -o size={size}k tmpfs {folder}"
 
 
-def alone(script):
+def run_in_namespace(script):
     """Run a shell script in its own mount namespace, which needs no privileges."""
     return subprocess.run(["unshare", "-rm", "bash", "-euc", script], capture_output=True, text=True, timeout=240)
 
@@ -26,7 +26,7 @@ def alone(script):
 @pytest.fixture(scope="module", autouse=True)
 def _mounts(tmp_path_factory):
     folder = tmp_path_factory.mktemp("probe")
-    if not shutil.which("unshare") or alone(MOUNT.format(size=64, folder=folder)).returncode:
+    if not shutil.which("unshare") or run_in_namespace(MOUNT.format(size=64, folder=folder)).returncode:
         pytest.skip("unprivileged processes cannot mount a file system on this machine")
 
 
@@ -59,7 +59,7 @@ def size_of_one():
 def test_full_disk_is_reported_and_earlier_checkpoints_are_kept(disk):
     config, folder, outside = disk
     size = int(3.5 * size_of_one())  # space for three checkpoints and the logs
-    out = alone(f"""
+    out = run_in_namespace(f"""
         {MOUNT.format(size=size, folder=folder)}
         {train(config)} && exit 1 || test $? = 2
         cp -r {folder}/run {outside}/full
@@ -86,7 +86,7 @@ def test_full_disk_is_reported_and_earlier_checkpoints_are_kept(disk):
 def test_read_only_folder_is_reported_on_one_line(disk):
     config, folder, _ = disk
     subprocess.run(train(config, "train.steps=4").split(), check=True, capture_output=True)
-    out = alone(f"""
+    out = run_in_namespace(f"""
         mount --bind {folder} {folder}
         mount -o remount,bind,ro {folder}
         {train(config)} && exit 1 || test $? = 2
@@ -103,7 +103,7 @@ def test_read_only_folder_is_reported_on_one_line(disk):
 def test_unmounted_folder_is_reported_and_nothing_is_written_to_the_mount_point(disk):
     """If a network file system is unmounted, the directory below the mount point is on another disk."""
     config, folder, outside = disk
-    out = alone(f"""
+    out = run_in_namespace(f"""
         {MOUNT.format(size=65536, folder=folder)}
         {train(config, "train.steps=100000", "checkpoint.every=20", "checkpoint.keep=2")} > {outside}/out 2>&1 &
         until test -e {folder}/run/checkpoints/step_00000040; do sleep 0.05; done

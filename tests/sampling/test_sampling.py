@@ -84,8 +84,8 @@ def test_image_does_not_depend_on_its_batch(trained):
     together = sampler.draw(PROMPTS)
     assert together.shape == (3, 16, 16, 3)
     assert together.dtype == np.uint8
-    alone = np.concatenate([sampler.draw([prompt]) for prompt in PROMPTS])
-    assert np.abs(together.astype(int) - alone).max() <= 1  # batched products may round differently
+    separate = np.concatenate([sampler.draw([prompt]) for prompt in PROMPTS])
+    assert np.abs(together.astype(int) - separate).max() <= 1  # batched products may round differently
     reversed_batches = sampler.draw(PROMPTS[::-1], batch=2)[::-1]
     assert np.abs(together.astype(int) - reversed_batches).max() <= 1
     assert (sampler.draw(PROMPTS, seed=1) != together).any()
