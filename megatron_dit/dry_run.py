@@ -1,6 +1,7 @@
-"""One rank's share of a job of any size, built for real on this machine, without the others.
+"""Build one rank of a job of any size on this machine, without the other ranks.
 
-torch's fake process group answers every collective at once with nothing, so values mean nothing; sizes do.
+torch's fake process group completes every collective immediately without communication, so the sizes of tensors are
+real but their values are meaningless.
 """
 
 from __future__ import annotations
@@ -31,39 +32,39 @@ GIB = 2**30
 
 @dataclass(frozen=True)
 class Share:
-    """What a rank of a job holds."""
+    """Blocks and memory of one rank of a job."""
 
-    parameters: int  # of the whole model
+    parameters: int  # of the full model
     world: int
     rank: int
     tensor_rank: int
     data_rank: int
     pipeline_rank: int
     blocks: list[int]
-    held: StateBytes  # counted on the rank as it was built
-    expected: StateBytes  # by arithmetic on the parameters' shapes
-    stage_flops: list[int]  # of a training step for one sample, by pipeline stage
-    bubble: float  # share of a step in which a pipeline stage waits, were the stages equal
+    held: StateBytes  # measured on the rank that was built
+    expected: StateBytes  # computed from the parameters' shapes
+    stage_flops: list[int]  # FLOPs of a training step for one sample, per pipeline stage
+    bubble: float  # fraction of a step in which a pipeline stage idles, assuming equal stages
     seconds: float
 
     @property
     def imbalance(self) -> float:
-        """The busiest pipeline stage's FLOPs over the mean: how much longer the split makes a step."""
+        """FLOPs of the busiest pipeline stage divided by the mean: the slow-down of a step by an uneven split."""
         return max(self.stage_flops) * len(self.stage_flops) / sum(self.stage_flops)
 
 
 def dry_run(config: Config, world: int, rank: int) -> Share:
-    """Build the share of ``rank`` of ``world``. Raises UserError for what the job's start would refuse.
+    """Build rank ``rank`` of ``world``. Raises UserError if the job would be refused at its start.
 
-    The data are checked where they are on this machine.
+    The dataset is checked if it exists on this machine.
     """
-    check(world >= 1, f"--world {world}: expected at least 1")
-    check(0 <= rank < world, f"--rank {rank}: expected 0 to {world - 1}")
+    check(world >= 1, f"--world {world} is invalid; expected at least 1")
+    check(0 <= rank < world, f"--rank {rank} is invalid; expected 0 to {world - 1}")
     started = time.monotonic()
     data_parallel = config.data_parallel(world)
     if Path(config.data.path).exists():
         check_fit(read_data(config.data), config)
-    os.environ["LOCAL_RANK"] = str(launch_environment().local_rank)  # DeepSpeed asks for it
+    os.environ["LOCAL_RANK"] = str(launch_environment().local_rank)  # DeepSpeed reads it
     dist.init_process_group("fake", store=fake_pg.FakeStore(), rank=rank, world_size=world)
     topology = build_topology(config)
     engine = Engine(config, topology)
@@ -71,7 +72,8 @@ def dry_run(config: Config, world: int, rank: int) -> Share:
     stages = [config.block_runs()[stage :: topology.pipeline_size] for stage in range(topology.pipeline_size)]
     flops = model_flops(config.model, config.model.sample_size, config.model.sample_size)
     micro_batches = config.train.global_batch // (data_parallel * config.train.micro_batch)
-    waiting = (topology.pipeline_size - 1) / config.parallel.chunks  # in micro-batches (arXiv 2104.04473, 2.2)
+    # Idle time in units of one micro-batch (arXiv 2104.04473, section 2.2).
+    idle = (topology.pipeline_size - 1) / config.parallel.chunks
     return Share(
         parameters=sum(math.prod(param.shape) for param in params),
         world=world,
@@ -83,13 +85,13 @@ def dry_run(config: Config, world: int, rank: int) -> Share:
         held=engine.held_bytes(),
         expected=state_bytes(config, params, data_parallel, topology.pipeline_rank),
         stage_flops=[sum(flops.stage(run).model for run in runs) for runs in stages],
-        bubble=waiting / (waiting + micro_batches),
+        bubble=idle / (idle + micro_batches),
         seconds=time.monotonic() - started,
     )
 
 
 def print_share(config: Config, share: Share) -> None:
-    """A table of the bytes, and of a pipeline how even its stages are."""
+    """Print a table of the memory and, for a pipeline, how evenly its stages are balanced."""
     parallel = config.parallel
     table = Table(
         title=f"rank {share.rank} of {share.world}: tensor {share.tensor_rank} of {parallel.tensor}, "
@@ -97,8 +99,8 @@ def print_share(config: Config, share: Share) -> None:
         f"pipeline {share.pipeline_rank} of {parallel.pipeline}, ZeRO {parallel.zero_stage}",
         min_width=90,
     )
-    for column in ("", "bytes held", "GiB", "by arithmetic"):
-        table.add_column(column, justify="right" if column else "left")
+    for column in ("state", "bytes", "GiB", "predicted bytes"):
+        table.add_column(column, justify="left" if column == "state" else "right")
     expected = {**asdict(share.expected), "total": share.expected.total}
     for name, count in {**asdict(share.held), "total": share.held.total}.items():
         differs = "" if expected[name] == count else " DIFFERS"
@@ -107,11 +109,11 @@ def print_share(config: Config, share: Share) -> None:
     console.print(f"{share.parameters:,} parameters ({share.parameters / 1e9:.1f}B); blocks {share.blocks} here")
     console.print(table)
     if parallel.pipeline > 1:
-        shares = ", ".join(f"{flops / sum(share.stage_flops):.1%}" for flops in share.stage_flops)
+        fractions = ", ".join(f"{flops / sum(share.stage_flops):.1%}" for flops in share.stage_flops)
         console.print(
-            f"FLOPs of the pipeline's stages: {shares}; the busiest has {share.imbalance:.3f} times the mean; "
-            f"a stage waits {share.bubble:.1%} of a step"
+            f"FLOPs per pipeline stage: {fractions}; the busiest stage has {share.imbalance:.3f} times the mean; "
+            f"a stage is idle for {share.bubble:.1%} of a step"
         )
     if not Path(config.data.path).exists():
-        console.print(plain(f"data.path={config.data.path} is not on this machine: not checked"))
-    console.print(f"built in {share.seconds:.0f} s; activations and communication buffers are not in it")
+        console.print(plain(f"data.path={config.data.path} does not exist on this machine and was not checked"))
+    console.print(f"built in {share.seconds:.0f} s; activations and communication buffers are not included")

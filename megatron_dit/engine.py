@@ -1,4 +1,4 @@
-"""One optimizer step in any layout: training's only contact with DeepSpeed."""
+"""The engine: runs one optimizer step in any layout. The training loop uses DeepSpeed only through it."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 @dataclass
 class Losses:
-    """Mean losses of a step's micro-batches on this rank; a pipeline stage has those that are computed on it."""
+    """Mean losses of a step's micro-batches on this rank; a pipeline stage has only the losses computed on it."""
 
     objective: list[Tensor] = field(default_factory=list)
     alignment: list[Tensor] = field(default_factory=list)
@@ -48,38 +48,41 @@ class Losses:
 
 
 def sizes(taps: Taps) -> dict[str, float]:
-    """Mean |x| of intermediates."""
+    """Return the mean absolute value of each intermediate."""
     return {name: float(tap.detach().float().abs().mean()) for name, tap in taps.items()}
 
 
 def poisoned(loss: Tensor) -> Tensor:
-    """A loss that is not finite makes the gradient so on every rank, and the step is skipped by all."""
+    """Return the loss, or NaN if it is not finite.
+
+    A NaN loss makes the gradient NaN on every rank, so that all ranks skip the step.
+    """
     return loss * torch.where(torch.isfinite(loss.detach()), 1.0, float("nan"))
 
 
 @dataclass(frozen=True)
 class StepMetrics:
-    """Figures of one step, equal on all ranks."""
+    """Metrics of one step, equal on all ranks."""
 
-    loss: float  # mean over the global batch; NaN or inf where it was not finite
-    grad_norm: float  # global, before clipping; inf where it was not finite
+    loss: float  # mean over the global batch; NaN or inf if not finite
+    grad_norm: float  # global norm before clipping; inf if not finite
     lr: float  # base learning rate after the schedule
-    skipped: bool  # loss or gradient not finite: weights, moments and EMA untouched
-    bad_samples: dict[str, int]  # samples that could not be read and had no part in it, by cause
-    stop: bool  # some rank was asked to stop
-    busy: bool  # some rank said that it is writing a checkpoint
+    skipped: bool  # the loss or gradient was not finite; weights, moments and EMA are unchanged
+    bad_samples: dict[str, int]  # number of unreadable samples, which do not contribute to the step, by cause
+    stop: bool  # whether any rank was asked to stop
+    busy: bool  # whether any rank is writing a checkpoint
     alignment: float | None  # REPA's loss, mean over the global batch; None without REPA
-    monitors: dict[str, float]  # activations, gradient norms, update sizes; empty unless asked for
+    monitors: dict[str, float]  # activations, gradient norms, update sizes; empty unless requested
 
 
 class Engine:
-    """Model, optimizer and their shards on this rank. ``topology`` must match ``config.parallel``."""
+    """Model and optimizer, as sharded on this rank. ``topology`` must match ``config.parallel``."""
 
     def __init__(self, config: Config, topology: Topology) -> None:
         import deepspeed
 
         logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
-        # A shared-memory all-reduce for CPUs that DeepSpeed would compile at start-up; gloo serves.
+        # Without this DeepSpeed compiles a shared-memory all-reduce for CPUs at start-up; gloo is sufficient.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         self.config, self.topology = config, topology
         self.params: Mapping[str, Param] = describe(build_unsharded, config)
@@ -88,7 +91,7 @@ class Engine:
         self._dtype, mpu = DTYPES[config.train.dtype], DeepSpeedMpu()
         sharded: Any = contextlib.nullcontext()
         if config.parallel.zero_stage == 3:
-            # Left to itself Init partitions over all ranks, which mixes different tensor-parallel shards.
+            # By default Init partitions over all ranks, which would mix different tensor-parallel shards.
             group = topology.data_group
             sharded = deepspeed.zero.Init(data_parallel_group=group, config_dict_or_path=ds_config, mpu=mpu)
         runs = config.block_runs()[topology.pipeline_rank :: topology.pipeline_size]
@@ -102,7 +105,7 @@ class Engine:
         groups = optimizer_groups(model.named_parameters(), held, config.optimizer)
         adamw = agreed(lambda: choose(config.optimizer))
         self.optimizer = AdamWithEma(groups, config.optimizer, averages(config.train), adamw)
-        with contextlib.redirect_stdout(io.StringIO()):  # its optimizers print their memory use as they are built
+        with contextlib.redirect_stdout(io.StringIO()):  # DeepSpeed's optimizers print their memory use
             self._engine: Any = deepspeed.initialize(
                 model=model, optimizer=self.optimizer, config=ds_config, mpu=mpu, dist_init_required=False
             )[0]
@@ -111,20 +114,20 @@ class Engine:
         self.optimizer.create_state(self.masters.flats)
         self._monitor = StepMonitor(self.params, self.masters, topology)
         self.step = 0
-        self.bad_samples: dict[str, int] = {}  # that could not be read since the run began, by cause
-        self.data: dict[str, str] = {}  # what the data are, kept in checkpoints
+        self.bad_samples: dict[str, int] = {}  # number of unreadable samples since the start of the run, by cause
+        self.data: dict[str, str] = {}  # fingerprint of the dataset, stored in checkpoints
         self._objective = OBJECTIVES[config.objective.kind]
         self._pipeline = Pipeline(model, config, topology, self._dtype) if topology.pipeline_size > 1 else None
 
     @property
     def groups(self) -> list[dict[str, Any]]:
-        """The optimizer's groups, with names, lr and weight decay."""
+        """Parameter groups of the optimizer, each with its parameters' names, lr and weight decay."""
         return self._engine.optimizer.param_groups
 
-    # --- state from outside -------------------------------------------------------------------------
+    # --- loading of state -------------------------------------------------------------------------
 
     def initialise(self) -> None:
-        """Fill the weights by (seed, global name) and set their averages to them."""
+        """Initialise the weights from (seed, global name), and the weight averages to the same values."""
         self.load({"master": lambda name: initial_value(self.params[name], self.config.seed)})
         for shard in self.masters.shards.values():
             for name in averages(self.config.train):
@@ -134,40 +137,44 @@ class Engine:
         """Write masters and optimizer states from full tensors by global name. Collective.
 
         ``sources`` maps ``master`` or a state (``state_keys``) to a function that returns a parameter's full
-        fp32 tensor; one tensor at a time is held.
+        fp32 tensor. Only one full tensor is in memory at a time.
         """
         rank, size = self.topology.tensor_rank, self.topology.tensor_size
 
         def range_of(key: str, name: str, shard: MasterShard) -> Tensor:
             param = self.params[name]
-            whole = cut(sources[key](name), param.dim, param.pieces, rank, size)
-            return whole.reshape(-1)[shard.start : shard.start + shard.numel]
+            tensor = cut(sources[key](name), param.dim, param.pieces, rank, size)
+            return tensor.reshape(-1)[shard.start : shard.start + shard.numel]
 
         self.fill(list(sources), range_of)
 
     @torch.no_grad()
     def fill(self, keys: Sequence[str], range_of: Callable[[str, str, MasterShard], Tensor]) -> None:
-        """Write this rank's ranges of masters and optimizer states (``keys``) from outside. Collective."""
+        """Write this rank's ranges of masters and optimizer states (``keys``). Collective.
+
+        ``range_of(key, name, shard)`` returns the values of one flat range.
+        """
         for key in keys:
             for name, shard in self.masters.shards.items():
                 self.view(shard, key).copy_(range_of(key, name, shard))
         self.masters.publish()
 
     def resume_at(self, step: int, adam_steps: float) -> None:
-        """Continue at ``step``, the moments being ``adam_steps`` old (skipped steps do not age them)."""
+        """Set the step, and the optimizer's number of updates, which excludes skipped steps."""
         self.step = step
         self.optimizer.resume_at(round(adam_steps))
 
     @property
     def adam_steps(self) -> int:
+        """Number of optimizer updates, i.e. of steps that were not skipped."""
         return self.optimizer.age
 
     def view(self, shard: MasterShard, key: str) -> Tensor:
-        """This rank's flat fp32 range of a master (``key`` "master") or of an optimizer state."""
+        """Return this rank's flat fp32 range of a master (``key`` "master") or of an optimizer state."""
         return shard.master() if key == "master" else shard.state(self.optimizer, key)
 
     def held_bytes(self) -> StateBytes:
-        """What this rank holds, counted."""
+        """Return the bytes of weights, gradients, masters, moments and EMA that this rank has allocated."""
         weights, gradients, masters = self.masters.held_bytes()
         states = [self.optimizer.state[flat] for flat in self.masters.flats]
         moments = sum(state[key].nbytes for state in states for key in ("exp_avg", "exp_avg_sq"))
@@ -177,7 +184,10 @@ class Engine:
     # --- one step -----------------------------------------------------------------------------------
 
     def train_step(self, batch: Batch, stop: bool = False, busy: bool = False, monitor: bool = False) -> StepMetrics:
-        """Forward, backward and optimizer step on this rank's share of the global batch. Collective."""
+        """Run forward, backward and the optimizer step on this rank's part of the global batch. Collective.
+
+        ``stop`` and ``busy`` are combined over all ranks by "or". ``monitor`` requests ``StepMetrics.monitors``.
+        """
         config = self.config
         factor = lr_factor(self.step, config.optimizer, config.train.steps)
         set_lr(self.groups, factor)
@@ -205,7 +215,8 @@ class Engine:
         causes = [cause for cause, _ in batch.bad]
         counts = [float(causes.count(cause)) for cause in CAUSES]
         loss_sum, aligned, stops, writing, *bad = sum_over_ranks([*losses.means(), float(stop), float(busy), *counts])
-        # One stage has the loss, one the projector; bad samples, seen by every stage and shard, weigh nothing.
+        # Only the last pipeline stage has the loss and only one has the projector, whereas every pipeline stage and
+        # tensor-parallel rank counts the same bad samples. Bad samples have weight 0 in the losses.
         bad_samples = {
             cause: round(count * self.topology.data_size / self.topology.world)
             for cause, count in zip(CAUSES, bad, strict=True)
@@ -229,7 +240,7 @@ class Engine:
 
     @torch.no_grad()
     def activations(self, batch: Batch) -> dict[str, float]:
-        """Mean |x| of every named intermediate over the ranks' batches. Collective."""
+        """Return the mean absolute value of every named intermediate over all ranks' batches. Collective."""
         found: dict[str, list[float]] = {}
 
         def forward(model: Callable[..., Tensor], micro: Batch) -> tuple[Tensor, Tensor | None]:
@@ -249,16 +260,17 @@ class Engine:
 
     def _monitors(self, taps: Taps, norm: float) -> dict[str, float]:
         clip = self.config.optimizer.grad_clip
-        figures = self._monitor.figures(min(1.0, clip / norm) if clip else 1.0)
+        metrics = self._monitor.figures(min(1.0, clip / norm) if clip else 1.0)
         activations = {f"activation/{name}": size for name, size in mean_over_ranks(sizes(taps)).items()}
-        return {**activations, **figures}
+        return {**activations, **metrics}
 
     def _loss(
         self, model: Callable[..., Tensor], batch: Batch, losses: Losses, taps: Taps | None = None
     ) -> tuple[Tensor, Tensor | None]:
-        """Run a micro-batch through the model, or a pipeline's chunk of it: (its output, the loss to minimise).
+        """Run a micro-batch through the model or a virtual stage; return (output, loss to minimise).
 
-        The loss is None of a chunk that is not the last: REPA's is then attached to its output.
+        The loss is None unless this is the last virtual stage. An earlier stage with REPA's projector attaches REPA's
+        loss to its output instead.
         """
         repa, config = self.config.model.repa_block > 0, self.config.objective
         seen: Taps | None = {} if repa or taps is not None else None
@@ -284,7 +296,7 @@ class Engine:
         return (out if extra is None else attach(out, poisoned(extra) / micro_batches)), None
 
     def _optimizer_step(self) -> tuple[float, bool]:
-        """(global gradient norm before clipping, whether the step was skipped)."""
+        """Step the optimizer; return (global gradient norm before clipping, whether the step was skipped)."""
         if self.config.parallel.zero_stage == 0:
             return self._unsharded_step()
         self._engine.step()
@@ -294,7 +306,7 @@ class Engine:
         return norm, skipped
 
     def _unsharded_step(self) -> tuple[float, bool]:
-        """Stage 0: the clipping and skipping that DeepSpeed's ZeRO optimizers do by themselves."""
+        """Step at ZeRO stage 0, with clipping and skipping, which DeepSpeed implements only for stages 1 to 3."""
         gradients = [(p, p.grad) for p in self.model.parameters() if p.grad is not None]
         square = torch.zeros((), device=device())
         for p, gradient in gradients:

@@ -1,4 +1,4 @@
-"""Start N ranks of a command on this machine: what ``--procs`` does. For more machines see ``launch/``."""
+"""Start N ranks of a command on this host, as ``--procs`` does. For several hosts see ``launch/``."""
 
 from __future__ import annotations
 
@@ -18,20 +18,20 @@ from typing import NoReturn
 
 from megatron_dit.runtime.launch_environment import LAUNCHER_PREFIXES, RANK_VARIABLES
 
-GRACE_SECONDS = 2.0  # from the first rank's failure to the end of the others
-REMINDER_SECONDS = 10.0  # from a signal to a line about the ranks that have not ended
-DELAY_SECONDS = 0.3  # before ranks' standard error is printed, to learn first whether another rank's failure caused it
-LAST_LINES = 40  # of a failed rank's standard error, printed at the end
-LAUNCHED = "MEGATRON_DIT_LAUNCHED"  # set for the ranks of --procs
+GRACE_SECONDS = 2.0  # between the first rank's failure and the killing of the other ranks
+REMINDER_SECONDS = 10.0  # between a signal and the message about ranks that have not ended
+DELAY_SECONDS = 0.3  # before a rank's standard error is printed, because another rank's failure may have caused it
+LAST_LINES = 40  # number of lines of a failed rank's standard error printed at the end
+LAUNCHED = "MEGATRON_DIT_LAUNCHED"  # environment variable set for the ranks of --procs
 
 
 def run_ranks(arguments: Sequence[str], ranks: int, *, quiet: bool = False, stop_seconds: float = 120.0) -> int:
-    """Run ``python -m megatron_dit ARGUMENTS`` on ``ranks`` processes; returns the exit status.
+    """Run ``python -m megatron_dit ARGUMENTS`` in ``ranks`` processes and return the exit status.
 
-    If a rank fails, the others are killed, and its status is returned: 128 + n if signal n killed it. Its last lines on
-    standard error are printed last. SIGTERM and SIGINT are passed on to every rank once; ranks that have not ended
-    ``stop_seconds`` later are killed, or at once at a second signal. The ranks die with this process. ``quiet``
-    discards their standard output.
+    If a rank fails, the others are killed, its last lines of standard error are printed, and its status is returned
+    (128 + n if signal n killed it). SIGTERM and SIGINT are forwarded to every rank once. Ranks that have not ended
+    after ``stop_seconds`` are killed; a second signal kills them at once. The ranks end if this process ends.
+    ``quiet`` discards their standard output.
     """
     with socket.socket() as sock:
         sock.bind(("127.0.0.1", 0))
@@ -41,7 +41,7 @@ def run_ranks(arguments: Sequence[str], ranks: int, *, quiet: bool = False, stop
 
 
 class _Rank:
-    """A rank's process. Its standard error is piped, so that the last lines of a failed rank can be printed last."""
+    """Process of one rank. Its standard error is piped, so that a failed rank's last lines can be printed last."""
 
     def __init__(self, number: int, arguments: Sequence[str], shared: dict[str, object], quiet: bool) -> None:
         self.number = number
@@ -54,7 +54,7 @@ class _Rank:
         self.process = subprocess.Popen(
             [sys.executable, "-m", "megatron_dit", *arguments],
             env={**inherited, **{name: str(value) for name, value in own.items()}},
-            start_new_session=True,  # the terminal's Ctrl-C reaches us alone, and we pass it on once
+            start_new_session=True,  # the terminal's Ctrl-C reaches only this process, which forwards it once
             preexec_fn=die_with_parent,
             stdout=subprocess.DEVNULL if quiet else None,
             stderr=subprocess.PIPE,
@@ -62,8 +62,8 @@ class _Rank:
             errors="backslashreplace",
         )
         self.last: deque[str] = deque(maxlen=LAST_LINES)
-        self.waiting: deque[tuple[float, str]] = deque()  # lines that are not printed yet, and when they arrived
-        self.wrote = 0.0  # when the last line arrived
+        self.waiting: deque[tuple[float, str]] = deque()  # lines not printed yet, with their arrival times
+        self.wrote = 0.0  # arrival time of the last line
         self._reader = threading.Thread(target=self._read, daemon=True)
         self._reader.start()
 
@@ -75,7 +75,7 @@ class _Rank:
             self.waiting.append((self.wrote, line))
 
     def finish_reading(self) -> None:
-        """Read the rest of an ended process's output, without waiting for children that keep the pipe open."""
+        """Read the remaining output of an ended process, without waiting for children that keep the pipe open."""
         self._reader.join(timeout=1.0)
 
     @property
@@ -86,18 +86,18 @@ class _Rank:
 
     @property
     def failure(self) -> tuple[bool, bool, float]:
-        """Sort key of ranks that failed at the same time: the cause before those that lost the connection to it."""
+        """Sort key for ranks that failed at the same time; the rank that caused the failure sorts first."""
         code = self.process.poll() or 0
         return code >= 0, code != 2, self.wrote
 
 
 class _Job:
-    """The ranks from their start to their end."""
+    """All ranks of one run, from start to end."""
 
     def __init__(self, arguments: Sequence[str], ranks: int, shared: dict[str, object], quiet: bool) -> None:
         self._ranks = [_Rank(number, arguments, shared, quiet) for number in range(ranks)]
         self._host = socket.gethostname()
-        self._errors: set[str] = set()  # printed: every rank may report the same error
+        self._errors: set[str] = set()  # already printed, because every rank may report the same error
         self._signal, self._signalled, self._reminded = 0, 0.0, 0
 
     def run(self, stop_seconds: float) -> int:
@@ -110,7 +110,7 @@ class _Job:
                 (rank for rank in self._ranks if rank.status), key=lambda rank: rank.failure, default=None
             )
             if first:
-                # Ranks with the same error end by themselves; the others wait for a rank that has ended.
+                # Ranks with the same error end by themselves; the others would wait for the failed rank for ever.
                 self._wait(GRACE_SECONDS)
                 self._send(signal.SIGKILL)
                 continue
@@ -119,7 +119,7 @@ class _Job:
             if self._signal:
                 self._remind(stop_seconds)
         if sys.stdout is not None and sys.stdout.isatty():
-            print("\x1b[?25h", end="", flush=True)  # the cursor, which a killed rank's progress bar leaves hidden
+            print("\x1b[?25h", end="", flush=True)  # show the cursor, which a killed rank's progress bar left hidden
         for rank in self._ranks:
             rank.finish_reading()
         first = first or min((rank for rank in self._ranks if rank.status), key=lambda rank: rank.failure, default=None)
@@ -131,8 +131,8 @@ class _Job:
         """Print why the job failed, unless a rank has done so, and return the exit status."""
         code = first.process.returncode
         if self._signal and -code in (self._signal, signal.SIGKILL):
-            _say(
-                "the ranks were killed before they had saved"
+            _print(
+                "the ranks were killed before they had saved a checkpoint"
                 if code == -signal.SIGKILL
                 else "stopped before the first step"
             )
@@ -140,18 +140,18 @@ class _Job:
         if code == 2:
             return 2
         if code < 0:
-            hint = " (the kernel does so if memory runs out: see dmesg)" if code == -signal.SIGKILL else ""
+            hint = " (possibly by the kernel because memory ran out; see dmesg)" if code == -signal.SIGKILL else ""
             how = f"was killed by {_signal_name(-code)}{hint}"
         else:
             how = f"failed with exit status {code}"
-        last = "; its last lines:" if first.last else ", without a message"
-        _say(f"error: rank {first.number} of {len(self._ranks)} on host {self._host} {how}{last}")
+        last = "; its last lines:" if first.last else " and printed no message"
+        _print(f"error: rank {first.number} of {len(self._ranks)} on host {self._host} {how}{last}")
         for line in first.last:
             sys.stderr.write(line)
         return first.status
 
     def _show(self, rank: _Rank, until: float) -> None:
-        """Print what the rank wrote to standard error before ``until``; equal error messages once."""
+        """Print what the rank wrote to standard error before ``until``; identical error messages only once."""
         while rank.waiting and rank.waiting[0][0] <= until:
             line = rank.waiting.popleft()[1]
             if line.startswith("error: "):
@@ -171,12 +171,12 @@ class _Job:
         name, waited = signal.Signals(self._signal).name, time.monotonic() - self._signalled
         left = ", ".join(str(rank.number) for rank in self._running())
         if self._reminded == 0:
-            _say(f"received {name}: the ranks save and stop; send a second signal to kill them at once")
+            _print(f"received {name}: the ranks save and stop; send a second signal to kill them at once")
         elif self._reminded == 1 and waited > min(REMINDER_SECONDS, stop_seconds):
             after = f"after launch.stop_seconds={stop_seconds:g}, or at once by a second signal"
-            _say(f"ranks {left} have not ended {waited:.0f} s after {name}: they will be killed {after}")
+            _print(f"ranks {left} have not ended {waited:.0f} s after {name}: they will be killed {after}")
         elif self._reminded == 2 and waited > stop_seconds:
-            _say(f"ranks {left} have not ended {waited:.0f} s after {name}: killing them")
+            _print(f"ranks {left} have not ended {waited:.0f} s after {name}: killing them")
             self._send(signal.SIGKILL)
         else:
             return
@@ -196,29 +196,29 @@ class _Job:
 
 
 def _signal_name(number: int) -> str:
-    """Python has no names for most real-time signals."""
+    """Return the signal's name, or its number, since Python has no names for most real-time signals."""
     try:
         return signal.Signals(number).name
     except ValueError:
         return f"signal {number}"
 
 
-def _say(line: str) -> None:
+def _print(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
 
 
 def die_with_parent() -> None:
-    """Have Linux kill this rank when the launcher dies, so that no orphan goes on training."""
+    """Let Linux kill this rank when the launcher dies, so that no orphaned rank continues to train."""
     if sys.platform == "linux":
         pr_set_pdeathsig = 1
         ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
 
 
 def leave(status: int) -> NoReturn:
-    """End this process without tearing it down.
+    """End this process without interpreter teardown.
 
-    After an error teardown would wait for collectives that will never come, and a thread of gloo that holds the last
-    reference to a tensor aborts a process whose interpreter is being finalized: the exit status would be lost.
+    After an error, teardown would wait for collectives that never complete. In addition, a gloo thread that holds the
+    last reference to a tensor aborts a process whose interpreter is being finalized, which loses the exit status.
     """
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(OSError):

@@ -1,4 +1,4 @@
-"""What tells a healthy run from a sick one: gradient norms by block, update sizes by μP role, spikes of the loss."""
+"""Monitoring of training: gradient norms by block, update sizes by μP role, and spikes of the loss."""
 
 from __future__ import annotations
 
@@ -17,13 +17,16 @@ from megatron_dit.parallel.topology import Topology
 
 
 class StepMonitor:
-    """Sums over parameters, taken while the optimizer steps: only then are gradients in fp32, averaged and sharded."""
+    """Accumulates sums of squares over parameters while the optimizer steps.
+
+    Only at that time the gradients are in fp32, averaged over ranks, and sharded as the optimizer's states are.
+    """
 
     def __init__(self, params: Mapping[str, Param], masters: Masters, topology: Topology) -> None:
         self._params, self._topology = params, topology
         self._shards: dict[int, list[tuple[str, MasterShard]]] = {}
         for name, shard in masters.shards.items():
-            if topology.tensor_rank == 0 or params[name].dim is not None:  # count what is replicated once
+            if topology.tensor_rank == 0 or params[name].dim is not None:  # count replicated parameters once
                 self._shards.setdefault(id(shard.flat), []).append((name, shard))
         self._copies = topology.data_size if masters.whole else 1
         parts = sorted({_part(name) for name in params})
@@ -34,7 +37,7 @@ class StepMonitor:
         self._sums = torch.zeros(len(names), dtype=torch.float64, device=device())
 
     def observe(self, flat: Tensor, group: Mapping[str, Any], state: Mapping[str, Tensor], age: int) -> None:
-        """Take in a tensor that AdamW just stepped on for the ``age``-th time, its gradient still there."""
+        """Add a flat tensor that AdamW has just updated for the ``age``-th time. Its gradient must still be present."""
         assert flat.grad is not None
         (beta1, beta2), lr, decay = group["betas"], group["lr"], group["weight_decay"]
         for name, shard in self._shards.get(id(flat), []):
@@ -51,9 +54,9 @@ class StepMonitor:
                 self._sums[self._index[key]] += tensor.double().square().sum().to(self._sums.device)
 
     def figures(self, clipped: float) -> dict[str, float]:
-        """Gradient norms by block before clipping by the factor ``clipped``, and |update| / |weight| by role.
+        """Return gradient norms by block before clipping by the factor ``clipped``, and |update| / |weight| by role.
 
-        Collective; starts anew.
+        Collective. Resets the sums.
         """
         sums = self._sums / self._copies
         self._sums = torch.zeros_like(self._sums)
@@ -69,26 +72,28 @@ KINDS = ("update", "weight")
 
 
 def _part(name: str) -> str:
-    """``blocks.3`` of a block's parameter, else the first word: ``head``, ``time_embed``."""
+    """Return the part of the model that a parameter belongs to: ``blocks.3``, ``head``, ``time_embed``, ..."""
     words = name.split(".")
     return ".".join(words[:2]) if words[0] == "blocks" else words[0]
 
 
 class SpikeDetector:
-    """Tells a loss that is more than ``LIMIT`` standard deviations above its running mean."""
+    """Detects losses that are more than ``LIMIT`` standard deviations above their running mean."""
 
-    LIMIT, MEMORY, WARM_UP = 6.0, 0.98, 50  # deviations; weight of the past in the mean; losses before it speaks
+    LIMIT = 6.0  # standard deviations
+    MEMORY = 0.98  # decay of the running mean and variance
+    WARM_UP = 50  # number of losses before spikes are detected
 
     def __init__(self) -> None:
         self._mean, self._variance, self._seen = 0.0, 0.0, 0
 
     def spikes(self, loss: float) -> bool:
-        """Take in the next loss; a spike is kept out of the mean."""
+        """Return whether the next loss is a spike. Spikes do not enter the running mean."""
         deviation = loss - self._mean
         if self._seen >= self.WARM_UP and deviation > self.LIMIT * math.sqrt(self._variance):
             return True
         self._seen += 1
-        weight = max(1 - self.MEMORY, 1 / self._seen)  # the plain mean at first
+        weight = max(1 - self.MEMORY, 1 / self._seen)  # initially the arithmetic mean
         self._mean += weight * deviation
         self._variance = (1 - weight) * (self._variance + weight * deviation**2)
         return False

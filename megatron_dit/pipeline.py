@@ -1,4 +1,4 @@
-"""Megatron-core's pipeline schedules, 1F1B and interleaved, around our models."""
+"""Run the models under Megatron-core's pipeline schedules, 1F1B and interleaved 1F1B."""
 
 from __future__ import annotations
 
@@ -19,18 +19,18 @@ from megatron_dit.models import DiffusionTransformer
 from megatron_dit.parallel.cpu import CudaMeansCpu
 from megatron_dit.parallel.topology import Topology
 
-# (chunk, micro-batch) -> (what the chunk sends on, None), or from the last chunk (prediction, the loss to minimise).
+# (virtual stage, micro-batch) -> (state to send, None), or for the last virtual stage (prediction, loss to minimise).
 Forward = Callable[["Chunk", Batch], tuple[Tensor, Tensor | None]]
 
 
 class Chunk(nn.Module):
-    """A run of blocks, with what Megatron's schedules ask of a model."""
+    """A virtual stage: consecutive blocks, with the attributes that Megatron's schedules require of a model."""
 
     def __init__(self, model: DiffusionTransformer, blocks: range, config: TransformerConfig, number: int) -> None:
         super().__init__()
         self.model, self.blocks, self.config, self.vp_stage = model, blocks, config, number
         self.model_type = ModelType.encoder_or_decoder
-        self.length = 0  # tokens sent on; a state with fewer is padded
+        self.length = 0  # number of tokens sent to the next stage; shorter states are padded
         self._received: Tensor | None = None
 
     @property
@@ -41,13 +41,16 @@ class Chunk(nn.Module):
         self._received = tensors[0]
 
     def forward(self, *inputs: Any) -> Tensor:
-        """The model on (x, t, condition, taps): the prediction of the last chunk, the others' packed state."""
+        """Run the blocks on (x, t, condition, taps).
+
+        Returns the prediction on the last virtual stage, and the packed state on the others.
+        """
         out = self.model(*inputs, self.blocks, self._received)
         return out if self.last else F.pad(out, (0, 0, 0, 0, 0, self.length - len(out)))
 
 
 class Pipeline:
-    """The chunks of this rank's stage, and a way to run micro-batches through all stages."""
+    """The virtual stages of this rank, and the schedule that runs micro-batches through all stages."""
 
     def __init__(self, model: DiffusionTransformer, config: Config, topology: Topology, dtype: torch.dtype) -> None:
         parallel, interleaved = config.parallel, config.parallel.chunks > 1
@@ -58,8 +61,8 @@ class Pipeline:
             pipeline_model_parallel_size=parallel.pipeline,
             virtual_pipeline_model_parallel_size=parallel.chunks if interleaved else None,
             pipeline_dtype=dtype,
-            # Two stages are each other's neighbours on both sides: batched messages of the interleaved schedule
-            # would be crossed, silently. It overlaps them with the compute instead.
+            # With two stages, each is the other's previous and next stage, so the interleaved schedule would silently
+            # mix up batched messages. It overlaps unbatched messages with the computation instead.
             overlap_p2p_comm=interleaved,
             batch_p2p_comm=not interleaved,
             batch_p2p_sync=False,
@@ -71,9 +74,9 @@ class Pipeline:
         self._model, self._interleaved = model, interleaved
 
     def run(self, micro_batches: Sequence[Batch], forward: Forward, *, forward_only: bool = False) -> None:
-        """Forward, and unless ``forward_only`` backward, of all micro-batches: gradients are of their mean loss.
+        """Run the forward and, unless ``forward_only``, the backward pass of all micro-batches.
 
-        Collective over the pipeline.
+        Gradients are those of the micro-batches' mean loss. Collective over the pipeline.
         """
         height, width = micro_batches[0].latents.shape[-2:]
         patches = height * width // self._model.config.patch_size**2
@@ -101,7 +104,11 @@ class Pipeline:
             )
 
     def _shapes(self, received: int, sent: int) -> Callable[[Any, Any], tuple[Any, Any]]:
-        """1F1B takes each boundary's own shape (U-ViT's skips come and go); the interleaved schedule one for all."""
+        """Return a function that sets the shapes of received and sent states for 1F1B.
+
+        Shapes differ between stage boundaries, because U-ViT's skips change the state. The interleaved schedule
+        supports only one shape.
+        """
 
         def adjust(shapes: list[tuple[int, ...]], _: Any) -> tuple[Any, Any]:
             (_, *rest) = shapes[0]
@@ -111,7 +118,7 @@ class Pipeline:
 
 
 def attach(x: Tensor, loss: Tensor) -> Tensor:
-    """``x`` itself, through whose backward ``loss`` is minimised too: a loss in the middle of a pipeline."""
+    """Return ``x`` such that its backward pass also minimises ``loss``, a loss of an intermediate pipeline stage."""
     return _Attached.apply(x, loss)  # pyright: ignore[reportReturnType]
 
 

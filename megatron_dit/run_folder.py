@@ -1,4 +1,4 @@
-"""A run's folder: its resolved config, metrics, TensorBoard events and the loss picture."""
+"""A run's folder: its resolved config, metrics, TensorBoard events and the plot of the loss."""
 
 from __future__ import annotations
 
@@ -20,17 +20,17 @@ if TYPE_CHECKING:
 
 CONFIG = "config.yaml"
 METRICS = "metrics.jsonl"
-LOCK = "run.lock"  # held by rank 0 of the process that trains
-SNAPSHOTS = "ema"  # the averages of train.ema_sigma_rel every checkpoint.ema_every steps
+LOCK = "run.lock"  # held by rank 0 during training
+SNAPSHOTS = "ema"  # snapshots of the averages of train.ema_sigma_rel, every checkpoint.ema_every steps
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
-    """Return the lines logged to a run's folder, without those that are damaged or another program's."""
+    """Return the lines logged to a run's folder, without corrupt or foreign lines."""
     return _read_metrics(folder)[0]
 
 
 def _read_metrics(folder: Path) -> tuple[list[dict[str, Any]], list[int]]:
-    """The lines, and the numbers of damaged ones; a last line that was cut short by a kill is in neither."""
+    """Return the valid lines and the numbers of corrupt ones. A truncated last line is in neither."""
     path = folder / METRICS
     found, damaged = [], []
     lines = path.read_bytes().split(b"\n") if path.is_file() else [b""]
@@ -46,16 +46,16 @@ def _read_metrics(folder: Path) -> tuple[list[dict[str, Any]], list[int]]:
 
 
 def _metrics_of(text: bytes) -> dict[str, Any] | None:
-    """A line as :meth:`RunFolder.log` writes it, figures that are not finite as None; None if it is none of ours."""
+    """Parse a line written by :meth:`RunFolder.log`, with non-finite values as None; return None for any other line."""
     try:
         line = json.loads(text.decode(), parse_constant=lambda _: None)
     except (ValueError, RecursionError):
         return None
     if not isinstance(line, dict) or type(line.get("step")) is not int or "loss" not in line:
         return None
-    figures = (line["loss"], line.get("grad_norm"))
-    ours = all(figure is None or (type(figure) in (int, float) and abs(figure) < 1e300) for figure in figures)
-    return line if ours else None
+    values = (line["loss"], line.get("grad_norm"))
+    valid = all(value is None or (type(value) in (int, float) and abs(value) < 1e300) for value in values)
+    return line if valid else None
 
 
 def _list_lines(numbers: list[int]) -> str:
@@ -68,10 +68,10 @@ def _is_not_finite(value: Any) -> bool:
 
 
 class RunFolder:
-    """Made by every rank (it only reads); rank 0 alone calls the writing methods."""
+    """Folder of a run. Every rank creates this object, which only reads; only rank 0 calls the writing methods."""
 
     def __init__(self, config: Config) -> None:
-        """Raises UserError where the folder holds another run, or something that is no run."""
+        """Raise UserError if the folder contains another run, or files that are not a run."""
         self.path = Path(config.run_dir)
         self.checkpoints = self.path / "checkpoints"
         self.snapshots = self.path / SNAPSHOTS
@@ -84,13 +84,15 @@ class RunFolder:
         if saved is not None:
             difference = first_difference(saved, self._config)
             if difference is not None:
-                raise UserError(f"{self.path} holds another run ({difference}): set run_dir to a new folder")
+                raise UserError(f"{self.path} contains another run ({difference}); set run_dir to a new folder")
         elif self.path.exists() and (not self.path.is_dir() or any(path.name != LOCK for path in self.path.iterdir())):
-            raise UserError(f"run_dir={self.path} exists and is no run of ours: set run_dir to a new folder")
+            raise UserError(f"run_dir={self.path} exists and is not a run; set run_dir to a new folder")
 
     def _saved_config(self) -> tuple[Config | None, str]:
-        """The config of the run in the folder, if there is one, and what is wrong with config.yaml: the newest
-        checkpoint holds the config too. Raises UserError if neither can be used.
+        """Return the config of the run in the folder (None if there is no run), and what is wrong with config.yaml.
+
+        If config.yaml cannot be used, the config in the newest checkpoint is returned. Raises UserError if that
+        cannot be used either.
         """
         path = self.path / CONFIG
         try:
@@ -101,17 +103,17 @@ class RunFolder:
             wrong = error
         reader = newest(self.checkpoints, verify=False)[0]
         if reader is not None:
-            with contextlib.suppress(UserError):  # this version cannot use it: what is wrong with the file counts
+            with contextlib.suppress(UserError):  # this version cannot use it: report the error of config.yaml
                 return reader.config, str(wrong)
         if path.is_file():
-            raise UserError(f"{wrong}; no checkpoint there holds a config to replace it: set run_dir to a new folder")
+            raise UserError(f"{wrong}; no checkpoint contains a usable config either; set run_dir to a new folder")
         return None, ""
 
     def lock(self) -> None:
-        """Lock the folder if it exists, before any of it is read: a running process may still delete what we find.
+        """Lock the folder if it exists. Call this before reading checkpoints, which a running process may delete.
 
-        A new run's folder is created and locked by :meth:`open`, after everything that may be refused.
-        Raises UserError naming the process that holds the lock.
+        The folder of a new run is created and locked by :meth:`open`, after all checks of the config and the data.
+        Raises UserError with the name of the process that holds the lock.
         """
         if self._lock is None and self.path.is_dir():
             with writing(self.path):
@@ -119,8 +121,9 @@ class RunFolder:
             self._check()
 
     def open(self, step: int) -> None:
-        """Create the folder, lock it, write the config, and drop metrics that a run resumed at ``step`` will write
-        anew. Raises UserError if another process holds the lock, or has begun a run in it since we looked.
+        """Create and lock the folder, write the config, and delete metrics after ``step``, which will be rewritten.
+
+        Raises UserError if another process holds the lock, or has started a run in the folder in the meantime.
         """
         with writing(self.path):
             self.path.mkdir(parents=True, exist_ok=True)
@@ -128,15 +131,15 @@ class RunFolder:
                 self.lock()
                 if (self.path / CONFIG).exists():
                     raise UserError(
-                        f"run_dir={self.path} was created by another process just now: run the command again to resume"
+                        f"run_dir={self.path} was just created by another process; run the command again to resume"
                     )
             if self._damage:
-                warn(f"{self._damage}; it is written anew, the config in the newest checkpoint agrees with this run's")
+                warn(f"{self._damage}; rewriting it, because the newest checkpoint's config agrees with this run's")
             save_config(self._config, self.path / CONFIG)
             path = self.path / METRICS
             lines, damaged = _read_metrics(self.path)
             if damaged:
-                warn(f"{path}: {_list_lines(damaged)} cannot be read as metrics of a run, dropped")
+                warn(f"{path}: {_list_lines(damaged)} cannot be read as metrics; deleting them")
             kept = [line for line in lines if line["step"] <= step]
             part = path.with_suffix(".part")
             part.write_text("".join(json.dumps(line) + "\n" for line in kept))
@@ -145,20 +148,21 @@ class RunFolder:
         self._board: SummaryWriter | None = None
         try:
             self._board = self._open_board(step)
-        except OSError as error:  # of no consequence to the run; tried again with each line
-            warn(f"TensorBoard's events cannot be written ({error})")
+        except OSError as error:  # the run does not need TensorBoard; `log` tries again
+            warn(f"TensorBoard events cannot be written ({error})")
 
     def _open_board(self, step: int) -> SummaryWriter:
         from torch.utils.tensorboard import SummaryWriter
 
         folder = self.path / "tensorboard"
-        folder.mkdir(exist_ok=True)  # it would make the parents too, on the disk below a mount that was lost
+        folder.mkdir(exist_ok=True)  # SummaryWriter would create the parents too, e.g. below a mount that was lost
         return SummaryWriter(str(folder), purge_step=step + 1)
 
     def log(self, step: int, figures: dict[str, Any]) -> str:
-        """Add a line to metrics.jsonl and TensorBoard; a figure that is not finite is written as null.
+        """Write a line of metrics to metrics.jsonl (non-finite values as null) and TensorBoard.
 
-        Returns "", or why that could not be done: the line then waits for the next one, TensorBoard goes without it.
+        Returns "" or an error message. After an error the line is written to metrics.jsonl together with the next one;
+        TensorBoard omits it.
         """
         figures = {name: None if _is_not_finite(value) else value for name, value in figures.items()}
         self._waiting += json.dumps({"step": step, **figures}).encode() + b"\n"
@@ -170,16 +174,16 @@ class RunFolder:
                 if value is not None:
                     self._board.add_scalar(f"train/{name}", value, step)
         except OSError as error:
-            self._board = None  # its writer has ended
+            self._board = None  # its writer thread has ended
             return f"metrics cannot be written ({error})"
         return ""
 
     def metrics(self) -> list[dict[str, Any]]:
-        """The lines logged so far."""
+        """Return the lines logged so far."""
         return read_metrics(self.path)
 
     def plot(self) -> None:
-        """Draw loss.png: loss and gradient norm over steps."""
+        """Write loss.png, a plot of the loss and gradient norm over steps."""
         from matplotlib.figure import Figure
 
         lines = [line for line in self.metrics() if line["loss"] is not None and line.get("grad_norm") is not None]
@@ -188,7 +192,7 @@ class RunFolder:
         upper, lower = figure.subplots(2, sharex=True, height_ratios=(2, 1))
         upper.plot(steps, [line["loss"] for line in lines], linewidth=1)
         upper.set_ylabel("loss")
-        upper.set_title(printable(self.path), parse_math=False)  # a $ in a name is no formula
+        upper.set_title(printable(self.path), parse_math=False)  # a $ in the path must not start a formula
         lower.plot(steps, [line["grad_norm"] for line in lines], linewidth=1, color="tab:orange")
         lower.set_yscale("log")
         lower.set(xlabel="step", ylabel="gradient norm")
@@ -197,7 +201,7 @@ class RunFolder:
         figure.savefig(self.path / "loss.png", dpi=120)
 
     def close(self) -> None:
-        """Raises UserError where metrics are still waiting to be written."""
+        """Write the remaining metrics and close the files. Raises UserError if they cannot be written."""
         with writing(self.path):
             self._file.write(self._waiting)
             self._file.close()

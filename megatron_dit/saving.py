@@ -1,4 +1,4 @@
-"""What a run saves and when: checkpoints to resume from, snapshots of its averages, both written beside training."""
+"""Schedule of a run's checkpoints and EMA snapshots, which are written in the background of training."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from megatron_dit.errors import UserError, writing
 from megatron_dit.optimizer import power_averages
 from megatron_dit.run_folder import RunFolder
 
-SECONDS_BETWEEN_PICTURES = 60.0  # to draw one takes longer than to save a small model
+SECONDS_BETWEEN_PICTURES = 60.0  # minimum between updates of loss.png; plotting takes longer than a small checkpoint
 
 
 class RunSaver:
-    """Saves an engine's state after the steps that ``checkpoint.*`` names."""
+    """Saves an engine's state after the steps that ``checkpoint.*`` defines."""
 
     def __init__(self, engine: Engine, run: RunFolder) -> None:
         self._engine, self._run, self._config = engine, run, engine.config
@@ -24,9 +24,10 @@ class RunSaver:
         self._drawn = time.monotonic()
 
     def prepare(self) -> list[str]:
-        """Make the folders, delete what unfinished saves left in them; messages. Rank 0 alone, before any step.
+        """Create the folders and delete the remainders of interrupted saves; return messages.
 
-        Raises UserError if something that is not a checkpoint has the name of one that this run will write.
+        Only rank 0 calls this, before the first step. Raises UserError if an entry that is not a checkpoint has the
+        name of one that this run will write.
         """
         run, config = self._run, self._config.checkpoint
         folders = {run.checkpoints: config.every}
@@ -38,7 +39,7 @@ class RunSaver:
                 folder.mkdir(exist_ok=True)
                 self._check_names_are_free(folder, every)
                 clear(folder)
-            if config.ema_every:  # those of the checkpoints were reported when one was looked for
+            if config.ema_every:  # stray entries among the checkpoints were reported when the run was resumed
                 notes += list_checkpoints(run.snapshots).notes
             return notes + set_aside(run.checkpoints, self._engine.step)
 
@@ -47,18 +48,18 @@ class RunSaver:
         for path, why in list_checkpoints(folder).strays.items():
             step = step_of(path)
             if step is not None and self._engine.step < step <= last and (step % every == 0 or step == last):
-                raise UserError(f"{path} is {why}, but this run will save step {step} under that name: move it away")
+                raise UserError(f"{path} is {why}, but this run will save step {step} under that name; move it away")
 
     @property
     def writing(self) -> bool:
-        """Whether this rank is still writing its share of something."""
+        """Whether this rank is still writing a checkpoint or snapshot."""
         return self._snapshot.writing or self._checkpoint.writing
 
     def after_step(self, busy: bool, last: bool) -> list[str]:
-        """Finish what all ranks have written (``busy``: some have not), begin what is due; lines to say. Collective.
+        """Commit saves that all ranks have written and start those due after this step. Collective.
 
-        A failed write does not stop a run, which says so and tries again at the next; after the ``last`` step it
-        raises UserError.
+        ``busy``: some rank is still writing. Returns messages to print. A failed write does not stop the run: it is
+        reported, and the next save tries again. After the ``last`` step a failed write raises UserError.
         """
         step, config = self._engine.step, self._config.checkpoint
         of_averages = config.ema_every > 0 and (step % config.ema_every == 0 or step == self._config.train.steps)
@@ -71,9 +72,12 @@ class RunSaver:
         return lines + (self.finish(must=True) if last else [])
 
     def finish(self, must: bool = False) -> list[str]:
-        """Wait for what is being written; lines to say. ``must`` raises UserError where it failed. Collective."""
+        """Wait for the saves in progress; return messages to print. Collective.
+
+        If ``must`` is true, raise UserError if a write failed.
+        """
         lines, config = [], self._config.checkpoint
-        # The snapshot first: a run that was killed between them and resumes from the checkpoint never writes it again.
+        # Commit the snapshot first: a run killed between the two resumes from the checkpoint and would never write it.
         for saver in (self._snapshot, self._checkpoint):
             if not saver.under_way:
                 continue
@@ -83,7 +87,7 @@ class RunSaver:
             except UserError as error:
                 if must:
                     raise
-                lines.append(f"{error}; training goes on, older ones are as they were")
+                lines.append(f"{error}; continuing to train, older checkpoints are unchanged")
                 continue
             if saver is self._checkpoint and saver.first:
                 try:
@@ -93,5 +97,5 @@ class RunSaver:
                         self._run.plot()
                         self._drawn = time.monotonic()
                 except OSError as error:
-                    lines.append(f"old checkpoints or loss.png cannot be replaced ({error}); training goes on")
+                    lines.append(f"old checkpoints or loss.png cannot be replaced ({error}); continuing to train")
         return lines

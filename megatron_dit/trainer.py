@@ -32,11 +32,11 @@ from megatron_dit.saving import RunSaver
 
 
 def train(config: Config) -> dict[str, Any]:
-    """Train to ``config.train.steps``, resuming what the run's folder holds. Collective.
+    """Train to ``config.train.steps``, resuming from the newest checkpoint in the run's folder. Collective.
 
-    Returns the run's figures: the step reached, the last logged metrics, and whether it was stopped by
-    SIGTERM or Ctrl-C, which save and leave. Before the first step they end the process at once.
-    Raises UserError if the memory of a device or host is not enough, or another process trains in the folder.
+    Returns the run's results: the step reached, the last logged metrics, and whether training is finished. SIGTERM and
+    Ctrl-C save a checkpoint and stop; before the first step they end the process at once.
+    Raises UserError if a device or host runs out of memory, or if another process trains in the folder.
     """
     with StopSignal() as stop_signal, explain_out_of_memory(config):
         connect(config.launch.rendezvous_seconds)
@@ -86,46 +86,46 @@ def _train(
                 for line in health.check(metrics.bad_samples, batch.bad):
                     bar.say(line)
             except UserError:
-                saver.finish()  # what is being written is good
+                saver.finish()  # a save in progress is still valid
                 raise
             last = metrics.stop or engine.step == config.train.steps
             for line in saver.after_step(metrics.busy, last):
                 bar.say(line)
             if metrics.stop:
-                bar.say(f"stopped by a signal and saved at step {engine.step}: the same command goes on from here")
+                bar.say(f"stopped by a signal and saved at step {engine.step}; run the same command again to resume")
                 break
     logged = run.metrics()[-1:] if logger else []
     if logger:
         run.close()
-    figures = logged[0] if logged else {}
+    last_metrics = logged[0] if logged else {}
     finished = engine.step == config.train.steps
     return {
         "run": str(run.path),
         "optimizer": engine.optimizer.title,
         "finished": finished,
-        **figures,
+        **last_metrics,
         "step": engine.step,
     }
 
 
 def _resume(engine: Engine, reader: CheckpointReader) -> list[str]:
-    """Restore the checkpoint; lines to say. Raises UserError where the data are not the run's."""
+    """Restore the checkpoint; return messages to print. Raises UserError if the dataset is not the run's."""
     changed = check_same(reader.manifest["data"], engine.data)
     restore(engine, reader)
     return [changed] if changed else []
 
 
 def _check_skipped(step: int, metrics: StepMetrics, skipped: int, limit: int) -> None:
-    """Stop on every rank after too many skipped steps."""
+    """Raise UserError, on every rank, after too many consecutive skipped steps."""
     if skipped >= limit:
         raise UserError(
-            f"loss or gradient was not finite in {skipped} steps in a row up to step {step} (loss {metrics.loss}): "
+            f"loss or gradient was not finite in {skipped} consecutive steps up to step {step} (loss {metrics.loss}); "
             "lower optimizer.lr, raise optimizer.warmup_steps or set optimizer.grad_clip"
         )
 
 
 class Logger:
-    """Means over ``log_every`` steps into the run's folder; rank 0 only."""
+    """Logs means over ``log_every`` steps to the run's folder. Used on rank 0 only."""
 
     def __init__(self, run: RunFolder, config: Config, engine: Engine, devices: int) -> None:
         self._run, self._config, self._bad_samples = run, config, engine.bad_samples
@@ -141,12 +141,12 @@ class Logger:
         self._since = time.monotonic()
 
     def log(self, step: int, metrics: StepMetrics) -> str:
-        """Take one step's figures; returns the text for the progress bar."""
+        """Add one step's metrics; return the text for the progress bar."""
         self._skipped += metrics.skipped
         if not metrics.skipped:
             self._losses.append(metrics.loss)
             self._spikes += self._detector.spikes(metrics.loss)
-        # The first step is the untrained model's loss.
+        # Log the first step, because it is the loss of the untrained model.
         due = step in (1, self._config.train.steps) or step % self._config.train.log_every == 0
         if not (due or metrics.skipped or metrics.stop or metrics.monitors):
             return self._text(metrics)
@@ -154,7 +154,7 @@ class Logger:
         steps = len(self._losses) + metrics.skipped
         self._rate = steps * self._config.train.global_batch / max(1e-9, now - self._since)
         mean = sum(self._losses) / len(self._losses) if self._losses else None
-        figures = {
+        values = {
             "loss": mean,
             "grad_norm": None if metrics.skipped else metrics.grad_norm,
             "lr": metrics.lr,
@@ -166,12 +166,12 @@ class Logger:
             **({} if metrics.alignment is None else {"alignment": metrics.alignment}),
             **metrics.monitors,
         }
-        self._trouble = self._run.log(step, figures)
+        self._trouble = self._run.log(step, values)
         self._losses, self._since = [], now
         return self._text(metrics)
 
     def _speed(self) -> dict[str, float]:
-        """Model FLOP/s of a device, their share of its peak where that is known, and rank 0's memory."""
+        """Return model FLOP/s per device, MFU if the device's peak is known, and rank 0's peak memory."""
         flops = self._sample_flops * self._rate / self._devices
         mfu = {} if self._peak is None else {"mfu": flops / self._peak}
         return {"tflops_per_device": flops / 1e12, **mfu, "memory_gib": peak_memory() / 2**30}
@@ -182,14 +182,14 @@ class Logger:
 
 
 class StopSignal:
-    """What SIGTERM and Ctrl-C do inside: end the process at once; after ``listen`` the first sets ``asked`` instead."""
+    """Context in which SIGTERM and Ctrl-C end the process at once. After ``listen``, the first only sets ``asked``."""
 
     def __init__(self) -> None:
         self.asked = False
         self._at_once = signals_end_at_once()
 
     def listen(self) -> None:
-        """From here on there is something to save."""
+        """From now on, request a stop at the first signal instead of ending at once, so that the run can be saved."""
         for number in STOPPING:
             signal.signal(number, self._ask)
 
@@ -207,6 +207,6 @@ class StopSignal:
 
 
 def use_threads(config: Config) -> None:
-    """Share this host's cores out among its ranks."""
+    """Divide this host's cores among its ranks, unless ``train.threads`` is set."""
     local = launch_environment().local_world
     torch.set_num_threads(config.train.threads or max(1, (os.cpu_count() or 1) // local))

@@ -190,14 +190,14 @@ def test_run_folder_of_another_config(config, tmp_path):
     path = config(**{"train.steps": 2})
     assert run(["train", str(path)]) == 0
     before = sorted((tmp_path / "run").rglob("*"))
-    refused(path, "holds another run", "model.depth is 2 there and 3 here", overrides=["model.depth=3"])
+    refused(path, "contains another run", "model.depth is 2 there and 3 here", overrides=["model.depth=3"])
     assert sorted((tmp_path / "run").rglob("*")) == before
 
 
 def test_run_folder_that_is_no_run(config, tmp_path):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "thesis.txt").write_text("precious")
-    refused(config(), "exists and is no run of ours")
+    refused(config(), "exists and is not a run")
     assert [path.name for path in (tmp_path / "run").iterdir()] == ["thesis.txt"]
 
 
@@ -215,7 +215,7 @@ def test_no_checkpoint(capsys, tmp_path):
     assert run(["sample", str(tmp_path / "none"), "--prompt", "a"]) == 2
     assert "does not exist" in one_line(capsys)
     assert run(["sample", str(tmp_path), "--prompt", "a"]) == 2
-    assert "holds no complete checkpoint" in one_line(capsys)
+    assert "contains no complete checkpoint" in one_line(capsys)
 
 
 def test_too_many_skipped_steps_stop_the_run(config, tmp_path):
@@ -226,7 +226,7 @@ def test_too_many_skipped_steps_stop_the_run(config, tmp_path):
         members=lambda _: {"latent.npy": npy(np.full((3, 16, 16), 3e38, dtype=np.float32))},
     )
     path = config(**{"data.path": str(tmp_path / "large"), "train.max_skipped_steps": 3})
-    refused(path, "3 steps in a row up to step 3", "optimizer.lr")
+    refused(path, "3 consecutive steps up to step 3", "optimizer.lr")
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert [line["skipped_steps"] for line in lines] == [1, 2, 3]
 

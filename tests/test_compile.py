@@ -1,4 +1,4 @@
-"""Compiled blocks compute what the others do."""
+"""Compiled blocks compute the same as uncompiled ones."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from tests.test_engine import batch, start
 
 
 def losses(compiled):
-    """Runs in the pool's ranks."""
+    """Return the losses and the number of compiled graphs. Runs in the pool's ranks."""
     import torch
 
     config = small("mmdit", **{"train.compile": compiled, "train.recompute": "full"})

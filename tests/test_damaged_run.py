@@ -1,4 +1,4 @@
-"""Damaged files beside a run's checkpoints do not block its resume."""
+"""A run with corrupt metrics, config or TensorBoard files can be resumed."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def config(tmp_path):
 
 @pytest.fixture
 def opened(config):
-    """Opens the run's folder at a step, as training does; closes it again."""
+    """Function that opens the run's folder at a step, as training does, and closes it."""
 
     def open_at(step):
         run = RunFolder(config)
@@ -47,7 +47,7 @@ def opened(config):
 @pytest.mark.parametrize(
     "damage",
     [
-        b'{"step": 2, "loss": {"step": 3, "loss": 0.2, "grad_norm": 1}',  # two lines run into one
+        b'{"step": 2, "loss": {"step": 3, "loss": 0.2, "grad_norm": 1}',  # two lines merged into one
         b'{"step": 7, "loss": 1.0, "x": "\xff"}',
         b"\0" * 40,
         b"\0" * 40 + b'{"step": 4, "loss": 1.0}',
@@ -64,7 +64,7 @@ def opened(config):
         b"[" * 100_000,
     ],
 )
-def test_a_damaged_line_is_dropped_with_one_warning(opened, tmp_path, capsys, damage):
+def test_corrupt_line_of_metrics_is_deleted_with_one_warning(opened, tmp_path, capsys, damage):
     opened(0)
     path = tmp_path / "run" / "metrics.jsonl"
     lines = [json.dumps(line).encode() for line in GOOD]
@@ -80,7 +80,7 @@ def test_a_damaged_line_is_dropped_with_one_warning(opened, tmp_path, capsys, da
     assert capsys.readouterr().err == ""
 
 
-def test_a_last_line_that_a_kill_cut_is_expected(opened, tmp_path, capsys):
+def test_truncated_last_line_is_removed_without_a_warning(opened, tmp_path, capsys):
     opened(0)
     path = tmp_path / "run" / "metrics.jsonl"
     path.write_text("".join(json.dumps(line) + "\n" for line in GOOD) + '{"step": 4, "lo')
@@ -89,21 +89,23 @@ def test_a_last_line_that_a_kill_cut_is_expected(opened, tmp_path, capsys):
     assert read_metrics(path.parent) == GOOD
 
 
-def test_figures_that_are_not_finite_are_null(config, tmp_path):
+def test_non_finite_metrics_are_written_as_null(config, tmp_path):
     run = RunFolder(config)
     run.open(0)
     run.log(1, {"loss": math.nan, "grad_norm": math.inf, "lr": 0.1})
     run.close()
     text = (tmp_path / "run" / "metrics.jsonl").read_text()
     assert text == '{"step": 1, "loss": null, "grad_norm": null, "lr": 0.1}\n'
-    (tmp_path / "run" / "metrics.jsonl").write_text('{"step": 1, "loss": NaN, "grad_norm": 1.0}\n')  # of older runs
+    (tmp_path / "run" / "metrics.jsonl").write_text(
+        '{"step": 1, "loss": NaN, "grad_norm": 1.0}\n'
+    )  # as older versions wrote it
     assert read_metrics(tmp_path / "run") == [{"step": 1, "loss": None, "grad_norm": 1.0}]
 
 
-def test_tensorboard_is_not_needed(config, tmp_path, capsys):
+def test_run_continues_if_tensorboard_cannot_be_written(config, tmp_path, capsys):
     run = RunFolder(config)
     (tmp_path / "run").mkdir()
-    (tmp_path / "run" / "tensorboard").write_text("a file where the folder belongs")
+    (tmp_path / "run" / "tensorboard").write_text("a file in place of the folder")
     (tmp_path / "run" / "config.yaml").write_text((tmp_path / "config.yaml").read_text())
     run.lock()
     run.open(0)
@@ -118,14 +120,14 @@ CONFIGS = [b"\x7fELF\x00\x01", b"", b"- 1\n", b"\xff\xfe", b"run_dir: x\nmodel:\
 
 
 def checkpoint_of(config, step=3):
-    """The run's checkpoint of a step, which holds the config."""
+    """Write the run's checkpoint of a step, which contains the config."""
     folder = step_folder(Path(config.run_dir) / "checkpoints", step)
     params = describe(build_unsharded, config)
     write_checkpoint(folder, manifest_of(config, params, ["master"], step=step), [])
 
 
 @pytest.mark.parametrize("content", CONFIGS)
-def test_a_damaged_or_missing_config_is_that_of_the_newest_checkpoint(opened, config, tmp_path, capsys, content):
+def test_corrupt_or_missing_config_is_restored_from_the_newest_checkpoint(opened, config, tmp_path, capsys, content):
     opened(0)
     checkpoint_of(config)
     path = tmp_path / "run" / "config.yaml"
@@ -137,26 +139,26 @@ def test_a_damaged_or_missing_config_is_that_of_the_newest_checkpoint(opened, co
     err = capsys.readouterr().err
     assert err.count("\n") == 1
     assert f"{path}" in err
-    assert "written anew" in err
+    assert "rewriting it" in err
     opened(3)
     assert capsys.readouterr().err == ""
     path.unlink() if content is None else path.write_bytes(content)
-    with pytest.raises(UserError, match=r"holds another run \(seed is 1 there and 2 here\)"):
+    with pytest.raises(UserError, match=r"contains another run \(seed is 1 there and 2 here\)"):
         RunFolder(replace(config, seed=2))
 
 
 @pytest.mark.parametrize("content", CONFIGS)
-def test_a_damaged_config_without_a_checkpoint_is_one_line(opened, config, tmp_path, content):
+def test_corrupt_config_without_a_checkpoint_is_refused_on_one_line(opened, config, tmp_path, content):
     opened(0)
     path = tmp_path / "run" / "config.yaml"
     path.unlink() if content is None else path.write_bytes(content)
     with pytest.raises(UserError) as caught:
         RunFolder(config)
-    assert ("is no run of ours" if content is None else "run/config.yaml") in str(caught.value)
+    assert ("exists and is not a run" if content is None else "run/config.yaml") in str(caught.value)
     assert "\n" not in str(caught.value)
 
 
-def test_what_lies_where_metrics_belong_is_to_be_moved_away(opened, tmp_path):
+def test_folder_in_place_of_the_metrics_file_is_refused(opened, tmp_path):
     opened(0)
     (tmp_path / "run" / "metrics.jsonl").unlink()
     (tmp_path / "run" / "metrics.jsonl").mkdir()
@@ -164,7 +166,7 @@ def test_what_lies_where_metrics_belong_is_to_be_moved_away(opened, tmp_path):
         opened(0)
 
 
-def test_a_folder_whose_name_looks_like_a_formula_is_drawn(tmp_path):
+def test_run_in_a_folder_named_like_a_formula_is_plotted(tmp_path):
     run = RunFolder(load_config(write_config(tmp_path, run_dir=str(tmp_path / r"a$\frac$"))))
     run.open(0)
     run.log(1, {"loss": 1.0, "grad_norm": 1.0})

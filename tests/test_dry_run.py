@@ -1,4 +1,4 @@
-"""A rank's share of a big job: what is built equals arithmetic, and what cannot start says why."""
+"""``--dry-run --world`` builds one rank of a large job: its memory equals closed forms, and errors are reported."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ WORLD = 16
 
 
 def share(tmp_path, rank, **options):
-    """The figures of ``--dry-run --world`` in a process of its own: it makes a process group of no real ranks."""
-    config, figures = tmp_path / "c.yaml", tmp_path / "f.json"
+    """Return the results of ``--dry-run --world`` from a separate process, because it creates a fake process group."""
+    config, results = tmp_path / "c.yaml", tmp_path / "f.json"
     config.write_text(yaml.safe_dump(small_dict("mmdit", heads=8, base_heads=2, **options)))
-    words = ["train", str(config), "--dry-run", "--world", str(WORLD), "--rank", str(rank), "--json", str(figures)]
+    words = ["train", str(config), "--dry-run", "--world", str(WORLD), "--rank", str(rank), "--json", str(results)]
     done = subprocess.run([sys.executable, "-m", "megatron_dit", *words], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    return json.loads(figures.read_text())
+    return json.loads(results.read_text())
 
 
 def up(count, unit):
@@ -34,18 +34,18 @@ def up(count, unit):
 
 
 def local_sizes(options):
-    """(name, elements on a tensor-parallel rank) from shapes: what is cut is known by its layer's name."""
+    """Yield (parameter, elements on a tensor-parallel rank); the layer's name tells which parameters are split."""
     config = small("mmdit", heads=8, base_heads=2, **options)
     tensor = config.parallel.tensor
     column = ("qkv.weight", "qkv.bias", "fc1.weight", "fc1.bias", "modulation.weight", "modulation.bias")
     row = ("out.weight", "fc2.weight")
     for param in describe(build_unsharded, config).values():
-        cut = param.name.endswith(column + row) and "_embed" not in param.name
-        yield param, math.prod(param.shape) // (tensor if cut else 1)
+        split = param.name.endswith(column + row) and "_embed" not in param.name
+        yield param, math.prod(param.shape) // (tensor if split else 1)
 
 
 @pytest.mark.parametrize("rank", [0, WORLD - 1])
-def test_zero_3_with_tensor_parallelism_in_bf16(tmp_path, rank):
+def test_memory_equals_closed_form_for_zero_3_with_tensor_parallelism_in_bf16(tmp_path, rank):
     options = {"parallel.tensor": 2, "parallel.zero_stage": 3, "train.dtype": "bf16", "train.micro_batch": 1}
     options["train.ema_sigma_rel"] = [0.05, 0.1]
     found = share(tmp_path, rank, **options)
@@ -55,11 +55,11 @@ def test_zero_3_with_tensor_parallelism_in_bf16(tmp_path, rank):
 
 
 @pytest.mark.parametrize(("rank", "stage"), [(0, 0), (WORLD - 1, 1)])
-def test_zero_1_with_a_pipeline_in_fp32(tmp_path, rank, stage):
+def test_memory_and_bubble_equal_closed_forms_for_zero_1_with_a_pipeline_in_fp32(tmp_path, rank, stage):
     options = {"parallel.tensor": 2, "parallel.pipeline": 2, "parallel.zero_stage": 1, "train.micro_batch": 1}
     found = share(tmp_path, rank, **options)
     of_stage = [{"blocks.0", "patch_embed", "time_embed", "text_embed"}, {"blocks.1", "head"}][stage]
-    groups = Counter()  # hidden weights have their own learning rate and weight decay
+    groups = Counter()  # optimizer groups; hidden weights have their own learning rate and weight decay
     for param, size in local_sizes(options):
         if param.name.startswith(tuple(of_stage)):
             groups[param.role == "hidden"] += size
@@ -68,27 +68,27 @@ def test_zero_1_with_a_pipeline_in_fp32(tmp_path, rank, stage):
     expected["ema"] = padded // 4
     assert found["held"] == found["expected"] == {key: 4 * size for key, size in expected.items()}
     assert found["blocks"] == [stage]
-    assert found["bubble"] == pytest.approx(1 / 3)  # one of the first stage's 2 + 1 micro-batches' time
+    assert found["bubble"] == pytest.approx(1 / 3)  # one stage idles for one of 2 + 1 micro-batch times
     assert sum(found["stage_flops"]) > 0
     assert found["imbalance"] >= 1
 
 
 @pytest.mark.parametrize(
-    ("words", "told"),
+    ("words", "message"),
     [
         (["--world", "6", "parallel.tensor=4"], "6 ranks are not divisible by parallel.tensor=4"),
         (["--world", "256", "parallel.tensor=3"], "model.heads=4"),
         (["--world", "256"], "train.global_batch=8"),
         (["--world", "4", "parallel.pipeline=4"], "model.depth=2"),
-        (["--world", "4", "--rank", "4"], "--rank 4: expected 0 to 3"),
+        (["--world", "4", "--rank", "4"], "--rank 4 is invalid; expected 0 to 3"),
         (["--rank", "1"], "--world N"),
         (["--world", "4", "parallel.pipeline=2", "parallel.zero_stage=3"], "parallel.zero_stage=1 with the pipeline"),
     ],
 )
-def test_what_cannot_start_says_why(tmp_path, capsys, words, told):
+def test_invalid_layout_is_refused_on_one_line(tmp_path, capsys, words, message):
     config = tmp_path / "c.yaml"
     config.write_text(yaml.safe_dump(small_dict("mmdit")))
     assert run(["train", str(config), "--dry-run", *words]) == 2
     line = capsys.readouterr().err.strip()
-    assert told in line
+    assert message in line
     assert "\n" not in line

@@ -1,4 +1,4 @@
-"""The EMA of 50 steps in every layout against a plain PyTorch EMA of the unsharded run."""
+"""The EMA after 50 steps in every layout equals a plain PyTorch EMA of the unsharded run."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from tests.plain import Plain
 from tests.test_engine import batch, start
 
 STEPS = 50
-# Adam turns the rounding of a gradient that is nearly zero into steps of full size, unless eps is above it.
+# Adam turns rounding errors of gradients near zero into updates of full size, unless eps is larger than the gradients.
 OPTIONS = {"optimizer.eps": 1e-3, "train.ema_decay": 0.95}
-QUICK = ("dp2-zero1", "dp2-zero3", "tp2-sp", "pp2", "dp2-pp2-zero1")  # the others run with -m slow
+QUICK = ("dp2-zero1", "dp2-zero3", "tp2-sp", "pp2", "dp2-pp2-zero1")  # the other layouts run with -m slow
 SHARDED = [name for name, layout in LAYOUTS.items() if layout.ranks > 1 or layout.recompute != "none"]
 
 
@@ -26,7 +26,7 @@ def options(arch):
 
 @functools.cache
 def plain_ema(arch):
-    """A hand-written EMA, in double precision, of the unsharded run."""
+    """Return a hand-written EMA, in double precision, of the unsharded run."""
     config = small(arch, **options(arch))
     plain = Plain(config)
     ema = {name: p.detach().double() for name, p in plain.weights.items()}
@@ -39,7 +39,7 @@ def plain_ema(arch):
 
 
 def trained_ema(arch, layout, folder):
-    """Runs in the pool's ranks."""
+    """Return the EMA of a run in ``layout`` on rank 0. Runs in the pool's ranks."""
     from pathlib import Path
 
     from megatron_dit.checkpoint.format import CheckpointReader

@@ -1,4 +1,4 @@
-"""The engine against mup, plain PyTorch and closed forms."""
+"""The engine agrees with the mup package, plain PyTorch and closed forms."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from tests.configs import ARCHITECTURES, small
 from tests.mup.test_against_mup import package_groups
 from tests.plain import Plain
 
-# Adam turns a rounding difference of a near-zero gradient into a step of full size, so weights agree to less
-# than losses do.
+# Adam turns rounding differences of near-zero gradients into updates of full size, so weights agree less closely than
+# losses do.
 TOLERANCE = 1e-4
 WIDE = {"heads": 8, "base_heads": 2}
 
 
 def batch(config, topology, step, bad_value=None):
-    """The same random global batch on every layout; each rank takes its share."""
+    """Return this rank's part of a random global batch that is the same in every layout."""
     from megatron_dit.data.batch import Batch
     from megatron_dit.models.condition import Condition
 
@@ -32,16 +32,16 @@ def batch(config, topology, step, bad_value=None):
     mask = torch.rand(size, model.text_tokens, generator=g) < 0.7
     dropped = torch.rand(size, generator=g) < 0.2
     label = torch.randint(24, (size,), generator=g)
-    whole = Batch(
+    global_batch = Batch(
         latents=latents,
         condition=Condition(dropped, label=label) if model.num_classes else Condition(dropped, text, mask),
         u=torch.rand(size, generator=g).double(),
         noise=torch.randn(latents.shape, generator=g),
         weight=torch.ones(size),
     )
-    share = size // topology.data_size
-    rows = slice(topology.data_rank * share, (topology.data_rank + 1) * share)
-    return whole.map(lambda x: x[rows])
+    local = size // topology.data_size
+    rows = slice(topology.data_rank * local, (topology.data_rank + 1) * local)
+    return global_batch.map(lambda x: x[rows])
 
 
 def start(config):
@@ -61,7 +61,7 @@ def table(engine):
 
 
 def groups_over_a_run(arch, layout, folder):
-    """(lr, wd) by name after 100 scheduler steps, and after a save and a resume of a fresh engine."""
+    """Return (lr, wd) by name after 100 scheduler steps, and after a new engine has resumed from a checkpoint."""
     from pathlib import Path
 
     from megatron_dit.checkpoint.load import newest, restore
@@ -92,7 +92,7 @@ def test_groups_equal_mup_through_schedule_zero3_and_resume(pool, tmp_path, arch
         return {name: (pytest.approx(lr * factor, rel=1e-12), wd) for name, (lr, wd) in expected.items()}
 
     after_steps, resumed = pool.run(ranks, groups_over_a_run, arch, layout, str(tmp_path))[0]
-    # Warm-up of 3 steps, then half a cosine over the other 197, at step 99 and, resumed, at step 1.
+    # A warm-up of 3 steps, then half a cosine over the other 197; at step 99 and, after the resume, at step 1.
     assert after_steps == scaled(0.5 * (1 + math.cos(math.pi * 96 / 197)))
     assert resumed == scaled(2 / 3)
 
@@ -100,12 +100,12 @@ def test_groups_equal_mup_through_schedule_zero3_and_resume(pool, tmp_path, arch
 # --- non-finite steps -------------------------------------------------------------------------------
 
 
-# What ``poisoned`` sees in each of its steps: skipped, weights unchanged, weights finite, steps of Adam.
-POISONED = [(False, False, True, 1), (True, True, True, 0), (True, True, True, 0), (False, False, True, 1)]
+# Expected result of each step: (skipped, weights unchanged, weights finite, number of Adam updates).
+SKIP_OUTCOMES = [(False, False, True, 1), (True, True, True, 0), (True, True, True, 0), (False, False, True, 1)]
 
 
-def poisoned(layout):
-    """Two good steps, and a NaN and an infinity between them."""
+def run_non_finite_steps(layout):
+    """Run a step with NaN and one with infinity between two finite steps."""
     config = small("mmdit", **layout, **{"train.micro_batch": 2})
     engine = start(config)
     before = {}
@@ -124,8 +124,8 @@ def poisoned(layout):
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
 def test_non_finite_steps_are_skipped_on_every_rank(pool, stage, dtype):
     layout = {"parallel.zero_stage": stage, "train.dtype": dtype}
-    for outcomes in pool.run(2, poisoned, layout):
-        assert outcomes == POISONED
+    for outcomes in pool.run(2, run_non_finite_steps, layout):
+        assert outcomes == SKIP_OUTCOMES
 
 
 # --- optimizer and EMA ------------------------------------------------------------------------------
@@ -147,7 +147,7 @@ def train_and_gather(layout, steps, folder):
 
 
 def plain_pytorch(steps):
-    """Gradient norms, weights and a hand-written EMA of the same steps."""
+    """Return gradient norms, weights and a hand-written EMA of the same steps in plain PyTorch."""
     config = small("mmdit", heads=4, base_heads=2)
     plain = Plain(config)
     ema = {name: p.detach().clone() for name, p in plain.weights.items()}

@@ -1,4 +1,4 @@
-"""The launcher of --procs: how ranks that fail, hang or are stopped end the job. A script stands for the command."""
+"""The launcher of ``--procs``: failing, hanging and stopped ranks. A script replaces the ``megatron_dit`` package."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ HOST = socket.gethostname()
 
 @pytest.fixture
 def ranks(tmp_path, monkeypatch):
-    """Runs a script, which knows its ``rank``, on two ranks: (status, seconds)."""
+    """Function that runs a script, with its ``rank`` defined, on two ranks and returns (status, seconds)."""
     package = tmp_path / "megatron_dit"
     package.mkdir()
     (package / "__init__.py").touch()
@@ -37,7 +37,7 @@ def ranks(tmp_path, monkeypatch):
         def send():
             while not ready.exists():
                 if ended.wait(0.02):
-                    return  # the ranks have failed: nobody is left to take the signals
+                    return  # the ranks have failed, so there is nothing to signal
             for number in signals:
                 os.kill(os.getpid(), number)
                 ended.wait(0.3)
@@ -55,7 +55,7 @@ def ranks(tmp_path, monkeypatch):
         signal.signal(number, handler)
 
 
-def test_ranks_that_end_well(ranks, capfd):
+def test_output_of_successful_ranks_is_printed(ranks, capfd):
     status, _ = ranks('print("hello", rank); print("warning", file=sys.stderr)')
     captured = capfd.readouterr()
     assert status == 0
@@ -63,7 +63,7 @@ def test_ranks_that_end_well(ranks, capfd):
     assert captured.err.splitlines() == ["warning", "warning"]
 
 
-def test_a_killed_rank_is_named_and_its_lines_are_last(ranks, capfd):
+def test_killed_rank_is_named_and_its_output_is_printed_last(ranks, capfd):
     status, seconds = ranks(
         """
 if rank == 1:
@@ -79,7 +79,7 @@ time.sleep(60)
     assert lines[-1] == "at step 7"
 
 
-def test_the_first_traceback_is_shown_last_and_not_those_that_follow(ranks, capfd):
+def test_only_the_first_failing_ranks_traceback_is_printed_last(ranks, capfd):
     status, _ = ranks(
         """
 if rank == 1:
@@ -97,13 +97,13 @@ raise ConnectionError("connection closed by peer")
     assert err.endswith("ValueError: the cause\n")
 
 
-def test_a_mistake_that_every_rank_meets_is_one_line(ranks, capfd):
+def test_same_error_of_all_ranks_is_printed_once(ranks, capfd):
     status, _ = ranks('print("error: no such key", file=sys.stderr); sys.exit(2)')
     assert status == 2
     assert capfd.readouterr().err == "error: no such key\n"
 
 
-def test_a_mistake_of_one_rank_ends_all_with_its_line(ranks, capfd):
+def test_error_of_one_rank_is_printed_and_ends_all_ranks(ranks, capfd):
     status, seconds = ranks('if rank == 1: print("error: mine", file=sys.stderr); sys.exit(2)\ntime.sleep(60)')
     assert (status, seconds < 20) == (2, True)
     assert capfd.readouterr().err == "error: mine\n"
@@ -112,7 +112,7 @@ def test_a_mistake_of_one_rank_ends_all_with_its_line(ranks, capfd):
 SAVES = """
 def stop(*_):
     time.sleep(0.3)
-    sys.stdout.write(f"saved {rank}\\n")  # in one piece: the ranks share the pipe
+    sys.stdout.write(f"saved {rank}\\n")  # in one write, because the ranks share the pipe
     sys.stdout.flush()
     sys.exit(0)
 signal.signal(signal.SIGTERM, stop)
@@ -121,7 +121,7 @@ HANGS = "signal.signal(signal.SIGTERM, signal.SIG_IGN)\n"
 READY = 'time.sleep(0.5)\nopen("ready", "w").close()\ntime.sleep(60)\n'
 
 
-def test_a_signal_lets_ranks_save(ranks, capfd):
+def test_ranks_save_after_a_signal(ranks, capfd):
     status, _ = ranks(SAVES + READY, [signal.SIGTERM])
     captured = capfd.readouterr()
     assert status == 0
@@ -129,7 +129,7 @@ def test_a_signal_lets_ranks_save(ranks, capfd):
     assert "received SIGTERM: the ranks save and stop; send a second signal to kill them at once" in captured.err
 
 
-def test_a_rank_that_hangs_is_named_and_killed_after_a_while(ranks, capfd):
+def test_hanging_rank_is_named_and_killed_after_stop_seconds(ranks, capfd):
     script = SAVES + f"if rank == 1:\n    {HANGS}" + READY
     status, seconds = ranks(script, [signal.SIGTERM], stop_seconds=1.5)
     assert status == 128 + signal.SIGTERM
@@ -141,20 +141,20 @@ def test_a_rank_that_hangs_is_named_and_killed_after_a_while(ranks, capfd):
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_second_signal_kills(ranks, capfd, number):
+def test_second_signal_kills_the_ranks(ranks, capfd, number):
     status, seconds = ranks(HANGS + HANGS.replace("TERM", "INT") + READY, [number, number])
     assert status == 128 + number
     assert seconds < 20
     assert "the ranks were killed before they had saved" in capfd.readouterr().err
 
 
-def test_signals_before_the_first_step_have_their_own_status(ranks, capfd):
+def test_signal_before_the_first_step_exits_with_128_plus_its_number(ranks, capfd):
     status, _ = ranks(READY, [signal.SIGTERM])
     assert status == 128 + signal.SIGTERM
     assert "stopped before the first step" in capfd.readouterr().err
 
 
-def test_another_launchers_variables_are_not_passed_on(ranks, capfd, monkeypatch):
+def test_variables_of_other_launchers_are_not_passed_to_ranks(ranks, capfd, monkeypatch):
     for name in ("TORCHELASTIC_USE_AGENT_STORE", "GROUP_RANK", "LOCAL_SIZE"):
         monkeypatch.setenv(name, "3")
     assert (
@@ -164,6 +164,6 @@ def test_another_launchers_variables_are_not_passed_on(ranks, capfd, monkeypatch
         assert sorted(eval(line)) == ["LOCAL_WORLD_SIZE", "WORLD_SIZE"]
 
 
-def test_output_that_is_no_text(ranks, capfd):
+def test_output_that_is_not_utf8_is_escaped(ranks, capfd):
     assert ranks(r'sys.stderr.buffer.write(b"\xff\xfe\n")')[0] == 0
     assert "\\xff\\xfe" in capfd.readouterr().err

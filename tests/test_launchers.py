@@ -1,4 +1,4 @@
-"""The same command under --procs, torchrun and the deepspeed launcher (srun: see the slurm mark)."""
+"""The same command works with --procs, torchrun and the deepspeed launcher (for srun see the slurm mark)."""
 
 from __future__ import annotations
 
@@ -58,14 +58,14 @@ def test_launchers_give_the_same_weights(dataset, tmp_path):
 @pytest.mark.parametrize(
     ("scontrol", "given", "expected"),
     [
-        ("seq -f node-%g 100000", "", "node-1"),  # more than a pipe holds
+        ("seq -f node-%g 100000", "", "node-1"),  # more output than a pipe's buffer
         ("exit 1", "", "batch-host"),
         (None, "", "batch-host"),
         ("echo node-1", "mine", "mine"),
     ],
 )
 def test_train_sbatch_finds_the_first_host(tmp_path, scontrol, given, expected):
-    """Fake srun and scontrol; the latter may fail or be missing."""
+    """srun and scontrol are replaced by scripts; scontrol may fail or be missing."""
     commands = {"srun": 'echo "$MASTER_ADDR $MASTER_PORT"', "scontrol": scontrol, "hostname": "echo batch-host"}
     for name, script in commands.items():
         if script is not None:
@@ -78,33 +78,33 @@ def test_train_sbatch_finds_the_first_host(tmp_path, scontrol, given, expected):
     assert done.stdout == f"{expected} 20123\n"
 
 
-def test_dry_run_prints_config_and_what_is_made_of_it(dataset, tmp_path, capsys):
+def test_dry_run_prints_resolved_config_and_derived_values(dataset, tmp_path, capsys):
     from megatron_dit.cli import run
 
     config = tmp_path / "config.yaml"
     config.write_text(yaml.safe_dump(small_dict("mmdit", **{"data.path": str(dataset)})))
-    figures = tmp_path / "figures.json"
-    words = ["train", str(config), "parallel.zero_stage=1", "--dry-run", "--procs", "2", "--json", str(figures)]
+    results = tmp_path / "results.json"
+    words = ["train", str(config), "parallel.zero_stage=1", "--dry-run", "--procs", "2", "--json", str(results)]
     assert run(words) == 0
-    resolved, made = yaml.safe_load_all(capsys.readouterr().out)
+    resolved, derived = yaml.safe_load_all(capsys.readouterr().out)
     assert resolved["parallel"]["zero_stage"] == 1
-    assert made == json.loads(figures.read_text())
-    assert made["deepspeed"]["zero_optimization"]["stage"] == 1
-    assert made["deepspeed"]["train_micro_batch_size_per_gpu"] == 4
-    assert made["parameters"] > 10000
+    assert derived == json.loads(results.read_text())
+    assert derived["deepspeed"]["zero_optimization"]["stage"] == 1
+    assert derived["deepspeed"]["train_micro_batch_size_per_gpu"] == 4
+    assert derived["parameters"] > 10000
 
 
-def test_module_equals_console_script():
+def test_module_and_console_script_print_the_same_help():
     scripts = [[str(BIN / "megatron-dit")], [sys.executable, "-m", "megatron_dit"]]
     helps = [subprocess.run([*s, "--help"], capture_output=True, text=True, check=True).stdout for s in scripts]
     if not (BIN / "megatron-dit").exists():
-        pytest.fail("the console script is not installed: pip install -e .")
+        pytest.fail("the console script is not installed; run pip install -e .")
     assert helps[0] == helps[1]
     assert "verify" in helps[0]
 
 
-def test_a_thread_that_never_ends_keeps_no_command_from_ending():
-    """As a collective's does whose other ranks are gone."""
+def test_command_exits_in_spite_of_a_thread_that_never_ends():
+    """The thread of a collective whose other ranks have died never ends."""
     code = """
 import sys, threading
 from megatron_dit.cli import main

@@ -1,4 +1,4 @@
-"""Monitors against plain PyTorch, in layouts that shard what they sum."""
+"""Monitors equal plain PyTorch in layouts that shard the tensors they sum over."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ STEPS = 3
 
 
 def monitored(layout):
-    """Runs in the pool's ranks."""
+    """Return the monitors of the last step. Runs in the pool's ranks."""
     config = small("mmdit", heads=8, base_heads=2, **OPTIONS, **layout)
     engine = start(config)
     for step in range(STEPS):
@@ -28,7 +28,7 @@ def monitored(layout):
 
 
 def expected_monitors():
-    """The same from gradients, differences of weights and taps of the unsharded model."""
+    """Return the same metrics from gradients, weight differences and taps of the unsharded model."""
     config = small("mmdit", heads=8, base_heads=2, **OPTIONS)
     plain = Plain(config)
     for step in range(STEPS):
@@ -70,7 +70,7 @@ def test_monitors_equal_plain_pytorch(pool, ranks, layout):
 
 
 def activations(layout):
-    """Runs in the pool's ranks."""
+    """Return the mean absolute activations of one batch. Runs in the pool's ranks."""
     config = small("uvit", **{"model.depth": 5, **layout})
     engine = start(config)
     return engine.activations(batch(config, engine.topology, 0))
@@ -84,11 +84,11 @@ def test_activations_do_not_depend_on_the_pipeline(pool):
     assert len(expected) == 5 + 2  # blocks, tokens, output
 
 
-def test_a_spike_is_told_and_noise_is_not():
+def test_spikes_are_detected_and_noise_is_not():
     rng = random.Random(0)
     detector = SpikeDetector()
     losses = [1 + 3 * 0.99**i + rng.gauss(0, 0.05) for i in range(1000)]
     assert not any(detector.spikes(loss) for loss in losses)
     assert detector.spikes(2.0)
     assert not detector.spikes(1.1)
-    assert detector.spikes(2.0)  # the first spike did not become the measure
+    assert detector.spikes(2.0)  # the first spike did not enter the mean

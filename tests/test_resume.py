@@ -1,4 +1,4 @@
-"""Runs that are killed, stopped or moved to another layout, against runs that are not."""
+"""Runs that are killed, stopped or moved to another layout equal uninterrupted runs."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def logged_steps(run):
 
 
 def signal_at(path, ranks, run, step, number):
-    """Start, and send a signal to the launcher once ``step`` is logged; returns its output."""
+    """Start a run and signal the launcher once ``step`` steps are logged; return (output, exit status)."""
     process = start(path, ranks)
     deadline = time.monotonic() + 120
     while logged_steps(run) < step:
@@ -80,13 +80,13 @@ def equal(one, other):
     ("ranks", "layout"), [pytest.param(1, {}, marks=pytest.mark.slow), (2, {"parallel.zero_stage": 3})]
 )
 def test_sigkill_at_random_moments_changes_no_bit(dataset, tmp_path, ranks, layout):
-    """Thirty kills are benchmarks/kill_and_resume.py's."""
+    """Kill the run 3 times; benchmarks/kill_and_resume.py kills it 30 times."""
     path, seed = write(tmp_path, dataset, "x", **layout, **{"train.steps": 150}), random.SystemRandom().randrange(2**32)
-    whole, killed = tmp_path / "whole", tmp_path / "killed"
-    undisturbed(command_of(str(path), [], whole, ranks))
+    uninterrupted, killed = tmp_path / "uninterrupted", tmp_path / "killed"
+    undisturbed(command_of(str(path), [], uninterrupted, ranks))
     print("seed", seed)
     torment(command_of(str(path), [], killed, ranks), killed, 3, signal.SIGKILL, random.Random(seed), longest=0.1)
-    one, other = open_checkpoint(whole), open_checkpoint(killed)
+    one, other = open_checkpoint(uninterrupted), open_checkpoint(killed)
     assert one.step == other.step == 150
     assert not differences(one, other)
     steps = [json.loads(line)["step"] for line in (killed / "metrics.jsonl").read_text().splitlines()]
@@ -94,20 +94,20 @@ def test_sigkill_at_random_moments_changes_no_bit(dataset, tmp_path, ranks, layo
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
-def test_signal_saves_and_leaves(dataset, tmp_path, number):
-    finish(write(tmp_path, dataset, "whole"), 2)
+def test_run_saves_and_stops_after_a_signal(dataset, tmp_path, number):
+    finish(write(tmp_path, dataset, "uninterrupted"), 2)
     path, run = write(tmp_path, dataset, "stopped", **{"checkpoint.every": 1000}), tmp_path / "stopped"
     out, status = signal_at(path, 2, run, 5, number)
     assert status == 0, out
     assert "saved at step" in out
     assert 5 <= open_checkpoint(run).step < STEPS
     finish(path, 2)
-    equal(states(tmp_path / "whole"), states(run))
+    equal(states(tmp_path / "uninterrupted"), states(run))
 
 
-def test_resume_in_another_layout(dataset, tmp_path):
-    """Ten steps on two ZeRO-3 ranks, ten under tensor parallelism, ten alone: as one undisturbed process."""
-    finish(write(tmp_path, dataset, "whole"), 1)
+def test_run_resumed_in_other_layouts_equals_an_uninterrupted_process(dataset, tmp_path):
+    """Train ten steps on two ZeRO-3 ranks, ten with tensor parallelism, and ten in a single process."""
+    finish(write(tmp_path, dataset, "uninterrupted"), 1)
     path = write(tmp_path, dataset, "moved", **{"checkpoint.every": 10, "checkpoint.keep": 5})
     run = tmp_path / "moved"
     finish(path, 2, "parallel.zero_stage=3")
@@ -116,9 +116,11 @@ def test_resume_in_another_layout(dataset, tmp_path):
     finish(path, 2, "parallel.tensor=2", "parallel.sequence=true")
     shutil.rmtree(run / "checkpoints" / "step_00000030")
     finish(path, 1)
-    (step, found), (_, expected) = states(run), states(tmp_path / "whole")
+    (step, found), (_, expected) = states(run), states(tmp_path / "uninterrupted")
     assert step == STEPS
     for key, value in expected.items():
         assert (found[key] - value).norm() <= 1e-4 * value.norm().clamp_min(1e-3), key
-    losses = [[json.loads(x)["loss"] for x in (tmp_path / n / "metrics.jsonl").open()] for n in ("whole", "moved")]
+    losses = [
+        [json.loads(x)["loss"] for x in (tmp_path / n / "metrics.jsonl").open()] for n in ("uninterrupted", "moved")
+    ]
     assert losses[1] == pytest.approx(losses[0], rel=1e-5)

@@ -1,4 +1,4 @@
-"""A run's folder belongs to one process at a time."""
+"""A run's folder can be used by only one process at a time."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ def contents(folder):
     return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-def test_a_second_run_in_a_folder_ends_all_its_ranks_and_changes_nothing(dataset, tmp_path):
+def test_second_run_in_a_locked_folder_is_refused_and_changes_nothing(dataset, tmp_path):
     path = write_config(tmp_path, **{"data.path": str(dataset), "train.steps": 2})
     assert run(["train", str(path)]) == 0
-    assert (tmp_path / "run" / LOCK).read_text() == ""  # given up
+    assert (tmp_path / "run" / LOCK).read_text() == ""  # released
     with RunLock(tmp_path / "run" / LOCK):
         before = contents(tmp_path / "run")
         refused(path, f"run_dir={tmp_path / 'run'} {HOLDER}", overrides=["train.steps=4"])
@@ -36,7 +36,7 @@ def test_a_second_run_in_a_folder_ends_all_its_ranks_and_changes_nothing(dataset
     assert run(["train", str(path), "train.steps=4"]) == 0
 
 
-def test_a_failed_run_gives_the_folder_up(dataset, tmp_path, monkeypatch):
+def test_failed_run_releases_the_lock(dataset, tmp_path, monkeypatch):
     path = write_config(tmp_path, **{"data.path": str(dataset), "train.steps": 2})
     monkeypatch.setattr("megatron_dit.trainer.RunSaver.prepare", lambda saver: 1 / 0)
     with pytest.raises(ZeroDivisionError):
@@ -44,8 +44,8 @@ def test_a_failed_run_gives_the_folder_up(dataset, tmp_path, monkeypatch):
     RunLock(tmp_path / "run" / LOCK).release()
 
 
-def test_two_new_runs_at_one_time(tmp_path):
-    """Both have found no folder; the second to open it must not write into the first one's."""
+def test_new_run_is_refused_if_another_process_has_created_its_folder(tmp_path):
+    """All find no folder at first; those that open it later must not write to the first one's."""
     config = small(run_dir=str(tmp_path / "run"))
     first, second, third = (RunFolder(config) for _ in range(3))
     for each in (first, second, third):
@@ -56,7 +56,7 @@ def test_two_new_runs_at_one_time(tmp_path):
         second.open(0)
     first.close()
     first.unlock()
-    with pytest.raises(UserError, match="was created by another process just now: run the command again to resume"):
+    with pytest.raises(UserError, match="was just created by another process; run the command again to resume"):
         third.open(0)
     third.unlock()
     resumed = RunFolder(config)
@@ -66,13 +66,13 @@ def test_two_new_runs_at_one_time(tmp_path):
     resumed.unlock()
 
 
-def test_a_folder_whose_first_run_was_killed_at_once_is_new(tmp_path):
+def test_folder_with_only_a_lock_file_is_treated_as_new(tmp_path):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / LOCK).touch()
     RunFolder(small(run_dir=str(tmp_path / "run")))
 
 
-def test_the_heartbeat_ends_with_the_lock(tmp_path):
+def test_heartbeat_thread_ends_when_the_lock_is_released(tmp_path):
     before = threading.active_count()
     with RunLock(tmp_path / LOCK):
         assert threading.active_count() == before + 1

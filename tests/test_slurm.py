@@ -1,4 +1,4 @@
-"""srun starts the same command: two nodes of one machine, with daemons of this test's own."""
+"""srun and sbatch start the same command, on two Slurm nodes simulated on one host by this test's own daemons."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ pytestmark = [
 
 @pytest.fixture
 def slurm(tmp_path):
-    """Environment for srun against a controller and two node daemons on loopback."""
+    """Environment for srun with a controller and two node daemons on the loopback interface."""
     folder, host = tmp_path / "slurm", socket.gethostname().split(".")[0]
     folder.mkdir()
     munge = {name: folder / f"munge.{name}" for name in ("key", "socket", "log", "pid", "seed")}
@@ -65,7 +65,7 @@ def slurm(tmp_path):
     try:
         deadline = time.monotonic() + 60
         while "0/2/0/2" not in (state := nodes(env)):
-            assert time.monotonic() < deadline, f"the nodes do not come up: {state}"
+            assert time.monotonic() < deadline, f"the nodes did not start: {state}"
             time.sleep(0.5)
         yield env
     finally:
@@ -75,12 +75,12 @@ def slurm(tmp_path):
 
 
 def nodes(env):
-    """Available/idle counts, such as 0/2/0/2."""
+    """Return the counts of allocated, idle, other and all nodes, such as 0/2/0/2."""
     done = subprocess.run(["sinfo", "-h", "-o", "%F"], capture_output=True, text=True, check=False, env=env)
     return done.stdout.strip()
 
 
-def test_srun_trains_and_refuses(slurm, dataset, tmp_path):
+def test_srun_trains_and_reports_an_invalid_config_once(slurm, dataset, tmp_path):
     config = tmp_path / "config.yaml"
     values = small_dict("mmdit", **{"data.path": str(dataset), "run_dir": str(tmp_path / "run"), "train.steps": 3})
     config.write_text(yaml.safe_dump(values))
@@ -100,8 +100,8 @@ def test_srun_trains_and_refuses(slurm, dataset, tmp_path):
     assert "Traceback" not in refused.stderr
 
 
-def test_a_sweep_is_an_array_of_its_trials(slurm, dataset, tmp_path):
-    """launch/sweep.sbatch as it stands."""
+def test_sweep_sbatch_runs_trials_as_a_job_array(slurm, dataset, tmp_path):
+    """Runs launch/sweep.sbatch without changes."""
     path = write_sweep(tmp_path, dataset, {"optimizer.lr": {"log2": [-9, -8]}})
     script = Path(__file__).parents[1] / "launch" / "sweep.sbatch"
     words = ["sbatch", "--wait", "--array=0-1", f"--output={tmp_path}/%a.log", str(script), str(path)]
@@ -112,15 +112,15 @@ def test_a_sweep_is_an_array_of_its_trials(slurm, dataset, tmp_path):
     assert [result.state for result in read_sweep(tmp_path / "sweep")[1]] == ["complete", "complete"]
 
 
-def test_train_sbatch_as_it_stands(slurm, dataset, tmp_path):
-    """Two nodes of one task, without GPUs; the two are a pipeline's stages."""
+def test_train_sbatch_trains_on_two_nodes(slurm, dataset, tmp_path):
+    """Runs launch/train.sbatch without changes, with one task per node and no GPUs, as two pipeline stages."""
     config = tmp_path / "config.yaml"
     values = small_dict("mmdit", **{"data.path": str(dataset), "run_dir": str(tmp_path / "run"), "train.steps": 3})
     config.write_text(yaml.safe_dump(values))
     script = Path(__file__).parents[1] / "launch" / "train.sbatch"
     flags = ["--wait", "--nodes=2", "--ntasks-per-node=1", "--gpus-per-node=0", f"--output={tmp_path}/log"]
     words = ["sbatch", *flags, str(script), str(config), "parallel.pipeline=2", "train.micro_batch=2"]
-    address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}  # n0 and n1 are no hosts
+    address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}  # n0 and n1 are not host names
     env = {**slurm, "PYTHON": sys.executable, **address}
     done = subprocess.run(words, capture_output=True, text=True, timeout=200, check=False, env=env)
     assert done.returncode == 0, (done.stdout, done.stderr, (tmp_path / "log").read_text())
@@ -128,8 +128,8 @@ def test_train_sbatch_as_it_stands(slurm, dataset, tmp_path):
     assert (reader.step, reader.manifest["layout"]["pipeline"]) == (3, 2)
 
 
-def test_procs_in_a_batch_script(slurm, dataset, tmp_path):
-    """Without srun the script runs once, whatever Slurm's variables say of tasks: --procs starts the ranks."""
+def test_procs_starts_the_ranks_in_a_batch_script(slurm, dataset, tmp_path):
+    """Without srun the script runs only once, whatever Slurm's variables say about tasks."""
     config = tmp_path / "config.yaml"
     values = small_dict("mmdit", **{"data.path": str(dataset), "run_dir": str(tmp_path / "run"), "train.steps": 3})
     config.write_text(yaml.safe_dump(values))

@@ -1,4 +1,4 @@
-"""The verify command: exit statuses, figures and what it compares."""
+"""The verify command: exit statuses, results and tolerances."""
 
 from __future__ import annotations
 
@@ -26,16 +26,16 @@ def config(dataset, tmp_path):
     return str(path)
 
 
-def test_verify_prints_and_writes_its_figures(config, tmp_path, capsys):
-    figures = tmp_path / "figures.json"
-    assert run(["verify", config, "--layouts", "tp2,dp2-zero3", "--steps", "3", "--json", str(figures)]) == 0
-    found = json.loads(figures.read_text())
+def test_verify_prints_and_writes_its_results(config, tmp_path, capsys):
+    results = tmp_path / "results.json"
+    assert run(["verify", config, "--layouts", "tp2,dp2-zero3", "--steps", "3", "--json", str(results)]) == 0
+    found = json.loads(results.read_text())
     assert list(found) == ["tp2", "dp2-zero3"]
     assert all(row["good"] and row["equal_initial"] and row["loss"] <= 1e-5 for row in found.values())
     assert found["tp2"]["initial"][:16] in capsys.readouterr().out
 
 
-def test_unknown_layout_and_wrong_batch(config, capsys):
+def test_unknown_layout_and_indivisible_batch_are_refused(config, capsys):
     assert run(["verify", config, "--layouts", "dp3"]) == 2
     assert "layout 'dp3'" in capsys.readouterr().err
     assert run(["verify", config, "train.global_batch=3", "train.micro_batch=1", "--layouts", "dp2-zero0"]) == 2
@@ -43,10 +43,10 @@ def test_unknown_layout_and_wrong_batch(config, capsys):
 
 
 def test_verify_resume_prints_and_writes_every_pair(config, tmp_path, capsys):
-    figures, layouts = tmp_path / "figures.json", ["dp1", "tp2-sp"]
-    command = ["verify", config, "--resume", "--layouts", ",".join(layouts), "--steps", "6", "--json", str(figures)]
+    results, layouts = tmp_path / "results.json", ["dp1", "tp2-sp"]
+    command = ["verify", config, "--resume", "--layouts", ",".join(layouts), "--steps", "6", "--json", str(results)]
     assert run(command) == 0
-    found = json.loads(figures.read_text())
+    found = json.loads(results.read_text())
     assert list(found) == [f"{saved} to {loaded}" for loaded in layouts for saved in layouts]
     for pair in found.values():
         assert pair["good"]
@@ -57,30 +57,30 @@ def test_verify_resume_prints_and_writes_every_pair(config, tmp_path, capsys):
         assert pair["state"] <= 0.01
         assert pair["equal"] == (pair["saved"] == pair["loaded"])
     tensor_parallel = found["tp2-sp to tp2-sp"]
-    assert max(tensor_parallel["loss"], tensor_parallel["state"]) > 0  # two processes do not add up as one does
+    assert max(tensor_parallel["loss"], tensor_parallel["state"]) > 0  # two processes sum in another order
     out = capsys.readouterr().out
-    assert "samples and their order are the single process's: 4 of 4" in out
+    assert "samples and their order equal to the single process's: 4 of 4" in out
 
 
 def resumed_without(lost, dataset, folder):
-    """Runs in the pool's rank: a run of six steps, and its end again from step 3 with a state that is not restored."""
+    """Run six steps, then steps 4 to 6 again from step 3 without restoring the state ``lost``. Runs in the pool."""
     from megatron_dit.checkpoint import load
     from megatron_dit.verify.resume import resumed
 
     config, folder = small("mmdit", **{"data.path": str(dataset), "train.steps": 6}), Path(folder)
-    resumed(config, folder / "whole", 3)
+    resumed(config, folder / "uninterrupted", 3)
     keys = load.state_keys
     load.state_keys = lambda train: [key for key in keys(train) if key != lost]
     try:
-        whole = str(folder / "whole")
-        found = resumed(config, folder / "again", 3, {"dp1": whole}, whole, whole)
+        uninterrupted = str(folder / "uninterrupted")
+        found = resumed(config, folder / "again", 3, {"dp1": uninterrupted}, uninterrupted, uninterrupted)
     finally:
         load.state_keys = keys
     return found.state["dp1"], found.equal["dp1"]
 
 
 @pytest.mark.parametrize("lost", [None, "exp_avg", "exp_avg_sq", "ema"])
-def test_a_state_that_is_not_restored_is_seen(pool, dataset, tmp_path, lost):
+def test_verify_resume_detects_a_state_that_is_not_restored(pool, dataset, tmp_path, lost):
     ((distance, equal),) = pool.run(1, resumed_without, lost, str(dataset), str(tmp_path))
     assert equal == (lost is None)
     assert (distance > 0.5) == (lost is not None)
@@ -89,13 +89,13 @@ def test_a_state_that_is_not_restored_is_seen(pool, dataset, tmp_path, lost):
 @pytest.mark.parametrize(
     "fault", [{"loss": 1e-4}, {"state": 0.5}, {"schedule": False}, {"order": False}, {"mup": False}, {"equal": False}]
 )
-def test_a_pair_with_a_fault_is_not_good(fault):
+def test_pair_with_any_difference_is_not_good(fault):
     pair = verify.Pair("tp2", "tp2", loss=1e-6, state=1e-3, schedule=True, order=True, mup=True, equal=True)
     assert pair.good
     assert not replace(pair, **fault).good
 
 
-def test_differences_beyond_the_tolerance_fail():
+def test_compare_fails_for_differences_beyond_the_tolerance():
     reference = verify.Trace("a", [1.0, 2.0], [0.5, 0.5])
     for trace in (
         verify.Trace("b", [1.0, 2.0], [0.5, 0.5]),
@@ -108,8 +108,8 @@ def test_differences_beyond_the_tolerance_fail():
 
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)
-def test_noise_leaves_no_weight_at_its_start(arch):
-    """Every parameter is moved, so no gate at zero hides the gradients behind it."""
+def test_noise_changes_every_parameter(arch):
+    """Gates that start at zero would otherwise hide the gradients behind them."""
     for param in describe(build_unsharded, small(arch)).values():
         start, moved = initial_value(param, 0), verify.disturbed(param, 0)
         assert moved.shape == param.shape

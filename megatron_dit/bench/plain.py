@@ -1,7 +1,7 @@
-"""The same model from diffusers, trained as diffusers' scripts do: what our step is measured against.
+"""The baseline of ``bench --diffusers``: the same model from diffusers, trained the way diffusers' scripts do.
 
-Weights are fp32 and, where the config says bf16, products bf16 by autocast; torch's fused AdamW; a mean squared error.
-There is no EMA.
+The weights are fp32. With ``train.dtype=bf16`` matrix products run in bf16 under autocast. The optimizer is torch's
+fused AdamW, the loss is the mean squared error, and there is no EMA.
 """
 
 from __future__ import annotations
@@ -21,19 +21,20 @@ from megatron_dit.parallel.cpu import device
 
 
 def check_plain(model: ModelConfig) -> None:
-    """Raise UserError for what diffusers has not."""
+    """Raise UserError if diffusers has no counterpart of the model."""
     if model.arch not in MODELS:
-        raise UserError(f"--diffusers with model.arch={model.arch}: expected one of {', '.join(MODELS)}")
+        raise UserError(f"--diffusers does not support model.arch={model.arch}; expected one of {', '.join(MODELS)}")
     if model.repa_block:
-        raise UserError("--diffusers with REPA: diffusers has none, add model.repa_block=0 model.repa_dim=0")
+        raise UserError("--diffusers does not support REPA; set model.repa_block=0 model.repa_dim=0")
     if model.mlp_ratio != MLP_RATIO:
         raise UserError(
-            f"--diffusers with model.mlp_ratio={model.mlp_ratio}: diffusers' models have {MLP_RATIO}, set that"
+            f"--diffusers does not support model.mlp_ratio={model.mlp_ratio}; set model.mlp_ratio={MLP_RATIO}, the "
+            "only ratio of diffusers' models"
         )
 
 
 class PlainTraining:
-    """Model and optimizer on this process's device; ``check_plain`` has passed."""
+    """Model and optimizer on this process's device. Call ``check_plain`` on the model's config first."""
 
     def __init__(self, config: Config) -> None:
         model, optimizer = config.model, config.optimizer
@@ -54,14 +55,14 @@ class PlainTraining:
         )
 
     def step(self, batch: Batch) -> None:
-        """Forward, backward and optimizer step on the whole batch, in the config's micro-batches."""
+        """Run forward, backward and the optimizer step on the full batch, in the config's micro-batches."""
         train, clip = self._config.train, self._config.optimizer.grad_clip
         micro_batches = batch.split(train.micro_batch)
         for micro in micro_batches:
             on_device = micro.to(device())
             with torch.autocast(device().type, torch.bfloat16, enabled=train.dtype == "bf16"):
                 prediction = self._predict(self.model, on_device)
-            # Of a learned variance, which our loss trains too, only ε.
+            # With a learned variance only ε is trained here; our loss trains the variance too.
             loss = F.mse_loss(prediction.float()[:, : self._config.model.in_channels], on_device.noise)
             (loss / len(micro_batches)).backward()
         if clip > 0:
@@ -89,7 +90,7 @@ def _pixart(model: nn.Module, batch: Batch) -> Tensor:
     ).sample
 
 
-POOLED_TEXT = 16  # SD3's second text input, which ours has not: kept small
+POOLED_TEXT = 16  # width of SD3's pooled text input, which our MMDiT does not have; small to cost little
 
 
 def _build_mmdit(config: ModelConfig) -> ModelMixin:

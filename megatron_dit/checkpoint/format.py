@@ -1,10 +1,11 @@
-"""What a checkpoint holds, and how its full tensors are put together again.
+"""The checkpoint format, and the reader that assembles full tensors from it.
 
-``step_00001000/manifest.json`` beside one ``rank_00000.safetensors`` per writing rank. A rank's file has
-flat fp32 ranges of tensor-parallel shards under ``KEY/NAME`` (KEY: master, exp_avg, exp_avg_sq, ema, and ema_0, ...
-of ``train.ema_sigma_rel``; the manifest's ``states`` says which) and, in its metadata, where each NAME's range begins
-and of which shard it is. So a checkpoint of any layout opens in any other. Learning rate, noise, dropped conditions
-and the order of the data are functions of the config, the seed and the step, so there is no more state to keep.
+A checkpoint is a folder, e.g. ``step_00001000``, with ``manifest.json`` and one ``rank_00000.safetensors`` per writing
+rank. A rank's file stores flat fp32 ranges of tensor-parallel shards under ``KEY/NAME``. KEY is master, exp_avg,
+exp_avg_sq, ema, or ema_0, ... for ``train.ema_sigma_rel``; the manifest's ``states`` lists the keys. The file's
+metadata contain the tensor-parallel rank and the start of each NAME's range in the shard. A checkpoint written in any
+layout can therefore be loaded in any other. The learning rate, noise, dropped conditions and data order are functions
+of the config, the seed and the step, so no other state needs to be stored.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ from megatron_dit.mup.init import cut, unshard
 from megatron_dit.mup.rules import Param
 from megatron_dit.progress import ProgressBar
 
-SHOWN = 1 << 30  # bytes, of which hashing takes about a second
+SHOWN = 1 << 30  # bytes above which the progress of hashing is shown; hashing 1 GiB takes about a second
 
 
 @dataclass(frozen=True)
@@ -42,10 +43,10 @@ class Fragment:
 
 
 class CheckpointReader:
-    """Full tensors by global name from a checkpoint's folder.
+    """Reader of full tensors by global name from a checkpoint's folder.
 
-    Raises Torn if its manifest is not valid or a file is missing or of another size. What the files hold is compared
-    with their hashes by :meth:`verify` alone.
+    Raises Torn if the manifest is not valid or a file is missing or has the wrong size. Only :meth:`verify` compares
+    the contents of the files with their hashes.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -58,20 +59,20 @@ class CheckpointReader:
 
     @cached_property
     def config(self) -> Config:
-        """The config of the run that wrote it. Raises UserError if this version cannot use it."""
+        """Config of the run that wrote the checkpoint. Raises UserError if this version cannot use it."""
         try:
             return config_from_dict(self.manifest["config"])
         except UserError as error:
-            raise UserError(f"{self.folder} holds a config that cannot be used: {error}") from None
+            raise UserError(f"the config in {self.folder} cannot be used by this version: {error}") from None
 
     @property
     def step(self) -> int:
         return self.manifest["step"]
 
     def verify(self, share: slice = slice(None), *, show: bool = False) -> None:
-        """Read a ``share`` of the files and compare their SHA-256. Raises Torn for the first that differs.
+        """Read the files in the slice ``share`` and compare their SHA-256. Raises Torn for the first that differs.
 
-        ``show`` prints the progress if there is so much to read that it takes longer than a moment.
+        ``show`` displays the progress if there is more than 1 GiB to read.
         """
         names = sorted(self.manifest["files"])[share]
         total = sum(self.manifest["files"][name]["bytes"] for name in names)
@@ -85,40 +86,42 @@ class CheckpointReader:
                 except OSError as error:
                     raise unreadable(error) from None
                 if digest.hexdigest() != self.manifest["files"][name]["sha256"]:
-                    raise Torn(f"{self.folder / name} is not what was written (SHA-256)")
+                    raise Torn(f"{self.folder / name} is corrupt: its SHA-256 differs from the manifest's")
                 bar.advance(name)
 
     def check(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
-        """Raise UserError with the first parameter in which the checkpoint differs from a model."""
+        """Raise UserError for the first parameter whose name or shape differs between checkpoint and model."""
         held = {name: tuple(param["shape"]) for name, param in self.manifest["params"].items()}
         for name, shape in shapes.items():
             if held.get(name) != shape:
-                there = f"has shape {held[name]}" if name in held else "is missing"
+                found = f"has shape {held[name]}" if name in held else "is missing"
                 raise UserError(
-                    f"{self.folder} is a checkpoint of another architecture: {name} {there}, the model's is {shape}"
+                    f"{self.folder} is a checkpoint of another architecture: {name} {found}, the model expects {shape}"
                 )
         extra = next((name for name in held if name not in shapes), None)
         if extra is not None:
-            raise UserError(f"{self.folder} is a checkpoint of another architecture: the model has no {extra}")
+            raise UserError(
+                f"{self.folder} is a checkpoint of another architecture: the model has no parameter {extra}"
+            )
 
     def check_mup(self, params: Mapping[str, Param]) -> None:
-        """Raise UserError with the first parameter that was trained under another ratio of lr or weight decay."""
+        """Raise UserError for the first parameter trained with another μP multiplier of lr or weight decay."""
         for name, param in params.items():
             held = self.manifest["params"][name]
             for key, ratio in (("lr", param.lr_multiplier), ("weight_decay", param.weight_decay_multiplier)):
                 if held[key] != ratio:
                     raise UserError(
-                        f"{self.folder} was trained with {key} x {held[key]:g} on {name}, which μP's table gives "
-                        f"x {ratio:g} here: set mup.* as they were"
+                        f"{self.folder} was trained with {key} x {held[key]:g} for {name}, but the config's μP rules "
+                        f"give x {ratio:g}; restore the run's mup.* settings"
                     )
 
     @property
     def states(self) -> list[str]:
-        """What is held of every parameter."""
+        """Keys stored for every parameter, e.g. ``master`` and ``exp_avg``."""
         return self.manifest["states"]
 
     def full(self, key: str, name: str) -> Tensor:
-        """The full fp32 tensor of a parameter's master, moment or average."""
+        """Return the full fp32 tensor of a parameter's master, moment or average."""
         param = self.manifest["params"][name]
         shape, dim, shards = list(param["shape"]), param["dim"], self._shards(name)
         if dim is not None:
@@ -127,14 +130,17 @@ class CheckpointReader:
         return tensors[0] if dim is None else unshard(tensors, dim, param["pieces"])
 
     def weights(self, key: str, name: str) -> Tensor:
-        """As :meth:`full`, for use in a model. Raises UserError if a value is not finite: training has diverged."""
+        """Return :meth:`full` for use in a model. Raises UserError if a value is not finite: training has diverged."""
         full = self.full(key, name)
         if not full.isfinite().all():
-            raise UserError(f"{self.folder} has NaN or infinite values in {key}/{name}: use an older checkpoint")
+            raise UserError(f"{self.folder} has NaN or infinite values in {key}/{name}; use an older checkpoint")
         return full
 
     def part(self, key: str, name: str, tensor_rank: int, tensor_size: int, start: int, numel: int) -> Tensor:
-        """Elements [start, start + numel) of a flattened tensor-parallel shard, read alone if it was cut so before."""
+        """Return elements [start, start + numel) of a flattened tensor-parallel shard.
+
+        Only these elements are read if the checkpoint was written with the same tensor-parallel size.
+        """
         param = self.manifest["params"][name]
         if param["dim"] is None:
             return self._range(key, name, 0, start, numel)
@@ -147,15 +153,15 @@ class CheckpointReader:
         return 1 if self.manifest["params"][name]["dim"] is None else self.manifest["layout"]["tensor"]
 
     def _range(self, key: str, name: str, tensor_rank: int, start: int, numel: int) -> Tensor:
-        """Put together from the files that hold some of it."""
+        """Assemble a range from all files that store a part of it."""
         if key not in self.states:
-            raise UserError(f"{self.folder} holds no {key}: it has {', '.join(self.states)}")
+            raise UserError(f"{self.folder} contains no {key}; expected one of {', '.join(self.states)}")
         flat, covered, stop = torch.empty(numel), 0, start + numel
         for fragment in self._fragments.get(name, []):
             low, high = max(start, fragment.start), min(stop, fragment.stop)
             if fragment.tensor_rank != tensor_rank or low >= high:
                 continue
-            with _damage(fragment.file), safe_open(fragment.file, framework="pt") as file:
+            with _torn_on_error(fragment.file), safe_open(fragment.file, framework="pt") as file:
                 piece = file.get_slice(f"{key}/{name}")[low - fragment.start : high - fragment.start]
                 if piece.shape != (high - low,):
                     raise Torn(f"{fragment.file}: {key}/{name} is shorter than {fragment.stop - fragment.start}")
@@ -167,11 +173,11 @@ class CheckpointReader:
 
     @cached_property
     def _fragments(self) -> dict[str, list[Fragment]]:
-        """Which file holds which elements of a parameter: no element is in two of them."""
+        """Fragments of each parameter, sorted by position. Raises Torn if two files store the same element."""
         found: dict[str, list[Fragment]] = {}
         for name in self.manifest["files"]:
             path = self.folder / name
-            with _damage(path), safe_open(path, framework="pt") as file:
+            with _torn_on_error(path), safe_open(path, framework="pt") as file:
                 about = file.metadata()
                 rank = int(about["tensor_rank"])
                 for param, start in json.loads(about["starts"]).items():
@@ -181,14 +187,14 @@ class CheckpointReader:
             fragments.sort(key=lambda fragment: (fragment.tensor_rank, fragment.start))
             for one, other in pairwise(fragments):
                 if one.tensor_rank == other.tensor_rank and other.start < one.stop:
-                    raise Torn(f"{other.file} and {one.file} hold the same elements of {name}")
+                    raise Torn(f"{other.file} and {one.file} store the same elements of {name}")
         return found
 
 
 @contextmanager
-def _damage(path: Path) -> Iterator[None]:
-    """Raise Torn for whatever is wrong with a file of tensors: its header may say anything."""
+def _torn_on_error(path: Path) -> Iterator[None]:
+    """Raise Torn for any error of reading a file of tensors, whose header may contain arbitrary values."""
     try:
         yield
     except (SafetensorError, OSError, ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
-        raise Torn(f"{path} is damaged ({type(error).__name__}: {str(error)[:200]})") from None
+        raise Torn(f"{path} is corrupt ({type(error).__name__}: {str(error)[:200]})") from None

@@ -1,4 +1,4 @@
-"""Finding a checkpoint and restoring an engine from it."""
+"""Find a checkpoint and restore an engine from it."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ if TYPE_CHECKING:
 
 
 def newest(folder: Path, *, verify: bool = True) -> tuple[CheckpointReader | None, list[str]]:
-    """Return the newest intact checkpoint of ``folder`` (None if there is none), and messages about what is not one.
+    """Return the newest intact checkpoint of ``folder``, or None, and messages about entries that were skipped.
 
-    ``verify`` reads its files to compare their SHA-256; otherwise one whose files have the right sizes is taken.
+    ``verify`` compares the SHA-256 of the files; if it is false, only their sizes are checked.
     """
     listing = list_checkpoints(folder)
     notes = listing.notes
@@ -40,9 +40,9 @@ def newest(folder: Path, *, verify: bool = True) -> tuple[CheckpointReader | Non
 
 
 def newest_intact(folder: Path, rank: int, world: int) -> tuple[CheckpointReader | None, list[str]]:
-    """As :func:`newest`, each rank reading its share of the files. Collective.
+    """Return the result of :func:`newest`, with the verification of the files split over the ranks. Collective.
 
-    Raises UserError if there are checkpoints and none is intact: to start from step 0 would throw the run away.
+    Raises UserError if there are checkpoints but none is intact: starting from step 0 would discard the run.
     """
     listing = gather(agreed(lambda: list_checkpoints(folder) if rank == 0 else None))[0]
     assert listing is not None
@@ -54,12 +54,12 @@ def newest_intact(folder: Path, rank: int, world: int) -> tuple[CheckpointReader
             return reader, [*listing.notes, *skipped]
         skipped.append(_skipped(path, wrong))
     if skipped:
-        raise UserError(f"no checkpoint of {folder} is intact: {'; '.join(skipped)}: repair one, or set a new run_dir")
+        raise UserError(f"no checkpoint in {folder} is intact ({'; '.join(skipped)}); repair one or set a new run_dir")
     return None, listing.notes
 
 
 def _opened(path: Path, share: slice, *, show: bool = False) -> tuple[CheckpointReader | None, str | None]:
-    """Return the checkpoint, or why it is incomplete."""
+    """Return the checkpoint, or the reason why it is incomplete."""
     try:
         reader = CheckpointReader(path)
         reader.verify(share, show=show)
@@ -73,47 +73,48 @@ def _skipped(path: Path, why: str) -> str:
 
 
 def open_checkpoint(path: str | Path, *, verify: bool = True) -> CheckpointReader:
-    """Return a checkpoint by its own folder, or the newest intact one of a run's folder.
+    """Return the checkpoint in folder ``path``, or the newest intact checkpoint if ``path`` is a run's folder.
 
-    Prints to standard error which newer ones of a run are incomplete and skipped. A checkpoint given by its own folder
-    is taken whatever that is called, and refused if it is incomplete. ``verify`` as in :func:`newest`. Raises UserError
-    if there is none.
+    For a run, newer incomplete checkpoints are skipped and reported on standard error. The folder of a single
+    checkpoint may have any name. ``verify`` as in :func:`newest`. Raises UserError if there is no checkpoint, or if
+    the given one is incomplete.
     """
     path = Path(path)
     try:
         if not path.is_dir():
             wrong = "is not a folder" if path.exists() else "does not exist"
-            raise UserError(f"checkpoint {path} {wrong}: give a run's folder or one of its checkpoints/step_*")
+            raise UserError(f"checkpoint {path} {wrong}; give a run's folder or one of its checkpoints/step_*")
     except OSError as error:
         raise unreadable(error) from None
     if os.path.lexists(path / MANIFEST):
         reader, wrong = _opened(path, slice(None) if verify else slice(0), show=True)
         if reader is None:
-            raise UserError(f"checkpoint {path} is incomplete ({wrong}): use another one")
+            raise UserError(f"checkpoint {path} is incomplete ({wrong}); use another one")
         return reader
     reader, notes = newest(path / CHECKPOINTS, verify=verify)
     if reader is None:
         detail = f" ({'; '.join(notes)})" if notes else ""
-        raise UserError(f"{path} holds no complete checkpoint{detail}: give a run's folder or a checkpoints/step_*")
+        raise UserError(f"{path} contains no complete checkpoint{detail}; give a run's folder or a checkpoints/step_*")
     for line in notes:
         print(printable(line), file=sys.stderr)
     return reader
 
 
 def check_model(reader: CheckpointReader) -> None:
-    """Raise UserError if the config describes another model than the one whose tensors are held. Allocates nothing."""
+    """Raise UserError if a checkpoint's config describes another model than its tensors. Allocates no memory."""
     model, held = reader.config.model, len(reader.manifest["params"])
     if model.depth > held:
-        raise UserError(f"{reader.folder} holds {held} parameters, but its config has model.depth={model.depth}")
+        raise UserError(f"{reader.folder} contains {held} parameters, but its config has model.depth={model.depth}")
     with torch.device("meta"):
         shapes = {name: tuple(p.shape) for name, p in build_unsharded(model).named_parameters()}
     reader.check(shapes)
 
 
 def restore(engine: Engine, reader: CheckpointReader) -> None:
-    """Masters, moments, averages and step, into whatever layout the engine has. Collective.
+    """Load masters, moments, averages and step into an engine of any layout. Collective.
 
-    μP's ratios of lr and weight decay are made anew from the config, and compared with those it was trained with.
+    The μP multipliers of lr and weight decay are computed from the config and compared with the checkpoint's.
+    Raises UserError if they or the parameters differ.
     """
     reader.check({name: param.shape for name, param in engine.params.items()})
     reader.check_mup(engine.params)

@@ -1,7 +1,7 @@
-"""The manifest of a checkpoint: what it says, the hash that seals it, and the schema that it must satisfy to be read.
+"""The manifest of a checkpoint: its contents, its hash, and the schema it must satisfy.
 
-A checkpoint may come from anybody, so its manifest is validated once, when it is opened: whoever uses it afterwards
-may rely on the types and sizes that the schema states.
+A checkpoint may come from an untrusted source, so its manifest is validated once, when it is opened. Code that uses
+it afterwards may rely on the types and sizes that the schema defines.
 """
 
 from __future__ import annotations
@@ -27,36 +27,36 @@ from megatron_dit.mup.rules import Param
 
 FORMAT = 3
 MANIFEST = "manifest.json"
-SEAL = "sha256"  # the manifest's last key: of all before it
+SEAL = "sha256"  # the manifest's last key: the hash of everything before it
 STATE = "master"
-LIMIT = 64 << 20  # bytes of a manifest; 18B parameters on 4,096 ranks take about 1 MB
-LARGEST = 10**18  # of any step, size or number of bytes
+LIMIT = 64 << 20  # maximum bytes of a manifest; 18B parameters on 4,096 ranks need about 1 MB
+LARGEST = 10**18  # upper bound of any step, size or number of bytes
 
 Name = Annotated[str, Field(max_length=200)]
 Natural = Annotated[int, Field(ge=0, le=LARGEST)]
 Positive = Annotated[int, Field(gt=0, le=LARGEST)]
-Ratio = Annotated[float, Field(ge=0, allow_inf_nan=False)]  # 0: the parameter is not trained
+Ratio = Annotated[float, Field(ge=0, allow_inf_nan=False)]  # 0 means that the parameter is not trained
 
 
 class Torn(UserError):
-    """A checkpoint that is incomplete or corrupt: files are missing, short, unreadable or not what was written."""
+    """Raised for an incomplete or corrupt checkpoint: files are missing, truncated, unreadable or were changed."""
 
 
 class _Strict(BaseModel):
-    """Nothing is converted; keys that are not named here are allowed and ignored."""
+    """Schema base that converts no values and ignores unknown keys."""
 
     model_config = ConfigDict(strict=True, extra="ignore", protected_namespaces=())
 
 
 class _Imported(_Strict):
-    """What an export gives back of the config.json that a model was imported from."""
+    """Values from the config.json of an imported model that an export writes again."""
 
     pooled_projection_dim: Annotated[int, Field(gt=0, le=1 << 16)] | None = None
 
 
 class _Param(_Strict):
     shape: Annotated[list[Positive], Field(max_length=8)]
-    dim: Natural | None  # along which tensor-parallel ranks cut it
+    dim: Natural | None  # dimension that is split over tensor-parallel ranks
     pieces: Positive
     role: Name
     lr: Ratio
@@ -82,7 +82,7 @@ class _Layout(_Strict):
 
 
 class Manifest(_Strict):
-    """The schema. ``data`` is empty for imported weights whose data are not known."""
+    """Schema of the manifest. ``data`` is empty for imported weights, whose training data are unknown."""
 
     format: Annotated[int, Field(ge=FORMAT, le=FORMAT)]
     step: Natural
@@ -100,7 +100,7 @@ class Manifest(_Strict):
 
     @model_validator(mode="after")
     def _consistent(self) -> Manifest:
-        """Sizes follow from each other, so that no tensor can be larger than the files that hold it."""
+        """Check the sizes against each other, so that no tensor can be larger than the files that store it."""
         elements = 0
         for name, param in self.params.items():
             elements += math.prod(param.shape)
@@ -108,17 +108,17 @@ class Manifest(_Strict):
                 param.dim >= len(param.shape) or param.shape[param.dim] % (param.pieces * self.layout.tensor)
             ):
                 raise ValueError(
-                    f"{name} of shape {param.shape} cannot be cut along dimension {param.dim} in {param.pieces} pieces "
-                    f"for {self.layout.tensor} tensor-parallel ranks"
+                    f"{name} of shape {param.shape} cannot be split along dimension {param.dim} in {param.pieces} "
+                    f"pieces over {self.layout.tensor} tensor-parallel ranks"
                 )
         held, needed = sum(file.bytes for file in self.files.values()), 4 * elements * len(self.states)
         if held < needed:
-            raise ValueError(f"its files have {held} bytes, but its tensors need {needed}")
+            raise ValueError(f"the files have {held} bytes, but the tensors need {needed}")
         if self.data and not self.data.keys() >= {"text", "codec", "samples"}:
-            raise ValueError(f"data has only {', '.join(self.data)}, expected text, codec and samples")
+            raise ValueError(f"data has only the keys {', '.join(self.data)}, expected text, codec and samples")
         unknown = next((name for name in self.multipliers if name not in self.params), None)
         if unknown is not None:
-            raise ValueError(f"multiplier of {unknown}, which is not one of its parameters")
+            raise ValueError(f"multipliers contains {unknown}, which is not a parameter of the checkpoint")
         return self
 
 
@@ -133,9 +133,9 @@ def manifest_of(
     parallel: ParallelConfig | None = None,
     **progress: Any,
 ) -> dict[str, Any]:
-    """Return a manifest without ``files``; ``progress`` may give step, adam_steps, data and bad_samples.
+    """Return a manifest without ``files`` for ``world`` ranks in the layout ``parallel`` (None: one process).
 
-    Written by ``world`` ranks in the layout ``parallel`` (None: by one process).
+    ``progress`` may contain step, adam_steps, data and bad_samples.
     """
     return {
         "format": FORMAT,
@@ -164,7 +164,7 @@ def manifest_of(
 
 
 def write_manifest(folder: Path, manifest: Mapping[str, Any]) -> Path:
-    """Write ``folder/manifest.json`` with its seal and return its path. Raises Torn if nobody could read it again."""
+    """Write ``folder/manifest.json`` with its hash and return its path. Raises Torn if it violates the schema."""
     path = folder / MANIFEST
     _validate(path, manifest)
     path.write_text(json.dumps({**manifest, SEAL: _seal(manifest)}))
@@ -172,9 +172,9 @@ def write_manifest(folder: Path, manifest: Mapping[str, Any]) -> Path:
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
-    """Return the validated manifest of a checkpoint's folder, without its seal.
+    """Return the validated manifest of a checkpoint's folder, without its hash.
 
-    Raises Torn if it is missing, damaged or does not satisfy the schema, and UserError if it is of another format or
+    Raises Torn if it is missing, corrupt or violates the schema, and UserError if it has another format version or
     the disk cannot be read.
     """
     path = folder / MANIFEST
@@ -184,20 +184,20 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     try:
         manifest = json.loads(path.read_bytes().decode(), parse_constant=_refuse_constant)
         if not isinstance(manifest, dict):
-            raise Torn(f"{path} holds {reprlib.repr(manifest)}, expected the manifest of a checkpoint")
-        lacking = next((key for key in KEYS if key not in manifest), None)
-        if lacking is not None:
-            raise Torn(f"{path} has no {lacking}")
+            raise Torn(f"{path} contains {reprlib.repr(manifest)}, expected a JSON object")
+        missing = next((key for key in KEYS if key not in manifest), None)
+        if missing is not None:
+            raise Torn(f"{path} has no key {missing!r}")
         intact = manifest.pop(SEAL) == _seal(manifest)
     except OSError as error:
         raise unreadable(error) from None
     except (ValueError, RecursionError) as error:
         raise Torn(f"{path} is not valid JSON ({error})") from None
     if not intact:
-        raise Torn(f"{path} is not what was written (SHA-256)")
+        raise Torn(f"{path} is corrupt: its SHA-256 does not match its contents")
     if type(manifest["format"]) is int and manifest["format"] != FORMAT:
         raise UserError(
-            f"{folder} has checkpoint format {reprlib.repr(manifest['format'])}, expected {FORMAT}: use the version of "
+            f"{folder} has checkpoint format {reprlib.repr(manifest['format'])}, expected {FORMAT}; use the version of "
             "megatron_dit that wrote it"
         )
     _validate(path, manifest)
@@ -205,7 +205,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 
 
 def size_of(folder: Path, name: str) -> int:
-    """Return the bytes of a file of a checkpoint without opening it: opening a FIFO would wait for ever.
+    """Return the size in bytes of a checkpoint's file without opening it, because opening a FIFO would block.
 
     Raises Torn if it is missing, is not a regular file, or is a link to a file outside of ``folder``.
     """
@@ -214,7 +214,7 @@ def size_of(folder: Path, name: str) -> int:
         status = path.lstat()
         if stat.S_ISLNK(status.st_mode):
             if not path.exists() or path.resolve().parent != folder.resolve():
-                raise Torn(f"{path} is a link that leads out of the checkpoint: put the file itself there")
+                raise Torn(f"{path} is a link to a file outside of the checkpoint; replace it by the file itself")
             status = path.stat()
     except (FileNotFoundError, NotADirectoryError):
         raise Torn(f"{path} is missing") from None
@@ -228,10 +228,10 @@ def size_of(folder: Path, name: str) -> int:
 def unreadable(error: OSError) -> UserError:
     """Return the UserError for an I/O failure.
 
-    Unlike Torn, it must not make anybody fall back to an older checkpoint: this one may be intact.
+    Unlike Torn, it must not cause a fallback to an older checkpoint: this one may be intact.
     """
     name = os.fspath(error.filename) if error.filename is not None else "(unknown)"
-    return UserError(f"checkpoint file {name} cannot be read ({error.strerror}): check its disk, mount and permissions")
+    return UserError(f"checkpoint file {name} cannot be read ({error.strerror}); check its disk, mount and permissions")
 
 
 def _validate(path: Path, manifest: Mapping[str, Any]) -> None:

@@ -1,4 +1,7 @@
-"""Writing checkpoints: each rank its share, beside training and in a folder aside, fsynced, then renamed into place."""
+"""Write checkpoints in the background of training.
+
+Each rank writes its own part to a temporary folder. The files are fsynced, and then the folder is renamed.
+"""
 
 from __future__ import annotations
 
@@ -41,10 +44,10 @@ REMEDY = "free space or change run_dir"
 
 
 class Saver:
-    """Writes an engine's checkpoints, while training goes on if it is let.
+    """Writer of an engine's checkpoints, optionally in the background of training.
 
-    ``begin`` copies this rank's share to CPU memory that is kept for the next time, and a thread writes it; ``commit``
-    waits for all ranks and makes it a checkpoint. Until then the folder is called ``step_N.part``.
+    ``begin`` copies this rank's part to CPU buffers, which are reused by later checkpoints, and starts a thread that
+    writes them. ``commit`` waits for all ranks and renames the folder from ``step_N.part`` to ``step_N``.
     """
 
     def __init__(self, engine: Engine) -> None:
@@ -54,33 +57,33 @@ class Saver:
 
     @property
     def under_way(self) -> bool:
-        """Whether a checkpoint was begun and not committed."""
+        """Whether a checkpoint was started and is not committed yet."""
         return self._thread is not None
 
     @property
     def writing(self) -> bool:
-        """Whether this rank is still writing its share."""
+        """Whether this rank is still writing its part."""
         return self._thread is not None and self._thread.is_alive()
 
     def begin(self, folder: Path, keys: Sequence[str] = ()) -> None:
-        """Start on ``folder/step_N``: masters and every state, or ``keys`` of them alone. ``folder`` must exist."""
+        """Start writing ``folder/step_N``: masters and all states, or only ``keys``. ``folder`` must exist."""
         keys = keys or (STATE, *state_keys(self._engine.config.train))
-        views, about = _share(self._engine, keys)
+        views, about = _local_ranges(self._engine, keys)
         for name, view in views.items():
             if name not in self._copies:
                 self._copies[name] = torch.empty(view.shape, pin_memory=view.is_cuda)
             if view.is_cuda:
                 self._copies[name].copy_(view, non_blocking=True)
-            else:  # by one thread: torch's would wait for one another at each tensor on cores that read data
+            else:  # NumPy copies in one thread; torch's threads would compete with data loading for the cores
                 np.copyto(self._copies[name].numpy(), view.numpy())
         if torch.cuda.is_available():
             torch.cuda.synchronize()
         self._start(folder, keys, {name: self._copies[name] for name in views}, about)
 
     def save(self, folder: Path, keys: Sequence[str] = ()) -> Path:
-        """As ``begin`` and ``commit``, without a copy: for when there is nothing to do meanwhile. Collective."""
+        """Write a checkpoint and return its path, without a background copy. Collective."""
         keys = keys or (STATE, *state_keys(self._engine.config.train))
-        self._start(folder, keys, *_share(self._engine, keys))
+        self._start(folder, keys, *_local_ranges(self._engine, keys))
         return self.commit()
 
     def _start(self, folder: Path, keys: Sequence[str], tensors: dict[str, Tensor], about: dict[str, str]) -> None:
@@ -89,13 +92,13 @@ class Saver:
         self._part = self._target.with_suffix(PART)
         self._manifest = _manifest(self._engine, keys) if self.first else {}
         self._written: dict[str, dict[str, Any]] = {}
-        self._error: str | None = "its writer ended early"  # until it says otherwise
+        self._error: str | None = "its writer ended early"  # the writer replaces this value
         self._thread = threading.Thread(target=self._write, args=(tensors, about), name="checkpoint")
         self._thread.start()
 
     def _write(self, tensors: Mapping[str, Tensor], about: Mapping[str, str]) -> None:
         try:
-            self._part.mkdir(exist_ok=True)  # not its parents: of a lost mount the disk below would be written
+            self._part.mkdir(exist_ok=True)  # without parents: if a mount was lost, the disk below must not be written
             if tensors:
                 path = self._part / f"rank_{self._engine.topology.rank:05d}.safetensors"
                 self._written[path.name] = write_safetensors(path, tensors, about)
@@ -104,18 +107,18 @@ class Saver:
             self._error = str(error)
 
     def commit(self) -> Path:
-        """Finish the checkpoint that was begun. Collective.
+        """Complete the checkpoint started by ``begin`` and return its path. Collective.
 
-        Raises UserError on every rank where one could not write; what was written is removed.
+        If any rank failed to write, the partial checkpoint is removed and UserError is raised on every rank.
         """
         assert self._thread is not None
         self._thread.join()
         self._thread = None
-        shares = gather((self._error, self._written))
-        error = next((f" ({error}): {REMEDY}" for error, _ in shares if error), None)
+        results = gather((self._error, self._written))
+        error = next((f" ({error}): {REMEDY}" for error, _ in results if error), None)
         if self.first and error is None:
             try:
-                files = {name: record for _, written in shares for name, record in sorted(written.items())}
+                files = {name: record for _, written in results for name, record in sorted(written.items())}
                 _finish(self._part, self._target, {**self._manifest, "files": files})
             except OSError as caught:
                 error = f" ({caught}): {REMEDY}"
@@ -128,7 +131,7 @@ class Saver:
 
 
 def save(engine: Engine, folder: Path, keys: Sequence[str] = ()) -> Path:
-    """Write ``folder/step_N`` and wait for it. Collective; every rank raises if one cannot write."""
+    """Write ``folder/step_N``, wait for it and return its path. Collective; every rank raises if one cannot write."""
     agreed(lambda: _make(folder))
     return Saver(engine).save(folder, keys)
 
@@ -156,10 +159,10 @@ def _finish(part: Path, target: Path, manifest: Mapping[str, Any]) -> None:
     _sync(write_manifest(part, manifest))
     _sync(part)
     old = None
-    if os.path.lexists(target):  # an averages' snapshot is written again after a resume from before it
+    if os.path.lexists(target):  # e.g. an EMA snapshot that a run resumed at an earlier step writes again
         why = why_stray(target)
         if why is not None:
-            raise UserError(f"it is {why} already, move that away")
+            raise UserError(f"the path exists and is {why}; move it away")
         old = out_of_the_way(target)
     part.replace(target)
     _sync(target.parent)
@@ -169,41 +172,43 @@ def _finish(part: Path, target: Path, manifest: Mapping[str, Any]) -> None:
 
 
 def set_aside(folder: Path, step: int) -> list[str]:
-    """Rename incomplete checkpoints beyond ``step`` to ``step_N.torn``: the run that resumes there writes its own.
+    """Rename incomplete checkpoints after ``step`` to ``step_N.torn``, because the resumed run will write these steps.
 
-    Returns messages.
+    Returns messages about the renamed checkpoints.
     """
     notes = []
     for path in checkpoints(folder):
         found = step_of(path)
         if found is not None and found > step:
             names = (path.with_name(path.name + TORN + (f".{i}" if i else "")) for i in itertools.count())
-            target = next(name for name in names if not os.path.lexists(name))  # older ones are kept too
+            target = next(name for name in names if not os.path.lexists(name))  # never overwrite an earlier one
             path.rename(target)
-            notes.append(f"{path} is kept as {target.name}")
+            notes.append(f"renamed incomplete checkpoint {path} to {target.name}")
     if notes:
         _point(step_folder(folder, step))
     return notes
 
 
 def _point(target: Path) -> None:
-    """Write the name of the newest checkpoint to ``latest`` beside it."""
+    """Write the name of the newest checkpoint to ``latest`` in the same folder."""
     latest, aside = target.with_name(LATEST), target.with_name(LATEST + PART)
-    if not is_made_by_runs(latest) and os.path.lexists(latest):  # somebody's folder: the checkpoint itself is complete
+    if not is_made_by_runs(latest) and os.path.lexists(latest):  # a user's own folder has this name: leave it alone
         return
     aside.write_text(target.name + "\n")
     _sync(aside)
     aside.replace(latest)
 
 
-def _share(engine: Engine, keys: Sequence[str]) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """What this rank writes: flat fp32 ranges by KEY/NAME, and the file's metadata."""
+def _local_ranges(engine: Engine, keys: Sequence[str]) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Return the flat fp32 ranges that this rank writes, by KEY/NAME, and the file's metadata."""
     topology = engine.topology
     views, starts = {}, {}
     for number, (name, shard) in enumerate(engine.masters.shards.items()):
         sharded = engine.params[name].dim is not None
-        whole = engine.config.parallel.zero_stage == 0  # every data-parallel rank holds all of it: take turns
-        if (topology.tensor_rank and not sharded) or (whole and number % topology.data_size != topology.data_rank):
+        # At stage 0 every data-parallel rank holds all shards: distribute the writing over the ranks.
+        replicated = engine.config.parallel.zero_stage == 0
+        written_elsewhere = replicated and number % topology.data_size != topology.data_rank
+        if (topology.tensor_rank and not sharded) or written_elsewhere:
             continue
         starts[name] = shard.start
         for key in keys:
@@ -212,10 +217,10 @@ def _share(engine: Engine, keys: Sequence[str]) -> tuple[dict[str, Tensor], dict
 
 
 def write_safetensors(path: Path, tensors: Mapping[str, Tensor], about: Mapping[str, str]) -> dict[str, Any]:
-    """Flat fp32 tensors to a safetensors file, one at a time: the package's own writer first copies them all.
+    """Write flat fp32 tensors to a safetensors file, fsync it, and return its bytes and SHA-256 for the manifest.
 
-    Synced to the disk; ``about`` goes into the header. Returns what the manifest says of the file: bytes and SHA-256.
-    The format: the header's length (8 bytes), the header (JSON), the tensors' bytes.
+    Tensors are written one at a time, because the package's own writer first copies all of them. ``about`` becomes the
+    header's metadata. The format is the header's length (8 bytes), the header (JSON) and the tensors' bytes.
     """
     header: dict[str, Any] = {"__metadata__": dict(about)}
     end = 0

@@ -1,4 +1,4 @@
-"""Architectures by name."""
+"""The model architectures, by name."""
 
 from __future__ import annotations
 
@@ -16,9 +16,10 @@ ARCHITECTURES: dict[str, type[DiffusionTransformer]] = {"dit": DiT, "mmdit": MMD
 
 
 def build(config: ModelConfig, backend: Backend, blocks: Sequence[int] | None = None) -> DiffusionTransformer:
-    """The model of ``config.arch``, or its share with ``blocks``, uninitialised on torch's default device."""
+    """Return the model of ``config.arch``, or only its ``blocks``, uninitialised on torch's default device."""
     return ARCHITECTURES[config.arch](config, backend, blocks)
 
 
 def build_unsharded(config: ModelConfig) -> DiffusionTransformer:
+    """Return the full model for a single process, uninitialised on torch's default device."""
     return build(config, Backend.unsharded(config))

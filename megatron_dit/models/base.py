@@ -1,7 +1,7 @@
-"""What a pipeline cuts: every model is ``embed``, numbered blocks, and ``readout``.
+"""Base class of all models, which lets a pipeline split them: ``embed``, numbered blocks, and ``readout``.
 
-Between blocks a model is a :data:`State`: tensors (n, B, D) of tokens, whatever later blocks need. Packed end to
-end they are the one tensor that pipeline stages hand on, so a stage has no replicated parameters.
+Blocks pass on a :data:`State`, which contains all tensors (n, B, D) of tokens that later blocks need. Pipeline stages
+send it as one tensor, concatenated along n, so no stage needs copies of another stage's parameters.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ State = tuple[Tensor, ...]
 
 
 class DiffusionTransformer(nn.Module, ABC):
-    """A model, or the share of it that has ``blocks`` (global numbers), which are also their names.
+    """A model, or the part of it with the given ``blocks``. Blocks are named by their global numbers, from 0.
 
-    The share with block 0 has the embedders, the one with the last block the head, and the one with block
-    ``repa_block`` REPA's projector.
+    The part with block 0 has the embedders, the part with the last block has the head, and the part with block
+    ``repa_block - 1`` has REPA's projector.
     """
 
     def __init__(self, config: ModelConfig, backend: Backend, blocks: Sequence[int] | None = None) -> None:
@@ -50,19 +50,19 @@ class DiffusionTransformer(nn.Module, ABC):
 
     @abstractmethod
     def embed(self, x: Tensor, t: Tensor, condition: Condition, taps: Taps | None) -> State:
-        """The state before block 0; arguments as :meth:`forward`'s."""
+        """Return the state before block 0. For the arguments see :meth:`forward`."""
 
     @abstractmethod
     def step(self, i: int, state: State, condition: Condition) -> State:
-        """Block ``i``."""
+        """Run block ``i`` and return the state after it."""
 
     @abstractmethod
     def readout(self, state: State, height: int, width: int) -> Tensor:
-        """The prediction (B, out_channels, H, W) from the state after the last block."""
+        """Return the prediction (B, out_channels, H, W) from the state after the last block."""
 
     @abstractmethod
     def lengths(self, i: int, patches: int) -> list[int]:
-        """Tokens n of each tensor of the state after block ``i``, of a picture of ``patches`` tokens."""
+        """Return the lengths n of the state's tensors after block ``i``, for an image of ``patches`` tokens."""
 
     def tap(self, taps: Taps, i: int, state: State) -> None:
         """Add the state after block ``i`` to ``taps``."""
@@ -77,11 +77,11 @@ class DiffusionTransformer(nn.Module, ABC):
         blocks: range | None = None,
         received: Tensor | None = None,
     ) -> Tensor:
-        """The prediction (B, out_channels, H, W): velocity (MMDiT), ε, or ε and the variance's interpolation.
+        """Return the prediction (B, out_channels, H, W): velocity (MMDiT), ε, or ε and the variance's interpolation.
 
-        x (B, C, H, W) latents, H and W multiples of the patch; t (B,) in [0, 1000]. ``taps`` receives the
-        intermediates by name. A pipeline's chunk runs ``blocks`` on the packed state it ``received`` and, where
-        they are not the last, returns the packed state (N, B, D).
+        ``x`` (B, C, H, W) are latents with H and W multiples of the patch size; ``t`` (B,) is in [0, 1000]. ``taps``
+        receives the intermediates by name. A virtual stage of a pipeline runs ``blocks`` on the packed state
+        ``received`` and, unless it has the last block, returns the packed state (N, B, D).
         """
         blocks = range(self.config.depth) if blocks is None else blocks
         height, width = x.shape[-2:]
@@ -100,6 +100,6 @@ class DiffusionTransformer(nn.Module, ABC):
             return torch.cat(state)
         out = self.readout(state, height, width)
         if taps is not None:
-            # ε alone of ε and the variance: see coord_check.
+            # Only ε, without the variance; see coord_check.
             taps["output"] = out[:, : self.config.in_channels]
         return out

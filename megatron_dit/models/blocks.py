@@ -1,4 +1,4 @@
-"""What the architectures share to the letter: modulation, MLP, timestep and caption embedders."""
+"""Modules used by several architectures: modulation, MLP, and the embedders of timesteps, captions and labels."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ Taps = dict[str, Tensor]  # named intermediates, filled when the caller passes a
 
 
 def layer_norm(x: Tensor) -> Tensor:
-    """LayerNorm without affine parameters over the last dimension."""
+    """Apply LayerNorm without affine parameters over the last dimension."""
     return F.layer_norm(x, x.shape[-1:], eps=1e-6)
 
 
 def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    """adaLN: (S, B, D) normalised, scaled and shifted by (B, D) vectors."""
+    """Normalise x (S, B, D), then scale and shift it by (B, D) vectors (adaLN)."""
     return layer_norm(x) * (1 + scale) + shift
 
 
 class Mlp(nn.Module):
-    """(S, B, D) -> (S, B, D) with GELU, by default its tanh approximation."""
+    """MLP (S, B, D) -> (S, B, D) with GELU, by default in its tanh approximation."""
 
     def __init__(self, backend: Backend, width: int, hidden: int, approximate: str = "tanh") -> None:
         super().__init__()
@@ -40,7 +40,7 @@ class Mlp(nn.Module):
 
 
 class TimestepEmbedder(nn.Module):
-    """(B,) timesteps in [0, 1000] -> (B, D)."""
+    """Embedder of timesteps (B,) in [0, 1000] -> (B, D)."""
 
     def __init__(self, backend: Backend, width: int) -> None:
         super().__init__()
@@ -53,7 +53,7 @@ class TimestepEmbedder(nn.Module):
 
 
 class CaptionEmbedder(nn.Module):
-    """(T, B, text_dim) -> (T, B, D), two layers (PixArt-α)."""
+    """Two-layer embedder of captions (T, B, text_dim) -> (T, B, D) (PixArt-α)."""
 
     def __init__(self, backend: Backend, text_dim: int, width: int) -> None:
         super().__init__()
@@ -65,7 +65,7 @@ class CaptionEmbedder(nn.Module):
 
 
 class LabelEmbedder(nn.Module):
-    """(B,) labels -> (B, D); the table's last row stands for "no class"."""
+    """Embedder of labels (B,) -> (B, D). The table's last row represents "no class"."""
 
     def __init__(self, classes: int, width: int) -> None:
         super().__init__()
@@ -78,7 +78,7 @@ class LabelEmbedder(nn.Module):
 
 
 class ModulatedHead(nn.Module):
-    """adaLN and the readout (DiT): x (S, B, D), c (B, D) after SiLU -> (S, B, p * p * C)."""
+    """Final adaLN and readout (DiT): x (S, B, D), c (B, D) after SiLU -> (S, B, p * p * C)."""
 
     def __init__(self, backend: Backend, config: ModelConfig) -> None:
         super().__init__()
@@ -92,7 +92,7 @@ class ModulatedHead(nn.Module):
 
 
 class Projector(nn.Module):
-    """REPA's projector (arXiv 2410.06940): a 3-layer MLP with SiLU to unit vectors, its hidden layers 2D wide."""
+    """REPA's projector (arXiv 2410.06940): a 3-layer SiLU MLP of hidden width 2D with normalised outputs."""
 
     def __init__(self, backend: Backend, config: ModelConfig) -> None:
         super().__init__()
@@ -102,7 +102,7 @@ class Projector(nn.Module):
         self.fc3 = backend.linear(2 * config.width, config.repa_dim)
 
     def tap(self, taps: Taps, block: int, x: Tensor, patches: int) -> None:
-        """After its block, add ``projection`` (S, B, repa_dim) to ``taps``: of the last ``patches`` tokens of x."""
+        """After the projector's block, add to ``taps`` the ``projection`` (patches, B, repa_dim) of x's last tokens."""
         if block != self.after:
             return
         hidden = self.backend.gather_tokens(F.silu(self.fc2(F.silu(self.fc1(x)))))[-patches:]
@@ -110,6 +110,6 @@ class Projector(nn.Module):
 
 
 def split_heads(x: Tensor, pieces: int, head_dim: int) -> tuple[Tensor, ...]:
-    """(S, B, pieces * H * d) -> ``pieces`` tensors (S, B, H, d)."""
+    """Split (S, B, pieces * H * d) into ``pieces`` tensors (S, B, H, d)."""
     s, b, _ = x.shape
     return x.view(s, b, pieces, -1, head_dim).unbind(2)

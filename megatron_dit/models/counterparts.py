@@ -1,4 +1,4 @@
-"""How diffusers' models are made that compute what ours do; U-ViT has none there."""
+"""diffusers' counterparts of our models, which compute the same function. U-ViT has none."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from typing import Any
 from megatron_dit.config import ModelConfig
 
 CLASSES = {"dit": "DiTTransformer2DModel", "mmdit": "SD3Transformer2DModel", "pixart": "PixArtTransformer2DModel"}
-MLP_RATIO = 4  # diffusers' models have no other
-POOLED_TEXT = 2048  # SD3's second text input, which ours has not
+MLP_RATIO = 4  # fixed in diffusers' models
+POOLED_TEXT = 2048  # width of SD3's pooled text input, which our MMDiT does not have
 
 
 def diffusers_settings(config: ModelConfig) -> dict[str, Any]:
-    """Arguments of diffusers' class of ``config.arch``."""
+    """Return the constructor arguments of diffusers' class for ``config.arch``."""
     common = {
         "num_attention_heads": config.heads,
         "attention_head_dim": config.head_dim,

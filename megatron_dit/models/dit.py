@@ -22,6 +22,8 @@ from megatron_dit.parallel.layers import Backend
 
 
 class DiTBlock(nn.Module):
+    """Self-attention and MLP with adaLN-Zero modulation."""
+
     def __init__(self, backend: Backend, config: ModelConfig) -> None:
         super().__init__()
         width, self.head_dim = config.width, config.head_dim
@@ -41,7 +43,10 @@ class DiTBlock(nn.Module):
 
 
 class DiT(DiffusionTransformer):
-    """State: patches (S, B, D), conditioning after SiLU (1, B, D). ``condition.label`` (B,); t in [0, 1000)."""
+    """DiT for class labels (``condition.label``) and t in [0, 1000).
+
+    State: patches (S, B, D) and conditioning after SiLU (1, B, D).
+    """
 
     def build_embedders(self) -> None:
         backend, config = self.backend, self.config

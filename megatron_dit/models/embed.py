@@ -1,4 +1,4 @@
-"""Patches, positions and timesteps: functions without parameters that all architectures share."""
+"""Parameter-free functions used by all architectures: patches, positions and timesteps."""
 
 from __future__ import annotations
 
@@ -11,14 +11,17 @@ from megatron_dit.config import ModelConfig
 
 
 def patchify(x: Tensor, patch: int) -> Tensor:
-    """(B, C, H, W) -> (S, B, C * p * p) with S = H/p * W/p, row by row; features as a convolution's."""
+    """Split (B, C, H, W) into patches (S, B, C * p * p), S = H/p * W/p, in row-major order.
+
+    The order of the features is that of a convolution's weights.
+    """
     b, c, h, w = x.shape
     x = x.view(b, c, h // patch, patch, w // patch, patch)
     return x.permute(2, 4, 0, 1, 3, 5).reshape(h // patch * (w // patch), b, c * patch * patch)
 
 
 def unpatchify(x: Tensor, patch: int, height: int, width: int) -> Tensor:
-    """(S, B, p * p * C) -> (B, C, H, W); channels last within a patch, as DiT's final layer."""
+    """Assemble patches (S, B, p * p * C) into (B, C, H, W). Channels come last within a patch, as in DiT."""
     _, b, features = x.shape
     c = features // patch**2
     x = x.view(height // patch, width // patch, b, patch, patch, c)
@@ -26,14 +29,14 @@ def unpatchify(x: Tensor, patch: int, height: int, width: int) -> Tensor:
 
 
 def sincos(positions: Tensor, dim: int) -> Tensor:
-    """Sinusoids of (N,) fp64 positions: (N, dim), sines first (arXiv 1706.03762, 3.5)."""
+    """Return sinusoids (N, dim) of fp64 positions (N,), sines first (arXiv 1706.03762, section 3.5)."""
     omega = 10000.0 ** (-torch.arange(dim // 2, dtype=torch.float64, device=positions.device) / (dim / 2))
     angles = positions[:, None] * omega
     return torch.cat([angles.sin(), angles.cos()], dim=1)
 
 
 def position_grid(rows: Tensor, columns: Tensor, dim: int) -> Tensor:
-    """2-D positions (h * w, dim) fp32: the column's sinusoids, then the row's (MAE's order, kept by DiT)."""
+    """Return 2-D positions (h * w, dim) in fp32: the column's sinusoids, then the row's (MAE's and DiT's order)."""
     h, w = len(rows), len(columns)
     by_column = sincos(columns, dim // 2).repeat(h, 1)
     by_row = sincos(rows, dim // 2).repeat_interleave(w, dim=0)
@@ -41,7 +44,7 @@ def position_grid(rows: Tensor, columns: Tensor, dim: int) -> Tensor:
 
 
 def interpolated_grid(config: ModelConfig, x: Tensor) -> Tensor:
-    """Positions (h * w, D) of latents (B, C, H, W), spread over the base grid at any resolution (PixArt-α)."""
+    """Return positions (h * w, D) of latents (B, C, H, W), scaled to the base grid at any resolution (PixArt-α)."""
     base = config.sample_size // config.patch_size
     counts = (side // config.patch_size for side in x.shape[-2:])
     rows, columns = (
@@ -52,13 +55,13 @@ def interpolated_grid(config: ModelConfig, x: Tensor) -> Tensor:
 
 
 def centred_positions(count: int, base: int, table: int, device: torch.device) -> Tensor:
-    """The middle ``count`` of ``table`` positions spread over ``base`` (SD3, arXiv 2403.03206, 5.3.2)."""
+    """Return the middle ``count`` of ``table`` positions spread over ``base`` (SD3, arXiv 2403.03206, 5.3.2)."""
     first = (table - count) // 2
     return (torch.arange(count, dtype=torch.float64, device=device) + first) * base / table
 
 
 def timestep_features(t: Tensor, dim: int = 256) -> Tensor:
-    """(B,) timesteps in [0, 1000] -> (B, dim) fp32, cosines first (DiT)."""
+    """Return fp32 features (B, dim) of timesteps (B,) in [0, 1000], cosines first (DiT)."""
     half = dim // 2
     frequencies = torch.exp(-math.log(10000.0) * torch.arange(half, device=t.device) / half)
     angles = t.float()[:, None] * frequencies

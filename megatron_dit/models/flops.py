@@ -1,11 +1,11 @@
-"""FLOPs of one sample by formula, part by part, from the config alone.
+"""FLOPs of one sample, computed by formula from the config, for each part of a model.
 
-A multiply-add is 2 FLOPs. Matrix products, attention and convolutions count; norms, activations, softmax, modulation
-and other pointwise work do not. Attention counts every query with every key, whether a mask hides it or not.
+A multiply-add is 2 FLOPs. Matrix products, attention and convolutions are counted; norms, activations, softmax,
+modulation and other pointwise operations are not. Attention counts every query with every key, masked or not.
 
-Backward, a product costs itself once for each factor that needs a gradient: twice, or once where its input is data
-(patches, timestep features, text that is not learned). That a fused attention kernel computes its scores anew
-backward is the kernel's affair and is not counted (as PaLM, arXiv 2204.02311, appendix B).
+In the backward pass a matrix product costs its forward FLOPs once for each factor that needs a gradient: twice, or once
+if its input is data (patches, timestep features, text that is not learned). The recomputation of attention scores by a
+fused kernel in its backward pass is not counted (as in PaLM, arXiv 2204.02311, appendix B).
 """
 
 from __future__ import annotations
@@ -20,38 +20,38 @@ TIMESTEP_FEATURES = 256
 
 @dataclass(frozen=True)
 class Flops:
-    """FLOPs of a part for one sample; parts add up."""
+    """FLOPs of a part of a model for one sample. Parts can be added."""
 
     forward: int = 0
     backward: int = 0
-    recomputed: int = 0  # of the forward pass, run again during the backward pass
+    recomputed: int = 0  # forward FLOPs run again during the backward pass
 
     def __add__(self, other: Flops) -> Flops:
         return Flops(self.forward + other.forward, self.backward + other.backward, self.recomputed + other.recomputed)
 
     @property
     def model(self) -> int:
-        """What a training step needs: the numerator of MFU, whatever is recomputed."""
+        """FLOPs that a training step needs without recomputation; the numerator of MFU."""
         return self.forward + self.backward
 
     @property
     def hardware(self) -> int:
-        """What a training step runs."""
+        """FLOPs that a training step executes, including recomputation."""
         return self.model + self.recomputed
 
 
 @dataclass(frozen=True)
 class ModelFlops:
-    """A model's parts, as a pipeline cuts them."""
+    """FLOPs of the parts into which a pipeline splits a model."""
 
     embed: Flops
     blocks: tuple[Flops, ...]
     head: Flops
-    projector: Flops  # REPA's, zero without it
-    projector_block: int  # the block it follows; -1 without REPA
+    projector: Flops  # REPA's projector; zero without REPA
+    projector_block: int  # index of the block before the projector; -1 without REPA
 
     def stage(self, blocks: Iterable[int]) -> Flops:
-        """The share with ``blocks``: block 0 brings the embedders, the last block the head."""
+        """Return the FLOPs of a stage with ``blocks``; block 0 includes the embedders, the last block the head."""
         total = Flops()
         for i in blocks:
             total += self.blocks[i]
@@ -69,9 +69,9 @@ class ModelFlops:
 
 
 def model_flops(config: ModelConfig, height: int, width: int, recomputed_blocks: int = 0) -> ModelFlops:
-    """FLOPs per sample of latents (height, width), the text padded to ``text_tokens``.
+    """Return the FLOPs per sample for latents (height, width) and text padded to ``text_tokens``.
 
-    The first ``recomputed_blocks`` blocks keep their inputs alone and run again during the backward pass.
+    The first ``recomputed_blocks`` blocks store only their inputs and run again during the backward pass.
     """
     patches = height // config.patch_size * (width // config.patch_size)
     embed, blocks, head = PARTS[config.arch](config, patches)
@@ -88,19 +88,19 @@ def model_flops(config: ModelConfig, height: int, width: int, recomputed_blocks:
 
 
 def _linear(tokens: int, inputs: int, outputs: int, *, of_data: bool = False) -> Flops:
-    """(tokens, inputs) -> (tokens, outputs); ``of_data``: the input needs no gradient."""
+    """FLOPs of a product (tokens, inputs) -> (tokens, outputs). ``of_data``: the input needs no gradient."""
     forward = 2 * tokens * inputs * outputs
     return Flops(forward, forward if of_data else 2 * forward)
 
 
 def _attention(queries: int, keys: int, width: int) -> Flops:
-    """Scores and weighted sum of the values, over all heads."""
+    """FLOPs of the scores and the weighted sum of the values, over all heads."""
     forward = 2 * (2 * queries * keys * width)
     return Flops(forward, 2 * forward)
 
 
 def _layer(config: ModelConfig, tokens: int) -> Flops:
-    """Products of a Transformer layer: qkv, output and MLP."""
+    """FLOPs of the products of a Transformer layer: qkv, output and MLP."""
     d, hidden = config.width, config.mlp_ratio * config.width
     return _linear(tokens, d, 3 * d) + _linear(tokens, d, d) + _linear(tokens, d, hidden) + _linear(tokens, hidden, d)
 
@@ -118,7 +118,7 @@ def _readout(config: ModelConfig, patches: int) -> Flops:
 
 
 def _projector(config: ModelConfig, tokens: int, patches: int) -> Flops:
-    """REPA's MLP: the hidden layers see all tokens, the last one the patches."""
+    """FLOPs of REPA's MLP; the hidden layers process all tokens, the last layer only the patches."""
     d = config.width
     return _linear(tokens, d, 2 * d) + _linear(tokens, 2 * d, 2 * d) + _linear(patches, 2 * d, config.repa_dim)
 
@@ -139,7 +139,7 @@ def _mmdit(config: ModelConfig, patches: int) -> Parts:
     embed = _patch_embed(config, patches) + _time_embed(config) + _linear(text, config.text_dim, d, of_data=True)
     image = _linear(1, d, 6 * d) + _layer(config, patches) + _attention(patches + text, patches + text, d)
     block = image + _linear(1, d, 6 * d) + _layer(config, text)
-    last = image + _linear(1, d, 2 * d) + _linear(text, d, 3 * d)  # its text only serves the attention
+    last = image + _linear(1, d, 2 * d) + _linear(text, d, 3 * d)  # text is only an input of its attention
     head = _linear(1, d, 2 * d) + _readout(config, patches)
     return embed, [block] * (config.depth - 1) + [last], head
 

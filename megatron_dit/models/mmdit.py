@@ -1,6 +1,7 @@
-"""MMDiT (Stable Diffusion 3, arXiv 2403.03206): two streams, joint attention, QK-RMSNorm, T5 alone.
+"""MMDiT (Stable Diffusion 3, arXiv 2403.03206): two streams, joint attention, QK-RMSNorm, only T5 as text encoder.
 
-It does not mask text and takes no pooled vector, so it exports to diffusers' SD3Transformer2DModel.
+Text is not masked in the attention, as in diffusers' SD3Transformer2DModel, to which the model can be exported. There
+is no pooled text vector.
 """
 
 from __future__ import annotations
@@ -18,9 +19,9 @@ from megatron_dit.parallel.layers import Backend
 
 
 class Stream(nn.Module):
-    """One stream of a block: its modulation, projections, QK-norm and MLP.
+    """One stream of a block: modulation, projections, QK-norm and MLP.
 
-    The last block's text stream only serves the attention: ``last`` leaves out what would follow.
+    The last block uses its text stream only in the attention; ``last`` omits the output projection and the MLP.
     """
 
     def __init__(self, backend: Backend, config: ModelConfig, last: bool) -> None:
@@ -36,20 +37,25 @@ class Stream(nn.Module):
             self.mlp = Mlp(backend, width, config.mlp_ratio * width)
 
     def project(self, x: Tensor, c: Tensor) -> tuple[Tensor, Tensor, Tensor, tuple[Tensor, ...]]:
-        """x (S, B, D), c (B, D) after SiLU -> q, k, v (S', B, H, d) with all tokens, and what modulates later."""
+        """Return q, k, v (S', B, H, d) of all tokens, and the modulation that ``finish`` needs.
+
+        ``x`` is (S, B, D); ``c`` is (B, D) after SiLU.
+        """
         shift, scale, *later = self.modulation(c).chunk(self.parts, dim=-1)
         modulated = self.backend.recompute.pointwise(modulate, x, shift, scale)
         q, k, v = split_heads(self.qkv(modulated), 3, self.head_dim)
         return self.q_norm(q), self.k_norm(k), v, tuple(later)
 
     def finish(self, x: Tensor, attended: Tensor, later: tuple[Tensor, ...]) -> Tensor:
-        """Residual updates from the attention's output (S', B, H * d) and the MLP."""
+        """Add the residual updates of the attention's output (S', B, H * d) and of the MLP."""
         gate, mlp_shift, mlp_scale, mlp_gate = later
         x = x + gate * self.out(attended)
         return x + mlp_gate * self.mlp(self.backend.recompute.pointwise(modulate, x, mlp_shift, mlp_scale))
 
 
 class MMDiTBlock(nn.Module):
+    """Joint attention of an image and a text stream. ``last``: omit the update of the text."""
+
     def __init__(self, backend: Backend, config: ModelConfig, last: bool) -> None:
         super().__init__()
         self.backend, self.last = backend, last
@@ -70,9 +76,10 @@ class MMDiTBlock(nn.Module):
 
 
 class MMDiT(DiffusionTransformer):
-    """State: patches (S, B, D), text (T, B, D), conditioning after SiLU (1, B, D).
+    """MMDiT for text.
 
-    ``condition`` with text: masked tokens are zeroed but still attended to, and a dropped text is all zeros.
+    Masked text tokens are zeroed but still attended to. A dropped text is all zeros. State: patches (S, B, D), text
+    (T, B, D) and conditioning after SiLU (1, B, D).
     """
 
     def build_embedders(self) -> None:

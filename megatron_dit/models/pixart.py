@@ -1,4 +1,4 @@
-"""PixArt-α (arXiv 2310.00426): adaLN-single, masked cross-attention to T5, fixed null caption, learned sigma."""
+"""PixArt-α (arXiv 2310.00426): adaLN-single, masked cross-attention to T5 features, null caption, learned sigma."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from megatron_dit.parallel.layers import Backend, set_init
 
 
 class ModulationTable(nn.Module):
-    """A learned (parts, D) table added to the timestep's modulation (adaLN-single, section 2.3)."""
+    """Learned (parts, D) table that is added to the timestep's modulation (adaLN-single, section 2.3)."""
 
     def __init__(self, backend: Backend, parts: int, width: int) -> None:
         super().__init__()
@@ -32,11 +32,13 @@ class ModulationTable(nn.Module):
         set_init(self.table, "table")
 
     def forward(self, t: Tensor) -> tuple[Tensor, ...]:
-        """t (parts, B, D) or (1, B, D) -> ``parts`` vectors (B, D)."""
+        """Return ``parts`` vectors (B, D) for t (parts, B, D) or (1, B, D)."""
         return (self.backend.seen_by_tokens(self.table)[:, None] + t).unbind(0)
 
 
 class PixArtBlock(nn.Module):
+    """Self-attention, cross-attention to the text, and MLP."""
+
     def __init__(self, backend: Backend, config: ModelConfig) -> None:
         super().__init__()
         width, self.head_dim = config.width, config.head_dim
@@ -78,9 +80,9 @@ class Head(nn.Module):
 
 
 class NullCaption(nn.Module):
-    """The (T, text_dim) caption that stands for "no caption".
+    """The (T, text_dim) features that represent "no caption".
 
-    PixArt-α keeps its random initial values (a buffer there); ``model.train_null_caption`` trains it.
+    PixArt-α keeps their random initial values (in a buffer). ``model.train_null_caption`` trains them.
     """
 
     def __init__(self, config: ModelConfig) -> None:
@@ -90,16 +92,17 @@ class NullCaption(nn.Module):
         self.trained = config.train_null_caption
 
     def forward(self, text: Tensor, dropped: Tensor) -> Tensor:
-        """text (B, T, text_dim), dropped (B,) -> (B, T, text_dim)."""
+        """Replace the dropped (B,) elements of text (B, T, text_dim)."""
         table = self.table if self.trained else self.table.detach()
         return torch.where(dropped[:, None, None], table.to(text.dtype), text)
 
 
 class PixArt(DiffusionTransformer):
-    """State: patches (S, B, D), text (T, B, D), modulation (6, B, D), the timestep's embedding (1, B, D).
+    """PixArt-α for text and t in [0, 1000).
 
-    ``condition`` with text: masked tokens are not attended to. A dropped text is the null caption under the text's
-    own mask, as in the original: as many null tokens as the caption has. t in [0, 1000).
+    Masked text tokens are not attended to. A dropped text is replaced by the null caption but keeps its own mask, as
+    in the original, so it has as many null tokens as the caption has tokens. State: patches (S, B, D), text (T, B, D),
+    modulation (6, B, D) and the timestep's embedding (1, B, D).
     """
 
     def build_embedders(self) -> None:

@@ -14,7 +14,7 @@ from megatron_dit.parallel.layers import Backend, set_init
 
 
 class UViTBlock(nn.Module):
-    """Pre-norm attention and MLP; in the second half the first half's output comes in by concat and project."""
+    """Pre-norm attention and MLP. ``skip``: concatenate a first-half block's output to the input and project."""
 
     def __init__(self, backend: Backend, config: ModelConfig, skip: bool) -> None:
         super().__init__()
@@ -27,7 +27,7 @@ class UViTBlock(nn.Module):
         self.mlp = Mlp(backend, width, config.mlp_ratio * width, approximate="none")
 
     def forward(self, x: Tensor, skipped: Tensor | None = None) -> Tensor:
-        """x and ``skipped`` (S, B, D) -> (S, B, D)."""
+        """Map x and ``skipped`` (S, B, D) to (S, B, D)."""
         if self.skip is not None:
             assert skipped is not None
             x = self.skip(torch.cat([x, skipped], dim=-1))
@@ -37,7 +37,7 @@ class UViTBlock(nn.Module):
 
 
 class Head(nn.Module):
-    """Norm, readout of the patch tokens, and a 3x3 convolution against seams (section 3.1)."""
+    """Norm, readout of the patch tokens, and a 3x3 convolution that prevents seams (section 3.1)."""
 
     def __init__(self, backend: Backend, config: ModelConfig) -> None:
         super().__init__()
@@ -47,16 +47,17 @@ class Head(nn.Module):
         self.conv = backend.conv(config.out_channels, config.out_channels, 3)
 
     def forward(self, x: Tensor, patches: int, height: int, width: int) -> Tensor:
-        """(S, B, D) -> (B, C, H, W); the last ``patches`` tokens are the picture's."""
+        """Map x (S, B, D), whose last ``patches`` tokens are the image, to (B, C, H, W)."""
         x = self.linear(self.backend.gather_tokens(self.norm(x))[-patches:])
         return self.conv(unpatchify(x, self.config.patch_size, height, width))
 
 
 class UViT(DiffusionTransformer):
-    """State: tokens (S, B, D), then the outputs of the first half's blocks that the second half still needs.
+    """U-ViT for class labels or text, and t in [0, 1000).
 
-    x of the side ``sample_size`` (positions are learned). ``condition`` with labels, or with text: masked tokens are
-    zeroed but still attended to, and a dropped text is all zeros; t in [0, 1000).
+    Both sides of ``x`` must be ``sample_size``, because the positions are learned. Masked text tokens are zeroed but
+    still attended to. A dropped text is all zeros. State: tokens (S, B, D), then the outputs of the first half's
+    blocks that the second half still needs.
     """
 
     def build_embedders(self) -> None:
@@ -77,12 +78,12 @@ class UViT(DiffusionTransformer):
 
     @property
     def half(self) -> int:
-        """The middle block's number."""
+        """Index of the middle block."""
         return self.config.depth // 2
 
     def embed(self, x: Tensor, t: Tensor, condition: Condition, taps: Taps | None) -> State:
         patches = self.patch_embed(patchify(x, self.config.patch_size))
-        # The original's steps are numbered from 1: it is given n = t + 1, where alpha_bar has the index t.
+        # The original numbers the steps from 1: its input is n = t + 1 for alpha_bar at index t.
         time = timestep_features(t + 1, self.config.width).to(x.dtype)[None]
         tokens = torch.cat([time, self._condition(condition), patches]) + self.positions[:, None]
         tokens = self.backend.shard_tokens(tokens)
@@ -94,7 +95,7 @@ class UViT(DiffusionTransformer):
         tokens, *skips = state
         if i > self.half:
             return self.blocks[str(i)](tokens, skips[-1]), *skips[:-1]
-        kept = [*skips, tokens] if i else skips  # block i - 1's output comes back in block depth - i
+        kept = [*skips, tokens] if i else skips  # block depth - i uses block i - 1's output
         return self.blocks[str(i)](tokens), *kept
 
     def readout(self, state: State, height: int, width: int) -> Tensor:
@@ -105,7 +106,7 @@ class UViT(DiffusionTransformer):
         return [self.backend.share_of_tokens(self.config.tokens)] * (1 + skips)
 
     def _condition(self, condition: Condition) -> Tensor:
-        """(1, B, D) of a label, or (T, B, D) of a text."""
+        """Return the condition's tokens: (1, B, D) for a label, (T, B, D) for text."""
         if self.config.num_classes:
             assert condition.label is not None
             return self.label_embed(condition.label, condition.dropped)[None]

@@ -1,4 +1,4 @@
-"""``megatron-dit verify``: layouts against a single process, in their first steps and across checkpoints."""
+"""``megatron-dit verify``: compare layouts with a single process, in the first steps and across checkpoints."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ __all__ = [
 
 
 def verify_layout(folder: Path) -> None:
-    """One rank of one layout, started by :func:`verify` and :func:`verify_resume`."""
+    """Run one rank of one layout. Started by :func:`verify` and :func:`verify_resume`."""
     config, task = load_config(folder / "config.yaml"), json.loads((folder / TASK).read_text())
-    found = resumed(config, folder, **task) if task else first_steps(config, folder / "checkpoints")
-    if found is not None:
-        (folder / FOUND).write_text(json.dumps(asdict(found)))
+    result = resumed(config, folder, **task) if task else first_steps(config, folder / "checkpoints")
+    if result is not None:
+        (folder / FOUND).write_text(json.dumps(asdict(result)))

@@ -1,9 +1,9 @@
 """Run the first steps of a config in each layout and compare them with a single process.
 
-A layout must have equal initial weights, and to rounding equal losses and gradient norms. The norms are
-compared before clipping: after it, those above the limit would all be equal. After the initial weights are
-hashed, noise goes onto every weight: a layer that starts at zero (adaLN gates, readouts) would hide
-wrong gradients behind it for as long as the warm-up lasts.
+A layout must have identical initial weights, and losses and gradient norms that are equal up to rounding. The norms
+are compared before clipping, because after it all norms above the limit are equal. After the initial weights are
+hashed, noise is added to every weight. Otherwise, layers that start at zero (adaLN gates, readouts) would hide wrong
+gradients behind them until the end of the warm-up.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ TOLERANCE = 1e-5
 
 @dataclass(frozen=True)
 class Trace:
-    """What a layout computed."""
+    """Results of one layout."""
 
     initial: str  # SHA-256 of all initial weights
     losses: list[float]
@@ -47,11 +47,13 @@ class Trace:
 
 @dataclass(frozen=True)
 class Comparison:
+    """Differences between a layout and the single process."""
+
     layout: str
-    initial: str
+    initial: str  # SHA-256 of all initial weights
     equal_initial: bool
-    loss: float  # greatest relative difference over the steps
-    norm: float
+    loss: float  # maximum relative difference over the steps
+    norm: float  # maximum relative difference over the steps
 
     @property
     def good(self) -> bool:
@@ -59,6 +61,7 @@ class Comparison:
 
 
 def compare(layout: str, trace: Trace, reference: Trace) -> Comparison:
+    """Compare the results of ``layout`` with those of the single process."""
     return Comparison(
         layout=layout,
         initial=trace.initial,
@@ -69,10 +72,10 @@ def compare(layout: str, trace: Trace, reference: Trace) -> Comparison:
 
 
 def first_steps(config: Config, folder: Path) -> Trace | None:
-    """Hash the initial weights, add noise, train ``config.train.steps`` steps. Collective.
+    """Hash the initial weights, add noise, and train for ``config.train.steps`` steps. Collective.
 
-    Returns the trace on rank 0, None elsewhere. The weights are saved under ``folder`` and hashed as a reader
-    of any layout sees them.
+    Returns the trace on rank 0 and None on other ranks. The weights are saved in ``folder`` and hashed as full tensors
+    read from the checkpoint, so the hash does not depend on the layout.
     """
     connect(config.launch.rendezvous_seconds)
     topology = build_topology(config)
@@ -90,15 +93,15 @@ def first_steps(config: Config, folder: Path) -> Trace | None:
 
 
 def disturbed(param: Param, seed: int) -> Tensor:
-    """The initial value with noise, drawn as the value itself is: by (seed, global name)."""
-    # As if every dimension were infinite: standard deviation 1 / sqrt(fan-in) whatever the role and options.
+    """Return the initial value plus noise. Both depend only on (seed, global name)."""
+    # Noise of standard deviation 1 / sqrt(fan-in), whatever the parameter's role and options.
     plain = MupConfig(base_heads=1, parametrization="standard")
     noise = replace(param, name=f"{param.name}/noise", init_kind="fan_in", base=param.shape, mup=plain)
     return initial_value(param, seed) + initial_value(noise, seed)
 
 
 def hash_weights(reader: CheckpointReader) -> str:
-    """SHA-256 over names and bytes of all full fp32 weights, in the order of their names."""
+    """Return the SHA-256 of the names and bytes of all full fp32 weights, in the order of their names."""
     digest = hashlib.sha256()
     for name in sorted(reader.manifest["params"]):
         digest.update(name.encode())
@@ -107,16 +110,15 @@ def hash_weights(reader: CheckpointReader) -> str:
 
 
 def verify(path: str, overrides: Sequence[str], names: Sequence[str] | None, steps: int) -> list[Comparison]:
-    """Run the reference and each named layout in processes of their own; prints a table.
+    """Run the reference and each named layout in separate processes; print and return the comparisons.
 
-    ``names`` None: all, but for those that the model cannot have, which are told.
+    If ``names`` is None, all layouts are run, except those that the model does not support, which are reported.
     """
     layouts, impossible = layouts_of(path, overrides, names or list(LAYOUTS), steps, all_of_them=names is not None)
     traces: dict[str, Trace] = {}
     with tempfile.TemporaryDirectory() as scratch, ProgressBar("verify", len(layouts)) as bar:
         for name, (layout, config) in layouts.items():
-            found = run_layout(Path(scratch) / name, name, layout, config, {})
-            traces[name] = Trace(**found)
+            traces[name] = Trace(**run_layout(Path(scratch) / name, name, layout, config, {}))
             bar.advance(name)
     reference = traces.pop(SINGLE)
     results = [compare(name, trace, reference) for name, trace in traces.items()]
@@ -127,13 +129,22 @@ def verify(path: str, overrides: Sequence[str], names: Sequence[str] | None, ste
 
 
 def greatest_difference(found: list[float], expected: list[float]) -> float:
+    """Return the maximum relative difference, infinite if a value of ``found`` is not finite."""
     assert len(found) == len(expected)
     return max(abs(a - b) / abs(b) if math.isfinite(a) else math.inf for a, b in zip(found, expected, strict=True))
 
 
 def _print(results: list[Comparison], reference: Trace, steps: int) -> None:
-    table = Table(title=f"first {steps} steps against one process (initial weights {reference.initial[:16]})")
-    for column in ("layout", "initial weights", "loss, greatest rel. diff.", "gradient norm, greatest rel. diff.", ""):
+    table = Table(
+        title=f"first {steps} steps compared with one process (SHA-256 of initial weights {reference.initial[:16]})"
+    )
+    for column in (
+        "layout",
+        "initial weights",
+        "max relative loss difference",
+        "max relative gradient norm difference",
+        "result",
+    ):
         table.add_column(column)
     for row in results:
         table.add_row(

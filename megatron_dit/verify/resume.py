@@ -1,8 +1,9 @@
-"""Save in each layout, load in each other one, go on, and compare with a single process that was never stopped.
+"""Save in each layout, resume in every layout, and compare with a single process that was never interrupted.
 
-Losses must be equal to rounding; learning rates, keys of the samples and μP's ratios exactly; weights, moments and
-averages to a fraction of what they moved meanwhile: Adam turns a rounding difference of a gradient near zero into a
-step of full size. A layout's own checkpoint must lead to the very bits of its own unbroken run.
+Losses must be equal up to rounding. Learning rates, sample keys and μP multipliers must be identical. The error of
+weights, moments and averages must be below a fraction of their change since the checkpoint, because Adam turns a
+rounding difference of a gradient near zero into an update of full size. A layout that resumes from its own checkpoint
+must be bitwise identical to its own uninterrupted run.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ from megatron_dit.trainer import use_threads
 from megatron_dit.verify.first_steps import TOLERANCE, disturbed, greatest_difference
 from megatron_dit.verify.layouts import SINGLE, layouts_of, run_layout
 
-STATE_TOLERANCE = 0.1  # a state that is not restored is off by all that it moved: by about 1
+STATE_TOLERANCE = 0.1  # a state that is not restored has an error of about 1
 PAIRED = [
     SINGLE,
     "dp2-zero1",
@@ -49,35 +50,35 @@ PAIRED = [
 
 @dataclass
 class Stretch:
-    """What a layout did from one step to another; equal on all ranks."""
+    """Record of a layout's steps from one step to another, equal on all ranks."""
 
     losses: list[float] = field(default_factory=list)
     lrs: list[float] = field(default_factory=list)
-    keys: list[list[str]] = field(default_factory=list)  # of each step's samples, in the order of the global batch
-    ratios: dict[str, list[float]] = field(default_factory=dict)  # peak lr and weight decay by parameter, at the end
+    keys: list[list[str]] = field(default_factory=list)  # sample keys of each step, in the order of the global batch
+    ratios: dict[str, list[float]] = field(default_factory=dict)  # final peak lr and weight decay by parameter
 
 
 @dataclass
 class Resumed:
-    """A layout's stretches by the layout whose checkpoint it went on from, its own unbroken run under ""."""
+    """Results of one layout by the layout whose checkpoint it resumed; the uninterrupted run has the key ""."""
 
     stretches: dict[str, Stretch]
-    state: dict[str, float]  # the distance to the single process's state, over how far that moved: the worst state's
-    equal: dict[str, bool]  # whether all states are those of the layout's own unbroken run, bit for bit
+    state: dict[str, float]  # distance to the single process's state relative to that state's change; maximum
+    equal: dict[str, bool]  # whether all states are bitwise equal to those of the layout's uninterrupted run
 
 
 @dataclass(frozen=True)
 class Pair:
-    """A checkpoint of one layout, loaded in another."""
+    """Comparison of a checkpoint saved in one layout and loaded in another with the single process."""
 
     saved: str
     loaded: str
-    loss: float  # greatest relative difference over the steps
-    state: float  # weights, moments and averages: the greatest distance over movement
-    schedule: bool  # whether it is the single process's
-    order: bool
-    mup: bool
-    equal: bool  # bit for bit; asked of a layout's own checkpoint only
+    loss: float  # maximum relative difference over the steps
+    state: float  # maximum distance of weights, moments and averages, relative to their change
+    schedule: bool  # whether the learning rates are equal
+    order: bool  # whether the samples and their order are equal
+    mup: bool  # whether the μP multipliers are equal
+    equal: bool  # whether the states are bitwise equal; required only of a layout's own checkpoint
 
     @property
     def good(self) -> bool:
@@ -86,21 +87,21 @@ class Pair:
 
 
 def verify_resume(path: str, overrides: Sequence[str], names: Sequence[str] | None, steps: int) -> list[Pair]:
-    """Save each layout's run halfway through ``steps`` steps and go on from it in each; prints a table of all pairs.
+    """Save each layout's run after half of ``steps`` and resume it in every layout; print and return all pairs.
 
-    ``names`` None: ``PAIRED``, but for those that the model cannot have, which are told.
+    If ``names`` is None, ``PAIRED`` is used, except layouts that the model does not support, which are reported.
     """
     layouts, impossible = layouts_of(path, overrides, names or PAIRED, steps, all_of_them=names is not None)
     pairs = []
     with tempfile.TemporaryDirectory() as scratch, ProgressBar("verify", 2 * len(layouts)) as bar:
         folders = {name: str(Path(scratch) / name) for name in layouts}
-        wholes: dict[str, Stretch] = {}
+        uninterrupted: dict[str, Stretch] = {}
         for name, (layout, config) in layouts.items():
             found = run_layout(Path(folders[name]), name, layout, config, {"stop": steps // 2})
-            wholes[name] = Stretch(**found["stretches"][""])
+            uninterrupted[name] = Stretch(**found["stretches"][""])
             bar.advance(f"{name} saved")
-        rest = Stretch(*(getattr(wholes[SINGLE], part)[steps // 2 :] for part in ("losses", "lrs", "keys")))
-        rest.ratios = wholes[SINGLE].ratios
+        rest = Stretch(*(getattr(uninterrupted[SINGLE], part)[steps // 2 :] for part in ("losses", "lrs", "keys")))
+        rest.ratios = uninterrupted[SINGLE].ratios
         for name, (layout, config) in layouts.items():
             task = {"stop": steps // 2, "sources": folders, "own": folders[name], "single": folders[SINGLE]}
             found = run_layout(Path(folders[name] + ".loads"), name, layout, config, task)
@@ -118,9 +119,10 @@ def verify_resume(path: str, overrides: Sequence[str], names: Sequence[str] | No
 def resumed(
     config: Config, folder: Path, stop: int, sources: Mapping[str, str] | None = None, own: str = "", single: str = ""
 ) -> Resumed | None:
-    """One rank of one layout: the unbroken run, saved at ``stop`` and at the end, or the rest of it from each source.
+    """Run one rank of one layout. Collective; returns the result on rank 0 and None on other ranks.
 
-    Collective; returns what was found on rank 0, None elsewhere.
+    Without ``sources``, run from the start and save at ``stop`` and at the end. Otherwise, resume from the checkpoint
+    at ``stop`` in each of ``sources``.
     """
     connect(config.launch.rendezvous_seconds)
     topology = build_topology(config)
@@ -137,22 +139,22 @@ def resumed(
         if topology.rank == 0:
             last = CheckpointReader(step_folder(folder, engine.step))
             start, end = (CheckpointReader(step_folder(Path(single), step)) for step in (stop, engine.step))
-            unbroken = CheckpointReader(step_folder(Path(own), engine.step))
+            original = CheckpointReader(step_folder(Path(own), engine.step))
             found.state[name] = _drift(last, start, end)
-            found.equal[name] = all(_equal(last, unbroken, key) for key in last.states)
+            found.equal[name] = all(_equal(last, original, key) for key in last.states)
             shutil.rmtree(last.folder)
     return found if topology.rank == 0 else None
 
 
 def _train(engine: Engine, config: Config, topology: Topology, folder: Path, stop: int) -> Stretch:
-    """From the engine's step to the last, saving at ``stop`` and at the end."""
+    """Train from the engine's step to the last one, saving at ``stop`` and at the end."""
     stretch = Stretch()
     for batch in batches(read_data(config.data), config, engine.step, topology.data_rank, topology.data_size):
         metrics = engine.train_step(batch)
         stretch.losses.append(metrics.loss)
         stretch.lrs.append(metrics.lr)
-        shares = sorted(set(gather((topology.data_rank, batch.keys))))
-        stretch.keys.append([key for _, keys in shares for key in keys])
+        by_rank = sorted(set(gather((topology.data_rank, batch.keys))))
+        stretch.keys.append([key for _, keys in by_rank for key in keys])
         if engine.step in (stop, config.train.steps):
             save(engine, folder)
     for groups in gather([(g["names"], g["initial_lr"], g["weight_decay"]) for g in engine.groups]):
@@ -161,7 +163,7 @@ def _train(engine: Engine, config: Config, topology: Topology, folder: Path, sto
 
 
 def _drift(found: CheckpointReader, start: CheckpointReader, end: CheckpointReader) -> float:
-    """The state that is farthest from the single process's ``end``, over how far that moved from ``start``."""
+    """Return the maximum over states of the distance to ``end``, relative to the distance of ``start`` to ``end``."""
     ratios = []
     for key in found.states:
         off, moved = 0.0, 0.0
@@ -174,6 +176,7 @@ def _drift(found: CheckpointReader, start: CheckpointReader, end: CheckpointRead
 
 
 def _equal(one: CheckpointReader, other: CheckpointReader, key: str) -> bool:
+    """Return whether a state is bitwise equal in two checkpoints."""
     return all(one.full(key, name).equal(other.full(key, name)) for name in one.manifest["params"])
 
 
@@ -192,9 +195,10 @@ def _compare(saved: str, loaded: str, found: Stretch, expected: Stretch, state: 
 
 def _print(pairs: list[Pair], layouts: list[str], steps: int) -> None:
     print(
-        f"\nsaved after {steps // 2} steps (rows), loaded (columns), {steps - steps // 2} more steps.\n"
-        "above: greatest relative difference of the loss to one process\n"
-        "below: greatest distance of weights, moments or averages to its own, over how far these moved"
+        f"\nrows: layout that saved after {steps // 2} steps; columns: layout that resumed for {steps - steps // 2} "
+        "steps.\n"
+        "first line: max relative loss difference from the single process\n"
+        "second line: max distance of weights, moments or averages from its state, relative to that state's change"
     )
     table = Table()
     table.add_column("saved \\ loaded", no_wrap=True)
@@ -207,10 +211,10 @@ def _print(pairs: list[Pair], layouts: list[str], steps: int) -> None:
         table.add_row(saved, *cells, end_section=True)
     Console(width=20 + 12 * len(layouts)).print(table)
     for text, part in {
-        "learning rates are the single process's": [pair.schedule for pair in pairs],
-        "samples and their order are the single process's": [pair.order for pair in pairs],
-        "μP's lr and weight decay of each parameter are the single process's": [pair.mup for pair in pairs],
-        "a layout's own checkpoint leads to the bits of its unbroken run": [
+        "learning rates equal to the single process's": [pair.schedule for pair in pairs],
+        "samples and their order equal to the single process's": [pair.order for pair in pairs],
+        "lr and weight decay of each parameter equal to the single process's": [pair.mup for pair in pairs],
+        "bitwise equal to the uninterrupted run after resuming from the same layout's checkpoint": [
             pair.equal for pair in pairs if pair.saved == pair.loaded
         ],
     }.items():

@@ -1,4 +1,4 @@
-"""Checkpoints without training, and copies of them that are not what their names say."""
+"""Create checkpoints without training, and other entries of a folder that look like checkpoints but are not."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def params():
 
 
 def checkpoint(folder, step, **changes):
-    """``folder/step_N`` of random weights; ``changes`` go into its manifest. Returns its path."""
+    """Write ``folder/step_N`` with random weights, with ``changes`` in its manifest, and return its path."""
     manifest = {**manifest_of(small("mmdit"), params(), STATES, step=step, adam_steps=step), **changes}
     generator = torch.Generator().manual_seed(step)
     tensors = (
@@ -40,7 +40,7 @@ def checkpoint(folder, step, **changes):
 
 
 def edit(path, change):
-    """Change a checkpoint's manifest by ``change(manifest)``, in place or returning another, and seal it anew."""
+    """Change a checkpoint's manifest by ``change(manifest)``, which may return a new one, and update its hash."""
     file = path / "manifest.json"
     manifest = json.loads(file.read_text())
     manifest.pop("sha256", None)
@@ -51,7 +51,7 @@ def edit(path, change):
 
 
 def flip(path):
-    """Flip a bit near the end of a checkpoint's first file: in its EMA weights."""
+    """Flip a bit near the end of a checkpoint's first file, i.e. in its EMA weights."""
     file = path / "rank_00000.safetensors"
     data = bytearray(file.read_bytes())
     data[-6] ^= 16
@@ -59,7 +59,7 @@ def flip(path):
 
 
 def contents(path):
-    """Every entry below ``path`` with its kind and bytes."""
+    """Return every entry below ``path`` with its bytes, link target or mode."""
     entries = [path, *(sorted(path.rglob("*")) if path.is_dir() and not path.is_symlink() else [])]
     return {str(entry): _content(entry) for entry in entries}
 
@@ -116,7 +116,7 @@ def _fifo(name):
     return make
 
 
-# What stands beside the checkpoints of steps 3 and 6 and is none of theirs.
+# Entries that are not checkpoints, created in a folder with the checkpoints of steps 3 and 6.
 STRAYS = {
     "best": _copy("step_best"),
     "short": _copy("step_3"),
@@ -146,7 +146,7 @@ STRAYS = {
 
 
 def run_of(folder: Path) -> Path:
-    """A run's folder with the checkpoints of steps 3 and 6."""
+    """Write the checkpoints of steps 3 and 6 to a run's folder and return it."""
     for step in (3, 6):
         checkpoint(folder / "checkpoints", step)
     return folder

@@ -1,4 +1,4 @@
-"""Checkpoints written beside training: exact, reported where they fail, and named where they are torn."""
+"""Checkpoints written in the background of training are exact; failed writes and corrupt checkpoints are reported."""
 
 from __future__ import annotations
 
@@ -25,18 +25,18 @@ def states(folder, step):
     return {(key, name): reader.full(key, name) for key in reader.states for name in reader.manifest["params"]}
 
 
-def beside_training(layout, folder):
-    """Begins a checkpoint at step 2 whose writer waits until step 4, and saves step 2 at once elsewhere."""
+def save_in_background(layout, folder):
+    """Start a background checkpoint at step 2 whose writer waits until step 4; save steps 2 and 4 synchronously too."""
     config = small("mmdit", **layout)
     engine = start(config)
     for step in range(2):
         engine.train_step(batch(config, engine.topology, step))
     save_module.save(engine, Path(folder) / "sync")
     (Path(folder) / "async").mkdir(exist_ok=True)
-    go_on, write = threading.Event(), save_module.write_safetensors
+    release, write = threading.Event(), save_module.write_safetensors
 
     def held(*arguments):
-        assert go_on.wait(60)
+        assert release.wait(60)
         return write(*arguments)
 
     save_module.write_safetensors = held
@@ -45,7 +45,7 @@ def beside_training(layout, folder):
         saver.begin(Path(folder) / "async")
         busy = [engine.train_step(batch(config, engine.topology, step), busy=saver.writing).busy for step in (2, 3)]
         assert not list((Path(folder) / "async").glob("step_*2"))
-        go_on.set()
+        release.set()
         saver.commit()
         saver.begin(Path(folder) / "async")
         saver.commit()
@@ -59,8 +59,8 @@ def beside_training(layout, folder):
     ("ranks", "layout"),
     [(1, {}), (2, {"parallel.zero_stage": 3}), (2, {"parallel.zero_stage": 1}), (2, {"parallel.tensor": 2})],
 )
-def test_training_goes_on_and_the_checkpoint_is_of_its_own_step(pool, tmp_path, ranks, layout):
-    for busy, under_way in pool.run(ranks, beside_training, layout, str(tmp_path)):
+def test_background_checkpoint_has_the_states_of_the_step_it_was_started_at(pool, tmp_path, ranks, layout):
+    for busy, under_way in pool.run(ranks, save_in_background, layout, str(tmp_path)):
         assert busy == [True, True]
         assert not under_way
     for step in (2, 4):
@@ -77,7 +77,7 @@ def config(dataset, tmp_path):
 
 
 def steps(tmp_path):
-    """What stands beside ``latest``, which must name the newest checkpoint."""
+    """Return the names of all entries except ``latest``, which must name the newest checkpoint."""
     names = sorted(path.name for path in (tmp_path / "run" / "checkpoints").iterdir())
     if "latest" in names:
         newest = max(name for name in names if name.startswith("step_") and "." not in name)
@@ -85,7 +85,7 @@ def steps(tmp_path):
     return [name for name in names if name != "latest"]
 
 
-def test_a_failed_write_is_told_and_training_goes_on(config, tmp_path, capsys, monkeypatch):
+def test_failed_write_is_reported_and_training_continues(config, tmp_path, capsys, monkeypatch):
     write = save_module.write_safetensors
 
     def fails_at_six(path, *arguments):
@@ -98,11 +98,11 @@ def test_a_failed_write_is_told_and_training_goes_on(config, tmp_path, capsys, m
     assert run(["train", str(config)]) == 0
     out = capsys.readouterr().out
     assert "step_00000006 could not be written ([Errno 28] No space left on device)" in out
-    assert "training goes on" in out
+    assert "continuing to train" in out
     assert steps(tmp_path) == ["step_00000003", "step_00000009", "step_00000012"]
 
 
-def test_the_last_checkpoint_must_be_written(config, tmp_path, capsys, monkeypatch):
+def test_failed_write_of_the_last_checkpoint_is_an_error(config, tmp_path, capsys, monkeypatch):
     def fails(path, *arguments):
         raise OSError(30, "Read-only file system")
 
@@ -112,8 +112,8 @@ def test_the_last_checkpoint_must_be_written(config, tmp_path, capsys, monkeypat
     assert steps(tmp_path) == []
 
 
-def test_a_writer_that_dies_leaves_no_checkpoint(config, tmp_path, capsys, monkeypatch):
-    """An error of ours in the thread is not taken for success."""
+def test_exception_in_the_writer_leaves_no_checkpoint(config, tmp_path, capsys, monkeypatch):
+    """A bug in the writer's thread must not count as success."""
     monkeypatch.setattr(threading, "excepthook", lambda _: None)
     monkeypatch.setattr(save_module, "write_safetensors", lambda *_: 1 / 0)
     assert run(["train", str(config)]) == 2
@@ -122,7 +122,7 @@ def test_a_writer_that_dies_leaves_no_checkpoint(config, tmp_path, capsys, monke
 
 
 @pytest.mark.parametrize("harm", ["flipped", "short", "missing", "manifest"])
-def test_a_harmed_checkpoint_is_named_and_the_one_before_used(config, tmp_path, capsys, harm):
+def test_corrupt_checkpoint_is_reported_and_the_previous_one_used(config, tmp_path, capsys, harm):
     assert run(["train", str(config)]) == 0
     expected = states(tmp_path / "run" / "checkpoints", 12)
     file = tmp_path / "run" / "checkpoints" / "step_00000012" / "rank_00000.safetensors"
@@ -147,18 +147,18 @@ def test_a_harmed_checkpoint_is_named_and_the_one_before_used(config, tmp_path, 
     assert steps(tmp_path) == ["step_00000012", "step_00000012.torn"]
 
 
-def test_a_run_without_a_whole_checkpoint_is_not_begun_anew(config, tmp_path, capsys):
+def test_run_without_an_intact_checkpoint_does_not_restart_from_step_0(config, tmp_path, capsys):
     assert run(["train", str(config), "checkpoint.keep=1"]) == 0
     (tmp_path / "run" / "checkpoints" / "step_00000012" / "manifest.json").unlink()
     before = sorted((tmp_path / "run").rglob("*"))
     assert run(["train", str(config)]) == 2
     err = capsys.readouterr().err
-    assert "no checkpoint of" in err
+    assert "no checkpoint in" in err
     assert "skipping incomplete checkpoint step_00000012" in err
     assert sorted((tmp_path / "run").rglob("*")) == before
 
 
-def test_a_file_that_cannot_be_read_is_not_taken_for_torn(config, tmp_path, capsys, monkeypatch):
+def test_io_error_is_not_treated_as_a_corrupt_checkpoint(config, tmp_path, capsys, monkeypatch):
     assert run(["train", str(config)]) == 0
 
     def fails(reader, *_, **__):
@@ -170,7 +170,7 @@ def test_a_file_that_cannot_be_read_is_not_taken_for_torn(config, tmp_path, caps
     assert len(steps(tmp_path)) == 4
 
 
-def test_inspect_tells_a_flipped_byte(config, tmp_path, capsys):
+def test_inspect_detects_a_flipped_byte(config, tmp_path, capsys):
     from checkpoints_tools.__main__ import main
 
     assert run(["train", str(config)]) == 0
@@ -182,11 +182,11 @@ def test_inspect_tells_a_flipped_byte(config, tmp_path, capsys):
     file.write_bytes(data)
     assert main(["inspect", str(tmp_path / "run"), "--json", str(tmp_path / "b.json")]) == 1
     assert "CORRUPT" in json.loads((tmp_path / "b.json").read_text())["integrity"]
-    with pytest.raises(Torn, match="not what was written"):
+    with pytest.raises(Torn, match="its SHA-256 differs"):
         CheckpointReader(file.parent).verify()
 
 
-def test_the_tools_name_a_torn_checkpoint_and_take_the_one_before(config, tmp_path, capsys):
+def test_inspect_reports_a_corrupt_checkpoint_and_uses_the_previous_one(config, tmp_path, capsys):
     from checkpoints_tools.__main__ import main
 
     assert run(["train", str(config)]) == 0

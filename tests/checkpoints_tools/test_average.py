@@ -92,7 +92,7 @@ def test_what_was_written_draws(trained, tmp_path, capsys):
     assert command_line(drawing) == 0
     assert (tmp_path / "grid.png").is_file()
     assert command_line([*drawing, "--raw"]) == 2
-    assert "holds no master: it has ema" in capsys.readouterr().err
+    assert "contains no master; expected one of ema" in capsys.readouterr().err
     assert main(["inspect", str(out)]) == 0
 
 

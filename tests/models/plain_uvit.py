@@ -1,4 +1,4 @@
-"""U-ViT in plain PyTorch, written from arXiv 2209.12152: batch first, one process, no code of the package's."""
+"""U-ViT in plain PyTorch, written from arXiv 2209.12152: batch first, one process, no code from the package."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from torch import nn
 
 
 def sinusoids(t, dim):
-    """Transformer sinusoids of a timestep, cosines in the first half."""
-    # By exp and log in fp32, as the field does: 10000**(-i / half) rounds otherwise, and t multiplies it by 1000.
+    """Return Transformer sinusoids of timesteps, cosines in the first half."""
+    # Use exp and log in fp32, as is customary: 10000**(-i / half) rounds differently, and t amplifies this up to 1000x.
     frequencies = torch.exp(-math.log(10000) * torch.arange(dim // 2) / (dim // 2))
     angles = torch.outer(t, frequencies)
     return torch.cat([angles.cos(), angles.sin()], dim=1)
@@ -36,7 +36,7 @@ class Block(nn.Module):
 
 
 class PlainUViT(nn.Module):
-    """Class-conditional with ``classes`` (label ``classes`` is "none"), or text-conditional with ``text_dim``."""
+    """U-ViT, class-conditional if ``classes`` is given (label ``classes`` means "no class"), else text-conditional."""
 
     def __init__(self, dim, depth, heads, patch, channels, side, classes=0, text_dim=0, text_tokens=0):
         super().__init__()
@@ -55,12 +55,12 @@ class PlainUViT(nn.Module):
         self.final = nn.Conv2d(channels, channels, 3, padding=1)
 
     def forward(self, x, t, condition):
-        """``condition`` is labels (B,) or text (B, T, text_dim)."""
+        """Return the prediction. ``condition`` is labels (B,) or text (B, T, text_dim)."""
         b, c, h, w = x.shape
         patches = self.embed(x).flatten(2).transpose(1, 2)
         time = sinusoids(t, self.dim)[:, None]
-        words = self.context(condition) if self.label is None else self.label(condition)[:, None]
-        tokens = torch.cat([time, words, patches], dim=1) + self.positions
+        context = self.context(condition) if self.label is None else self.label(condition)[:, None]
+        tokens = torch.cat([time, context, patches], dim=1) + self.positions
         kept = []
         for block in self.down:
             tokens = block(tokens)
@@ -75,7 +75,7 @@ class PlainUViT(nn.Module):
 
 
 def weights(state, config):
-    """Our names and shapes to the plain model's; linear, so it maps gradients too."""
+    """Map our names and shapes to the plain model's. The map is linear, so it also applies to gradients."""
     out = {}
     for name, value in state.items():
         name = name.replace(".gain", ".weight").replace("mlp.", "")

@@ -1,4 +1,4 @@
-"""Plain models whose parameters have the names of the published checkpoints, written from the papers, batch first."""
+"""Plain models with the parameter names of the published checkpoints, written from the papers, batch first."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from tests.models.plain_uvit import sinusoids
 
 
 def positions(dim, side, scale=1.0):
-    """(1, side^2, dim): sines and cosines of the column, then of the row."""
+    """Return positions (1, side^2, dim): sines and cosines of the column, then of the row."""
     omega = 1 / 10000 ** (np.arange(dim // 4) / (dim / 4))
     row, column = np.divmod(np.arange(side**2), side)
     halves = [np.outer(place / scale, omega) for place in (column, row)]
@@ -21,14 +21,14 @@ def positions(dim, side, scale=1.0):
 
 
 def patches(x, channels, p):
-    """Tokens (B, S, p * p * C) to pictures."""
+    """Assemble tokens (B, S, p * p * C) into images (B, C, H, W)."""
     b, s, _ = x.shape
     side = round(s**0.5)
     return torch.einsum("bhwpqc->bchpwq", x.reshape(b, side, side, p, p, channels)).reshape(b, channels, side * p, -1)
 
 
 def attend(q, k, v, heads, mask=None):
-    """(B, N, D) each; ``mask`` (B, keys)."""
+    """Return multi-head attention of q, k, v (B, N, D) with an optional ``mask`` (B, keys)."""
     q, k, v = (x.unflatten(2, (heads, -1)).transpose(1, 2) for x in (q, k, v))
     scores = q @ k.transpose(2, 3) / q.shape[-1] ** 0.5
     if mask is not None:
@@ -87,7 +87,7 @@ class Time(nn.Module):
 
 
 class Holder(nn.Module):
-    """Named parts without a computation of their own."""
+    """Container of named submodules without a forward method."""
 
     def __init__(self, **parts):
         super().__init__()
@@ -100,7 +100,7 @@ def modulation(dim, parts):
 
 
 class DiT(nn.Module):
-    """facebookresearch/DiT; ``readout`` is mup.MuReadout in DiT-μP."""
+    """DiT as in facebookresearch/DiT. In DiT-μP ``readout`` is mup.MuReadout."""
 
     def __init__(self, dim=16, depth=2, heads=2, p=2, channels=3, side=8, classes=10, readout=nn.Linear, **options):
         super().__init__()
@@ -174,7 +174,7 @@ class UViTBlock(nn.Module):
 
 
 class UViT(nn.Module):
-    """Tokens are label, timestep, patches, or with ``text_dim`` timestep, text, patches."""
+    """U-ViT with tokens label, timestep, patches, or with ``text_dim``: timestep, text, patches."""
 
     def __init__(
         self, dim=16, depth=5, heads=2, p=2, channels=4, side=8, labels=11, text_dim=0, text_tokens=0, conv=True
@@ -210,7 +210,7 @@ class UViT(nn.Module):
 
 
 def randomise(model, seed):
-    """Sizes as after training, gates and readouts too; fixed positions stay."""
+    """Randomise all parameters, including gates and readouts, to magnitudes as after training; keep fixed positions."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, value in model.state_dict().items():
@@ -221,7 +221,7 @@ def randomise(model, seed):
 
 
 def dit_mup(heads=8, base_heads=2, output_multiplier=1.0, base_shapes=None, **shape):
-    """DiT with its base shapes set by the package mup, which are also saved where ``base_shapes`` says."""
+    """Return a DiT whose base shapes are set by the package mup and saved to the path ``base_shapes``, if given."""
     options = {"readout": mup.MuReadout, "output_mult": output_multiplier, **shape}
     target, base, delta = (DiT(dim=8 * n, heads=n, **options) for n in (heads, base_heads, 2 * base_heads))
     mup.set_base_shapes(target, base, delta=delta, savefile=None if base_shapes is None else str(base_shapes))

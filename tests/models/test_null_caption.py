@@ -1,4 +1,4 @@
-"""PixArt-α's null caption keeps its initial values in every layout, unless a key trains it."""
+"""PixArt-α's null caption keeps its initial values in every layout, unless ``model.train_null_caption`` is set."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ STEPS = 3
 
 
 def train(data, overrides):
-    """Initial and final values of this rank's part of the null caption; runs in the pool's ranks."""
+    """Return initial and final values of this rank's part of the null caption. Runs in the pool's ranks."""
     from megatron_dit.engine import Engine
 
     options = {"data.path": str(data), "data.caption_dropout": 0.5, "train.steps": STEPS, **overrides}
@@ -42,7 +42,7 @@ def train(data, overrides):
     ],
     ids=["one", "zero1", "zero2", "zero3", "tp2-sp", "pp2", "bf16"],
 )
-def test_the_null_caption_is_neither_trained_nor_decayed(pool, dataset, ranks, overrides):
+def test_null_caption_is_neither_trained_nor_decayed_by_default(pool, dataset, ranks, overrides):
     held = 0
     for before, after in pool.run(ranks, train, dataset, {"optimizer.weight_decay": 0.1, **overrides}):
         held += sum(value.size for value in before.values())
@@ -52,13 +52,13 @@ def test_the_null_caption_is_neither_trained_nor_decayed(pool, dataset, ranks, o
     assert held >= 3 * 24 * 64
 
 
-def test_a_key_trains_the_null_caption(pool, dataset):
+def test_train_null_caption_trains_the_null_caption(pool, dataset):
     before, after = pool.run(1, train, dataset, {"model.train_null_caption": True})[0]
     assert (before["master"] != after["master"]).any()
     assert after["exp_avg_sq"].any()
 
 
-def test_another_architecture_has_no_null_caption_to_train():
+def test_train_null_caption_is_refused_for_other_architectures():
     from megatron_dit.errors import UserError
 
     with pytest.raises(UserError, match=r"model\.train_null_caption=true: mmdit has no null caption"):
