@@ -116,8 +116,8 @@ class Job:
         for name in arguments:
             if name not in found or found[name] != json.loads(json.dumps(arguments[name])):
                 raise UserError(
-                    f"{self.folder} was started with {_describe(name)} {found.get(name)}, not {arguments[name]}; "
-                    "use the same arguments or a new folder"
+                    f"{self.folder} already exists and was started with {_describe(name)} {found.get(name)}, not "
+                    f"{arguments[name]}; use the same arguments or a new folder"
                 )
         return True
 

@@ -205,8 +205,8 @@ def read_json(path: Path) -> dict[str, Any]:
         found = None
     if not isinstance(found, dict):
         content = content_of(path)
-        description = content.description if content.name != "json" else "damaged JSON or not an object"
-        raise UserError(f"{path} is not a JSON object (found {description}); {content.remedy}")
+        description = content.description if content.name != "json" else "damaged JSON or JSON of another type"
+        raise UserError(f"{path} is {description}, not a JSON object; {content.remedy}")
     return found
 
 
