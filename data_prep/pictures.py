@@ -121,12 +121,12 @@ def decode(data: bytes, limits: Limits) -> Image.Image:
     if data[:4] == b"RIFF" and len(data) >= 8 and len(data) < 8 + struct.unpack("<I", data[4:8])[0]:
         raise Unusable("truncated")  # PIL's error does not distinguish a truncated WebP from a corrupt one
     try:
-        with Image.open(io.BytesIO(_without_texts(data)), formats=FORMATS) as picture:
-            _check(picture.size, limits)
-            if isinstance(picture, TiffImagePlugin.TiffImageFile):
-                _mend_tiles(picture)
-            picture.load()
-            rgb, orientation = _rgb(picture, data), _orientation(picture)
+        with Image.open(io.BytesIO(_without_texts(data)), formats=FORMATS) as image:
+            _check(image.size, limits)
+            if isinstance(image, TiffImagePlugin.TiffImageFile):
+                _mend_tiles(image)
+            image.load()
+            rgb, orientation = _rgb(image, data), _orientation(image)
             return rgb.transpose(UPRIGHT[orientation]) if orientation in UPRIGHT else rgb
     except Unusable:
         raise
@@ -177,17 +177,17 @@ def _without_texts(data: bytes) -> bytes:
     return b"".join([*kept, data[start:]])
 
 
-def _mend_tiles(picture: TiffImagePlugin.TiffImageFile) -> None:
+def _mend_tiles(image: TiffImagePlugin.TiffImageFile) -> None:
     """Correct the raw modes of TIFF tiles with 16 or 32 bits that PIL would silently decode incorrectly."""
-    tags = picture.tag_v2
+    tags = image.tag_v2
     planar = tags.get(TiffImagePlugin.PLANAR_CONFIGURATION) == 2
     if planar and tags.get(TiffImagePlugin.SAMPLESPERPIXEL, 1) == 1:
         tags[TiffImagePlugin.PLANAR_CONFIGURATION] = 1  # PIL would use the first letter of "I;16" as the plane's name
-        picture._setup()
+        image._setup()
     wide = planar and max(tags.get(TiffImagePlugin.BITSPERSAMPLE, (1,))) == 16
     plane = f";16{'B' if tags.prefix == b'MM' else 'L'}"  # PIL would read each plane as 8 bits
     tiles = []
-    for tile in picture.tile:
+    for tile in image.tile:
         assert isinstance(tile.args, tuple)
         raw, *others = tile.args
         if tile.codec_name == "libtiff":
@@ -195,56 +195,54 @@ def _mend_tiles(picture: TiffImagePlugin.TiffImageFile) -> None:
         elif wide and len(raw) == 1:
             raw += plane
         tiles.append(tile._replace(args=(raw, *others)))
-    picture.tile = tiles
+    image.tile = tiles
 
 
-def _orientation(picture: Image.Image) -> int:
+def _orientation(image: Image.Image) -> int:
     """Return the EXIF orientation, 1 if it is unknown. PIL itself applies the orientation of a TIFF when loading."""
     try:
-        return int(picture.getexif().get(ExifTags.Base.Orientation, 1))
+        return int(image.getexif().get(ExifTags.Base.Orientation, 1))
     except Exception:  # PIL's parsers can raise almost anything; the pixels may still be fine
         return 1
 
 
-def _rgb(picture: Image.Image, data: bytes) -> Image.Image:
-    tags = picture.tag_v2 if isinstance(picture, TiffImagePlugin.TiffImageFile) else {}
+def _rgb(image: Image.Image, data: bytes) -> Image.Image:
+    tags = image.tag_v2 if isinstance(image, TiffImagePlugin.TiffImageFile) else {}
     signed = tags.get(TiffImagePlugin.SAMPLEFORMAT, (1,))[0] == 2
-    if picture.mode.startswith(("I", "F")) or (picture.mode == "L" and signed):
-        grey = (
-            _table_grey(picture, tags) if picture.mode.startswith("I;16") else _ranged_grey(picture, bool(tags), signed)
-        )
+    if image.mode.startswith(("I", "F")) or (image.mode == "L" and signed):
+        grey = _table_grey(image, tags) if image.mode.startswith("I;16") else _ranged_grey(image, bool(tags), signed)
         # If zero is white, PIL inverts only images of 8 or fewer bits.
-        inverted = picture.mode != "L" and tags.get(TiffImagePlugin.PHOTOMETRIC_INTERPRETATION) == 0
+        inverted = image.mode != "L" and tags.get(TiffImagePlugin.PHOTOMETRIC_INTERPRETATION) == 0
         return Image.fromarray(255 - grey if inverted else grey).convert("RGB")
-    if not picture.has_transparency_data:
-        return picture.convert("RGB")
-    if picture.format == "PNG":
-        _scale_transparency(picture, bits=data[24])
-    picture = picture.convert("RGBA")
-    return Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture).convert("RGB")
+    if not image.has_transparency_data:
+        return image.convert("RGB")
+    if image.format == "PNG":
+        _scale_transparency(image, bits=data[24])
+    image = image.convert("RGBA")
+    return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
 
 
-def _scale_transparency(picture: Image.Image, bits: int) -> None:
+def _scale_transparency(image: Image.Image, bits: int) -> None:
     """Convert a PNG's transparent value, which PIL leaves at a depth of ``bits``, to the 8 bits of PIL's pixels."""
-    clear = picture.info.get("transparency")
-    if picture.mode == "L" and isinstance(clear, int):
-        picture.info["transparency"] = clear * (255 // (2**bits - 1))
-    elif picture.mode == "RGB" and isinstance(clear, tuple) and bits == 16:
-        picture.info["transparency"] = tuple(value >> 8 for value in clear)
+    clear = image.info.get("transparency")
+    if image.mode == "L" and isinstance(clear, int):
+        image.info["transparency"] = clear * (255 // (2**bits - 1))
+    elif image.mode == "RGB" and isinstance(clear, tuple) and bits == 16:
+        image.info["transparency"] = tuple(value >> 8 for value in clear)
 
 
-def _table_grey(picture: Image.Image, tags: Mapping[int, Any]) -> np.ndarray:
+def _table_grey(image: Image.Image, tags: Mapping[int, Any]) -> np.ndarray:
     """Convert unsigned grey of 12 or 16 bits to 8 bits. PIL's own conversion clips all values above 255 to white."""
     greatest = 2 ** tags.get(TiffImagePlugin.BITSPERSAMPLE, (16,))[0] - 1
     table = np.rint(np.arange(2**16) * (255 / greatest)).clip(0, 255).astype(np.uint8)
-    if isinstance(clear := picture.info.get("transparency"), int):  # this value marks transparent pixels
+    if isinstance(clear := image.info.get("transparency"), int):  # this value marks transparent pixels
         table[clear] = 255
-    return table[np.asarray(picture)]
+    return table[np.asarray(image)]
 
 
-def _ranged_grey(picture: Image.Image, tiff: bool, signed: bool) -> np.ndarray:
+def _ranged_grey(image: Image.Image, tiff: bool, signed: bool) -> np.ndarray:
     """Convert signed, 32-bit or float grey to 8 bits, mapping the image's minimum to 0 and its maximum to 255."""
-    values = np.asarray(picture)
+    values = np.asarray(image)
     if values.dtype == np.uint8:
         values = values.view(np.int8)
     elif values.dtype == np.int32 and tiff and not signed:  # PIL has no unsigned 32-bit mode

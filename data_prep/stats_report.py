@@ -116,11 +116,11 @@ def _draw_lengths(axes: Axes, lengths: np.ndarray, limit: int) -> None:
 
 def draw_samples(codec: Codec, samples: Sequence[tuple[np.ndarray, str]], path: Path) -> None:
     """Decode the latents and write a grid of the images with their captions to ``path``."""
-    pictures = []
+    images = []
     with ProgressBar("decode", len(samples)) as bar:
         for latent, _ in samples:
-            picture = codec.decode(torch.from_numpy(latent).float()[None])[0]
-            pictures.append(picture.permute(1, 2, 0).numpy())
+            image = codec.decode(torch.from_numpy(latent).float()[None])[0]
+            images.append(image.permute(1, 2, 0).numpy())
             bar.advance()
     captions = [caption if len(caption) <= LETTERS else f"{caption[:LETTERS]}…" for _, caption in samples]
-    save_grid(pictures, captions, path)
+    save_grid(images, captions, path)

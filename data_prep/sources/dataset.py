@@ -64,7 +64,7 @@ class SavedDataset:
     def scan(self, unit: int) -> Iterator[Scanned]:
         for number in range(unit * PER_UNIT, min((unit + 1) * PER_UNIT, len(self._rows))):
             name = f"{Path(self.spec).name} row {number}"
-            yield or_rejected(name, partial(self._picture, name, number))
+            yield or_rejected(name, partial(self._record, name, number))
 
     def read(self, record: Record) -> bytes:
         return _image_bytes(self._row(int(record.place[0]))[self._image])
@@ -77,7 +77,7 @@ class SavedDataset:
         except Exception:  # pyarrow can raise almost anything on corrupt data
             raise Unusable("row cannot be read") from None
 
-    def _picture(self, name: str, number: int) -> tuple[Record, bytes]:
+    def _record(self, name: str, number: int) -> tuple[Record, bytes]:
         row = self._row(number)
         data = _image_bytes(row.pop(self._image))
         captions = merge_captions("", row.pop(self._caption, None))

@@ -60,31 +60,31 @@ class Folder:
 
     def scan(self, unit: int) -> Iterator[Scanned]:
         for stem, files in self._stems[unit * PER_UNIT : (unit + 1) * PER_UNIT]:
-            pictures = [file for file in files if _extension(file) in PICTURES]
-            if not pictures:
+            images = [file for file in files if _extension(file) in PICTURES]
+            if not images:
                 yield Rejected(shown(stem), "no image"), None
                 continue
-            beside = [file for file in files if file not in pictures]
-            yield or_rejected(shown(pictures[0]), partial(self._picture, pictures[0], beside))
-            for other in pictures[1:]:
+            sidecars = [file for file in files if file not in images]
+            yield or_rejected(shown(images[0]), partial(self._record, images[0], sidecars))
+            for other in images[1:]:
                 yield Rejected(shown(other), "duplicate key"), None
 
     def read(self, record: Record) -> bytes:
         return file_bytes(self._root / str(record.place[0]), IMAGE_BYTES)
 
-    def _picture(self, file: str, others: list[str]) -> tuple[Record, bytes]:
+    def _record(self, file: str, others: list[str]) -> tuple[Record, bytes]:
         label, meta, captions = None, {}, ()
         if self.classes:
             label = self._labels.get(file.partition("/")[0])
             if label is None:
                 raise Unusable("no class label")
         else:
-            beside = {_extension(other): self._root / other for other in others}
-            if len(beside) < len(others):  # a.txt and a.TXT
+            sidecars = {_extension(other): self._root / other for other in others}
+            if len(sidecars) < len(others):  # a.txt and a.TXT
                 raise Unusable("two caption or json files with the same key")
-            if "json" in beside:
-                meta = json_object(file_bytes(beside["json"], TEXT_BYTES))
-            text = file_bytes(beside["txt"], TEXT_BYTES) if "txt" in beside else b""
+            if "json" in sidecars:
+                meta = json_object(file_bytes(sidecars["json"], TEXT_BYTES))
+            text = file_bytes(sidecars["txt"], TEXT_BYTES) if "txt" in sidecars else b""
             captions = merge_captions(caption_text(text), meta.get("captions"))
         return scanned(Record(shown(file), (file,), captions, label, meta), file_bytes(self._root / file, IMAGE_BYTES))
 

@@ -62,12 +62,12 @@ class Table:
     def scan(self, unit: int) -> Iterator[Scanned]:
         for number, row in enumerate(self._rows.unit(unit), unit * PER_UNIT):
             name = shown(f"{self._table.name} row {number}")
-            yield or_rejected(name, partial(self._picture, name, row))
+            yield or_rejected(name, partial(self._record, name, row))
 
     def read(self, record: Record) -> bytes:
         return file_bytes(self._root / str(record.place[0]), IMAGE_BYTES)
 
-    def _picture(self, name: str, row: Row) -> tuple[Record, bytes]:
+    def _record(self, name: str, row: Row) -> tuple[Record, bytes]:
         if isinstance(row, Unusable):
             raise row
         if any(isinstance(cell, str) and self._holds_a_row(cell) for cell in row.values()):

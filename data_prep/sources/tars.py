@@ -41,8 +41,8 @@ AFTER_BYTES = 2**16  # bytes checked after the end-of-archive marker; padding ex
 class _Sample:
     """The members of a key, as (offset, size) in the tar."""
 
-    pictures: list[tuple[int, int]] = field(default_factory=list)
-    beside: dict[str, tuple[int, int]] = field(default_factory=dict)  # by extension
+    images: list[tuple[int, int]] = field(default_factory=list)
+    sidecars: dict[str, tuple[int, int]] = field(default_factory=dict)  # by extension
     problem: str = ""
 
 
@@ -80,7 +80,7 @@ class Tars:
         for key, sample in samples.items():
             name = shown(f"{path.name}/{key}")
             yield or_rejected(name, partial(self._sample, path, name, sample))
-            for _ in sample.pictures[1:]:
+            for _ in sample.images[1:]:
                 yield Rejected(name, "duplicate key"), None
         found = content_of(path) if truncated and not samples else None
         if found and found.name not in ("tar", "empty", "unknown"):
@@ -97,17 +97,17 @@ class Tars:
     def _sample(self, path: Path, name: str, sample: _Sample) -> tuple[Record, bytes]:
         if sample.problem:
             raise Unusable(sample.problem)
-        if not sample.pictures:
+        if not sample.images:
             raise Unusable("no image")
-        place = sample.pictures[0]
-        beside = {extension: _member(path, where, TEXT_BYTES) for extension, where in sample.beside.items()}
-        meta = json_object(beside["json"]) if "json" in beside else {}
-        captions = merge_captions(caption_text(beside.get("txt", b"")), meta.get("captions"))
+        place = sample.images[0]
+        sidecars = {extension: _member(path, where, TEXT_BYTES) for extension, where in sample.sidecars.items()}
+        meta = json_object(sidecars["json"]) if "json" in sidecars else {}
+        captions = merge_captions(caption_text(sidecars.get("txt", b"")), meta.get("captions"))
         label = None
         if self.classes:
-            if "cls" not in beside:
+            if "cls" not in sidecars:
                 raise Unusable("no class label")
-            label = class_label(beside["cls"].decode(errors="replace"), len(self.classes))
+            label = class_label(sidecars["cls"].decode(errors="replace"), len(self.classes))
         return scanned(Record(name, (str(path), *place), captions, label, meta), _member(path, place, IMAGE_BYTES))
 
 
@@ -154,10 +154,10 @@ def _joined(samples: dict[str, _Sample]) -> dict[str, _Sample]:
     for key, part in samples.items():
         folder, slash, base = key.rpartition("/")
         stem, dot, _ = base.partition(".")
-        whole = samples.get(f"{folder}{slash}{stem}") if dot else None
-        if whole is None or not whole.pictures or (part.pictures and part.beside):
+        owner = samples.get(f"{folder}{slash}{stem}") if dot else None
+        if owner is None or not owner.images or (part.images and part.sidecars):
             continue
-        whole.problem = whole.problem or part.problem
+        owner.problem = owner.problem or part.problem
         del apart[key]
     return apart
 
@@ -169,13 +169,13 @@ def _add(sample: _Sample, member: tarfile.TarInfo, extension: str) -> None:
         sample.problem = sample.problem or "unsafe name"
     elif not member.isfile() or member.issparse():
         sample.problem = sample.problem or "member is not a plain file"
-    elif extension in sample.beside:
+    elif extension in sample.sidecars:
         sample.problem = sample.problem or f"two .{extension} members with the same key"
     where = (member.offset_data, member.size)
     if extension in PICTURES:
-        sample.pictures.append(where)
+        sample.images.append(where)
     elif extension in BESIDE:
-        sample.beside[extension] = where
+        sample.sidecars[extension] = where
 
 
 def _member(path: Path, where: tuple[int, int], limit: int) -> bytes:

@@ -162,6 +162,6 @@ class OnlineFeatures:
 
     def __call__(self, batch: Batch) -> Batch:
         rows, columns = (side // self._patch for side in batch.latents.shape[-2:])
-        pictures: Tensor = self._codec.decode(batch.latents.to(device()))
-        features = self._encoder.features(pictures, rows, columns)
+        images: Tensor = self._codec.decode(batch.latents.to(device()))
+        features = self._encoder.features(images, rows, columns)
         return replace(batch, features=features.to(batch.latents.device))
