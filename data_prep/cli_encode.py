@@ -91,7 +91,7 @@ def encode(parsed: argparse.Namespace) -> Done:
 def _check_effects(parsed: argparse.Namespace, *, columns: bool, captions: bool) -> None:
     """Raise UserError if an option has no effect for this kind of source.
 
-    ``columns`` and ``captions`` tell whether the source has a column of files and a column of captions.
+    ``columns`` and ``captions`` state whether the source has a column of files and a column of captions.
     """
     if parsed.file_column is not None and not columns:
         raise UserError(f"--file-column {parsed.file_column} has no effect without --table; omit it")

@@ -106,8 +106,8 @@ def vae_factors(config: Mapping[str, Any], path: str) -> tuple[Tensor, Tensor]:
     """
 
     def number(name: str, value: Any, positive: bool) -> float:
-        fine = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-        if not fine or (positive and value <= 0):
+        valid = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+        if not valid or (positive and value <= 0):
             kind = "a finite number above 0" if positive else "a finite number"
             raise UserError(f"VAE {path} has {name}={json.dumps(value)} in its config.json; expected {kind}")
         return float(value)

@@ -124,16 +124,18 @@ def test_training_skips_unreadable_samples_and_keeps_the_order_of_the_others(
 
 
 @pytest.mark.parametrize(
-    ("gone", "words"), [(8, "none of the 8 samples of a step could be read"), (3, "data.max_bad_share=0.1")]
+    ("missing", "message"), [(8, "none of the 8 samples of a step could be read"), (3, "data.max_bad_share=0.1")]
 )
-def test_run_stops_with_a_one_line_error_if_too_many_samples_are_unreadable(tmp_path, monkeypatch, capsys, gone, words):
+def test_run_stops_with_a_one_line_error_if_too_many_samples_are_unreadable(
+    tmp_path, monkeypatch, capsys, missing, message
+):
     folder = tmp_path / "data"
     make_folder(folder, [(SIDE, 30)] * 8)
     train_step = Engine.train_step
 
     def watched(engine, batch, **named):
         if engine.step == 10:
-            for number in range(gone):
+            for number in range(missing):
                 (folder / f"{number:05d}.tar").unlink()
         return train_step(engine, batch, **named)
 
@@ -143,11 +145,11 @@ def test_run_stops_with_a_one_line_error_if_too_many_samples_are_unreadable(tmp_
     assert run(["train", str(path)]) == 2
     (line,) = capsys.readouterr().err.strip().splitlines()
     assert line.startswith("error: ")
-    assert words in line
+    assert message in line
     assert "is missing" in line
     checkpoints = sorted(path.name for path in (tmp_path / "run" / "checkpoints").glob("step_*"))
     assert checkpoints
-    assert gone < 8 or checkpoints == ["step_00000010"]
+    assert missing < 8 or checkpoints == ["step_00000010"]
 
 
 def step_with_unreadable(bad):
@@ -171,14 +173,14 @@ def step_with_unreadable(bad):
 def test_unreadable_samples_do_not_affect_loss_or_grad_norm(pool):
     """The loss is the mean over readable samples; the gradient is their sum divided by eight, in any layout."""
     losses = {}
-    ((whole, _, none),) = pool.run(1, step_with_unreadable, ())
+    ((mean_loss, _, none),) = pool.run(1, step_with_unreadable, ())
     assert none == {}
     for row in (1, 6):  # the loss of one sample: the others have weight 0
         ((losses[row], _, counts),) = pool.run(1, step_with_unreadable, tuple(set(range(8)) - {row}))
         assert counts == {"not_finite": 7}
     ((loss, norm, counts),) = pool.run(1, step_with_unreadable, (1, 6))
     assert counts == {"not_finite": 2}
-    assert 6 * loss == pytest.approx(8 * whole - losses[1] - losses[6], rel=1e-5)
+    assert 6 * loss == pytest.approx(8 * mean_loss - losses[1] - losses[6], rel=1e-5)
     for sharded, sharded_norm, counts in pool.run(2, step_with_unreadable, (1, 6)):
         assert (sharded, sharded_norm) == pytest.approx((loss, norm), rel=1e-6)
         assert counts == {"not_finite": 2}

@@ -39,8 +39,8 @@ def test_flipped_bit_in_the_table_affects_only_its_own_sample(tmp_path):
     folder = tmp_path / "data"
     index = make_folder(folder, [(SIDE, 4)])
     path, shard = folder / "00000.tar", index.shards[0]
-    whole = path.read_bytes()
-    rows = np.frombuffer(whole, table_dtype(len(index.members), 6), 4, shard.table)
+    original = path.read_bytes()
+    rows = np.frombuffer(original, table_dtype(len(index.members), 6), 4, shard.table)
     assert rows["key"].tolist() == [f"{number:06d}".encode() for number in range(4)]
     begin = shard.table + rows.itemsize  # of sample 1
     samples = Samples([index], small("mmdit", **{"data.path": str(folder)}))
@@ -48,7 +48,7 @@ def test_flipped_bit_in_the_table_affects_only_its_own_sample(tmp_path):
     causes = set()
     tracemalloc.start()
     for bit in range(0, 8 * (rows.itemsize - 6), 3):
-        data = bytearray(whole)
+        data = bytearray(original)
         data[begin + 6 + bit // 8] ^= 1 << bit % 8
         path.write_bytes(data)
         tracemalloc.reset_peak()
@@ -110,10 +110,10 @@ def test_invalid_class_labels_are_reported_with_a_cause(tmp_path, label):
 
 
 def test_parsing_an_array_allocates_no_more_than_its_bytes():
-    hostile = array_of(f"{{'descr': '<f8', 'fortran_order': False, 'shape': ({10**9},)}}", bytes(64))
+    malicious = array_of(f"{{'descr': '<f8', 'fortran_order': False, 'shape': ({10**9},)}}", bytes(64))
     tracemalloc.start()
     with pytest.raises(BadSample, match="8000000000 bytes"):
-        parse_array(hostile, "sample")
+        parse_array(malicious, "sample")
     assert tracemalloc.get_traced_memory()[1] < 2**20
     tracemalloc.stop()
 
@@ -185,11 +185,11 @@ ALLOWED = {
 def test_index_fields_of_a_wrong_type_give_a_one_line_error(tmp_path, place):
     folder = tmp_path / "data"
     make_folder(folder, [(SIDE, 2)])
-    whole = json.loads((folder / "index.json").read_text())
+    original = json.loads((folder / "index.json").read_text())
     for value in FIELDS:
         if repr(value) == ALLOWED.get(place) or (isinstance(value, str) and place and place[-1] in FREE):
             continue
-        raw = json.loads(json.dumps({"all": whole}))
+        raw = json.loads(json.dumps({"all": original}))
         target, name = raw, "all"
         for inner in place:
             target, name = target[name], inner
@@ -212,20 +212,20 @@ def test_missing_index_field_gives_a_one_line_error(tmp_path, missing):
 
 
 @pytest.mark.parametrize(
-    ("field", "value", "words"),
+    ("field", "value", "message"),
     [
         ("samples", 2 * 10**9, "cannot hold 2000000000 samples of 3 x 16 x 16"),
         ("bucket", [60000, 60000], "cannot hold 2 samples of 3 x 60000 x 60000"),
         ("table", 10**12, "a table at byte 1000000000000"),
     ],
 )
-def test_index_with_sizes_that_exceed_the_shard_is_rejected(tmp_path, field, value, words):
+def test_index_with_sizes_that_exceed_the_shard_is_rejected(tmp_path, field, value, message):
     make_folder(tmp_path / "data", [(SIDE, 2)])
     path = tmp_path / "data" / "index.json"
     raw = json.loads(path.read_text())
     raw["shards"][0][field] = value
     path.write_text(json.dumps(raw))
-    with pytest.raises(UserError, match=words):
+    with pytest.raises(UserError, match=message):
         read_index(tmp_path / "data")
 
 

@@ -137,7 +137,7 @@ def sharded_while_training(folder, dtype, layout):
     engine = None if layout is None else start(small(**layout))
     text = OnlineText(described(folder, dtype), folder, sharded=True)
     weights = list(text._encoder.model.parameters())
-    share = sum(p.ds_tensor.numel() for p in weights) / sum(p.ds_numel for p in weights)
+    fraction = sum(p.ds_tensor.numel() for p in weights) / sum(p.ds_numel for p in weights)
     ids = TextEncoder(folder, TOKENS).tokenize(captions(12, seed=dist.get_rank()))
     losses, found = [], []
     for step, wanted in enumerate(captions_of_calls(dist.get_rank(), ids)):
@@ -145,8 +145,8 @@ def sharded_while_training(folder, dtype, layout):
         if engine is not None:
             losses.append(engine.train_step(batch(engine.config, engine.topology, step)).loss)
     gathered = sum(p.numel() for p in weights)
-    whole = sum(p.numel() for p in T5EncoderModel.from_pretrained(folder).parameters())
-    return share, gathered, sum(p.ds_numel for p in weights) == whole, found, losses
+    complete = sum(p.numel() for p in T5EncoderModel.from_pretrained(folder).parameters())
+    return fraction, gathered, sum(p.ds_numel for p in weights) == complete, found, losses
 
 
 def training_alone(layout):
@@ -168,16 +168,16 @@ def training_alone(layout):
 def test_sharded_encoder_equals_unsharded_one_and_does_not_affect_training(pool, folder, dtype, layout):
     outcomes = pool.run(2, sharded_while_training, str(folder), dtype, layout)
     alone = None if layout is None else pool.run(2, training_alone, layout)
-    whole = OnlineText(described(folder, dtype), str(folder), sharded=False)
-    for rank, (share, gathered, later_whole, found, losses) in enumerate(outcomes):
-        assert share == pytest.approx(0.5, abs=0.01)
+    unsharded = OnlineText(described(folder, dtype), str(folder), sharded=False)
+    for rank, (fraction, gathered, later_complete, found, losses) in enumerate(outcomes):
+        assert fraction == pytest.approx(0.5, abs=0.01)
         assert gathered == 0
-        assert later_whole
+        assert later_complete
         ids = TextEncoder(str(folder), TOKENS).tokenize(captions(12, seed=rank))
         for features, wanted in zip(
             found, [ids[:8], ids[: 12 if rank else 8], ids[:8], [np.zeros(0, np.int32)]], strict=True
         ):
-            for feature, expected in zip(features, whole(wanted), strict=True):
+            for feature, expected in zip(features, unsharded(wanted), strict=True):
                 np.testing.assert_allclose(feature, expected, atol=2e-3 if dtype == "fp32" else 3e-2, rtol=0)
         if alone is not None:
             assert losses == alone[rank]

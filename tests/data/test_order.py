@@ -100,11 +100,11 @@ def test_batch_covers_the_entire_dataset_but_each_rank_reads_few_shards():
 def test_places_of_each_rank_concatenate_to_the_global_batch():
     order = SampleOrder([make_index(((4, 4), 100), ((8, 8), 77))], [], 5, 12, 2)
     for step in range(20):
-        whole = order.batch(step)
+        expected = order.batch(step)
         for ranks in (2, 3, 4):
             size = 12 // ranks
             parts = [order.batch(step, slice(r * size, (r + 1) * size)) for r in range(ranks)]
-            assert np.concatenate(parts).tolist() == whole.tolist()
+            assert np.concatenate(parts).tolist() == expected.tolist()
 
 
 def test_mixture_contains_each_dataset_in_its_proportion_and_own_order():

@@ -166,17 +166,17 @@ def test_weights_that_do_not_match_the_config_are_rejected(copies, kind, changes
 @pytest.mark.parametrize("kind", SAFETENSORS)
 def test_files_whose_content_does_not_match_the_extension_are_reported(copies, kind):
     weights, config = copies / kind / SAFETENSORS[kind], copies / kind / "config.json"
-    whole = weights.read_bytes()
+    original = weights.read_bytes()
     for content, message in (
         (POINTER.encode(), "is a Git LFS pointer"),
         (PAGE.encode(), "is a web page"),
         (b"", "is an empty file"),
-        (whole[:5000], "is a truncated safetensors file (5,000"),
-        (whole[:-1], f"is a truncated safetensors file ({len(whole) - 1:,} of {len(whole):,} bytes)"),
+        (original[:5000], "is a truncated safetensors file (5,000"),
+        (original[:-1], f"is a truncated safetensors file ({len(original) - 1:,} of {len(original):,} bytes)"),
     ):
         weights.write_bytes(content)
         assert_rejected(lambda: LOAD[kind](copies / kind), str(weights), message)
-    weights.write_bytes(whole)
+    weights.write_bytes(original)
     config.write_text(POINTER)
     assert_rejected(lambda: LOAD[kind](copies / kind), str(config), "is a Git LFS pointer")
 
@@ -216,10 +216,10 @@ def test_encoders_are_found_in_a_pipeline(made, tmp_path):
         part = "tokenizer_3" if path.name.startswith("tokenizer") else "text_encoder_3"
         shutil.copy(path, tmp_path / part)
     for name in (tmp_path, tmp_path / "text_encoder_3"):
-        encoder, alone = TextEncoder(str(name), 8), TextEncoder(str(made / "t5"), 8)
+        encoder, direct = TextEncoder(str(name), 8), TextEncoder(str(made / "t5"), 8)
         assert encoder.name == str(tmp_path / "text_encoder_3")
         assert [ids.tolist() for ids in encoder.tokenize(["a red circle"])] == [[3, 5, 4, 1]]
-        assert torch.equal(encoder.encode(["a red circle"])[0], alone.encode(["a red circle"])[0])
+        assert torch.equal(encoder.encode(["a red circle"])[0], direct.encode(["a red circle"])[0])
         assert weights_sha256(encoder.name) == weights_sha256(str(made / "t5"))
     assert VaeCodec(str(tmp_path)).path == str(tmp_path / "vae")
     assert VaeCodec(str(tmp_path)).sha256 == weights_sha256(str(made / "vae"))

@@ -178,8 +178,8 @@ def test_bucket_larger_than_the_position_table_is_rejected(tmp_path):
 
 def test_split_keeps_every_sample():
     row = torch.arange(6)
-    whole = Batch(latents=row, condition=Condition(row, label=row), u=row, noise=row, weight=row)
-    pieces = whole.split(2)
+    batch = Batch(latents=row, condition=Condition(row, label=row), u=row, noise=row, weight=row)
+    pieces = batch.split(2)
     assert [piece.u.tolist() for piece in pieces] == [[0, 1], [2, 3], [4, 5]]
     assert [piece.condition.label.tolist() for piece in pieces] == [[0, 1], [2, 3], [4, 5]]
 

@@ -24,7 +24,7 @@ def folder(tmp_path_factory):
 
 
 @torch.no_grad()
-def alone(folder, dtype):
+def reference_features(folder, dtype):
     """Return transformers' features (tokens, dim) fp32 of each caption, encoded individually."""
     tokenizer, model = AutoTokenizer.from_pretrained(folder), T5EncoderModel.from_pretrained(folder, dtype=dtype).eval()
     batches = [tokenizer([c], truncation=True, max_length=TOKENS, return_tensors="pt") for c in CAPTIONS]
@@ -34,7 +34,7 @@ def alone(folder, dtype):
 @pytest.mark.parametrize(("dtype", "error"), [("float32", 1e-5), ("bfloat16", 3e-2), ("float16", 4e-3)])
 def test_features_equal_those_of_transformers_for_each_caption(folder, dtype, error):
     encoder = TextEncoder(str(folder), TOKENS, dtype=getattr(torch, dtype))
-    found, expected = encoder.encode(CAPTIONS), alone(folder, getattr(torch, dtype))
+    found, expected = encoder.encode(CAPTIONS), reference_features(folder, getattr(torch, dtype))
     assert encoder.dim == 64
     assert torch.equal(found[0], found[3])
     for feature, reference in zip(found, expected, strict=True):

@@ -61,13 +61,13 @@ HEADERS = {
 def test_invalid_array_headers_are_reported(tmp_path, kind):
     """An invalid array header, in a sample or in a shard's table, is reported like any other corruption."""
     header = HEADERS[kind].encode() + b"\n"
-    hostile = b"\x93NUMPY\x01\x00" + len(header).to_bytes(2, "little") + header
+    malicious = b"\x93NUMPY\x01\x00" + len(header).to_bytes(2, "little") + header
     with pytest.raises(BadSample, match="sample 7 is not a valid array"):
-        parse_array(hostile, "sample 7")
+        parse_array(malicious, "sample 7")
     index = make_folder(tmp_path / "data", [(SIDE, 5)])
     path = tmp_path / "data" / "00000.tar"
     data, begin = bytearray(path.read_bytes()), index.shards[0].table
-    data[begin - len(hostile) : begin] = hostile
+    data[begin - len(malicious) : begin] = malicious
     path.write_bytes(data)
     assert "no valid table of 5 samples" in broken_shards(index, index.shards)["00000.tar"]
 

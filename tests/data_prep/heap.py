@@ -297,8 +297,8 @@ def _broken() -> dict[str, Case]:
         "deflate.png": Case(written(rgb).replace(b"IDAT\x78", b"IDAT\x00"), reason="cannot be decoded: OSError"),
     }
     for kind in ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF"):
-        whole = written(photo(60, 80), kind)
-        found[f"cut.{kind.lower()}"] = Case(whole[: len(whole) * 3 // 4], reason="truncated")
+        original = written(photo(60, 80), kind)
+        found[f"cut.{kind.lower()}"] = Case(original[: len(original) * 3 // 4], reason="truncated")
     return found
 
 

@@ -95,20 +95,20 @@ def test_image_is_cropped_to_the_bucket_of_the_nearest_ratio(tmp_path):
 
 
 def test_every_unusable_image_is_counted(tmp_path, capsys):
-    heap = cases()
-    members = [{name.rpartition(".")[2]: case.data, "txt": "odd"} for name, case in heap.items()]
+    all_cases = cases()
+    members = [{name.rpartition(".")[2]: case.data, "txt": "odd"} for name, case in all_cases.items()]
     source = write_tar(tmp_path / "heap.tar", members)
     words = ["encode", source, str(tmp_path / "out"), "--size", "8", "--min-side", str(LIMITS.min_side)]
     words += ["--max-aspect", str(LIMITS.max_aspect), "--max-pixels", str(LIMITS.max_pixels), "--batch", "7"]
     assert data_prep([*words, "--json", str(tmp_path / "figures.json")]) == 0
     figures = json.loads((tmp_path / "figures.json").read_text())
-    kept = [number for number, case in enumerate(heap.values()) if not case.reason]
-    assert figures["rejected"] == Counter(case.reason for case in heap.values() if case.reason)
-    assert figures["samples"] + sum(figures["rejected"].values()) == len(heap)
+    kept = [number for number, case in enumerate(all_cases.values()) if not case.reason]
+    assert figures["rejected"] == Counter(case.reason for case in all_cases.values() if case.reason)
+    assert figures["samples"] + sum(figures["rejected"].values()) == len(all_cases)
     assert list(read_samples(tmp_path / "out")[1]) == [f"00000-{number:06d}" for number in kept]
     out = capsys.readouterr().out
     assert f"wrote {len(kept)} samples" in out
-    assert f"rejected {len(heap) - len(kept)} (truncated: " in out
+    assert f"rejected {len(all_cases) - len(kept)} (truncated: " in out
 
 
 @pytest.mark.skipif(not EMOJI.is_dir(), reason="shared/data/emoji64 is not available")

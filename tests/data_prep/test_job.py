@@ -46,8 +46,8 @@ def encode(arguments, folder, *more):
 
 
 @pytest.fixture(scope="module")
-def undisturbed(arguments, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("undisturbed") / "out"
+def uninterrupted(arguments, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("uninterrupted") / "out"
     assert data_prep(encode(arguments, folder)) == 0
     return folder
 
@@ -109,19 +109,19 @@ def test_plan_is_a_partition_in_order():
     ]
 
 
-def test_every_image_is_encoded_or_rejected(undisturbed):
-    index, samples = read_samples(undisturbed)
+def test_every_image_is_encoded_or_rejected(uninterrupted):
+    index, samples = read_samples(uninterrupted)
     assert len(samples) == index.samples == UNITS * (PER_UNIT - 1)
-    rejected = [json.loads(line) for line in (undisturbed / "rejected.jsonl").read_text().splitlines()]
+    rejected = [json.loads(line) for line in (uninterrupted / "rejected.jsonl").read_text().splitlines()]
     order = sorted(range(UNITS), key=str)  # order of the tars by name
     reasons = [{"name": f"{unit}.tar/{unit % PER_UNIT:04d}", "reason": "no caption"} for unit in order]
     assert rejected == reasons
     assert {sample["json"]["source"] for sample in samples.values()}.isdisjoint(each["name"] for each in rejected)
     names = {"index.json", "job.json", "rejected.jsonl", "text_encoder", *(shard.file for shard in index.shards)}
-    assert {path.name for path in undisturbed.iterdir()} == names
+    assert {path.name for path in uninterrupted.iterdir()} == names
 
 
-def test_job_killed_five_times_writes_the_same_bytes(start, arguments, undisturbed, tmp_path):
+def test_job_killed_five_times_writes_the_same_bytes(start, arguments, uninterrupted, tmp_path):
     folder = tmp_path / "out"
     rng = random.Random(0)
     finished = {}  # inode and modification time of the tars of tasks that were done before a kill
@@ -134,13 +134,13 @@ def test_job_killed_five_times_writes_the_same_bytes(start, arguments, undisturb
             found = (folder / path.with_suffix(".tar").name).stat()
             finished.setdefault(path.stem, (found.st_ino, found.st_mtime_ns))
     assert data_prep(encode(arguments, folder)) == 0
-    assert folder_bytes(folder) == folder_bytes(undisturbed)
+    assert folder_bytes(folder) == folder_bytes(uninterrupted)
     for name, left in finished.items():
         found = (folder / f"{name}.tar").stat()
         assert (found.st_ino, found.st_mtime_ns) == left
 
 
-def test_two_workers_share_a_job(start, undisturbed, tmp_path):
+def test_two_workers_share_a_job(start, uninterrupted, tmp_path):
     """The first worker is suspended; meanwhile the second one works and then waits for the first one's task."""
     folder = tmp_path / "out"
     first = start(folder, signal.SIGSTOP, after=3)
@@ -152,12 +152,12 @@ def test_two_workers_share_a_job(start, undisturbed, tmp_path):
     first.join()
     second.join()
     assert (first.exitcode, second.exitcode) == (0, 0)
-    assert folder_bytes(folder) == folder_bytes(undisturbed)
+    assert folder_bytes(folder) == folder_bytes(uninterrupted)
 
 
-def test_procs_starts_workers_that_share_the_job(arguments, undisturbed, tmp_path, capfd):
+def test_procs_starts_workers_that_share_the_job(arguments, uninterrupted, tmp_path, capfd):
     assert data_prep(encode(arguments, tmp_path / "out", "--procs", "2", "--json", str(tmp_path / "figures"))) == 0
-    assert folder_bytes(tmp_path / "out") == folder_bytes(undisturbed)
+    assert folder_bytes(tmp_path / "out") == folder_bytes(uninterrupted)
     assert json.loads((tmp_path / "figures").read_text())["samples"] == UNITS * (PER_UNIT - 1)
     assert capfd.readouterr().out.count("wrote 144 samples") == 1
 
@@ -167,24 +167,24 @@ def test_failed_worker_ends_the_others(arguments, tmp_path, capfd):
     assert capfd.readouterr().err == "error: --size 0: expected at least 1\n"
 
 
-def test_job_works_on_file_systems_without_locks(arguments, undisturbed, tmp_path, monkeypatch):
+def test_job_works_on_file_systems_without_locks(arguments, uninterrupted, tmp_path, monkeypatch):
     def flock(*_):
         raise OSError(95, "Operation not supported")
 
     monkeypatch.setattr("megatron_dit.runtime.locks.fcntl.flock", flock)
     assert data_prep(encode(arguments, tmp_path / "out")) == 0
-    assert folder_bytes(tmp_path / "out") == folder_bytes(undisturbed)
+    assert folder_bytes(tmp_path / "out") == folder_bytes(uninterrupted)
 
 
-def test_finished_folder_is_unchanged_and_other_arguments_are_rejected(arguments, undisturbed, tmp_path, capsys):
-    before = {path: path.stat().st_mtime_ns for path in undisturbed.rglob("*")}
-    assert data_prep(encode(arguments, undisturbed)) == 0
+def test_finished_folder_is_unchanged_and_other_arguments_are_rejected(arguments, uninterrupted, tmp_path, capsys):
+    before = {path: path.stat().st_mtime_ns for path in uninterrupted.rglob("*")}
+    assert data_prep(encode(arguments, uninterrupted)) == 0
     assert "finished in an earlier run: wrote 144 samples" in capsys.readouterr().out
-    assert {path: path.stat().st_mtime_ns for path in undisturbed.rglob("*")} == before
-    begun = tmp_path / "begun"
-    shutil.copytree(undisturbed, begun)
-    (begun / "index.json").unlink()
-    for folder in (undisturbed, begun):
+    assert {path: path.stat().st_mtime_ns for path in uninterrupted.rglob("*")} == before
+    unfinished = tmp_path / "unfinished"
+    shutil.copytree(uninterrupted, unfinished)
+    (unfinished / "index.json").unlink()
+    for folder in (uninterrupted, unfinished):
         assert data_prep(encode(arguments, folder, "--tokens", "7")) == 2
         assert one_line(capsys) == (
             f"error: {folder} already exists and was started with --tokens 120, not 7; use the same arguments or a new "
@@ -261,7 +261,7 @@ def test_image_that_disappears_after_the_scan_is_reported(arguments, tmp_path, c
 
 
 @pytest.mark.parametrize("data", [b"", b"[]", b"null", b"[" * 5000, b"\xff", b'{"source": [1]}'])
-def test_damaged_job_json_gives_a_one_line_error(arguments, undisturbed, tmp_path, capsys, data):
+def test_damaged_job_json_gives_a_one_line_error(arguments, uninterrupted, tmp_path, capsys, data):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "job.json").write_bytes(data)
     assert data_prep(encode(arguments, tmp_path / "out")) == 2
@@ -287,7 +287,7 @@ def interrupted(arguments, folder, monkeypatch, after):
 
 
 @pytest.mark.parametrize("phase", ["scan", "shards"])
-def test_tasks_with_corrupt_results_are_repeated(arguments, undisturbed, tmp_path, monkeypatch, capsys, phase):
+def test_tasks_with_corrupt_results_are_repeated(arguments, uninterrupted, tmp_path, monkeypatch, capsys, phase):
     folder = tmp_path / "out"
     interrupted(arguments, folder, monkeypatch, phase)
     marks = sorted((folder / "job" / phase).glob("*.json"))
@@ -299,24 +299,24 @@ def test_tasks_with_corrupt_results_are_repeated(arguments, undisturbed, tmp_pat
     (folder / "job" / phase / "notes.json").write_text("{}")
     assert data_prep(encode(arguments, folder)) == 0
     assert capsys.readouterr().err.count("is corrupt; its task will be repeated") == 5
-    assert folder_bytes(folder) == folder_bytes(undisturbed)
+    assert folder_bytes(folder) == folder_bytes(uninterrupted)
 
 
 def test_corrupt_scan_results_give_a_one_line_error(arguments, tmp_path, monkeypatch, capsys):
     folder = tmp_path / "out"
     interrupted(arguments, folder, monkeypatch, "scan")
     notes = next((folder / "job" / "scan" / "00003").glob("16x16.jsonl"))
-    whole = notes.read_text()
-    for damage in (whole[:-30], "\n" + whole, "[1]\n" * 20, ""):
+    original = notes.read_text()
+    for damage in (original[:-30], "\n" + original, "[1]\n" * 20, ""):
         notes.write_text(damage)
         assert data_prep(encode(arguments, folder)) == 2
         assert "job/scan/00003 is corrupt; remove" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("data", [b"{", b"\xff\n\n[1]\n", b'{"reason": ["x"]}\n', b"[" * 5000])
-def test_corrupt_list_of_rejected_images_does_not_stop_the_job(arguments, undisturbed, tmp_path, capsys, data):
+def test_corrupt_list_of_rejected_images_does_not_stop_the_job(arguments, uninterrupted, tmp_path, capsys, data):
     folder = tmp_path / "out"
-    shutil.copytree(undisturbed, folder)
+    shutil.copytree(uninterrupted, folder)
     (folder / "rejected.jsonl").write_bytes(data)
     assert data_prep(encode(arguments, folder)) == 0
     assert "finished in an earlier run: wrote 144 samples" in capsys.readouterr().out

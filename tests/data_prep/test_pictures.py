@@ -13,14 +13,14 @@ from data_prep.pictures import Buckets, Limits, Unusable, decode, fit
 from megatron_dit.errors import UserError
 from tests.data_prep.heap import LIMITS, cases, photo, png, written
 
-HEAP = cases()
-KEPT = [name for name, case in HEAP.items() if not case.reason]
+CASES = cases()
+KEPT = [name for name, case in CASES.items() if not case.reason]
 RATIOS = ["1:1", "3:2", "2:3", "16:9", "9:16"]
 
 
 @pytest.mark.parametrize("name", KEPT)
 def test_usable_images_decode_to_the_expected_pixels(name):
-    case = HEAP[name]
+    case = CASES[name]
     picture = decode(case.data, LIMITS)
     assert picture.mode == "RGB"
     found = np.asarray(picture)
@@ -28,20 +28,20 @@ def test_usable_images_decode_to_the_expected_pixels(name):
     assert np.abs(found.astype(int) - case.pixels.astype(int)).max() <= case.tolerance
 
 
-@pytest.mark.parametrize("name", [name for name in HEAP if name not in KEPT])
+@pytest.mark.parametrize("name", [name for name in CASES if name not in KEPT])
 def test_unusable_images_are_rejected_with_the_expected_reason(name):
     with pytest.raises(Unusable) as caught:
-        decode(HEAP[name].data, LIMITS)
-    assert caught.value.reason == HEAP[name].reason
+        decode(CASES[name].data, LIMITS)
+    assert caught.value.reason == CASES[name].reason
 
 
 def test_truncated_or_changed_files_decode_or_are_unusable():
     rng = np.random.default_rng(0)
     outcomes = set()
     for kind in ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF"):
-        whole = written(photo(), kind)
+        original = written(photo(), kind)
         for _ in range(60):
-            data = bytearray(whole[: rng.integers(1, len(whole) + 1)])
+            data = bytearray(original[: rng.integers(1, len(original) + 1)])
             for place in rng.integers(0, min(len(data), 200), 3):
                 data[place] = rng.integers(256)
             try:

@@ -267,7 +267,7 @@ def header(name, size=0, kind=tarfile.REGTYPE, claim=None):
 
 
 GIB = 2**30
-HOSTILE = {
+MALICIOUS = {
     "claims 100 GB": header("bad.png", claim=100 * GIB),
     "negative size": header("bad.png", claim=-1024),
     "long name of 1 GB": header("././@LongLink", claim=GIB, kind=tarfile.GNUTYPE_LONGNAME),
@@ -278,14 +278,14 @@ HOSTILE = {
 }
 
 
-@pytest.mark.parametrize("case", HOSTILE)
+@pytest.mark.parametrize("case", MALICIOUS)
 def test_malicious_header_uses_no_memory_and_keeps_the_samples_before_it(tmp_path, case):
     path = Path(write_tar(tmp_path / "a.tar", {"a.png": PNG, "a.txt": b"good"}))
-    whole = path.read_bytes()
+    original = path.read_bytes()
     with tarfile.open(path) as tar:
         last = tar.getmembers()[-1]
     end = last.offset_data + 512
-    path.write_bytes(whole[:end] + HOSTILE[case] + bytes(20 * 512))
+    path.write_bytes(original[:end] + MALICIOUS[case] + bytes(20 * 512))
     with path.open("r+b") as file:
         file.truncate(300 * 2**20)  # so that the claimed size is possible; the file is sparse
     found = scan_in_little_memory(open_source(str(path)))
@@ -351,7 +351,7 @@ def numbered(count):
 
 def test_truncated_tar_yields_the_samples_before_the_end(tmp_path):
     path = Path(write_tar(tmp_path / "a.tar", numbered(5)))
-    whole = path.read_bytes()
+    original = path.read_bytes()
     with tarfile.open(path) as tar:
         headers = [tar.getmember(f"{i}.txt").offset for i in range(5)]
         third = tar.getmember("3.png")
@@ -364,14 +364,14 @@ def test_truncated_tar_yields_the_samples_before_the_end(tmp_path):
         100: 0,
     }
     for size, samples in cuts.items():
-        path.write_bytes(whole[:size])
+        path.write_bytes(original[:size])
         *before, last = (item for item, _ in open_source(str(path)).scan(0))
         assert last == Rejected("a.tar", f"tar is truncated or corrupt after {samples} samples")
         assert [item.name for item in before] == [f"a.tar/{i}" for i in range(samples)]
         assert all(isinstance(item, Record) for item in before[:3])
-    garbled = bytearray(whole)
-    garbled[headers[2] : headers[2] + 512] = b"\x55" * 512
-    path.write_bytes(garbled)
+    corrupt = bytearray(original)
+    corrupt[headers[2] : headers[2] + 512] = b"\x55" * 512
+    path.write_bytes(corrupt)
     assert [item.name for item, _ in open_source(str(path)).scan(0)] == ["a.tar/0", "a.tar/1", "a.tar"]
 
 

@@ -41,7 +41,7 @@ def read(folder, tmp_path):
     return read
 
 
-WHOLE = {
+VALID = {
     "inch marks": 'file,caption\na.png,5" disk\nb.png,"a ""big"" disk"\n',
     "carriage returns": "file,caption\ra.png,hello\rb.png,two\r",
     "mixed line endings": "file,caption\r\na.png,hello\r\n\r\nb.png,two",
@@ -57,10 +57,10 @@ WHOLE = {
 }
 
 
-@pytest.mark.parametrize("case", WHOLE)
+@pytest.mark.parametrize("case", VALID)
 def test_rows_equal_those_of_the_csv_module(read, case):
-    captions, rejected = read(WHOLE[case].encode())
-    expected = csv.DictReader(io.StringIO(WHOLE[case].removeprefix("\ufeff"), newline=""))
+    captions, rejected = read(VALID[case].encode())
+    expected = csv.DictReader(io.StringIO(VALID[case].removeprefix("\ufeff"), newline=""))
     assert captions == {number: [row["caption"].strip()] for number, row in enumerate(expected)}
     assert rejected == {}
 
