@@ -32,7 +32,7 @@ def add_commands_to(commands: Any) -> None:
     )
     command.add_argument("folder", help="folder of shards")
     command.add_argument("--samples", type=int, default=10_000, help="number of random samples to read")
-    command.add_argument("--out", help="folder for stats.json and the plots (default: FOLDER/stats)")
+    command.add_argument("--out", help="folder for stats.json and the plots; if omitted, FOLDER/stats")
 
 
 def verify(parsed: argparse.Namespace) -> int:
