@@ -1,4 +1,4 @@
-"""``python -m data_prep``: demo, encode, verify, stats."""
+"""Command line of ``python -m data_prep``: demo, encode, verify, stats."""
 
 from __future__ import annotations
 
@@ -23,18 +23,18 @@ if TYPE_CHECKING:
 
 
 def main(arguments: list[str]) -> int:
-    parser = Parser(prog="python -m data_prep", description="Pictures and captions to shards of latents and text.")
+    parser = Parser(prog="python -m data_prep", description="Encode images and captions into shards.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=Parser)
-    embedded = add_command(
+    toy = add_command(
         commands,
         "demo",
-        "Draw the embedded dataset of captioned scenes.",
+        "Create the toy dataset of captioned scenes.",
         "python -m data_prep demo data/scenes",
     )
-    embedded.add_argument("folder", help="folder to make")
-    embedded.add_argument("--pictures", type=int, default=20000, help="number of pictures")
-    embedded.add_argument("--seed", type=int, default=0, help="seed of the scenes and the tiny T5")
-    add_shared(embedded)
+    toy.add_argument("folder", help="folder to create")
+    toy.add_argument("--pictures", type=int, default=20000, help="number of images")
+    toy.add_argument("--seed", type=int, default=0, help="seed of the scenes and of the tiny T5")
+    add_shared(toy)
     cli_encode.add_command_to(commands)
     cli_check.add_commands_to(commands)
 
@@ -50,7 +50,7 @@ def _run(parsed: argparse.Namespace, words: list[str]) -> int:
     if parsed.procs < 1:
         raise UserError(f"--procs {parsed.procs}: expected at least 1")
     if "://" in parsed.folder:
-        raise UserError(f"FOLDER={parsed.folder} is a URL: give a local folder, and copy it when it is finished")
+        raise UserError(f"FOLDER={parsed.folder} is a URL; give a local folder, and upload it when it is finished")
     parsed.folder = Path(parsed.folder)
     check_files_differ(parsed)
     if not parsed.folder.exists():
@@ -66,9 +66,9 @@ def _run(parsed: argparse.Namespace, words: list[str]) -> int:
     index = done.index
     wrote = f"wrote {index.samples} samples in {len(index.shards)} shards to {printable(parsed.folder)}"
     rejected = f"; rejected {tell_rejected(done.rejected)}" if done.rejected else ""
-    print(f"{'finished before: ' if done.before else ''}{wrote}{rejected}")
-    figures = {"samples": index.samples, "shards": [asdict(shard) for shard in index.shards]}
-    write_json(parsed, {**figures, "rejected": dict(sorted(done.rejected.items()))})
+    print(f"{'finished in an earlier run: ' if done.before else ''}{wrote}{rejected}")
+    results = {"samples": index.samples, "shards": [asdict(shard) for shard in index.shards]}
+    write_json(parsed, {**results, "rejected": dict(sorted(done.rejected.items()))})
     return 0
 
 
@@ -78,7 +78,7 @@ def _demo(parsed: argparse.Namespace) -> Done:
     if parsed.pictures < 1:
         raise UserError(f"--pictures {parsed.pictures}: expected at least 1")
     if not 0 <= parsed.seed < 2**63:
-        raise UserError(f"--seed {parsed.seed}: expected at least 0 and less than 2 to the power of 63")
+        raise UserError(f"--seed {parsed.seed}: expected at least 0 and below 2**63")
     if parsed.patch < 1:
         raise UserError(f"--patch {parsed.patch}: expected at least 1")
     vision = Vision(parsed.vision_encoder, parsed.patch) if parsed.vision_encoder else None

@@ -1,4 +1,4 @@
-"""``python -m data_prep verify`` and ``stats``: a folder of shards read back, and what is in it."""
+"""``python -m data_prep verify`` and ``stats``: check a folder of shards, and report statistics of its contents."""
 
 from __future__ import annotations
 
@@ -17,22 +17,22 @@ def add_commands_to(commands: Any) -> None:
     command = add_command(
         commands,
         "verify",
-        "Read every shard back and check it; status 1 if anything is wrong.",
+        "Read and check every shard. The exit status is 1 if any problem is found.",
         "python -m data_prep verify data/photos --procs 8",
         verify,
     )
     command.add_argument("folder", help="folder or URL of shards")
-    command.add_argument("--procs", type=int, default=1, metavar="N", help="shards to check at a time")
+    command.add_argument("--procs", type=int, default=1, metavar="N", help="shards to check in parallel")
     command = add_command(
         commands,
         "stats",
-        "Buckets, caption lengths, latents and classes of a folder of shards, with pictures.",
+        "Report the buckets, caption lengths, latent statistics and classes of a folder of shards, with plots.",
         "python -m data_prep stats data/photos",
         stats,
     )
     command.add_argument("folder", help="folder of shards")
-    command.add_argument("--samples", type=int, default=10_000, help="samples to look at, drawn at random")
-    command.add_argument("--out", help="folder for stats.json and the pictures (FOLDER/stats)")
+    command.add_argument("--samples", type=int, default=10_000, help="number of random samples to read")
+    command.add_argument("--out", help="folder for stats.json and the plots; if omitted, FOLDER/stats")
 
 
 def verify(parsed: argparse.Namespace) -> int:
@@ -53,6 +53,5 @@ def stats(parsed: argparse.Namespace) -> int:
         raise UserError(f"--samples {parsed.samples}: expected at least 1")
     out = Path(user_path(str(parsed.out or Path(parsed.folder, "stats")), "--out"))
     check_output(out / "stats.json", "--out", makes_folder=True)
-    figures = stats(parsed.folder, parsed.samples, out)
-    write_json(parsed, figures)
+    write_json(parsed, stats(parsed.folder, parsed.samples, out))
     return 0

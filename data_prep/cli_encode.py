@@ -1,4 +1,4 @@
-"""The arguments of ``python -m data_prep encode``."""
+"""Command-line arguments of ``python -m data_prep encode``."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from megatron_dit.cli.common import Parser, add_command
 from megatron_dit.errors import UserError
 from megatron_dit.runtime.paths import user_path
 
-if TYPE_CHECKING:  # imports of torch take seconds, help and wrong flags need none
+if TYPE_CHECKING:  # importing torch takes seconds, and --help and invalid options do not need it
     from data_prep.run import Done
 
 EXAMPLE = """python -m data_prep encode 'photos/*.tar' data/photos --size 256 --ratios 1:1,4:3,3:4
@@ -19,42 +19,42 @@ EXAMPLE = """python -m data_prep encode 'photos/*.tar' data/photos --size 256 --
 
 
 def add_shared(command: Parser) -> None:
-    """What ``demo`` has too."""
-    command.add_argument("--vision-encoder", help="DINOv2 folder or hub name: features for REPA are kept too")
-    command.add_argument("--patch", type=int, default=2, help="the model's patch_size, which the features fit")
-    command.add_argument("--procs", type=int, default=1, metavar="N", help="workers to start on this machine")
+    """Add the options that ``encode`` and ``demo`` share."""
+    command.add_argument("--vision-encoder", help="DINOv2 folder or hub name; its features are stored for REPA")
+    command.add_argument("--patch", type=int, default=2, help="the model's patch_size; one feature token per patch")
+    command.add_argument("--procs", type=int, default=1, metavar="N", help="worker processes to start on this host")
 
 
 def add_command_to(commands: Any) -> None:
     command = add_command(
         commands,
         "encode",
-        "Encode pictures and captions. Any number of processes and hosts may run the same command at once; "
-        "killed and started again it goes on where it was.",
+        "Encode images and captions. Any number of processes and hosts can run the same command at the same time to "
+        "share the work. If it is interrupted, run the same command again to resume.",
         EXAMPLE,
     )
     add = command.add_argument
-    add("source", help="glob of tars (KEY.jpg beside KEY.txt), folder of pictures, or a saved Hugging Face dataset")
-    add("folder", help="folder to make")
-    add("--size", type=int, default=256, help="side of a square picture, in pixels; other ratios get its area")
-    add("--ratios", default="1:1", help="width:height of the buckets, with commas; a picture goes to the nearest")
-    add("--multiple", type=int, default=0, help="of the sides, in pixels (0: the VAE's scale times --patch)")
-    add("--min-side", type=int, default=0, help="pictures of a shorter side are left out (0: --size)")
-    add("--max-aspect", type=float, default=4.0, help="pictures of a greater longer / shorter side are left out")
-    add("--max-pixels", type=int, default=178_956_970, help="pictures of more are left out unread")
-    add("--text-encoder", default="tiny", help="T5 folder or hub name; tiny: a random one is built")
-    add("--tokens", type=int, default=120, help="text tokens kept of a caption")
-    add("--text", default="features", help="features | ids: of the tokens alone, for an encoder run in training")
-    add("--vae", default="pixels", help="AutoencoderKL folder or hub name; pixels: none")
-    add("--dtype", default="fp32", help="fp32 | bf16 | fp16: what VAE and T5 compute in")
-    add("--table", metavar="FILE", help=".csv, .tsv, .parquet or .jsonl of a folder's files and captions")
-    add("--file-column", metavar="NAME", help="of the table: path in the folder (file)")
-    add("--caption-column", metavar="NAME", help="of the table or dataset (caption)")
+    add("source", help="glob of tars (with KEY.jpg and KEY.txt), folder of images, or a saved Hugging Face dataset")
+    add("folder", help="folder to create")
+    add("--size", type=int, default=256, help="side of a square image in pixels; other aspect ratios get the same area")
+    add("--ratios", default="1:1", help="comma-separated width:height of the buckets; each image uses the nearest")
+    add("--multiple", type=int, default=0, help="sides are multiples of this, in pixels (0: VAE scale times --patch)")
+    add("--min-side", type=int, default=0, help="reject images whose shorter side is below this (0: --size)")
+    add("--max-aspect", type=float, default=4.0, help="reject images whose longer / shorter side is above this")
+    add("--max-pixels", type=int, default=178_956_970, help="reject images with more pixels, without decoding them")
+    add("--text-encoder", default="tiny", help="T5 folder or hub name; tiny: build a small random T5")
+    add("--tokens", type=int, default=120, help="maximum number of text tokens per caption")
+    add("--text", default="features", help="features | ids: store only token ids, to encode the text during training")
+    add("--vae", default="pixels", help="AutoencoderKL folder or hub name; pixels: store pixels without a VAE")
+    add("--dtype", default="fp32", help="fp32 | bf16 | fp16: compute dtype of the VAE and T5")
+    add("--table", metavar="FILE", help=".csv, .tsv, .parquet or .jsonl with a folder's files and captions")
+    add("--file-column", metavar="NAME", help="table column with paths relative to the folder; if omitted, file")
+    add("--caption-column", metavar="NAME", help="caption column of the table or dataset; if omitted, caption")
     labels = command.add_mutually_exclusive_group()
-    labels.add_argument("--class-folders", action="store_true", help="SOURCE/CLASS/picture: labels, no captions")
-    labels.add_argument("--classes", type=int, default=0, help="classes of KEY.cls; captions may then be missing")
-    add("--per-shard", type=int, default=10_000, help="samples of a shard, at most")
-    add("--batch", type=int, default=64, help="pictures encoded at a time")
+    labels.add_argument("--class-folders", action="store_true", help="labels from SOURCE/CLASS/image; no captions")
+    labels.add_argument("--classes", type=int, default=0, help="number of classes in KEY.cls; makes captions optional")
+    add("--per-shard", type=int, default=10_000, help="maximum number of samples per shard")
+    add("--batch", type=int, default=64, help="number of images to encode at a time")
     add_shared(command)
 
 
@@ -67,7 +67,7 @@ def encode(parsed: argparse.Namespace) -> Done:
         value = getattr(parsed, option)
         if value is not None:
             if not value:
-                raise UserError(f"--{option.replace('_', '-')} is empty: give a name or leave it out")
+                raise UserError(f"--{option.replace('_', '-')} is empty; give a name or omit the option")
             setattr(parsed, option, user_path(value, f"--{option.replace('_', '-')}"))
     source = ",".join(user_path(part, "SOURCE") for part in parsed.source.split(","))
     given = {name: value for name, value in vars(parsed).items() if name in {item.name for item in fields(Recipe)}}
@@ -89,20 +89,20 @@ def encode(parsed: argparse.Namespace) -> Done:
 
 
 def _check_effects(parsed: argparse.Namespace, *, columns: bool, captions: bool) -> None:
-    """Raise UserError for an option that has no effect on a source of this kind.
+    """Raise UserError if an option has no effect for this kind of source.
 
-    ``columns`` and ``captions``: whether it has a column of files and one of captions.
+    ``columns`` and ``captions`` state whether the source has a column of files and a column of captions.
     """
     if parsed.file_column is not None and not columns:
-        raise UserError(f"--file-column {parsed.file_column} has no effect without --table: leave it out")
+        raise UserError(f"--file-column {parsed.file_column} has no effect without --table; omit it")
     if parsed.caption_column is not None and not captions:
         raise UserError(
-            f"--caption-column {parsed.caption_column} has no effect without --table or a saved dataset: leave it out"
+            f"--caption-column {parsed.caption_column} has no effect without --table or a saved dataset; omit it"
         )
     if parsed.class_folders and not captions:
         for name, default in (("text_encoder", "tiny"), ("tokens", 120), ("text", "features")):
             if (value := getattr(parsed, name)) != default:
                 raise UserError(
-                    f"--{name.replace('_', '-')} {value} has no effect with --class-folders, which have no captions: "
-                    "leave it out"
+                    f"--{name.replace('_', '-')} {value} has no effect with --class-folders, which has no captions; "
+                    "omit it"
                 )

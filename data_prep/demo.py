@@ -1,4 +1,4 @@
-"""The embedded dataset: drawn scenes as a source of the same job."""
+"""The toy dataset: rendered scenes, as a source for the encoding job."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ UNIT = 1000
 
 @dataclass(frozen=True)
 class Vision:
-    """Features for REPA: an encoder's folder or hub name, and the side of a token in latent pixels."""
+    """Vision encoder for REPA: its folder or hub name, and the side of a token in latent pixels."""
 
     encoder: str
     patch: int
 
 
 class SceneSource:
-    """``pictures`` scenes of 16 x 16 pixels, none of a held-out combination, each drawn by its own number."""
+    """Source of ``pictures`` scenes of 16 x 16 pixels without held-out combinations, each seeded by its number."""
 
     kind = spec = SCENES
     classes = tuple(f"{colour} {shape}" for colour in scenes.COLOURS for shape in scenes.SHAPES)
@@ -39,7 +39,7 @@ class SceneSource:
         return -(-self._pictures // UNIT)
 
     def scan(self, unit: int) -> Iterator[tuple[Record, None]]:
-        """The records alone: what is drawn needs no check."""
+        """Yield records without image bytes, because rendered images need no check."""
         for number in range(unit * UNIT, min((unit + 1) * UNIT, self._pictures)):
             scene, _ = self._draw(number)
             label = scenes.kind_index(scene.objects[0].colour, scene.objects[0].shape)
@@ -55,7 +55,7 @@ class SceneSource:
 
 
 def run_demo(folder: Path, pictures: int, seed: int, per_shard: int = 2500, vision: Vision | None = None) -> Done:
-    """Draw ``pictures`` scenes, with a tiny T5 that knows all their words."""
+    """Create a dataset of ``pictures`` scenes, with a tiny T5 whose vocabulary contains all their words."""
     recipe = Recipe(
         size=scenes.SIDE,
         tokens=24,
@@ -68,4 +68,5 @@ def run_demo(folder: Path, pictures: int, seed: int, per_shard: int = 2500, visi
 
 
 def demo(folder: Path, pictures: int, seed: int, per_shard: int = 2500, vision: Vision | None = None) -> Index:
+    """Create the toy dataset as :func:`run_demo` does, and return its index."""
     return run_demo(folder, pictures, seed, per_shard, vision).index

@@ -1,4 +1,4 @@
-"""Batches of pictures and captions through the codec, the text encoder and the vision encoder."""
+"""Encode batches of images and captions with the codec, the text encoder and the vision encoder."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from megatron_dit.data.vision import VisionEncoder
 from megatron_dit.errors import UserError
 from megatron_dit.parallel.cpu import device
 
-TINY_FOLDER = "text_encoder"  # in the folder of the shards
+TINY_FOLDER = "text_encoder"  # inside the folder of the shards
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class Example:
 
 @dataclass(frozen=True)
 class Batch:
-    """Examples of one bucket, with the ids of all their captions, one after the other."""
+    """Examples of one bucket, with the ids of all their captions, concatenated."""
 
     examples: Sequence[Example]
     ids: Sequence[np.ndarray]
@@ -44,7 +44,7 @@ class Batch:
 
 @dataclass(frozen=True)
 class Encoded:
-    """What the encoders make of a batch, in fp16."""
+    """The encoders' outputs for a batch, in fp16."""
 
     batch: Batch
     mean: np.ndarray  # (B, C, h, w)
@@ -54,7 +54,7 @@ class Encoded:
 
 
 class Encoders:
-    """The encoders of a recipe. Raises UserError where one cannot be loaded or does not go with the sizes."""
+    """The encoders of a recipe. Raise UserError if one cannot be loaded or the image sizes do not fit them."""
 
     def __init__(self, recipe: Recipe, captioned: bool) -> None:
         self._recipe = recipe
@@ -71,7 +71,9 @@ class Encoders:
         token = scale * recipe.patch
         multiple = recipe.multiple or token
         if multiple % (token if recipe.vision_encoder else scale):
-            raise UserError(f"--multiple {multiple}: expected a multiple of {token}, {scale} times --patch")
+            raise UserError(
+                f"--multiple {multiple}: expected a multiple of {token} (the codec's {scale} times --patch)"
+            )
         if recipe.size % multiple:
             of = f"the codec's {scale} times --patch {recipe.patch}" if multiple == token else "--multiple"
             raise UserError(f"--size {recipe.size}: expected a multiple of {multiple} ({of})")
@@ -81,15 +83,15 @@ class Encoders:
         self._text = TextEncoder(name, self._recipe.tokens, device(), DTYPES[self._recipe.dtype])
 
     def open_tiny(self, folder: Path) -> None:
-        """Load the text encoder that was built for the shards' ``folder``."""
+        """Load the tiny text encoder that was built in the shards' ``folder``."""
         self._open_text(str(folder / TINY_FOLDER))
 
     def drop_text(self) -> None:
-        """There are no captions: samples get no text."""
+        """Discard the text encoder because there are no captions; samples get no text."""
         self._text = None
 
     def weights(self) -> dict[str, str]:
-        """SHA-256 of each encoder's weights, "" where there are none yet; the first call reads them all."""
+        """Return the SHA-256 of each encoder's weights, "" if it has none yet. The first call reads all files."""
         text = self._text.sha256 if self._text else ""
         found = {"vae": self._codec.sha256, "text_encoder": text, "vision_encoder": self._eye_sha256()}
         return {f"{name}_sha256": value for name, value in found.items()}
@@ -98,18 +100,18 @@ class Encoders:
         return weights_sha256(self._recipe.vision_encoder) if self._recipe.vision_encoder else ""
 
     def latent(self, side: tuple[int, int]) -> tuple[int, int]:
-        """(height, width) of the latents of a bucket's pictures."""
+        """Return the latents' (height, width) for a bucket of images of size ``side``."""
         return side[0] // self._codec.scale, side[1] // self._codec.scale
 
     def batch(self, examples: Sequence[Example]) -> Batch:
-        """Tokenize. Classified pictures without a caption get the ids of an empty one."""
+        """Tokenize the captions. Labelled images without a caption get the ids of an empty one."""
         if self._text is None:
             return Batch(examples, ())
         texts = [text for example in examples for text, _ in _captions(example.record)]
         return Batch(examples, self._text.tokenize(texts))
 
     def encode(self, batch: Batch) -> Encoded:
-        """Raises UserError where a number that fp16 cannot hold comes out."""
+        """Run the encoders on a batch. Raise UserError if an output is not finite in fp16."""
         pictures = torch.from_numpy(np.stack([each.picture for each in batch.examples])).permute(0, 3, 1, 2)
         mean, std = self._codec.posterior(pictures)
         text = features = None
@@ -123,13 +125,13 @@ class Encoders:
             if not all(array is None or np.isfinite(array).all() for array in arrays):
                 first, last = batch.examples[0].record.name, batch.examples[-1].record.name
                 raise UserError(
-                    f"--{encoder} gives numbers that are not finite or beyond fp16 between {first} and {last} "
-                    f"in {self._recipe.dtype}: give another --dtype or encoder"
+                    f"--{encoder} produced values that are not finite in fp16, for an image from {first} to {last}, "
+                    f"with --dtype {self._recipe.dtype}; use another --dtype or encoder"
                 )
         return Encoded(batch, *halves, text, features)
 
     def members(self, encoded: Encoded) -> list[dict[str, bytes | str]]:
-        """The samples of a batch, as ``write_shard`` takes them."""
+        """Return the samples of a batch in the form that ``write_shard`` expects."""
         samples = []
         first = 0
         for row, example in enumerate(encoded.batch.examples):
@@ -159,7 +161,7 @@ class Encoders:
         return samples
 
     def describe(self) -> dict[str, Any]:
-        """What the index says of the encoders: channels, codec, text and features."""
+        """Return the index fields that describe the encoders: channels, codec, text and features."""
         recipe, text, features = self._recipe, {}, None
         codec: dict[str, Any] = {"kind": "pixels", "sha256": self._codec.sha256}
         if isinstance(self._codec, VaeCodec):
@@ -180,5 +182,5 @@ class Encoders:
 
 
 def _captions(record: Record) -> list[tuple[str, float]]:
-    """(text, weight) of each caption; of an empty one where there is none."""
+    """Return the (text, weight) of each caption, or a single empty caption if there is none."""
     return [(caption.text, caption.weight) for caption in record.captions] or [("", 1.0)]

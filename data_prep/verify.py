@@ -1,4 +1,4 @@
-"""Reads a whole folder of shards back and tells what is wrong with it."""
+"""Check a complete folder of shards and report all problems."""
 
 from __future__ import annotations
 
@@ -27,18 +27,18 @@ from megatron_dit.errors import UserError
 from megatron_dit.progress import ProgressBar
 from megatron_dit.runtime.text import printable
 
-SHOWN = 20  # problems on the screen
+SHOWN = 20  # number of problems to print
 
 
 @dataclass(frozen=True)
 class Report:
-    buckets: dict[str, list[int]]  # shards, samples and bytes by "height x width" of their latents
-    rejected: dict[str, int]  # pictures left out, by reason
+    buckets: dict[str, list[int]]  # shards, samples and bytes, by "height x width" of the latents
+    rejected: dict[str, int]  # number of rejected images by reason
     problems: list[str]  # one line each
 
 
 def verify(folder: str, procs: int = 1) -> Report:
-    """Check every shard of a folder or URL, ``procs`` at a time. Raises UserError where there is no index."""
+    """Check every shard of a folder or URL, ``procs`` in parallel. Raise UserError if there is no valid index."""
     index = read_index(folder)
     buckets: dict[str, list[int]] = {}
     for shard in index.shards:
@@ -47,7 +47,7 @@ def verify(folder: str, procs: int = 1) -> Report:
     keys, problems = [], []
     with ExitStack() as stack:
         cache = None if index.local else stack.enter_context(tempfile.TemporaryDirectory())
-        # Each call carries the index to its process: without the shards, of which there may be thousands.
+        # The index is pickled for each call; its list of possibly thousands of shards is not needed.
         check = partial(_check, replace(index, shards=()), cache)
         bar = stack.enter_context(ProgressBar("verify", len(index.shards)))
         for checked in _each(check, index.shards, procs, stack):
@@ -65,12 +65,12 @@ def _each(
 ) -> Iterator[Checked]:
     if procs == 1:
         return map(check, shards)
-    # Not forked: fsspec's file systems and torch's threads do not survive it.
+    # Spawned, because fsspec's file systems and torch's threads do not survive a fork.
     return stack.enter_context(ProcessPoolExecutor(procs, multiprocessing.get_context("spawn"))).map(check, shards)
 
 
 def _check(index: Index, cache: str | None, shard: Shard) -> Checked:
-    """A shard of a URL is fetched, and deleted when it has been checked."""
+    """Check a shard. A shard of a URL is fetched first, and deleted after the check."""
     if cache is None:
         return check_shard(index, shard, Path(index.path(shard.file)))
     try:
@@ -84,21 +84,21 @@ def _check(index: Index, cache: str | None, shard: Shard) -> Checked:
 
 
 def _repeated(index: Index, keys: list[np.ndarray]) -> Iterator[str]:
-    """A line for each file or key of the index that is there more than once."""
+    """Yield a line for each file or key that occurs more than once."""
     for file, count in Counter(shard.file for shard in index.shards).items():
         if count > 1:
-            yield f"{file} is {count} times in the index"
-    whole = np.concatenate(keys)
-    order = np.argsort(whole, kind="stable")
+            yield f"{file} is listed {count} times in the index"
+    all_keys = np.concatenate(keys)
+    order = np.argsort(all_keys, kind="stable")
     ends = np.cumsum([len(own) for own in keys])
-    for place in np.flatnonzero(whole[order][1:] == whole[order][:-1]):
+    for place in np.flatnonzero(all_keys[order][1:] == all_keys[order][:-1]):
         first, second = (index.shards[np.searchsorted(ends, order[at], side="right")].file for at in (place, place + 1))
-        key = bytes(whole[order[place]]).decode("ascii", errors="replace")
-        yield f"key {key} is in {first} and again in {second}"
+        key = bytes(all_keys[order[place]]).decode("ascii", errors="replace")
+        yield f"duplicate key {key} in {first} and {second}"
 
 
 def _check_text_encoder(index: Index) -> Iterator[str]:
-    """The text encoder that lies beside the shards."""
+    """Check the text encoder that is stored with the shards, if there is one."""
     if not index.text or not index.local or not Path(index.folder, index.text["encoder"]).is_dir():
         return
     try:
@@ -107,7 +107,7 @@ def _check_text_encoder(index: Index) -> Iterator[str]:
         yield str(error)
         return
     if found != index.text["sha256"]:
-        yield f"{index.text['encoder']}: weights are {found[:12]}, the index was made with {index.text['sha256'][:12]}"
+        yield f"{index.text['encoder']}: weights have SHA-256 {found[:12]}, expected {index.text['sha256'][:12]}"
 
 
 def print_report(report: Report) -> None:
@@ -117,15 +117,15 @@ def print_report(report: Report) -> None:
     for name, counts in report.buckets.items():
         table.add_row(name, *(f"{count:,}" for count in counts))
     table.add_section()
-    table.add_row("all", *(f"{sum(counts):,}" for counts in zip(*report.buckets.values(), strict=True)))
+    table.add_row("total", *(f"{sum(counts):,}" for counts in zip(*report.buckets.values(), strict=True)))
     console = Console()
     console.print(table)
     lines = report.problems[:SHOWN]
     if report.rejected:
-        reasons = ", ".join(f"{reason} {count:,}" for reason, count in report.rejected.items())
-        lines = [f"left out {sum(report.rejected.values()):,}: {reasons}", *lines]
+        reasons = ", ".join(f"{reason}: {count:,}" for reason, count in report.rejected.items())
+        lines = [f"rejected {sum(report.rejected.values()):,} ({reasons})", *lines]
     if len(report.problems) > SHOWN:
         lines.append(f"... and {len(report.problems) - SHOWN:,} more")
-    lines.append(f"{len(report.problems):,} problems" if report.problems else "all is as it was written")
+    lines.append(f"{len(report.problems):,} problems" if report.problems else "no problems found")
     for line in lines:
         console.print(printable(line), markup=False, highlight=False, soft_wrap=True)

@@ -1,4 +1,4 @@
-"""Reads one shard back by two readers, stdlib's tarfile and the table of samples, which must agree."""
+"""Check one shard with two readers, the standard library's tarfile and the table of samples, which must agree."""
 
 from __future__ import annotations
 
@@ -16,21 +16,21 @@ from megatron_dit.data.members import class_number
 from megatron_dit.data.shards import Index
 from megatron_dit.data.tar import MEMBERS, TABLE, BadSample, Shard, ShardReader, parse_array, sha256_of, table_dtype
 
-Place = tuple[int, int]  # (where a member's data begin, bytes)
+Place = tuple[int, int]  # (offset of a member's data, number of bytes)
 
 
 @dataclass(frozen=True)
 class Checked:
     problems: list[str]  # one line each
-    keys: np.ndarray  # (samples,) bytes; none where the table cannot be read
+    keys: np.ndarray  # (samples,) bytes; empty if the table cannot be read
 
 
 def check_shard(index: Index, shard: Shard, path: Path) -> Checked:
-    """Everything about the shard at ``path`` that can be told from the index and its bytes."""
+    """Check the shard at ``path`` completely against the index."""
     problems: list[str] = []
     keys = np.zeros(0, dtype="S1")
     if unknown := sorted(set(index.members) - set(MEMBERS)):
-        problems.append(f"{shard.file}: members {unknown} of the index are none of {', '.join(MEMBERS)}")
+        problems.append(f"{shard.file}: the index lists unknown members {unknown}, expected {', '.join(MEMBERS)}")
     try:
         ShardReader(path, shard, index.members).close()
     except BadSample as error:
@@ -38,19 +38,19 @@ def check_shard(index: Index, shard: Shard, path: Path) -> Checked:
         if error.cause == "missing_shard":
             return Checked(problems, keys)
     if (found := sha256_of(path)) != shard.sha256:
-        problems.append(f"{shard.file}: SHA-256 is {found[:12]}, its index says {shard.sha256[:12]}")
-    told: list[str] = []
+        problems.append(f"{shard.file}: SHA-256 is {found[:12]}, expected {shard.sha256[:12]}")
+    wrong_members: list[str] = []
     try:
         with BoundedFile(path) as file, tarfile.open(fileobj=file, mode="r:") as tar:
-            places, told = _members(tar)
+            places, wrong_members = _members(tar)
         rows = _table(path, places.pop(TABLE, None), index, shard)
     except (tarfile.TarError, OSError, ValueError, OverflowError, RecursionError) as error:
-        return Checked([*problems, f"{shard.file}: no tar ({error})"], keys)
+        return Checked([*problems, f"{shard.file}: not a valid tar ({error})"], keys)
     except BadSample as error:
-        problems += [f"{shard.file}: {line}" for line in told]
+        problems += [f"{shard.file}: {line}" for line in wrong_members]
         return Checked([*problems, f"{shard.file}: {error}"], keys)
-    told += _strangers(places, rows, index.members)
-    problems += [f"{shard.file}: {line}" for line in told]
+    wrong_members += _unlisted(places, rows, index.members)
+    problems += [f"{shard.file}: {line}" for line in wrong_members]
     with path.open("rb") as file:
         for row in rows:
             key = row["key"].decode("ascii", errors="replace")
@@ -60,37 +60,37 @@ def check_shard(index: Index, shard: Shard, path: Path) -> Checked:
                 if place[1] < 0:
                     continue
                 if (at := places.get(f"{key}.{name}")) != place:
-                    wrong.append(f"{name} is not where the table says: {at or 'nowhere'}, not {place}")
+                    wrong.append(f"{name} is at {at or 'no place'} in the tar, but at {place} in the table")
                     continue
                 file.seek(place[0])
                 members[name] = file.read(place[1])
                 if zlib.crc32(members[name]) != row["crc"][i]:
-                    wrong.append(f"{name} has another CRC-32 than the table says")
+                    wrong.append(f"{name} has a CRC-32 that differs from the table")
             wrong += check_sample(index, shard.bucket, members)
             problems += [f"{shard.file}/{key}: {line}" for line in wrong]
     return Checked(problems, rows["key"].copy())
 
 
 def _members(tar: tarfile.TarFile) -> tuple[dict[str, Place], list[str]]:
-    """Where each member lies, as tarfile reads the headers, and what no member should be."""
+    """Return the place of each member according to the tar's headers, and the problems of the members."""
     places: dict[str, Place] = {}
     wrong = []
     for member in tar:
-        if member.size < 0:  # tarfile would read the same headers for ever
+        if member.size < 0:  # tarfile would read the same headers in an endless loop
             raise tarfile.ReadError(f"member {member.name!r} has {member.size} bytes")
         name = member.name
         if name.startswith("/") or ".." in name.split("/"):
-            wrong.append(f"member {name!r} leads out of the folder")
+            wrong.append(f"member {name!r} is outside the folder")
         if member.type not in (tarfile.REGTYPE, tarfile.AREGTYPE) or member.issparse():
-            wrong.append(f"member {name!r} is no plain file")
+            wrong.append(f"member {name!r} is not a plain file")
         if name in places:
-            wrong.append(f"member {name!r} is there twice")
+            wrong.append(f"member {name!r} occurs twice")
         places[name] = member.offset_data, member.size
     return places, wrong
 
 
 def _table(path: Path, place: Place | None, index: Index, shard: Shard) -> np.ndarray:
-    """The table's rows. Raises BadSample where they are not those of the index's number of samples, at its place."""
+    """Return the rows of the table. Raise BadSample if their number or offset differs from the index."""
     if place is None:
         raise BadSample("torn_shard", f"no member {TABLE}")
     with path.open("rb") as file:
@@ -98,16 +98,16 @@ def _table(path: Path, place: Place | None, index: Index, shard: Shard) -> np.nd
         rows = parse_array(file.read(min(place[1], path.stat().st_size)), TABLE)
     key = rows.dtype["key"].itemsize if rows.dtype.names and "key" in rows.dtype.names else 0
     if rows.ndim != 1 or rows.dtype != table_dtype(len(index.members), key):
-        raise BadSample("torn_shard", f"{TABLE} is {rows.shape} of {rows.dtype}, no table")
+        raise BadSample("torn_shard", f"{TABLE} has shape {rows.shape} and dtype {rows.dtype}, not those of a table")
     if len(rows) != shard.samples:
-        raise BadSample("torn_shard", f"the table has {len(rows)} samples, the index says {shard.samples}")
+        raise BadSample("torn_shard", f"the table has {len(rows)} samples, the index {shard.samples}")
     if (at := place[0] + place[1] - rows.nbytes) != shard.table:
-        raise BadSample("torn_shard", f"the table's rows are at byte {at}, the index says {shard.table}")
+        raise BadSample("torn_shard", f"the table's rows are at byte {at}, expected {shard.table}")
     return rows
 
 
-def _strangers(places: Mapping[str, Place], rows: np.ndarray, members: tuple[str, ...]) -> list[str]:
-    """Members that the table does not know."""
+def _unlisted(places: Mapping[str, Place], rows: np.ndarray, members: tuple[str, ...]) -> list[str]:
+    """Return a line for each member of the tar that is not in the table."""
     known = {
         f"{row['key'].decode('ascii', errors='replace')}.{name}"
         for row in rows
@@ -118,14 +118,14 @@ def _strangers(places: Mapping[str, Place], rows: np.ndarray, members: tuple[str
 
 
 def check_sample(index: Index, bucket: tuple[int, int], members: Mapping[str, bytes]) -> list[str]:
-    """What is wrong with a sample's members: what it must have, dtypes, shapes, ranges."""
+    """Return the problems of a sample's members: missing or unexpected members, dtypes, shapes and values."""
     wrong: list[str] = []
     expected = _expected(index, bucket)
     classes = {"cls"} if index.classes else set()
     missing = [name for name in (*expected, *classes) if name not in members]
     wrong += [f"has no {name}" for name in missing]
     wrong += [
-        f"has {name}, which its index does not tell of"
+        f"has {name}, which is not expected from the index"
         for name in members
         if name not in {*expected, *classes, "txt", "json"}
     ]
@@ -138,7 +138,7 @@ def check_sample(index: Index, bucket: tuple[int, int], members: Mapping[str, by
         except BadSample as error:
             wrong.append(str(error))
     if "std.npy" in arrays and (arrays["std.npy"] < 0).any():
-        wrong.append("std.npy is below 0")
+        wrong.append("std.npy has negative values")
     if "captions.npy" in arrays:
         wrong += _check_captions(arrays, index.text["tokens"])
     if classes and "cls" in members:
@@ -150,7 +150,7 @@ def check_sample(index: Index, bucket: tuple[int, int], members: Mapping[str, by
 
 
 def _expected(index: Index, bucket: tuple[int, int]) -> dict[str, tuple[str, tuple[int | None, ...]]]:
-    """Dtype and shape (None: any size) of each array that a sample must have."""
+    """Return the dtype and shape of each array that a sample must have. None stands for any size."""
     latent = (index.channels, *bucket)
     expected: dict[str, tuple[str, tuple[int | None, ...]]] = {"latent.npy": ("float16", latent)}
     if index.codec["kind"] != "pixels":
@@ -166,16 +166,16 @@ def _expected(index: Index, bucket: tuple[int, int]) -> dict[str, tuple[str, tup
 
 
 def _array(data: bytes, name: str, dtype: str, shape: tuple[int | None, ...]) -> np.ndarray:
-    """Raises BadSample."""
+    """Parse an array. Raise BadSample if its dtype, shape or values are invalid."""
     array = parse_array(data, name)
     if array.dtype != dtype:
-        raise BadSample("wrong_shape", f"{name} is {array.dtype}, expected {dtype}")
+        raise BadSample("wrong_shape", f"{name} has dtype {array.dtype}, expected {dtype}")
     sizes = zip(array.shape, shape, strict=False)
     if array.ndim != len(shape) or any(expected not in (None, size) for size, expected in sizes):
-        told = ", ".join("any" if size is None else str(size) for size in shape)
-        raise BadSample("wrong_shape", f"{name} is {array.shape}, expected ({told})")
+        wanted = ", ".join("any" if size is None else str(size) for size in shape)
+        raise BadSample("wrong_shape", f"{name} has shape {array.shape}, expected ({wanted})")
     if not np.isfinite(array).all():
-        raise BadSample("not_finite", f"{name} is not finite")
+        raise BadSample("not_finite", f"{name} has NaN or infinite values")
     return array
 
 
@@ -184,9 +184,9 @@ def _check_captions(arrays: Mapping[str, Any], limit: int) -> Iterator[str]:
     if not len(tokens):
         yield "captions.npy has no captions"
     if (tokens < 1).any() or (tokens > limit).any() or (tokens % 1 != 0).any():
-        yield f"captions.npy has captions of {tokens.min():g} to {tokens.max():g} tokens, expected 1 to {limit}"
+        yield f"captions.npy has captions with {tokens.min():g} to {tokens.max():g} tokens, expected 1 to {limit}"
     if (weights <= 0).any():
-        yield f"captions.npy has weight {weights.min():g}, expected above 0"
+        yield f"captions.npy has a weight of {weights.min():g}, expected above 0"
     for name in ("ids.npy", "text.npy"):
         if name in arrays and len(arrays[name]) != tokens.sum():
-            yield f"{name} has {len(arrays[name])} tokens, its captions have {tokens.sum():g}"
+            yield f"{name} has {len(arrays[name])} tokens, but captions.npy has {tokens.sum():g}"

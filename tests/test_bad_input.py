@@ -144,8 +144,8 @@ def own_data(dataset, tmp_path):
     [
         ("missing", ["00001.tar is missing"]),
         ("empty", ["00001.tar has 0 bytes"]),
-        ("short", ["00001.tar has", "its index says"]),
-        ("garbage", ["00001.tar has no table of 150 samples"]),
+        ("short", ["00001.tar has", "bytes, expected"]),
+        ("garbage", ["00001.tar has no valid table of 150 samples"]),
     ],
 )
 def test_broken_shard_ends_both_ranks(config, own_data, tmp_path, harm, words):
@@ -172,7 +172,7 @@ def test_too_many_corrupt_samples_end_both_ranks(config, own_data, tmp_path):
         data = shard.read_bytes()
         shard.write_bytes(data.replace(b"\x93NUMPY", b"\x93NUMPX", 40))
     path = config(**{"data.path": str(own_data), "train.steps": 60, "data.max_bad_share": 0.005})
-    refused(path, "more than data.max_bad_share=0.005", ".tar", "is corrupt")
+    refused(path, "exceeds data.max_bad_share=0.005", ".tar", "is corrupt")
     assert not list((tmp_path / "run" / "checkpoints").iterdir())
 
 
@@ -240,9 +240,9 @@ def test_data_of_another_text_encoder(config, tmp_path, capsys):
     other = make_folder(tmp_path / "other", [((16, 16), 64)], text={**TEXT, "sha256": "another"})
     capsys.readouterr()
     assert run(["train", str(path), "train.steps=4", f"data.path={more.folder}"]) == 0
-    assert "the data's shards are others than before" in capsys.readouterr().out
+    assert "the dataset's shards changed since the last run" in capsys.readouterr().out
     assert run(["train", str(path), "train.steps=6", f"data.path={other.folder}"]) == 2
-    assert "made with another text encoder" in one_line(capsys)
+    assert "encoded with a different text encoder" in one_line(capsys)
 
 
 def test_data_prep_refuses(capsys, tmp_path, dataset):
@@ -251,7 +251,7 @@ def test_data_prep_refuses(capsys, tmp_path, dataset):
     assert main(["demo", str(dataset)]) == 2
     assert "exists" in one_line(capsys)
     assert main(["encode", str(tmp_path / "*.tar"), str(tmp_path / "out")]) == 2
-    assert "names no files" in one_line(capsys)
+    assert "matches no files" in one_line(capsys)
     assert not (tmp_path / "out").exists()
 
 

@@ -1,4 +1,4 @@
-"""Which encoder made the features: the hash of its weights' files."""
+"""Hash of an encoder's weight files, which identifies the encoder that a dataset was encoded with."""
 
 from __future__ import annotations
 
@@ -10,19 +10,22 @@ from megatron_dit.errors import UserError
 
 
 def weights_sha256(name: str) -> str:
-    """SHA-256 of the weights of a local folder, or of a hub name that has been loaded before.
+    """Return the SHA-256 of the weight files in a local folder, or of a hub repository that is already downloaded.
 
-    Raises UserError if there are none.
+    Raise UserError if there are no weight files.
     """
     folder = local_folder(name)
     files = sorted(folder.glob("*.safetensors")) or sorted(folder.glob("*.bin"))
     if not files:
-        raise UserError(f"encoder {name} has no weights in {folder}: expected *.safetensors")
+        raise UserError(f"encoder {name} has no weights in {folder}; expected *.safetensors")
     return sha256_of(*files)
 
 
 def local_folder(name: str) -> Path:
-    """The folder of a local name, or of what has been downloaded of a hub name. Raises UserError if it is not here."""
+    """Return the local folder of an encoder: the folder itself, or the hub cache's copy of a hub name.
+
+    Raise UserError if the hub repository has not been downloaded.
+    """
     source = source_of(name)
     if source.local:
         return Path(source.repo)
@@ -33,5 +36,5 @@ def local_folder(name: str) -> Path:
         return Path(snapshot_download(source.repo, local_files_only=True), source.folder)
     except (LocalEntryNotFoundError, HfHubHTTPError, HFValidationError) as error:
         raise UserError(
-            f"encoder {name} is not on this machine ({reason_of(error)}): give its folder, or download it first"
+            f"encoder {name} is not available locally ({reason_of(error)}); give a local folder, or download it first"
         ) from None

@@ -1,4 +1,4 @@
-"""The fields of ``index.json``: checked once, when it is read, so that nobody who uses them meets an ill-typed one."""
+"""Schema of ``index.json``. It is validated once, when the file is read, so that other code can rely on the types."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from megatron_dit.errors import UserError
 from megatron_dit.runtime.text import printable
 
-SHOWN = 40  # characters of a wrong value
-FP16 = 2  # bytes of the smallest number that a latent is stored in
+SHOWN = 40  # characters of an invalid value that a message shows
+FP16 = 2  # bytes of the smallest dtype that latents are stored in
 
 _Count = Annotated[int, Field(ge=1, le=2**31)]
 _Bytes = Annotated[int, Field(ge=0, le=2**50)]
@@ -25,7 +25,7 @@ class _Model(BaseModel):
 
 
 class ShardFields(_Model):
-    """A shard, as the index and the job's notes name it."""
+    """A shard's entry in the index and in the encoding job's state."""
 
     model_config = ConfigDict(strict=True, extra="forbid")
     file: Annotated[str, Field(min_length=1)]
@@ -79,30 +79,32 @@ class _Index(_Model):
 
 
 def parse(data: bytes, path: str, version: int) -> dict[str, Any]:
-    """Return the fields of the index in ``data``, the bytes of ``path``, of the format ``version``.
+    """Return the fields of an index of format ``version``. ``data`` is the content of ``path``.
 
-    Raises UserError for anything else: other types, numbers out of range, names that leave the folder, or shards too
-    small for the samples that they are said to hold.
+    Raise UserError if the index is invalid: wrong types, numbers out of range, file names outside the folder, or shards
+    that are too small for the number of samples they are listed with.
     """
     try:
         raw = json.loads(data)
         version_found = raw["format"]
     except (ValueError, TypeError, KeyError, RecursionError) as error:
-        raise UserError(f"{path} is not an index of shards ({error!r}): prepare the data again") from None
+        raise UserError(f"{path} is not a valid index of shards ({error!r}); encode the data again") from None
     if version_found != version:
         found = repr(version_found)[:SHOWN]
-        raise UserError(f"{path} has format {found}, expected {version}: prepare the data again")
+        raise UserError(f"{path} has format {found}, expected {version}; encode the data again")
     try:
         _Index.model_validate_json(data)
     except ValidationError as error:
-        raise UserError(f"{path} is not an index of shards ({first_fault(error)}): prepare the data again") from None
+        raise UserError(
+            f"{path} is not a valid index of shards ({first_fault(error)}); encode the data again"
+        ) from None
     if fault := next(_faults(raw), None):
         raise UserError(f"{path} {fault}")
     return raw
 
 
 def first_fault(error: ValidationError) -> str:
-    """The first fault of a ValidationError in one line: which field, its value and what was expected."""
+    """Return the first error of a ValidationError as one line: the field, its value and what was expected."""
     fault = error.errors(include_url=False)[0]
     value = fault["input"]
     shown = type(value).__name__ if isinstance(value, dict | list) else repr(value)[:SHOWN]
@@ -110,19 +112,19 @@ def first_fault(error: ValidationError) -> str:
 
 
 def _faults(raw: dict[str, Any]) -> Iterator[str]:
-    """What the types of single fields do not tell."""
+    """Yield the errors that the types of individual fields do not catch."""
     for name in (shard["file"] for shard in raw["shards"]):
         if Path(name).name != name or name.startswith(".") or "\0" in name:
-            yield f"names {name!r}: expected the names of files in its own folder"
+            yield f"lists the file {name!r}; expected file names inside its own folder"
     if raw["text"] and (encoder := raw["text"]["encoder"]).startswith("./") and Path(encoder[2:]).name != encoder[2:]:
-        yield f"names the text encoder {encoder!r}: expected a folder in its own folder"
+        yield f"lists the text encoder {encoder!r}; expected a sub-folder of its own folder"
     if len(set(raw["members"])) != len(raw["members"]):
-        yield f"names a member twice among {raw['members']}: prepare the data again"
+        yield f"lists a member twice in {raw['members']}; encode the data again"
     for shard in raw["shards"]:
         height, width = shard["bucket"]
         latents = shard["samples"] * raw["channels"] * height * width * FP16
         if latents > shard["bytes"] or shard["table"] >= shard["bytes"]:
             yield (
-                f"says that {shard['file']} of {shard['bytes']} bytes holds {shard['samples']} samples of "
-                f"{raw['channels']} x {height} x {width} and a table at byte {shard['table']}: prepare the data again"
+                f"lists {shard['file']} of {shard['bytes']} bytes, which cannot hold {shard['samples']} samples of "
+                f"{raw['channels']} x {height} x {width} and a table at byte {shard['table']}; encode the data again"
             )

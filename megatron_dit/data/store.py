@@ -1,4 +1,4 @@
-"""Where a shard's file is on this host: in its folder, or in a bounded cache that it is fetched to from a URL."""
+"""Local access to shard files: in their folder, or in a bounded cache into which they are fetched from a URL."""
 
 from __future__ import annotations
 
@@ -17,25 +17,26 @@ from megatron_dit.runtime.paths import user_path
 
 
 class Store:
-    """Local paths of an index's shards."""
+    """Provides the local paths of an index's shards."""
 
     def __init__(self, index: Index) -> None:
         self._index = index
 
     def path(self, shard: Shard) -> Path:
-        """Raises BadSample where the shard cannot be had."""
+        """Return the local path of a shard. Raise BadSample if the shard is not available."""
         return Path(self._index.path(shard.file))
 
     def open(self, shard: Shard) -> ShardReader:
-        """Open a shard for reading. Raises BadSample if it is missing or is not the shard of the index."""
+        """Open a shard for reading. Raise BadSample if it is missing or does not match the index."""
         return ShardReader(self.path(shard), shard, self._index.members)
 
 
 class Cache(Store):
-    """Shards of a URL, fetched when asked for into a folder that all of a host's processes share.
+    """Fetches shards of a URL on demand into a folder that all processes of a host share.
 
-    A file is fetched once, checked against the index's SHA-256 and renamed into place; those not used for longest are
-    deleted to stay within ``limit`` bytes. An open file outlives its deletion, so nobody who reads is disturbed.
+    Each file is fetched once, checked against the SHA-256 in the index and renamed into place. The least recently used
+    files are deleted to stay within ``limit`` bytes. A file that is open stays readable after its deletion, so readers
+    are not affected.
     """
 
     def __init__(self, index: Index, folder: Path, limit: int) -> None:
@@ -48,7 +49,7 @@ class Cache(Store):
     def path(self, shard: Shard) -> Path:
         path = self._folder / shard.file
         if not self._touch(path, shard):
-            with self._lock(f"{shard.file}.lock"):  # another process may be fetching it: wait, and look again
+            with self._lock(f"{shard.file}.lock"):  # another process may be fetching it: wait, then check again
                 if not self._touch(path, shard):
                     self._fetch(shard, path)
         return path
@@ -56,14 +57,15 @@ class Cache(Store):
     def open(self, shard: Shard) -> ShardReader:
         while True:
             path = self.path(shard)
-            with self._lock(
-                "evict.lock"
-            ):  # a shard may be deleted for another one after it was found, before it is open
+            with self._lock("evict.lock"):  # the shard may be evicted between the check in `path` and opening it
                 if self._touch(path, shard):
                     return ShardReader(path, shard, self._index.members)
 
     def _touch(self, path: Path, shard: Shard) -> bool:
-        """Whether the shard is held, in its size: one that a full disk or a crash has cut is fetched again."""
+        """Mark a cached shard as used. Return whether it is cached with its full size.
+
+        A file truncated by a full disk or a crash is fetched again.
+        """
         try:
             os.utime(path)
             return path.stat().st_size == shard.bytes
@@ -75,16 +77,19 @@ class Cache(Store):
         with self._lock("evict.lock"):
             self._make_room(shard.bytes)
         try:
-            # Asked for anew each time: fsspec's file systems do not survive the fork into the loader's workers.
+            # Created anew each time because fsspec's file systems do not survive forking the DataLoader's workers.
             file_system(self._index.folder).get_file(url, str(part))
             found = sha256_of(part)
         except FileNotFoundError:
-            raise BadSample("missing_shard", f"shard {url} is missing: restore it") from None
-        except Exception as error:  # each of fsspec's file systems has its own kinds
+            raise BadSample("missing_shard", f"shard {url} is missing; restore it") from None
+        except Exception as error:  # each of fsspec's file systems has its own exception types
             raise BadSample("missing_shard", f"shard {url} cannot be fetched ({error})") from None
         if found != shard.sha256:
             part.unlink()
-            raise BadSample("torn_shard", f"shard {url} is not the one of its index (SHA-256 {found[:12]}): restore it")
+            raise BadSample(
+                "torn_shard",
+                f"shard {url} has SHA-256 {found[:12]}, but the index lists {shard.sha256[:12]}; restore it",
+            )
         part.replace(path)
 
     def _make_room(self, size: int) -> None:
@@ -98,7 +103,7 @@ class Cache(Store):
 
     @contextlib.contextmanager
     def _lock(self, name: str) -> Iterator[None]:
-        """Held by one process of the host; the kernel frees it when the process ends, however it ends."""
+        """Hold a lock that excludes other processes of this host. The kernel releases it when the process ends."""
         with wait_for_lock(self._folder / name):
             yield
 

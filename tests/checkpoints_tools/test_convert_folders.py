@@ -83,11 +83,11 @@ def test_an_index_that_names_other_files_is_refused(made, tmp_path, capsys):
     index = folder / f"{SINGLE}.index.json"
     second = sorted(folder.glob("*-00002-*"))[0]
     second.rename(tmp_path / second.name)
-    assert f"names {second.name}, which is not in its folder" in refused(
+    assert f"lists {second.name}, which is not in its folder" in refused(
         capsys, folder, tmp_path / "run", "--from", "diffusers"
     )
     for weight_map, message in (
-        ({"a": f"../{second.name}"}, "expected the names of files in its own folder"),
+        ({"a": f"../{second.name}"}, "expected file names inside its own folder"),
         ({"a": 1}, "has no weight_map"),
         ([], "has no weight_map"),
         (..., "has no weight_map"),
@@ -214,7 +214,7 @@ def test_other_precisions_are_read_and_quantized_weights_are_not(theirs, tmp_pat
         (SINGLE, PAGE, "is a web page"),
         (SINGLE, "", "is an empty file"),
         ("config.json", POINTER, "is a Git LFS pointer"),
-        ("config.json", "[1]", "is damaged JSON, or JSON that is no object"),
+        ("config.json", "[1]", "is damaged JSON or JSON of another type"),
         ("config.json", '{"a": ', "is damaged JSON"),
         ("megatron_dit.json", PAGE, "is a web page"),
         ("megatron_dit.json", "{}", "is not what an export wrote"),

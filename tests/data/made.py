@@ -1,4 +1,4 @@
-"""Small folders of shards whose samples can be told apart: latents filled with a sample's own number."""
+"""Small folders of shards with distinguishable samples: each latent is filled with the sample's number."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ TEXT = {"encoder": "text_encoder", "sha256": "t", "dtype": "fp32", "dim": 64, "t
 
 
 def sample(number, bucket, **members):
-    """Sample ``number``: a latent full of it, a caption of two tokens."""
+    """Return sample ``number``, with a latent filled with that number and a caption of two tokens."""
     return {
         "__key__": f"{number:06d}",
         "latent.npy": npy(np.full((3, *bucket), number, dtype=np.float32)),
@@ -27,7 +27,10 @@ def sample(number, bucket, **members):
 
 
 def make_folder(folder, shards, first=0, text=TEXT, members=None):
-    """An index of ``shards``, (bucket, samples) each; numbers run on from ``first``. ``members(number)``: others."""
+    """Write ``shards``, given as (bucket, samples), and return their index.
+
+    Samples are numbered from ``first``. ``members(number)`` returns additional members, or replacements.
+    """
     Path(folder).mkdir(parents=True)
     records = []
     for i, (bucket, count) in enumerate(shards):

@@ -1,4 +1,4 @@
-"""A heap of awkward and broken pictures, with what is to become of each."""
+"""A collection of unusual and broken image files, with the expected outcome for each."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ RAMP = np.linspace(0, 65535, 32 * 24).round().astype(np.uint16).reshape(24, 32)
 
 @dataclass(frozen=True)
 class Case:
-    """A picture's bytes; the pixels that it must decode to within ``tolerance``, or the reason why it is left out."""
+    """An image file, and the pixels that it must decode to within ``tolerance``, or the reason for its rejection."""
 
     data: bytes
     pixels: np.ndarray | None = None  # (H, W, 3)
@@ -27,7 +27,7 @@ class Case:
 
 
 def photo(height: int = 24, width: int = 32, seed: int = 0) -> np.ndarray:
-    """Smooth colours, (height, width, 3) uint8, that survive JPEG and differ in every corner."""
+    """Return smooth colours, (height, width, 3) uint8, that JPEG preserves well and that differ in every corner."""
     y, x = np.mgrid[0:height, 0:width] / max(height, width)
     channels = [200 * x + 20, 200 * y + 20, 100 + 60 * np.sin(seed + 3 * (x - y))]
     return np.stack(channels, axis=-1).astype(np.uint8)
@@ -40,9 +40,9 @@ def written(picture: np.ndarray | Image.Image, kind: str = "PNG", **settings: ob
 
 
 def png(width: int, height: int, depth: int, body: bytes, colours: int = 2, clear: bytes = b"") -> bytes:
-    """A PNG written by hand: ``depth`` bits, ``body`` the filtered rows, whatever the header claims.
+    """Return a handmade PNG of ``depth`` bits whose filtered rows are ``body``, which need not match the header.
 
-    ``colours`` is the colour type, RGB by default; ``clear`` the body of its tRNS chunk.
+    ``colours`` is the colour type, RGB by default; ``clear`` is the body of its tRNS chunk.
     """
 
     def chunk(kind: bytes, body: bytes) -> bytes:
@@ -54,7 +54,7 @@ def png(width: int, height: int, depth: int, body: bytes, colours: int = 2, clea
 
 
 def tiff(values: np.ndarray, photometric: int, sample_format: int = 1, bits: int = 0) -> bytes:
-    """A grey TIFF written by hand in the byte order of ``values``, which are already packed where ``bits`` says so."""
+    """Return a handmade grey TIFF in the byte order of ``values``, which are already packed if ``bits`` is given."""
     order = ">" if values.dtype.byteorder == ">" else "<"
     data = values.tobytes()
     height, width = values.shape[0], values.shape[1] * 8 * values.itemsize // (bits or 8 * values.itemsize)
@@ -76,7 +76,7 @@ def tiff(values: np.ndarray, photometric: int, sample_format: int = 1, bits: int
 def packed_tiff(
     order: str, values: np.ndarray, sample_format: int, photometric: int = 1, deflate: bool = True
 ) -> bytes:
-    """A TIFF written by hand in the byte order ``order``: (planes, height, width), one strip a plane."""
+    """Return a handmade TIFF of ``values`` (planes, height, width) in the byte order ``order``, one strip per plane."""
     strips = [plane.astype(f"{order}{values.dtype.str[1:]}").tobytes() for plane in values]
     strips = [zlib.compress(strip) for strip in strips] if deflate else strips
     planes, height, width = values.shape
@@ -88,7 +88,7 @@ def packed_tiff(
     }
     one = {256: width, 257: height, 259: 8 if deflate else 1, 262: photometric, 277: planes, 278: height, 284: 2}
     tags = sorted({**lists, **{tag: [value] for tag, value in one.items()}}.items())
-    end = 8 + 2 + 12 * len(tags) + 4  # of the directory; the lists follow, then the strips
+    end = 8 + 2 + 12 * len(tags) + 4  # end of the directory, which is followed by the lists and the strips
     data = end + sum(4 * len(value) for _, value in tags if len(value) > 1)
     starts = [data + sum(map(len, strips[:i])) for i in range(planes)]
     directory, beyond = struct.pack(f"{order}H", len(tags)), b""
@@ -102,12 +102,12 @@ def packed_tiff(
 
 
 def cases() -> dict[str, Case]:
-    """By file name: all that is awkward, kept or not."""
+    """Return all unusual images by file name, both usable and unusable ones."""
     return {**_whole(), **_deep(), **_remarked(), **_turned(), **_broken()}
 
 
 def bad_pictures() -> dict[str, bytes]:
-    """The bytes of ``cases`` by file name."""
+    """Return the bytes of ``cases`` by file name."""
     return {name: case.data for name, case in cases().items()}
 
 
@@ -152,7 +152,10 @@ def _whole() -> dict[str, Case]:
 
 
 def _deep() -> dict[str, Case]:
-    """Grey of other depths, signs and directions, and a PNG's one transparent value: arithmetic says the pixels."""
+    """Return grey images of other depths, signs and polarities, and PNGs with a transparent value.
+
+    The expected pixels are computed directly.
+    """
     ramp = np.rint(RAMP / 257)
     four = np.tile(np.arange(16, dtype=np.uint8), (24, 2))  # 4 bits, two pixels to a byte
     packed = four[:, ::2] << 4 | four[:, 1::2]
@@ -212,12 +215,12 @@ def _deep() -> dict[str, Case]:
 
 
 def _rows(values: np.ndarray) -> bytes:
-    """Rows of a PNG, without a filter."""
+    """Return the rows of a PNG without a filter."""
     return b"".join(b"\0" + row.tobytes() for row in values)
 
 
 def _remarked() -> dict[str, Case]:
-    """PNGs with more said about them than PIL would read."""
+    """Return PNGs with larger text chunks and profiles than PIL would read."""
     rgb = photo()
     found = {}
     for name, size, settings in (
@@ -232,7 +235,7 @@ def _remarked() -> dict[str, Case]:
     info.add_itxt("workflow", "y" * 2_000_000, zip=True)
     found["international.png"] = Case(written(rgb, pnginfo=info), rgb)
     found["profile.png"] = Case(written(rgb, icc_profile=bytes(2_000_000)), rgb)
-    # A profile that is applied would exchange red and green here, or whatever it says.
+    # Applying this profile would change the colours.
     srgb = ImageCms.ImageCmsProfile(ImageCms.createProfile("LAB")).tobytes()
     found["profile_of_another_space.png"] = Case(written(rgb, icc_profile=srgb), rgb)
     info = PngImagePlugin.PngInfo()
@@ -243,9 +246,9 @@ def _remarked() -> dict[str, Case]:
 
 
 def _turned() -> dict[str, Case]:
-    """The same upright picture as a camera stores it under each EXIF orientation."""
+    """Return the same upright image as stored with each EXIF orientation."""
     upright = photo()
-    # The value says where row 0 and column 0 of the stored picture are in the upright one (Exif 2.3, 4.6.4 A).
+    # The value defines where row 0 and column 0 of the stored image are in the upright one (Exif 2.3, 4.6.4 A).
     stored = {
         1: upright,
         2: upright[:, ::-1],
@@ -274,12 +277,12 @@ def _broken() -> dict[str, Case]:
     noise = np.random.default_rng(0).bytes(500)
     found = {
         "zero.jpg": Case(b"", reason="empty file"),
-        "text.jpg": Case(b"a cat sits on a mat\n" * 20, reason="not a picture"),
-        "page.png": Case(b"<!DOCTYPE html><html><body>404 not found</body></html>", reason="not a picture"),
+        "text.jpg": Case(b"a cat sits on a mat\n" * 20, reason="not an image"),
+        "page.png": Case(b"<!DOCTYPE html><html><body>404 not found</body></html>", reason="not an image"),
         "pointer.jpg": Case(
-            b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", reason="not a picture, but a Git LFS pointer"
+            b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", reason="not an image, but a Git LFS pointer"
         ),
-        "drawing.jpg": Case(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 64 64\n", reason="not a picture"),
+        "drawing.jpg": Case(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 64 64\n", reason="not an image"),
         "noise.jpg": Case(b"\xff\xd8\xff\xe0" + noise, reason="truncated"),
         "bomb.png": Case(png(60000, 60000, 8, bytes(1000)), reason="more than 4000000 pixels"),
         "small_bomb.png": Case(png(10000, 10000, 8, bytes(1000)), reason="more than 4000000 pixels"),
@@ -287,15 +290,15 @@ def _broken() -> dict[str, Case]:
         "pixel.png": Case(written(rgb[:1, :1]), reason="shorter side below 8"),
         "long.png": Case(written(np.zeros((20, 20000, 3), np.uint8)), reason="aspect ratio above 4"),
         "tall.png": Case(written(np.zeros((41, 10, 3), np.uint8)), reason="aspect ratio above 4"),
-        # The directory of a compressed TIFF stands at its end.
+        # The directory of a compressed TIFF is at its end.
         "cut_lzw.tiff": Case(written(rgb, "TIFF", compression="tiff_lzw")[:-20], reason="damaged or unsupported TIFF"),
         "float64.tiff": Case(tiff(RAMP / 65535, 1, 3), reason="damaged or unsupported TIFF"),
         "nan.tiff": Case(written(nan, "TIFF"), reason="values are not finite"),
         "deflate.png": Case(written(rgb).replace(b"IDAT\x78", b"IDAT\x00"), reason="cannot be decoded: OSError"),
     }
     for kind in ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF"):
-        whole = written(photo(60, 80), kind)
-        found[f"cut.{kind.lower()}"] = Case(whole[: len(whole) * 3 // 4], reason="truncated")
+        original = written(photo(60, 80), kind)
+        found[f"cut.{kind.lower()}"] = Case(original[: len(original) * 3 // 4], reason="truncated")
     return found
 
 

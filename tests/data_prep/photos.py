@@ -1,4 +1,4 @@
-"""Small sources, and what is in the shards made of them."""
+"""Helpers that write small sources and read the encoded shards back."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def png(picture):
 
 
 def write_tar(path, samples):
-    """A tar of samples: the members of each by extension, its key its number."""
+    """Write a tar of samples, given as members by extension. Keys are consecutive numbers."""
     with TarWriter(str(path)) as writer:
         for number, members in enumerate(samples):
             writer.write({"__key__": f"{number:04d}", **members})
@@ -33,7 +33,7 @@ def write_tar(path, samples):
 
 
 def read_samples(folder):
-    """Index, and the members of each sample by its key: arrays, a number, text and a dict."""
+    """Return the index, and the parsed members (arrays, class label, text and dict) of each sample by key."""
     index = read_index(folder)
     samples = {}
     for shard in index.shards:

@@ -210,6 +210,6 @@ def test_uvit_samples_only_at_its_training_size(dataset, tmp_path, capsys):
     assert run([*words, "--size", "16x32"]) == 2
     assert "is not supported by uvit, which learns the positions" in capsys.readouterr().err
     assert run(["train", str(path), "model.sample_size=32", f"run_dir={tmp_path / 'other'}"]) == 2
-    assert "uvit learns the positions of one size" in capsys.readouterr().err
+    assert "uvit learns positions of a single size" in capsys.readouterr().err
     assert run(["train", str(path), "model.depth=4", "--dry-run"]) == 2
     assert "model.depth=4" in capsys.readouterr().err
