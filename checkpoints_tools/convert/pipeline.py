@@ -45,8 +45,9 @@ def find_index(config: Config) -> Index | None:
 
 
 def find_parts(config: Config, index: Index | None, vae: str | None, text_encoder: str | None) -> Parts:
-    """Locate the parts: ``vae`` and ``text_encoder``, folders or hub names, default to those the data were encoded with.
+    """Locate the parts of a pipeline.
 
+    ``vae`` and ``text_encoder``, folders or hub names, default to those that the run's data were encoded with.
     Raise UserError if a part is given that the run does not use, or if neither the part nor the data are available.
     """
     text = config.model.text_tokens > 0
