@@ -144,7 +144,7 @@ def _check_legacy(path: Path, size: int) -> None:
                 pass
     except Exception:  # damaged or not a pickle: for a file within the limit, loading reports the reason
         if size > PICKLE_LIMIT:
-            reason = f"no pickles of at most {PICKLE_LIMIT:,} bytes at its start"
+            reason = f"no complete pickles in its first {PICKLE_LIMIT:,} bytes"
             raise UserError(_unreadable(path, reason)) from None
 
 
