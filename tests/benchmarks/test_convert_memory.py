@@ -15,7 +15,7 @@ ROOT = Path(__file__).parents[2]
 
 @pytest.mark.slow
 def test_peak_memory_is_at_most_two_weights_files_above_a_tiny_conversion(tmp_path):
-    """Convert 0.13B parameters (480 MB in fp32) in files of 50 MB, in a separate process so that its peak is its own."""
+    """Convert 0.13B parameters (480 MB in fp32) in files of 50 MB, in a separate process with its own peak."""
     json_path = tmp_path / "metrics.json"
     command = [sys.executable, str(ROOT / "benchmarks/convert_memory.py"), "--heads", "6", "--max-shard-size", "50MB"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}

@@ -1,4 +1,4 @@
-"""Helpers: write checkpoints with random weights in any layout by training's engine, and compare models with diffusers."""
+"""Helpers: write random checkpoints with training's engine, and compare our models with diffusers'."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def random_value(name, shape, key):
 
 
 def write_checkpoint(folder, arch, options, layout=None):
-    """Write a checkpoint of step 7 to ``folder/checkpoints``. Collective. Only averages and master weights are random."""
+    """Write a checkpoint of step 7 with random averages and master weights to ``folder/checkpoints``. Collective."""
     from megatron_dit.checkpoint.save import save
     from megatron_dit.engine import Engine
     from megatron_dit.parallel.topology import build_topology

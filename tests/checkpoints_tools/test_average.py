@@ -24,7 +24,7 @@ STEPS = 24
 
 @pytest.fixture(scope="module")
 def trained(dataset, tmp_path_factory):
-    """A run on two ZeRO-2 ranks that keeps the checkpoint of every step, with snapshots every 4 steps and at the last."""
+    """A run on two ZeRO-2 ranks with a checkpoint of every step, and snapshots every 4 steps and at the last step."""
     folder = tmp_path_factory.mktemp("ema")
     values = {
         "data.path": str(dataset),
