@@ -25,7 +25,7 @@ from megatron_dit.runtime.text import printable
 
 
 def inspect(reader: CheckpointReader) -> dict[str, Any]:
-    """What a checkpoint is: step, layout, parameters by μP role, bytes."""
+    """Summarize a checkpoint: step, states, layout, parameters by μP role, number of files and their bytes."""
     manifest = reader.manifest
     roles: dict[str, dict[str, Any]] = {}
     for name, param in manifest["params"].items():
@@ -57,40 +57,52 @@ def inspect(reader: CheckpointReader) -> dict[str, Any]:
 def main(arguments: list[str]) -> int:
     parser = Parser(
         prog="python -m checkpoints_tools",
-        description="Look into checkpoints, convert, average, cut anew and delete them.",
+        description="Inspect, convert, average, reshard and delete checkpoints.",
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND", parser_class=Parser)
     example = "python -m checkpoints_tools inspect runs/quickstart"
-    command = add_command(commands, "inspect", "Print what a checkpoint holds.", example, _inspect)
+    command = add_command(
+        commands, "inspect", "Print the contents of a checkpoint and verify its files.", example, _inspect
+    )
     command.add_argument(
         "checkpoint", type=input_path("checkpoint"), help="a run's folder (its newest checkpoint) or one checkpoint"
     )
     add_convert(commands)
     example = "python -m checkpoints_tools average runs/quickstart --sigma-rel 0.08 --out runs/ema-0.08"
-    text = "Post-hoc EMA: weights averaged with any width, from a run's snapshots."
+    text = "Compute a post-hoc EMA of any width from a run's snapshots."
     command = add_command(commands, "average", text, example, _average)
     command.add_argument(
-        "folder", type=file_path("run"), metavar="run", help="a run's folder, trained with checkpoint.ema_every"
+        "folder",
+        type=file_path("run"),
+        metavar="run",
+        help="folder of a run that was trained with checkpoint.ema_every",
     )
     command.add_argument(
-        "--sigma-rel", type=float, required=True, help="standard deviation of the average over its age"
+        "--sigma-rel",
+        type=float,
+        required=True,
+        help="width of the EMA: standard deviation of its profile as a fraction of the training time",
     )
-    command.add_argument("--step", type=int, help="step of the snapshot to average at (the last)")
+    command.add_argument("--step", type=int, help="step of the snapshot at which the average ends (default: the last)")
     command.add_argument("--out", type=file_path("--out"), required=True, help="folder of the checkpoint to write")
     example = "python -m checkpoints_tools reshard runs/quickstart runs/moved --tensor 2"
-    text = "Cut a checkpoint anew for tensor parallelism, one file a rank. Training opens any layout without."
+    text = "Reshard a checkpoint into one file per tensor-parallel rank. Optional: training can load any layout."
     command = add_command(commands, "reshard", text, example, _reshard)
     command.add_argument(
         "checkpoint", type=input_path("checkpoint"), help="a run's folder (its newest checkpoint) or one checkpoint"
     )
     command.add_argument("out", type=file_path("out"), help="the run folder to write; it must not exist")
-    command.add_argument("--tensor", type=int, default=1, help="parallel.tensor of the runs to come (1)")
+    command.add_argument(
+        "--tensor", type=int, default=1, help="parallel.tensor of the runs that will load it (default: 1)"
+    )
     example = "python -m checkpoints_tools prune runs/quickstart --keep 2 --keep-every 1000 --dry-run"
     command = add_command(commands, "prune", "Delete old checkpoints of a run.", example, _prune)
     command.add_argument("folder", type=file_path("run"), metavar="run", help="a run's folder")
-    command.add_argument("--keep", type=int, required=True, help="the newest whole ones to keep, at least 1")
-    command.add_argument("--keep-every", type=int, default=0, metavar="N", help="keep those of every N-th step too")
-    command.add_argument("--dry-run", action="store_true", help="say what would go")
+    command.add_argument("--keep", type=int, required=True, help="number of newest checkpoints to keep, at least 1")
+    command.add_argument(
+        "--keep-every", type=int, default=0, metavar="N", help="also keep checkpoints whose step is a multiple of N"
+    )
+    command.add_argument("--dry-run", action="store_true", help="list the checkpoints without deleting them")
 
     def run() -> int:
         parsed = parser.parse_args(arguments)
@@ -101,45 +113,45 @@ def main(arguments: list[str]) -> int:
 
 def _inspect(parsed: argparse.Namespace) -> int:
     reader = open_checkpoint(parsed.checkpoint, verify=False)
-    figures = inspect(reader)
+    summary = inspect(reader)
     try:
         reader.verify(show=True)
-        figures["integrity"] = "every file is what was written (SHA-256)"
+        summary["integrity"] = "all files match their SHA-256 digests"
     except Torn as error:
-        figures["integrity"] = f"CORRUPT: {error}"
-    corrupt = figures["integrity"].startswith("CORRUPT")
-    table = Table(title=printable(figures["folder"]), show_header=False)
+        summary["integrity"] = f"CORRUPT: {error}"
+    corrupt = summary["integrity"].startswith("CORRUPT")
+    table = Table(title=printable(summary["folder"]), show_header=False)
     for key in ("arch", "step", "parameters", "files", "bytes", "integrity"):
-        table.add_row(key, f"{figures[key]:,}" if isinstance(figures[key], int) else printable(figures[key]))
-    table.add_row("states", printable(", ".join(figures["states"])))
+        table.add_row(key, f"{summary[key]:,}" if isinstance(summary[key], int) else printable(summary[key]))
+    table.add_row("states", printable(", ".join(summary["states"])))
     table.add_row(
-        "layout", printable(", ".join(f"{key} {str(value)[:80]}" for key, value in figures["layout"].items()))
+        "layout", printable(", ".join(f"{key} {str(value)[:80]}" for key, value in summary["layout"].items()))
     )
     _print(table)
-    table = Table(title="μP ratios to the base values, by role")
+    table = Table(title="μP ratios to the base values by parameter role")
     for column in ("role", "tensors", "elements", "lr", "weight decay", "forward multiplier"):
         table.add_column(column)
-    for role, found in figures["roles"].items():
-        ratios = [", ".join(f"{x:g}" for x in found[key]) for key in ("lr", "weight_decay", "multiplier")]
-        table.add_row(printable(role), str(found["tensors"]), f"{found['elements']:,}", *ratios)
+    for role, row in summary["roles"].items():
+        ratios = [", ".join(f"{x:g}" for x in row[key]) for key in ("lr", "weight_decay", "multiplier")]
+        table.add_row(printable(role), str(row["tensors"]), f"{row['elements']:,}", *ratios)
     _print(table)
-    write_json(parsed, figures)
+    write_json(parsed, summary)
     return 1 if corrupt else 0
 
 
 def _print(table: Table) -> None:
-    """Without rich's markup and emoji codes: names in a checkpoint may hold either."""
+    """Print without interpreting rich's markup and emoji codes, which names in a checkpoint may contain."""
     Console(markup=False, emoji=False, highlight=False).print(table)
 
 
 def _average(parsed: argparse.Namespace) -> int:
     out = new_folder(parsed.out)
-    figures = average(parsed.folder, parsed.sigma_rel, parsed.step, out)
+    summary = average(parsed.folder, parsed.sigma_rel, parsed.step, out)
     print(
-        f"wrote {printable(out)}: sigma_rel {figures['sigma_rel']} at step {figures['step']} from "
-        f"{figures['averages']} averages, which miss {100 * figures['missed']:.2g}% of its profile"
+        f"wrote {printable(out)}: sigma_rel {summary['sigma_rel']} at step {summary['step']} from "
+        f"{summary['averages']} stored averages; relative approximation error {100 * summary['missed']:.2g}%"
     )
-    write_json(parsed, figures)
+    write_json(parsed, summary)
     return 0
 
 
@@ -159,7 +171,7 @@ def _prune(parsed: argparse.Namespace) -> int:
     folder = parsed.folder / CHECKPOINTS
     listing = list_checkpoints(folder)
     if not listing.checkpoints:
-        raise UserError(f"{parsed.folder} has no checkpoints: give a run's folder")
+        raise UserError(f"{parsed.folder} contains no checkpoints: give the folder of a run")
     for line in listing.notes:
         print(line)
     for path in listing.checkpoints[-parsed.keep :]:
@@ -167,7 +179,7 @@ def _prune(parsed: argparse.Namespace) -> int:
             CheckpointReader(path).verify(show=True)
         except Torn as error:
             raise UserError(
-                f"checkpoint {path} is incomplete ({error}): move it away, so that it is not kept"
+                f"checkpoint {path} is incomplete ({error}): move it away, so that it does not count as one to keep"
             ) from None
     old = old_ones(folder, parsed.keep, parsed.keep_every)
     for path in old:

@@ -1,4 +1,4 @@
-"""Post-hoc EMA: an average of any width from a run's snapshots (EDM2, arXiv 2312.02696, section 3.2)."""
+"""Post-hoc EMA: reconstruct an average of any width from a run's snapshots (EDM2, arXiv 2312.02696, section 3.2)."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from megatron_dit.run_folder import SNAPSHOTS
 
 @dataclass(frozen=True)
 class Stored:
-    """One average of a snapshot."""
+    """One of the power-function averages stored in a snapshot."""
 
     reader: CheckpointReader
     key: str
@@ -34,10 +34,11 @@ class Stored:
 
 
 def average(run: Path, sigma_rel: float, step: int | None, out: Path) -> dict[str, Any]:
-    """Write to ``out`` a checkpoint whose EMA is the power-function average at ``step`` (the last snapshot's).
+    """Write to ``out`` a checkpoint whose EMA is the power-function average at ``step`` (None: the last snapshot's).
 
-    Returns what was combined, and how much of the wanted profile that misses. Raises UserError if the run has no
-    snapshots or none of ``step``, if one of them is incomplete, or if ``out`` cannot be written.
+    Return the width, the step, the number of stored averages that were combined, and the relative error of the
+    resulting profile. Raise UserError if the run has no snapshots or none of ``step``, if a snapshot is incomplete, or
+    if ``out`` cannot be written.
     """
     check_sigma_rel("--sigma-rel", sigma_rel)
     out = new_folder(out)
@@ -45,7 +46,7 @@ def average(run: Path, sigma_rel: float, step: int | None, out: Path) -> dict[st
     steps = [reader.step for reader in readers]
     step = steps[-1] if step is None else step
     if step not in steps:
-        raise UserError(f"--step {step}: expected a step with a snapshot, one of {', '.join(map(str, steps))}")
+        raise UserError(f"--step {step}: no snapshot of this step; choose one of {', '.join(map(str, steps))}")
     readers = readers[: steps.index(step) + 1]
     _check_alike(readers)
     stored = [
@@ -55,44 +56,52 @@ def average(run: Path, sigma_rel: float, step: int | None, out: Path) -> dict[st
     ]
     target = Profile(gamma_of(sigma_rel), readers[-1].manifest["adam_steps"])
     coefficients, missed = combination([item.profile for item in stored], target)
-    figures = {"sigma_rel": sigma_rel, "step": step, "averages": len(stored), "missed": missed}
+    summary = {"sigma_rel": sigma_rel, "step": step, "averages": len(stored), "missed": missed}
     with aside(out) as part:
-        manifest = {**readers[-1].manifest, "states": ["ema"], "post_hoc": figures}
+        manifest = {**readers[-1].manifest, "states": ["ema"], "post_hoc": summary}
         write_checkpoint(part, manifest, _combined(stored, coefficients.tolist()))
-    return figures
+    return summary
 
 
 def _snapshots(run: Path) -> list[CheckpointReader]:
-    """Those of different ages, in order: skipped steps do not age an average."""
+    """Return the run's snapshots by ascending number of optimizer updates, one for each number.
+
+    Steps that were skipped do not update an average, so two snapshots of different steps may be equal.
+    """
     found: dict[int, CheckpointReader] = {}
     listing = list_checkpoints(run / SNAPSHOTS)
     for line in listing.notes:
         print(line, file=sys.stderr)
     for path in listing.checkpoints:
-        with _whole(path):
+        with _complete(path):
             reader = CheckpointReader(path)
         found[reader.manifest["adam_steps"]] = reader
     found.pop(0, None)
     if not found:
-        raise UserError(f"{run / SNAPSHOTS} has no snapshots: set train.ema_sigma_rel and checkpoint.ema_every")
+        raise UserError(
+            f"{run / SNAPSHOTS} contains no snapshots: train with train.ema_sigma_rel and checkpoint.ema_every"
+        )
     return list(found.values())
 
 
 def _check_alike(readers: list[CheckpointReader]) -> None:
-    """Raise UserError for a snapshot of another model, or one whose files are not what was written."""
+    """Raise UserError if a snapshot is of a different model or if its files do not match their digests."""
     shapes = {name: tuple(param["shape"]) for name, param in readers[0].manifest["params"].items()}
     for reader in readers:
         reader.check(shapes)
-        with _whole(reader.folder):
+        with _complete(reader.folder):
             reader.verify(show=True)
 
 
 @contextmanager
-def _whole(path: Path) -> Iterator[None]:
+def _complete(path: Path) -> Iterator[None]:
+    """Raise UserError in place of ``Torn`` for the snapshot ``path``."""
     try:
         yield
     except Torn as error:
-        raise UserError(f"snapshot {path} is incomplete ({error}): delete it to average without it") from None
+        raise UserError(
+            f"snapshot {path} is incomplete ({error}): delete it to average without this snapshot"
+        ) from None
 
 
 def _widths(reader: CheckpointReader) -> dict[str, float]:
@@ -101,7 +110,7 @@ def _widths(reader: CheckpointReader) -> dict[str, float]:
 
 
 def _combined(stored: list[Stored], coefficients: list[float]) -> Iterator[tuple[str, str, Tensor]]:
-    """Each parameter's combination, added up in fp64: coefficients may cancel."""
+    """Yield each parameter's weighted sum, accumulated in fp64 because the coefficients may cancel."""
     params = stored[0].reader.manifest["params"]
     with ProgressBar("average", len(params)) as bar:
         for name, param in params.items():

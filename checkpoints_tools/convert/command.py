@@ -1,4 +1,4 @@
-"""The command ``convert``."""
+"""The ``convert`` command."""
 
 from __future__ import annotations
 
@@ -30,50 +30,66 @@ UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 
 
 def add_convert(commands: Any) -> None:
-    """The command and its flags."""
+    """Add the ``convert`` command and its options to ``commands``."""
     example = "python -m checkpoints_tools convert runs/quickstart exported --to diffusers --pipeline"
-    text = "A checkpoint to a diffusers model or pipeline (--to), or what others published to a run (--from)."
+    text = "Convert a checkpoint to a diffusers model or pipeline (--to), or a published checkpoint to a run (--from)."
     command = add_command(commands, "convert", text, example, _convert)
     command.add_argument(
-        "source", type=file_path("source"), help="a run's folder or one checkpoint; with --from what is to be read"
+        "source",
+        type=file_path("source"),
+        help="with --to a run's folder or one checkpoint; with --from the file or folder to import",
     )
     command.add_argument("out", type=file_path("out"), help="the folder to write; it must not exist")
-    command.add_argument("--to", choices=["diffusers"], help="write this")
-    command.add_argument("--from", dest="source_format", choices=list(IMPORTERS), help="read this")
-    there = command.add_argument_group("with --to")
-    there.add_argument("--weights", choices=list(WEIGHTS), help="averaged or raw weights (ema)")
-    there.add_argument("--dtype", choices=list(DTYPES), help="of the weights written (fp32)")
-    there.add_argument("--max-shard-size", metavar="SIZE", help="of a file of weights, such as 500MB (5GB)")
-    there.add_argument("--pipeline", action="store_true", help="a whole pipeline: scheduler, VAE and T5 too")
-    there.add_argument("--vae", type=input_path("--vae"), help="folder or hub name of the VAE (that of the run's data)")
-    there.add_argument(
-        "--text-encoder", type=input_path("--text-encoder"), help="folder or hub name of T5 (that of the run's data)"
+    command.add_argument("--to", choices=["diffusers"], help="format to export to")
+    command.add_argument("--from", dest="source_format", choices=list(IMPORTERS), help="format to import from")
+    export = command.add_argument_group("with --to")
+    export.add_argument("--weights", choices=list(WEIGHTS), help="EMA weights or raw weights (default: ema)")
+    export.add_argument("--dtype", choices=list(DTYPES), help="precision of the exported weights (default: fp32)")
+    export.add_argument(
+        "--max-shard-size", metavar="SIZE", help="largest size of a weights file, such as 500MB (default: 5GB)"
     )
-    there.add_argument("--link", action="store_true", help="link to the files of VAE and T5 in place of copying them")
-    back = command.add_argument_group("with --from")
-    back.add_argument("--data", metavar="PATH", help="folder of data to sample, evaluate and train with (data.path)")
-    back.add_argument("--set", nargs="+", metavar="a.b=v", help="overrides of the run's config")
-    back.add_argument(
+    export.add_argument(
+        "--pipeline", action="store_true", help="export a complete pipeline, including scheduler, VAE and T5"
+    )
+    export.add_argument(
+        "--vae", type=input_path("--vae"), help="folder or hub name of the VAE (default: the VAE of the run's data)"
+    )
+    export.add_argument(
+        "--text-encoder",
+        type=input_path("--text-encoder"),
+        help="folder or hub name of T5 (default: the T5 of the run's data)",
+    )
+    export.add_argument(
+        "--link", action="store_true", help="link to the files of the VAE and T5 instead of copying them"
+    )
+    imported = command.add_argument_group("with --from")
+    imported.add_argument(
+        "--data", metavar="PATH", help="dataset folder for sampling, evaluation and training (data.path)"
+    )
+    imported.add_argument("--set", nargs="+", metavar="a.b=v", help="overrides for the run's config")
+    imported.add_argument(
         "--base-shapes",
         type=file_path("--base-shapes"),
         metavar="F.bsh",
-        help="base widths of a dit-mup or pixart-mup (package mup)",
+        help="base shapes of a dit-mup or pixart-mup model, saved by the package mup",
     )
-    back.add_argument("--variant", metavar="NAME", help="which weights of a diffusers folder, such as fp16")
-    back.add_argument("--drop-clip", action="store_true", help="import an SD3 without the pooled text of CLIP")
+    imported.add_argument(
+        "--variant", metavar="NAME", help="variant of the weights in a diffusers folder, such as fp16"
+    )
+    imported.add_argument("--drop-clip", action="store_true", help="import an SD3 model without CLIP's pooled text")
 
 
 def _convert(parsed: argparse.Namespace) -> int:
     if bool(parsed.to) == bool(parsed.source_format):
-        raise UserError(f"give one of --to diffusers and --from {'|'.join(IMPORTERS)}")
+        raise UserError(f"give exactly one of --to diffusers and --from {'|'.join(IMPORTERS)}")
     groups = {
         "--to": ("weights", "dtype", "max_shard_size", "pipeline", "vae", "text_encoder", "link"),
         "--from": ("data", "set", "base_shapes", "variant", "drop_clip"),
     }
-    idle = "--from" if parsed.to else "--to"
-    wrong = next((name for name in groups[idle] if getattr(parsed, name) not in (None, False)), None)
+    unused = "--from" if parsed.to else "--to"
+    wrong = next((name for name in groups[unused] if getattr(parsed, name) not in (None, False)), None)
     if wrong is not None:
-        raise UserError(f"--{wrong.replace('_', '-')} goes with {idle}: leave it out")
+        raise UserError(f"--{wrong.replace('_', '-')} is only valid with {unused}: leave it out")
     parsed.out = new_folder(parsed.out)
     notes = _to_diffusers(parsed) if parsed.to else _from_others(parsed)
     for line in notes:
@@ -84,14 +100,14 @@ def _convert(parsed: argparse.Namespace) -> int:
 
 def _to_diffusers(parsed: argparse.Namespace) -> list[str]:
     if not parsed.pipeline and (parsed.vae or parsed.text_encoder or parsed.link):
-        raise UserError("--vae, --text-encoder and --link are parts of a pipeline: add --pipeline")
+        raise UserError("--vae, --text-encoder and --link apply to a pipeline only: add --pipeline")
     reader = open_checkpoint(parsed.source)
     check_model(reader)
     config = reader.config
     index = find_index(config)
     parts = find_parts(config, index, parsed.vae, parsed.text_encoder) if parsed.pipeline else None
     if parts is not None and parsed.link and parts.vae is None and parts.text_encoder is None:
-        raise UserError("--link has no effect on a run without a VAE and a text encoder: leave it out")
+        raise UserError("--link has no effect: the run has neither a VAE nor a text encoder; leave it out")
     export = Export(
         reader,
         parsed.weights or "ema",
@@ -106,11 +122,11 @@ def _to_diffusers(parsed: argparse.Namespace) -> list[str]:
 
 
 def _from_others(parsed: argparse.Namespace) -> list[str]:
-    moved = next((item for item in parsed.set or () if item.partition("=")[0].strip() == "run_dir"), None)
-    if moved is not None:
-        raise UserError(f"--set {moved}: the run is written to {parsed.out}, leave run_dir out")
+    run_dir = next((item for item in parsed.set or () if item.partition("=")[0].strip() == "run_dir"), None)
+    if run_dir is not None:
+        raise UserError(f"--set {run_dir}: the run is written to {parsed.out}; leave run_dir out")
     if parsed.variant is not None and parsed.source_format != "diffusers":
-        raise UserError(f"--variant {parsed.variant} goes with --from diffusers: leave it out")
+        raise UserError(f"--variant {parsed.variant} is only valid with --from diffusers: leave it out")
     asked = Import(
         parsed.source, parsed.out, parsed.data, parsed.set or (), parsed.drop_clip, parsed.base_shapes, parsed.variant
     )
@@ -118,7 +134,7 @@ def _from_others(parsed: argparse.Namespace) -> list[str]:
 
 
 def _bytes(size: str) -> int:
-    found = re.fullmatch(r"(\d+)\s*([KMGT]?B)?", size.strip(), re.IGNORECASE)
-    if found is None or int(found[1]) == 0:
+    match = re.fullmatch(r"(\d+)\s*([KMGT]?B)?", size.strip(), re.IGNORECASE)
+    if match is None or int(match[1]) == 0:
         raise UserError(f"--max-shard-size {size}: expected a size such as 500MB or 5GB")
-    return int(found[1]) * UNITS[(found[2] or "B").upper()]
+    return int(match[1]) * UNITS[(match[2] or "B").upper()]

@@ -1,4 +1,4 @@
-"""The tables by architecture, and what cannot be expressed in diffusers."""
+"""The diffusers counterpart of each architecture, and checks for options that diffusers cannot express."""
 
 from __future__ import annotations
 
@@ -15,14 +15,13 @@ COUNTERPARTS = {counterpart.arch: counterpart for counterpart in (DIT, MMDIT, PI
 
 
 def counterpart_of(config: ModelConfig) -> Counterpart:
-    """The counterpart of a model. Raises UserError for options that diffusers' class has not."""
+    """Return the counterpart of a model. Raise UserError if diffusers' class lacks one of the model's options."""
     counterpart = COUNTERPARTS[config.arch]
     name = counterpart.class_name
     if config.arch != "uvit" and config.mlp_ratio != MLP_RATIO:
-        raise UserError(f"model.mlp_ratio={config.mlp_ratio} cannot be exported: {name} has {MLP_RATIO}")
+        raise UserError(f"model.mlp_ratio={config.mlp_ratio} cannot be exported: {name} only supports {MLP_RATIO}")
     if config.arch == "dit" and config.interpolation_scale != 1:
         raise UserError(
-            f"model.interpolation_scale={config.interpolation_scale} cannot be exported: {name} spreads its positions "
-            "by 1"
+            f"model.interpolation_scale={config.interpolation_scale} cannot be exported: {name} only supports 1"
         )
     return counterpart

@@ -1,4 +1,4 @@
-"""DiT as DiTTransformer2DModel, which repeats the embedders of timestep and label in every block."""
+"""DiT as DiTTransformer2DModel, which repeats the timestep and label embedders in every block."""
 
 from __future__ import annotations
 
@@ -54,15 +54,15 @@ def model(settings: Settings) -> dict[str, Any]:
 
 
 def adopt(folder: DiffusersFolder, config: ModelConfig, drop_clip: bool) -> dict[str, Tensor]:
-    """Ours has one embedder for all blocks: theirs must be equal."""
+    """Raise UserError unless the embedders of all blocks are equal: our DiT has a single one."""
     for row in rows(config):
         if row.copies:
             first = folder.tensor(row.theirs[0])
             other = next((name for name in row.copies if not torch.equal(folder.tensor(name), first)), None)
             if other is not None:
                 raise UserError(
-                    f"{other} is not equal to {row.theirs[0]}: DiT has one embedder for all blocks, a model that was "
-                    "trained with several cannot be imported"
+                    f"{other} is not equal to {row.theirs[0]}: DiT shares one embedder among all blocks; a model that "
+                    "was trained with separate embedders cannot be imported"
                 )
     return {}
 

@@ -1,4 +1,4 @@
-"""A checkpoint as a folder that diffusers opens."""
+"""Export a checkpoint as a folder that diffusers can load."""
 
 from __future__ import annotations
 
@@ -38,13 +38,13 @@ NULL_FILE = "null_caption.safetensors"
 
 @dataclass(frozen=True)
 class Export:
-    """A checkpoint and the way it is to be written."""
+    """A checkpoint and the options of its export."""
 
     reader: CheckpointReader
-    weights: str  # of WEIGHTS
-    dtype: str  # of DTYPES
-    largest: int  # bytes of a file of weights
-    text_tokens: int  # at which captions are cut before they are encoded
+    weights: str  # a key of WEIGHTS
+    dtype: str  # a key of DTYPES
+    largest: int  # maximum size of a weights file in bytes
+    text_tokens: int  # number of tokens to which captions are truncated before they are encoded
 
     @cached_property
     def config(self) -> Config:
@@ -64,23 +64,23 @@ class Export:
 
     @cached_property
     def settings(self) -> Settings:
-        """config.json. What an import read there and our model says nothing of goes back there."""
+        """Contents of config.json, including settings of an imported config.json that our model does not represent."""
         settings = self.counterpart.settings(self.config.model)
-        before = self.reader.manifest.get("diffusers", {})
+        imported = self.reader.manifest.get("diffusers", {})
         return {
             **settings,
-            **{name: before[name] for name in ("pooled_projection_dim",) if before.get(name) is not None},
+            **{name: imported[name] for name in ("pooled_projection_dim",) if imported.get(name) is not None},
         }
 
     @property
     def left_out(self) -> list[str]:
-        """Our parameters that the folder has no place for."""
-        carried = {row.ours for row in self.rows} | {NULL_CAPTION}
-        return [name for name in self.reader.manifest["params"] if name not in carried]
+        """Names of our parameters that the exported folder cannot represent."""
+        exported = {row.ours for row in self.rows} | {NULL_CAPTION}
+        return [name for name in self.reader.manifest["params"] if name not in exported]
 
     @property
     def parameters(self) -> int:
-        """Of the model, without what is left out."""
+        """Number of the model's parameters, excluding those that are left out."""
         params = self.reader.manifest["params"]
         return sum(math.prod(params[name]["shape"]) for name in params if name not in self.left_out)
 
@@ -89,7 +89,10 @@ class Export:
 
 
 def write_model(export: Export, folder: Path) -> list[str]:
-    """The model's folder: config.json, weights, what our import wants to know. Returns lines to say."""
+    """Write the model's folder: config.json, the weights, and the facts that our import reads.
+
+    Return lines to print.
+    """
     dtype = DTYPES[export.dtype]
     constants = export.counterpart.constants(export.config.model, export.settings)
     specs: dict[str, Spec] = {}
@@ -98,7 +101,7 @@ def write_model(export: Export, folder: Path) -> list[str]:
         specs |= dict(zip(row.theirs, ((dtype, shape) for shape in shapes), strict=True))
         specs |= dict.fromkeys(row.copies, (dtype, shapes[0]))
     specs |= {name: (dtype, constant.shape) for name, constant in constants.items()}
-    # In fewer digits there is nothing to give back.
+    # Only an fp32 export can be restored exactly: a cast to bf16 or fp16 loses more digits than folding does.
     kept = [name for name, factor in export.factors.items() if fold.rounds(factor) and dtype == torch.float32]
     kept_specs = {name: (torch.int8, specs[name][1]) for name in kept}
 
@@ -125,12 +128,12 @@ def write_model(export: Export, folder: Path) -> list[str]:
     notes = [f"wrote {class_name}, {export.parameters:,} parameters of step {export.reader.step} ({export.weights})"]
     notes[0] += f" in {export.dtype}, {files} file{'s' if files > 1 else ''} of weights"
     if export.left_out:
-        notes.append(f"left out, for training alone: {', '.join(export.left_out)}")
+        notes.append(f"left out, only used in training: {', '.join(export.left_out)}")
     return notes
 
 
 def facts(export: Export) -> dict[str, Any]:
-    """What an import makes the same run of again."""
+    """Return the facts from which an import restores the run: its config, step, data and folded factors."""
     manifest = export.reader.manifest
     return {
         "version": megatron_dit.__version__,
@@ -158,7 +161,7 @@ def _folded(export: Export, row: Row, lost: TensorFile | None) -> Iterator[tuple
 def _cast(name: str, value: Tensor, dtype: torch.dtype) -> Tensor:
     cast = value.to(dtype)
     if dtype == torch.float16 and not cast.isfinite().all():
-        raise UserError(f"{name} reaches {value.abs().max():.3g}, beyond fp16: use --dtype bf16 or fp32")
+        raise UserError(f"{name} reaches {value.abs().max():.3g}, which overflows fp16: use --dtype bf16 or fp32")
     return cast
 
 

@@ -1,4 +1,4 @@
-"""MMDiT as SD3Transformer2DModel: shift and scale change places in some modulations, pooled text is zero."""
+"""MMDiT as SD3Transformer2DModel: some modulations swap shift and scale, and the pooled text is zero."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def rows(config: ModelConfig) -> list[Row]:
             ends = i == config.depth - 1 and stream == "text"
             table += linear(f"{a}.modulation", f"{b}.{norm}.linear", swap=ends)
             table += split(f"{a}.qkv", [f"{b}.attn.{q.format(x)}" for x in "qkv"])
-            # After a norm the projection's scale says nothing: the norm's gain takes the attention's.
+            # A norm removes the projection's scale, so the attention's scale is folded into the norm's gain.
             table.append(Row(f"{a}.q_norm.gain", (f"{b}.attn.{q_norm.format('q')}.weight",), query=True))
             table.append(Row(f"{a}.k_norm.gain", (f"{b}.attn.{q_norm.format('k')}.weight",)))
             if not ends:
@@ -72,7 +72,7 @@ def model(settings: Settings) -> dict[str, Any]:
 
 
 def constants(config: ModelConfig, settings: Settings) -> dict[str, Constant]:
-    """The table of positions, and the embedder of pooled text, whose zeros leave the timestep alone."""
+    """Return the table of positions and an embedder of pooled text that is zero, so that it has no effect."""
     side, width, pooled = settings["pos_embed_max_size"], config.width, count(settings, "pooled_projection_dim")
     shapes = {(1, "weight"): (width, pooled), (2, "weight"): (width, width)}
     found = {POSITIONS: Constant((1, side**2, width), lambda: _positions(config, side))}
@@ -84,16 +84,20 @@ def constants(config: ModelConfig, settings: Settings) -> dict[str, Constant]:
 
 
 def adopt(folder: DiffusersFolder, config: ModelConfig, drop_clip: bool) -> dict[str, Tensor]:
-    """Positions must be ours; what zero pooled text gives goes into the timestep's bias where CLIP is dropped."""
+    """Check the positions and return what to add to the bias of the timestep's embedder if CLIP is dropped.
+
+    That is the embedding of zero pooled text. Raise UserError if the positions differ from ours, or if the model uses
+    pooled text and ``drop_clip`` is False.
+    """
     found, expected = folder.tensor(POSITIONS), _positions(config, folder.settings["pos_embed_max_size"])
-    if found.shape != expected.shape or (found - expected).abs().max() > 0.01:  # bf16 has three digits
-        raise UserError(f"{POSITIONS} is not SD3's table of sinusoids: learned positions cannot be imported")
+    if found.shape != expected.shape or (found - expected).abs().max() > 0.01:  # bf16 has three significant digits
+        raise UserError(f"{POSITIONS} is not SD3's sin-cos table: learned positions cannot be imported")
     if all(not folder.tensor(POOLED.format(i, kind)).any() for i in (1, 2) for kind in ("weight", "bias")):
         return {}
     if not drop_clip:
         raise UserError(
-            f"{folder.path} was trained with CLIP's pooled text, which our MMDiT has not: --drop-clip imports it as it "
-            "is without"
+            f"{folder.path} was trained with CLIP's pooled text, which our MMDiT does not support: add --drop-clip to "
+            "import it without"
         )
     hidden = F.silu(folder.tensor(POOLED.format(1, "bias")))
     last = (folder.tensor(POOLED.format(2, kind)) for kind in ("weight", "bias"))

@@ -1,4 +1,4 @@
-"""PixArt-α as PixArtTransformer2DModel, which has no slot for the null caption: it stands in a file beside."""
+"""PixArt-α as PixArtTransformer2DModel, which has no parameter for the null caption: that has a file of its own."""
 
 from __future__ import annotations
 

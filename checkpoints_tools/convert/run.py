@@ -1,4 +1,4 @@
-"""A run made of weights from elsewhere: its config and a checkpoint of step 0, as training writes them."""
+"""Write a run from imported weights: its config and a checkpoint of step 0, in training's formats."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ from megatron_dit.optimizer import averages, state_keys
 from megatron_dit.progress import ProgressBar
 from megatron_dit.run_folder import CONFIG
 
-NO_DATA = "give-data.path"  # of a run whose data nobody named
+NO_DATA = "give-data.path"  # data.path of a run that is imported without data
 
 
 @dataclass(frozen=True)
 class Import:
-    """What to read and where to; ``data`` and ``overrides`` go into the run's config."""
+    """Source, destination and options of an import; ``data`` and ``overrides`` go into the run's config."""
 
     source: Path
     out: Path
@@ -39,11 +39,11 @@ class Import:
     overrides: Sequence[str] = ()
     drop_clip: bool = False
     base_shapes: Path | None = None  # a .bsh file
-    variant: str | None = None  # of a diffusers folder's weights
+    variant: str | None = None  # variant of a diffusers folder's weights, such as fp16
 
 
 def config_of(values: Mapping[str, Any], asked: Import) -> Config:
-    """The config of the run: ``values`` (as in a config's YAML), then what was asked for."""
+    """Return the run's config: ``values`` (as in a config's YAML) with the options of the import applied."""
     data = {**values["data"], **({"path": asked.data} if asked.data else {})}
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / f"{asked.out.name}.yaml"
@@ -55,7 +55,10 @@ def config_of(values: Mapping[str, Any], asked: Import) -> Config:
 
 
 def fresh(model: Mapping[str, Any], objective: Mapping[str, Any]) -> dict[str, Any]:
-    """Values of a config for weights that come with none: standard parametrization, so that nothing is to unfold."""
+    """Return config values for weights without a config.
+
+    The parametrization is standard, so that the weights need no unfolding.
+    """
     return {
         "model": dict(model),
         "mup": {"parametrization": "standard", "base_heads": model["heads"]},
@@ -67,7 +70,7 @@ def fresh(model: Mapping[str, Any], objective: Mapping[str, Any]) -> dict[str, A
 
 
 def data_of(config: Config, asked: Import) -> dict[str, str]:
-    """What the data that the user named are (``data.fit.identity``); {} where nobody named any."""
+    """Return the identity of the data given by the user (``data.fit.identity``); {} if none were given."""
     return identity([read_index(path) for path in (config.data.path, *config.data.mix)]) if asked.data else {}
 
 
@@ -78,11 +81,12 @@ def write_run(
     origin: Mapping[str, Any],
     averaged: Callable[[Param], Tensor] | None = None,
 ) -> int:
-    """Write ``config.run_dir``; returns its number of parameters.
+    """Write the run folder ``config.run_dir`` and return its number of parameters.
 
-    ``weights`` gives each parameter's full fp32 tensor, asked for once and in the model's order. Masters begin as the
-    weights, averages as ``averaged`` (the weights, where there are none), moments as zero. ``data`` is what the weights
-    were trained on (``data.fit.identity``), {} where that is not known; ``origin`` goes into the manifest as it is.
+    ``weights`` returns a parameter's full fp32 tensor and is called once per parameter, in the model's order. Master
+    weights start as the weights, averages as ``averaged`` (default: the weights), Adam's moments as zero. ``data`` is
+    the identity of the data that the weights were trained on (``data.fit.identity``), {} if unknown. ``origin`` is
+    added to the manifest. Raise UserError if a weight is not finite or the folder cannot be written.
     """
     out = Path(config.run_dir)
     params = describe(build_unsharded, config)
@@ -98,12 +102,12 @@ def write_run(
 def _tensors(
     params: Mapping[str, Param], starts: Mapping[str, Callable[[Param], Tensor]]
 ) -> Iterator[tuple[str, str, Tensor]]:
-    """States that are not in ``starts`` are not given."""
+    """Yield (state, name, tensor) for the states in ``starts``; the other states start as zero."""
     with ProgressBar("convert", len(params)) as bar:
         for name, param in params.items():
             values = {give: give(param) for give in dict.fromkeys(starts.values())}
             if not all(value.isfinite().all() for value in values.values()):
-                raise UserError(f"{name} would get NaN or infinite values: such a model cannot be imported")
+                raise UserError(f"the weights for {name} have NaN or infinite values: expected finite weights")
             for state, give in starts.items():
                 value = values[give]
                 assert tuple(value.shape) == tuple(param.shape), f"{name}: {tuple(value.shape)}, not {param.shape}"

@@ -1,4 +1,4 @@
-"""What the tables of names are made of: a row is one of our parameters and diffusers' tensors that it becomes."""
+"""Building blocks of the parameter tables: each row maps one of our parameters to diffusers' tensors."""
 
 from __future__ import annotations
 
@@ -22,67 +22,70 @@ Settings = dict[str, Any]  # a diffusers model's config.json
 
 @dataclass(frozen=True)
 class Row:
-    """A linear map that only splits, swaps and reshapes; it carries gradients as it does weights."""
+    """Mapping between one of our parameters and diffusers' tensors.
+
+    It only splits, swaps and reshapes, so it is linear and applies to gradients as well as to weights.
+    """
 
     ours: str
-    theirs: tuple[str, ...]  # equal parts along dimension 0
-    swap: bool = False  # the halves of dimension 0 change places (shift and scale)
-    shape: Shape | None = None  # theirs, where it is another view of the same elements
-    query: bool = False  # the first of theirs makes queries: it takes the attention's scale
-    copies: tuple[str, ...] = ()  # further names of the one tensor
+    theirs: tuple[str, ...]  # names of the equal parts along dimension 0
+    swap: bool = False  # whether the halves of dimension 0 (shift and scale) are swapped
+    shape: Shape | None = None  # shape of diffusers' tensor if it differs from ours; same elements
+    query: bool = False  # whether the first of ``theirs`` is the query projection, which takes the attention's scale
+    copies: tuple[str, ...] = ()  # further names under which diffusers stores the same tensor
 
     def export(self, value: Tensor) -> list[Tensor]:
-        """Our tensor -> one for each of ``theirs``."""
+        """Convert our tensor to one tensor for each of ``theirs``."""
         if self.swap:
             value = torch.cat(value.chunk(2)[::-1])
         return [part if self.shape is None else part.reshape(self.shape) for part in value.chunk(len(self.theirs))]
 
     def restore(self, parts: Sequence[Tensor], shape: Shape) -> Tensor:
-        """Tensors of ``theirs`` -> ours, of ``shape``."""
+        """Convert the tensors of ``theirs`` to ours, of shape ``shape``."""
         value = parts[0] if len(parts) == 1 else torch.cat(list(parts))
         if self.swap:
             value = torch.cat(value.chunk(2)[::-1])
         return value.reshape(shape)
 
     def shapes(self, shape: Shape) -> list[Shape]:
-        """Shapes of ``theirs`` where ours is ``shape``."""
+        """Return the shapes of ``theirs`` for our tensor of shape ``shape``."""
         return [self.shape or (shape[0] // len(self.theirs), *shape[1:])] * len(self.theirs)
 
 
 @dataclass(frozen=True)
 class Constant:
-    """A tensor of diffusers' that does not depend on our weights."""
+    """A tensor of diffusers' model that does not depend on our weights."""
 
     shape: Shape
-    make: Callable[[], Tensor]  # fp32
+    make: Callable[[], Tensor]  # returns the tensor in fp32
 
 
 @dataclass(frozen=True)
 class Counterpart:
-    """The diffusers model that computes what one of our architectures does."""
+    """The diffusers model that is equivalent to one of our architectures."""
 
     arch: str
     class_name: str
     rows: Callable[[ModelConfig], list[Row]]
     settings: Callable[[ModelConfig], Settings]
-    model: Callable[[Settings], dict[str, Any]]  # keys of ModelConfig; raises UserError for what we have not
+    model: Callable[[Settings], dict[str, Any]]  # returns keys of ModelConfig; raises UserError if unsupported
     constants: Callable[[ModelConfig, Settings], dict[str, Constant]] = lambda *_: {}
-    # Raises UserError where weights that no row carries matter; returns what is to be added to ours, by name.
+    # Raises UserError if weights without a row would change the output; returns tensors to add to ours, by name.
     adopt: Callable[[DiffusersFolder, ModelConfig, bool], dict[str, Tensor]] = lambda *_: {}
 
 
 def linear(ours: str, theirs: str, **options: Any) -> list[Row]:
-    """Weight and bias of a layer."""
+    """Return the rows of a layer's weight and bias."""
     return split(ours, [theirs], **options)
 
 
 def split(ours: str, theirs: Sequence[str], **options: Any) -> list[Row]:
-    """Weight and bias of a layer whose outputs are cut into equal parts."""
+    """Return the rows of the weight and bias of a layer whose outputs are split into equal parts."""
     return [Row(f"{ours}.{kind}", tuple(f"{name}.{kind}" for name in theirs), **options) for kind in ("weight", "bias")]
 
 
 def patch_embed(config: ModelConfig, theirs: str) -> list[Row]:
-    """Our linear layer on patches as the convolution that it is."""
+    """Return the rows of our linear layer on patches, which is a convolution in diffusers."""
     kernel = (config.width, config.in_channels, config.patch_size, config.patch_size)
     return [
         Row("patch_embed.weight", (f"{theirs}.weight",), shape=kernel),
@@ -91,7 +94,7 @@ def patch_embed(config: ModelConfig, theirs: str) -> list[Row]:
 
 
 def common_model(settings: Settings) -> dict[str, Any]:
-    """Keys of ModelConfig that the settings of all of diffusers' classes have."""
+    """Return the keys of ModelConfig that follow from settings common to all classes."""
     return {
         "depth": count(settings, "num_layers"),
         "heads": count(settings, "num_attention_heads"),
@@ -103,18 +106,17 @@ def common_model(settings: Settings) -> dict[str, Any]:
 
 
 def count(settings: Settings, name: str, least: int = 1) -> int:
-    """A whole number of config.json. Raises UserError if it is none."""
+    """Return an integer setting of config.json. Raise UserError if it is not an integer of at least ``least``."""
     value = settings.get(name)
     if not isinstance(value, int) or isinstance(value, bool) or value < least:
-        raise UserError(f"config.json has {name}={json.dumps(value)}: expected a whole number of at least {least}")
+        raise UserError(f"config.json has {name}={json.dumps(value)}: expected an integer of at least {least}")
     return value
 
 
 def expect(settings: Settings, **expected: Any) -> None:
-    """Raise UserError with the first setting that is there and is not what our architecture has."""
+    """Raise UserError for the first setting that is present and differs from our architecture's value."""
     for name, value in expected.items():
         if name in settings and settings[name] != value:
             raise UserError(
-                f"config.json has {name}={settings[name]!r}: only {value!r} can be expressed, such a model cannot be "
-                "imported"
+                f"config.json has {name}={settings[name]!r}, but only {value!r} is supported: choose another model"
             )

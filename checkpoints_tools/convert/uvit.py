@@ -1,4 +1,4 @@
-"""U-ViT as UViTTransformer2DModel, the class in ``exported`` that goes with the folder."""
+"""U-ViT as UViTTransformer2DModel, our own class in ``exported``, which is copied into the exported folder."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Checkpoints of random weights, written by training's own engine in any layout; diffusers' models beside ours."""
+"""Helpers: write random checkpoints with training's engine, and compare our models with diffusers'."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ TOLERANCE = 1e-5
 
 
 def random_value(name, shape, key):
-    """The same in every layout; sizes as after training, so that no part of the output vanishes."""
+    """Return values that are equal in every layout, and of a size as after training, so that no output is zero."""
     digest = hashlib.sha256(f"{key}/{name}".encode()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "little"))
     value = torch.randn(shape, generator=generator) * (
@@ -38,7 +38,7 @@ def random_value(name, shape, key):
 
 
 def write_checkpoint(folder, arch, options, layout=None):
-    """A checkpoint of step 7 in ``folder/checkpoints``; collective. Only the averages and masters are random."""
+    """Write a checkpoint of step 7 with random averages and master weights to ``folder/checkpoints``. Collective."""
     from megatron_dit.checkpoint.save import save
     from megatron_dit.engine import Engine
     from megatron_dit.parallel.topology import build_topology
@@ -52,7 +52,7 @@ def write_checkpoint(folder, arch, options, layout=None):
 
 
 def write_alone(folder, arch, options):
-    """:func:`write_checkpoint` by this process."""
+    """Call :func:`write_checkpoint` in this process as the only rank."""
     connect()
     write_checkpoint(folder, arch, options)
     leave()
@@ -63,13 +63,13 @@ def convert(*words):
 
 
 def tensors(run, key="ema"):
-    """Every parameter's full tensor."""
+    """Return every parameter's full tensor by name."""
     reader = open_checkpoint(run)
     return {name: reader.full(key, name) for name in reader.manifest["params"]}
 
 
 def weights_of(folder):
-    """Every tensor in a folder's safetensors files of weights."""
+    """Return every tensor in a folder's weights files by name."""
     from safetensors.torch import load_file
 
     found = {}
@@ -79,7 +79,7 @@ def weights_of(folder):
 
 
 def equal(one, other):
-    """Equal names, and equal bits."""
+    """Return whether names, dtypes and values are equal."""
     return one.keys() == other.keys() and all(
         value.dtype == other[name].dtype and torch.equal(value, other[name]) for name, value in one.items()
     )
@@ -91,7 +91,7 @@ def our_model(run, ema=True):
 
 
 def their_model(folder, arch):
-    """As the card says to load it; what is missing or unexpected fails."""
+    """Load a diffusers model as the model card shows. Fails on missing or unexpected tensors."""
     model, info = CLASSES[arch].from_pretrained(folder, output_loading_info=True)
     assert not info["missing_keys"]
     assert not info["unexpected_keys"]
@@ -103,7 +103,7 @@ def their_model(folder, arch):
 
 
 def inputs(model):
-    """(x, t, condition): three pictures, the second one's condition dropped, the texts of the last two cut short."""
+    """Return (x, t, condition) for three samples: the second condition is dropped, the last two texts are shorter."""
     generator = torch.Generator().manual_seed(5)
     side = model.sample_size
     x = torch.randn(3, model.in_channels, side, side, generator=generator)
@@ -118,7 +118,7 @@ def inputs(model):
 
 @torch.no_grad()
 def their_output(theirs, config, x, t, condition, null_caption=None):
-    """The condition as diffusers' class takes it, written out by hand."""
+    """Return the output of diffusers' model, with the condition in the form that its class expects."""
     dropped = condition.dropped
     if config.num_classes:
         labels = torch.where(dropped, config.num_classes, condition.label)
@@ -135,7 +135,7 @@ def their_output(theirs, config, x, t, condition, null_caption=None):
 
 @torch.no_grad()
 def difference(run, folder, ema=True):
-    """Relative, between the outputs of a run's model and of a diffusers folder's."""
+    """Return the relative difference between the outputs of a run's model and of a diffusers folder's."""
     from safetensors.torch import load_file
 
     ours, null = our_model(run, ema), Path(folder) / "null_caption.safetensors"

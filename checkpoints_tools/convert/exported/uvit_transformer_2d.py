@@ -1,4 +1,4 @@
-"""U-ViT (arXiv 2209.12152) as a diffusers model. It imports torch and diffusers alone."""
+"""U-ViT (arXiv 2209.12152) as a diffusers model; requires only torch and diffusers."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class UViTBlock(nn.Module):
         self.fc1, self.fc2 = nn.Linear(width, hidden), nn.Linear(hidden, width)
 
     def forward(self, x: Tensor, skipped: Tensor | None = None) -> Tensor:
-        """x and ``skipped`` (B, S, D) -> (B, S, D)."""
+        """Map x and ``skipped``, both (B, S, D), to (B, S, D)."""
         if self.skip is not None:
             assert skipped is not None
             x = self.skip(torch.cat([x, skipped], dim=-1))
@@ -37,10 +37,10 @@ class UViTBlock(nn.Module):
 
 
 class UViTTransformer2DModel(ModelMixin, ConfigMixin):
-    """Time, condition and patches as tokens of one sequence; the first half's outputs return in the second half.
+    """Transformer over one sequence of time, condition and patch tokens, with skip connections between its halves.
 
-    The condition is a class label in [0, ``num_classes``], of which the last means "none", or else ``text_tokens``
-    tokens of text, all zeros for "none".
+    The condition is a class label in [0, ``num_classes``], where ``num_classes`` means no class, or otherwise
+    ``text_tokens`` tokens of text features, all zeros for no text.
     """
 
     @register_to_config
@@ -82,9 +82,9 @@ class UViTTransformer2DModel(ModelMixin, ConfigMixin):
         encoder_hidden_states: Tensor | None = None,
         return_dict: bool = True,
     ) -> Transformer2DModelOutput | tuple[Tensor]:
-        """Return ε (B, C, H, W) of hidden_states (B, C, H, W) with labels (B,) or text (B, T, text_dim).
+        """Return the predicted ε (B, C, H, W) for hidden_states (B, C, H, W) and labels (B,) or text (B, T, text_dim).
 
-        timestep (B,) in [0, 1000) counts from 0, as diffusers' schedulers do; U-ViT itself counts from 1.
+        timestep (B,) in [0, 1000) counts from 0, as in diffusers' schedulers; U-ViT itself counts from 1.
         """
         settings: Any = self.config
         height, width = (side // settings.patch_size for side in hidden_states.shape[-2:])
@@ -108,7 +108,7 @@ class UViTTransformer2DModel(ModelMixin, ConfigMixin):
         return Transformer2DModelOutput(sample=x) if return_dict else (x,)
 
     def _sinusoids(self, timestep: Tensor) -> Tensor:
-        """(B,) -> (B, D) fp32, cosines first."""
+        """Return sinusoidal embeddings (B, D) in fp32 of timesteps (B,), cosines first."""
         half = self.width // 2
         frequencies = torch.exp(-math.log(10000.0) * torch.arange(half, device=timestep.device) / half)
         angles = timestep.float()[:, None] * frequencies

@@ -1,1 +1,1 @@
-"""Checkpoints as the architectures' own projects publish them, as runs."""
+"""Import checkpoints in the formats in which the architectures' original projects publish them."""

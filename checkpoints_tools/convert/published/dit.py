@@ -1,4 +1,4 @@
-"""facebookresearch/DiT, and DiT-μP by the paper's authors, whose files have the same names."""
+"""Formats of facebookresearch/DiT and of DiT-μP (arXiv 2505.15270), which use the same parameter names."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def model(file: Published, given: Given, patch: int) -> dict[str, Any]:
     return {
         **fixed_positions(file, given, patch),
         "depth": count(file, "blocks"),
-        "num_classes": rows - 1,  # the last row stands for "no class"
+        "num_classes": rows - 1,  # the last row means no class
     }
 
 

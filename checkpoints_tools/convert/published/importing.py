@@ -1,4 +1,4 @@
-"""A published checkpoint as a run."""
+"""Import a published checkpoint as a run."""
 
 from __future__ import annotations
 
@@ -30,17 +30,17 @@ BASE_KEYS = ("mup.base_heads", "mup.base_shapes")
 
 
 def from_published(form: Format, asked: Import) -> list[str]:
-    """Write the run; returns lines to say."""
+    """Write the run and return lines to print."""
     if asked.drop_clip:
-        raise UserError("--drop-clip goes with --from diffusers: leave it out")
+        raise UserError("--drop-clip is only valid with --from diffusers: leave it out")
     if asked.base_shapes and not form.mup:
-        raise UserError(f"--base-shapes goes with --from {MUP_FORMATS}: leave it out")
+        raise UserError(f"--base-shapes is only valid with --from {MUP_FORMATS}: leave it out")
     file = read_published(asked.source)
     given = {key: value for key, _, value in (word.partition("=") for word in asked.overrides)}
     config = _config(form, file, given, asked)
     params = describe(build_unsharded, config)
-    raw, notes = _ours(form, file, file.raw, config, params)
-    averages, _ = _ours(form, file, file.averages, config, params)
+    raw, notes = _rename_weights(form, file, file.raw, config, params)
+    averages, _ = _rename_weights(form, file, file.averages, config, params)
 
     def give(weights: Weights) -> Callable[[Param], Tensor]:
         return lambda param: _unfolded(weights[param.name].float().reshape(param.shape), param, config, bool(form.mup))
@@ -48,23 +48,26 @@ def from_published(form: Format, asked: Import) -> list[str]:
     both = file.raw is not file.averages
     number = write_run(config, give(raw), data_of(config, asked), {}, give(averages) if both else None)
     notes.insert(0, f"wrote {asked.out}: {form.title} as a run of {number:,} parameters")
-    notes.append("masters and averages are the file's own" if both else "masters and averages begin as its weights")
+    notes.append(
+        "master weights and EMA are read from the file" if both else "master weights and EMA start from its weights"
+    )
     if file.groups is not None:
-        notes.append("Adam's moments are not taken over: they begin at zero")
+        notes.append("Adam's moments are not imported: they start at zero")
         if recipe_of(file) is None:
-            notes.append("its optimizer's groups are not valid ones of AdamW: the learning rate is not taken from them")
-    return [*notes, f"its training is not known: see {asked.out / 'config.yaml'} before you train it on"]
+            notes.append("the optimizer's groups are not valid AdamW groups: the learning rate is not read from them")
+    config_path = asked.out / "config.yaml"
+    return [*notes, f"the training hyperparameters are unknown: check {config_path} before continuing training"]
 
 
 def _config(form: Format, file: Published, given: Given, asked: Import) -> Config:
-    """The config by the tensors' shapes, the file's optimizer groups and arguments, and the user's overrides."""
+    """Return the config from the tensors' shapes, the file's optimizer groups and arguments, and the overrides."""
     recipe = recipe_of(file)
     for name in file.raw:
-        why = next((why for beginning, why in form.refused.items() if name.startswith(beginning)), None)
+        why = next((why for prefix, why in form.refused.items() if name.startswith(prefix)), None)
         if why is not None:
-            raise UserError(f"{file.path} has {name}: {why}, it cannot be imported")
+            raise UserError(f"{file.path} has {name} and cannot be imported: {why}")
     patch = shape_of(file, f"{form.embedding}.weight", 4)[2]
-    form.model(file, given, patch)  # refuses the files of other architectures, whose parametrization does not matter
+    form.model(file, given, patch)  # rejects other architectures before their parametrization is checked
     _check_parametrization(form, file, recipe)
     model = model_of(form, file, given)
     values = fresh(model, {"kind": OBJECTIVE_OF[form.arch], **form.objective})
@@ -82,39 +85,39 @@ def _config(form: Format, file: Published, given: Given, asked: Import) -> Confi
     if recipe is not None and not math.isclose(recipe.ratio, width_multiplier(config), rel_tol=1e-6):
         raise UserError(
             f"{file.path} was trained with the learning rates {_listed(recipe.lrs)}, so its width is {recipe.ratio:g} "
-            f"times the base width, but here it is {width_multiplier(config):g} times: give the base width it was "
-            "trained with, by --base-shapes or --set mup.base_heads=N"
+            f"times the base width, but the given base width makes it {width_multiplier(config):g} times: give the "
+            "base width it was trained with by --base-shapes or --set mup.base_heads=N"
         )
     return config
 
 
 def _check_parametrization(form: Format, file: Published, recipe: Recipe | None) -> None:
-    """Raise UserError for a file trained under μP that is imported as one that was not, or the other way round."""
+    """Raise UserError if the file was trained under μP and the format was not, or the other way round."""
     others = [each.name for each in FORMATS.values() if each.arch == form.arch and bool(each.mup) != bool(form.mup)]
     remedy = f"import it with --from {others[0]}" if others else "it cannot be imported"
-    told = getattr(file.args, "mup", None)
-    if told is not None and bool(told) != bool(form.mup):
-        raise UserError(f"{file.path} has mup={told} in its args: {remedy}")
+    recorded = getattr(file.args, "mup", None)
+    if recorded is not None and bool(recorded) != bool(form.mup):
+        raise UserError(f"{file.path} has mup={recorded} in its args: {remedy}")
     if recipe is not None and recipe.ratio != 1 and not form.mup:
         raise UserError(
-            f"{file.path} was trained under μP, by the learning rates {_listed(recipe.lrs)} of its optimizer: {remedy}"
+            f"{file.path} was trained under μP: its optimizer has the learning rates {_listed(recipe.lrs)}; {remedy}"
         )
 
 
 def _with_base_width(values: dict[str, Any], given: Given, asked: Import, recipe: Recipe | None) -> Config:
-    """The config with the base width that the user gives, or else the one that the optimizer's groups tell."""
+    """Return the config with the base width that the user gave, or else the one that follows from the optimizer."""
     ways = bool(asked.base_shapes) + any(key in given for key in BASE_KEYS)
     if ways == 0 and recipe is not None and values["model"]["heads"] % recipe.ratio == 0:
         values["mup"]["base_heads"] = int(values["model"]["heads"] / recipe.ratio)
     elif ways != 1:
         raise UserError(
-            "give the base width in one way: --base-shapes F.bsh, or --set mup.base_heads=N (4 in the paper)"
+            "give the base width by exactly one of --base-shapes F.bsh and --set mup.base_heads=N (4 in the paper)"
         )
     return config_of(values, asked) if asked.base_shapes is None else _with_base(values, asked, asked.base_shapes)
 
 
 def width_multiplier(config: Config) -> float:
-    """μP's n of a config: that of the readout, whose fan-in is the width."""
+    """Return μP's width multiplier n of a config: that of the readout, whose fan-in is the width."""
     return describe(build_unsharded, config)["head.linear.weight"].width_multiplier
 
 
@@ -123,18 +126,21 @@ def _listed(lrs: Sequence[float]) -> str:
 
 
 def model_of(form: Format, file: Published, given: Given) -> dict[str, Any]:
-    """Keys of ModelConfig."""
+    """Return the keys of ModelConfig that follow from the file and the overrides.
+
+    Raise UserError if the number of heads is unknown or does not divide the width.
+    """
     width, channels, patch, _ = shape_of(file, f"{form.embedding}.weight", 4)
     hidden, _ = shape_of(file, f"{form.block}.mlp.fc1.weight", 2)
     read = form.model(file, given, patch)
-    told = getattr(file.args, "num_heads", None)
+    recorded = getattr(file.args, "num_heads", None)
     published = form.sizes.get((read["depth"], width))
     if published is None and form.mup and width % HEAD_DIM == 0:
         published = width // HEAD_DIM
-    heads = given.get("model.heads") or str((told if isinstance(told, int) else published) or "")
+    heads = given.get("model.heads") or str((recorded if isinstance(recorded, int) else published) or "")
     if not heads:
         raise UserError(
-            f"{file.path} does not say how many attention heads it has, and nothing published as {form.name} has depth "
+            f"{file.path} does not contain the number of attention heads, and no published {form.name} model has depth "
             f"{read['depth']} and width {width}: add --set model.heads=N"
         )
     if not heads.isdigit() or int(heads) < 1 or width % int(heads):
@@ -151,7 +157,10 @@ def model_of(form: Format, file: Published, given: Given) -> dict[str, Any]:
 
 
 def _with_base(values: dict[str, Any], asked: Import, path: Path) -> Config:
-    """The config whose base, a number of heads, is the base shapes' of a file: so that the run needs no such file."""
+    """Return the config whose base width, as a number of heads, equals that of a .bsh file.
+
+    The run then does not depend on the file. Raise UserError if no number of heads gives these base shapes.
+    """
 
     def read(**base: Any) -> tuple[Config, dict[str, Param]]:
         config = config_of({**values, "mup": {**values["mup"], **base}}, asked)
@@ -164,38 +173,45 @@ def _with_base(values: dict[str, Any], asked: Import, path: Path) -> Config:
         if {name: param.base for name, param in found.items()} == {n: param.base for n, param in expected.items()}:
             return config
     raise UserError(
-        f"{path} has no base of whole heads of {head_dim}: it stays beside the run with --set mup.base_shapes={path}"
+        f"the base shapes in {path} are not those of a whole number of heads of head_dim={head_dim}: give --set "
+        f"mup.base_shapes={path} instead of --base-shapes, and keep the file for as long as the run is used"
     )
 
 
-def _ours(
+def _rename_weights(
     form: Format, file: Published, weights: Weights, config: Config, params: Mapping[str, Param]
 ) -> tuple[Weights, list[str]]:
-    """Weights under our names, and lines to say. Raises UserError unless they are all of the model's and no others."""
+    """Return the weights under our names, and lines to print.
+
+    Raise UserError unless they are exactly the parameters of the model, with the expected shapes.
+    """
     found: Weights = {}
     for name, value in weights.items():
         ours = form.rename(name, config.model)
         if ours is not None and (ours not in params or ours in found):
-            raise UserError(f"{file.path} has {name}, for which {form.arch} has no place: it cannot be imported")
+            raise UserError(f"{file.path} has {name}, which has no counterpart in {form.arch}: it cannot be imported")
         if ours is not None:
             found[ours] = value
     notes = form.adapt(file, found, config.model)
     kernel = (config.model.width, config.model.in_channels, config.model.patch_size, config.model.patch_size)
     for name, param in params.items():
         if name not in found:
-            raise UserError(f"{file.path} has nothing that becomes {name}: it is torn, or not of this format")
-        views = {"patch_embed.weight": kernel, "positions": (1, *param.shape)}  # those that are not as ours
+            raise UserError(
+                f"{file.path} has no tensor for {name}: the file is incomplete, or not in the format {form.name}"
+            )
+        views = {"patch_embed.weight": kernel, "positions": (1, *param.shape)}  # shapes that differ from ours
         expected = views.get(name, tuple(param.shape))
         if tuple(found[name].shape) != expected:
             raise UserError(
-                f"{file.path} has {list(found[name].shape)} for {name}, which is {list(expected)} in {form.arch} of "
-                f"depth {config.model.depth} and {config.model.heads} heads: another model, or another --set"
+                f"{file.path} has shape {list(found[name].shape)} for {name}, but {form.arch} with depth "
+                f"{config.model.depth} and {config.model.heads} heads needs {list(expected)}: correct --set, if given; "
+                "otherwise the file is of a different model"
             )
     return found, notes
 
 
 def _unfolded(value: Tensor, param: Param, config: Config, mup: bool) -> Tensor:
-    """Without the factors that the run's own forward pass applies and the original's does not."""
+    """Divide a weight by the factors that the run's forward pass applies and the original's does not."""
     if not mup and param.multiplier != 1.0:
         value = fold.unfold(value, param.multiplier)
     query = config.model.attention_scale * math.sqrt(config.model.head_dim)

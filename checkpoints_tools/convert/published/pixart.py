@@ -1,6 +1,6 @@
-"""PixArt-α's own files, and PixArt-α-μP's by the paper's authors, which have the same names.
+"""Formats of PixArt-α and of PixArt-α-μP (arXiv 2505.15270), which use the same parameter names.
 
-The null caption is a buffer there, and here a parameter that is not trained.
+The null caption is a buffer in the original, and in our model a parameter that is not trained.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from checkpoints_tools.convert.published.pickles import Published, Weights
 from megatron_dit.config import ModelConfig
 
 SIZES = {(28, 1152): 16}  # PixArt-XL/2
-SIZE_CONDITIONS = "the multi-scale models of side 1024 are told the picture's size, which ours are not"
+SIZE_CONDITIONS = "multi-scale models of side 1024 take the image size as a condition, which our PixArt does not"
 
 
 def model(file: Published, given: Given, patch: int) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Hyperparameters of training from the optimizer's parameter groups in a published checkpoint."""
+"""Read training hyperparameters from the optimizer's parameter groups in a published checkpoint."""
 
 from __future__ import annotations
 
@@ -16,32 +16,32 @@ from checkpoints_tools.convert.published.pickles import Published
 class Recipe:
     """AdamW's hyperparameters. Under μP, ``mup.MuAdamW`` gives hidden weights lr / n and weight decay * n."""
 
-    lrs: tuple[float, ...]  # the groups' different peak learning rates, ascending
-    weight_decay: float  # the least of the groups'
+    lrs: tuple[float, ...]  # distinct peak learning rates of the groups, ascending
+    weight_decay: float  # smallest weight decay of the groups
     eps: float
     betas: tuple[float, float]
 
     @property
     def lr(self) -> float:
-        """The base learning rate, which μP's input, output and vector parameters have."""
+        """Base learning rate: that of μP's input, output and vector parameters."""
         return self.lrs[-1]
 
     @property
     def ratio(self) -> float:
-        """μP's width multiplier n; 1 if all parameters have one learning rate."""
+        """μP's width multiplier n; 1 if all parameters have the same learning rate."""
         return self.lrs[-1] / self.lrs[0]
 
     def optimizer(self) -> dict[str, float]:
-        """Keys of OptimizerConfig."""
+        """Return the hyperparameters as keys of OptimizerConfig."""
         beta1, beta2 = self.betas
         return {"lr": self.lr, "weight_decay": self.weight_decay, "eps": self.eps, "beta1": beta1, "beta2": beta2}
 
 
 def recipe_of(file: Published) -> Recipe | None:
-    """The recipe of a file that holds AdamW's groups; None for one that does not, or whose groups are not valid.
+    """Return the recipe of a file; None if it has no AdamW groups or if they are not valid.
 
-    A scheduler's ``initial_lr`` counts rather than the rate that it had reached. Groups with a learning rate of 0
-    (frozen parameters) do not count.
+    A scheduler's ``initial_lr`` is used instead of the current learning rate. Groups with a learning rate of 0 (frozen
+    parameters) are ignored.
     """
     groups = [group for group in file.groups or () if _number(_lr(group)) != 0]
     if not groups or not all(_complete(group) for group in groups):
@@ -59,7 +59,7 @@ def _lr(group: Mapping[str, Any]) -> Any:
 
 
 def _complete(group: Mapping[str, Any]) -> bool:
-    """Whether it has all of AdamW's hyperparameters, in the ranges that training allows."""
+    """Return whether a group has all of AdamW's hyperparameters, within the ranges that training allows."""
     betas = group.get("betas")
     return (
         isinstance(betas, tuple | list)
@@ -72,7 +72,7 @@ def _complete(group: Mapping[str, Any]) -> bool:
 
 
 def _number(value: Any) -> float:
-    """A finite number, also of a tensor with one element; NaN for anything else."""
+    """Convert a finite number or a tensor with one such element to a float; return NaN for anything else."""
     if isinstance(value, torch.Tensor) and value.numel() == 1:
         value = value.item()
     return float(value) if isinstance(value, int | float) and math.isfinite(value) else math.nan

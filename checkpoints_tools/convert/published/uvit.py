@@ -1,4 +1,4 @@
-"""baofff/U-ViT's own files: blocks in three groups, the label's token before the timestep's."""
+"""Format of baofff/U-ViT: the blocks are in three groups, and the label's token precedes the timestep's."""
 
 from __future__ import annotations
 
@@ -47,13 +47,13 @@ def model(file: Published, given: Given, patch: int) -> dict[str, Any]:
     _, positions, _ = shape_of(file, "pos_embed", 3)
     if file.raw["patch_embed.proj.weight"].shape[1] == RGB:
         raise UserError(
-            f"{file.path} is a U-ViT on pixels ({RGB} channels): the published ones (CIFAR-10, CelebA 64, ImageNet 64) "
-            "are trained on a continuous VP-SDE with 999 * t as the timestep, which this project does not have; only "
-            "those on latents, with 1000 discrete steps, can be imported"
+            f"{file.path} is a U-ViT on pixels ({RGB} channels), which cannot be imported: the published models "
+            "(CIFAR-10, CelebA 64, ImageNet 64) are trained on a continuous VP-SDE with the timestep 999 * t, which is "
+            "not supported; give a U-ViT on latents, with 1000 discrete steps"
         )
     if "label_emb.weight" in file.raw:
         rows, _ = shape_of(file, "label_emb.weight", 2)
-        condition = {"num_classes": rows - 1}  # the last row stands for "no class"
+        condition = {"num_classes": rows - 1}  # the last row means no class
         extras = 2
     elif "context_embed.weight" in file.raw:
         asked = given.get("model.text_tokens", str(CLIP_TOKENS))
@@ -61,7 +61,9 @@ def model(file: Published, given: Given, patch: int) -> dict[str, Any]:
         condition = {"text_dim": shape_of(file, "context_embed.weight", 2)[1], "text_tokens": tokens}
         extras = 1 + tokens
     else:
-        raise UserError(f"{file.path} has neither label_emb nor context_embed: ours needs labels or a text")
+        raise UserError(
+            f"{file.path} has neither label_emb nor context_embed: expected a model with class labels or text"
+        )
     return {
         **condition,
         "depth": count(file, "in_blocks") + 1 + count(file, "out_blocks"),
@@ -70,7 +72,7 @@ def model(file: Published, given: Given, patch: int) -> dict[str, Any]:
 
 
 def rename(name: str, config: ModelConfig) -> str:
-    """Block i of ``out_blocks`` comes after the middle one."""
+    """Return our name of a parameter: in_blocks, mid_block and out_blocks become consecutive blocks."""
     middle = config.depth // 2
     block = re.match(r"(in_blocks|mid_block|out_blocks)\.(?:(\d+)\.)?(.+)", name)
     if block is None:
@@ -88,17 +90,19 @@ def adapt(file: Published, found: Weights, config: ModelConfig) -> list[str]:
     if config.num_classes:
         if not notes:
             rows = config.num_classes + 1
-            notes.append(f'the last of {rows} labels is "no class": if it is a class, --set model.num_classes={rows}')
-        # The label's token comes first there and the timestep's here; but for positions, attention knows no order.
+            notes.append(
+                f'the last of {rows} labels is taken as "no class": if it is a class, set model.num_classes={rows}'
+            )
+        # The original puts the label's token first, we the timestep's. Only the positions depend on the order.
         label, time, patches = found["positions"].split([1, 1, found["positions"].shape[1] - 2], dim=1)
         found["positions"] = torch.cat([time, label, patches], dim=1)
     if not any(name.startswith("final_layer.") for name in file.raw):
         channels = config.in_channels
         found["head.conv.weight"] = nn.init.dirac_(torch.empty(channels, channels, 3, 3))
         found["head.conv.bias"] = torch.zeros(channels)
-        notes.append("it has no last convolution: ours begins as one that changes nothing")
+        notes.append("the model has no final convolution: ours is initialized to the identity")
     if config.text_dim:
-        notes.append("it draws from the features it was trained with (CLIP), and no caption is zeros here")
+        notes.append("the model needs the text features it was trained with (CLIP); here zeros mean no caption")
     return notes
 
 
@@ -112,6 +116,6 @@ UVIT = Format(
     SIZES,
     rename,
     adapt,
-    refused={"time_embed.": "ours adds the timestep's sinusoids without an MLP"},
+    refused={"time_embed.": "our U-ViT has no MLP after the timestep's sinusoids"},
     objective={"beta_schedule": "scaled_linear"},  # Stable Diffusion's
 )
