@@ -126,7 +126,7 @@ def test_command_and_refusals(dataset, tmp_path, capsys):
     config.write_text(yaml.safe_dump(small_dict("mmdit", heads=2, base_heads=2, **settings)))
     words = ["coord-check", str(config), "--seeds", "1", "--steps", "2", "--heads", "2,4,8"]
     assert run([*words, "--out", str(picture), "--json", str(figures)]) == 1
-    assert "standard does not keep" in capsys.readouterr().out
+    assert "standard fails the coordinate check" in capsys.readouterr().out
     assert picture.stat().st_size > 10000
     assert set(json.loads(figures.read_text())) == {"sizes", "slopes"}
     for flags in (["--heads", "2"], ["--heads", "a,b"], ["--seeds", "0"], ["parallel.tensor=2", "--heads", "3,5"]):

@@ -59,7 +59,7 @@ def test_a_damaged_journal_is_made_anew_from_the_trials(finished, capsys, harm, 
     assert run(["sweep", str(path)]) == 0
     out, err = capsys.readouterr()
     assert "best of 2 trials: trial 1, loss 0.25" in out
-    assert (f"{journal} is damaged" in err) == warns
+    assert (f"{journal} is corrupt" in err) == warns
     assert err.count("\n") == warns
     aside = folder / "journal.log.damaged"
     assert (aside.read_bytes() if warns else None) == (text if warns else None)
@@ -85,7 +85,7 @@ def test_a_damaged_saved_config_protects_the_results_of_another_search(finished,
     (folder / "sweep.yaml").write_text("")
     other = write_sweep(tmp_path, dataset, {"optimizer.grad_clip": {"choice": [0.1, 1.0]}})
     assert run(["sweep", str(other)]) == 2
-    assert "holds another sweep (0000.json has values of optimizer.lr" in capsys.readouterr().err
+    assert "holds another sweep (0000.json has values for optimizer.lr" in capsys.readouterr().err
     assert (folder / "sweep.yaml").read_text() == ""
 
 
@@ -118,7 +118,7 @@ def test_a_damaged_result_is_set_aside_and_its_trial_runs_again(finished, capsys
     assert sweep._stored(0) is None
     err = capsys.readouterr().err
     assert err.count("\n") == 1
-    assert f"{trial}.damaged, and the trial runs again" in err
+    assert f"renamed it to {trial}.damaged, running the trial again" in err
     assert not trial.exists()
     assert trial.with_name("0000.json.damaged").read_bytes() == content
     assert sweep._stored(0) is None

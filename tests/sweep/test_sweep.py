@@ -196,9 +196,9 @@ def test_mistakes_are_told_in_one_line(dataset, tmp_path, capsys):
         assert words in line
         assert "\n" not in line
 
-    told("no key of", space={"optimizer.learning_rate": {"log2": [-8, -7]}})
+    told("not a searchable key of", space={"optimizer.learning_rate": {"log2": [-8, -7]}})
     told("optimizer.lr=-1", space={"optimizer.lr": {"choice": [-1.0]}})
-    told("expected one of log2", space={"optimizer.lr": {"log2": [-8, -7], "choice": [1]}})
+    told("expected exactly one of log2", space={"optimizer.lr": {"log2": [-8, -7], "choice": [1]}})
     told("low < high", space={"optimizer.lr": {"uniform": [2, 1]}})
     told("is continuous", space={"optimizer.lr": {"uniform": [1, 2]}})
     told("trials=0", sampler="random")
@@ -210,5 +210,5 @@ def test_mistakes_are_told_in_one_line(dataset, tmp_path, capsys):
     Sweep(load(SweepConfig, path))
     told("holds another sweep", space={"optimizer.lr": {"log2": [-8, -6]}})
     told("holds another sweep (train.steps", base={"train.steps": 7})
-    with pytest.raises(UserError, match="is no sweep of ours"):
+    with pytest.raises(UserError, match="is not a sweep folder"):
         Sweep(load(SweepConfig, path, [f"run_dir={tmp_path}"]))

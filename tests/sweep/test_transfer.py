@@ -110,7 +110,7 @@ def test_refusals(planted, tmp_path, dataset, capsys):
         assert "\n" not in line
         assert not (tmp_path / "x.yaml").exists()
 
-    told("is no sweep's folder", tmp_path / "none", target(tmp_path))
+    told("is not a sweep folder", tmp_path / "none", target(tmp_path))
     told("base width", planted.folder, target(tmp_path, **{"mup.base_heads": 4}))
     told("mup.parametrization", planted.folder, target(tmp_path, **{"mup.parametrization": "standard"}))
     told("mup.output_multiplier", planted.folder, target(tmp_path, **{"mup.output_multiplier": 2.0}))
