@@ -152,4 +152,5 @@ def draw(sizes: Sequence[Size], head_dim: int, path: Path) -> None:
 
 
 def figures(sizes: Sequence[Size], found: Sequence[Slope]) -> dict[str, list[dict[str, object]]]:
+    """Return the sizes and slopes in a form for JSON."""
     return {"sizes": [asdict(row) for row in sizes], "slopes": [asdict(row) for row in found]}

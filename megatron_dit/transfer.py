@@ -191,10 +191,12 @@ def _run(config: SweepConfig, result: Result) -> tuple[int, int]:
 
 def _check_target(proxy: Config, target: Config) -> None:
     """Raise UserError if base hyperparameters do not transfer: they depend on the parametrization and base width."""
-    ours, theirs = flatten(proxy), flatten(target)
+    proxy_values, target_values = flatten(proxy), flatten(target)
     for key in ("model.arch", "mup.parametrization", "mup.output_multiplier"):
-        if ours[key] != theirs[key]:
-            raise UserError(f"{key} is {ours[key]!r} in the sweep and {theirs[key]!r} in the target; make them equal")
+        if proxy_values[key] != target_values[key]:
+            raise UserError(
+                f"{key} is {proxy_values[key]!r} in the sweep and {target_values[key]!r} in the target; make them equal"
+            )
     base = [config.mup.base_heads * config.model.head_dim for config in (proxy, target)]
     if base[0] != base[1] and not target.mup.base_shapes:
         raise UserError(

@@ -23,6 +23,7 @@ __all__ = ["Parser", "add_command", "exit_status", "main", "run", "run_program"]
 
 
 def main() -> NoReturn:
+    """Run the command line of this process and exit."""
     leave(run_program(run))
 
 

@@ -159,17 +159,20 @@ def add_command(
 
 
 def config_arguments(command: Parser) -> None:
+    """Add the arguments for a config file and its overrides."""
     command.add_argument("config", type=input_path("config"), help="YAML config file")
     command.add_argument("overrides", nargs="*", metavar="a.b=v", help="config overrides, such as train.steps=100")
 
 
 def ranks_argument(command: Parser) -> None:
+    """Add the option ``--procs``."""
     command.add_argument(
         "--procs", type=number("--procs", Count), default=1, metavar="N", help="number of ranks to start on this host"
     )
 
 
 def check_ranks(arguments: argparse.Namespace) -> None:
+    """Raise UserError if ``--procs`` is given to a process that a launcher started."""
     place = launch_environment()
     if arguments.procs > 1 and place.world > 1:
         raise UserError(
@@ -189,6 +192,7 @@ def start_ranks(arguments: argparse.Namespace, config: Config, words: list[str])
 
 
 def write_json(arguments: argparse.Namespace, figures: Any) -> None:
+    """Write ``figures`` to the file given by ``--json``, on rank 0; do nothing without ``--json``."""
     if arguments.json and is_rank0():
         with replacing(arguments.json) as part:
             part.write_text(json.dumps(figures, indent=1) + "\n")

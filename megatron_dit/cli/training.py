@@ -118,11 +118,11 @@ def _dry_run(arguments: argparse.Namespace, config: Config) -> int:
     ranks = config.data_parallel(arguments.procs)
     params = describe(build_unsharded, config)
     numel = [math.prod(param.shape) for param in params.values()]
-    figures = {"parameters": sum(numel), "data_parallel": ranks, "deepspeed": deepspeed_config(config, ranks)}
+    results = {"parameters": sum(numel), "data_parallel": ranks, "deepspeed": deepspeed_config(config, ranks)}
     print(yaml.safe_dump(asdict(config), sort_keys=False).rstrip())
     print("---")
-    print(yaml.safe_dump(figures, sort_keys=False).rstrip())
-    write_json(arguments, figures)
+    print(yaml.safe_dump(results, sort_keys=False).rstrip())
+    write_json(arguments, results)
     return 0
 
 
@@ -133,10 +133,10 @@ def _build_rank(arguments: argparse.Namespace, config: Config) -> int:
         raise UserError("--world requires --dry-run, and --rank requires --world: add the missing option, or omit both")
     if arguments.procs > 1:
         raise UserError(f"--procs {arguments.procs} has no effect with --world: omit it")
-    share = dry_run(config, arguments.world, arguments.rank or 0)
-    print_share(config, share)
-    write_json(arguments, {**asdict(share), "imbalance": share.imbalance})
-    return 0 if share.held == share.expected else 1
+    part = dry_run(config, arguments.world, arguments.rank or 0)
+    print_share(config, part)
+    write_json(arguments, {**asdict(part), "imbalance": part.imbalance})
+    return 0 if part.held == part.expected else 1
 
 
 def _verify(arguments: argparse.Namespace) -> int:
@@ -147,13 +147,13 @@ def _verify(arguments: argparse.Namespace) -> int:
         raise UserError(f"--steps {arguments.steps}: expected at least {1 + arguments.resume}")
     if arguments.resume:
         pairs = verify_resume(arguments.config, arguments.overrides, names, arguments.steps)
-        figures = {f"{pair.saved} to {pair.loaded}": {**asdict(pair), "good": pair.good} for pair in pairs}
+        report = {f"{pair.saved} to {pair.loaded}": {**asdict(pair), "good": pair.good} for pair in pairs}
         good = all(pair.good for pair in pairs)
     else:
         results = verify(arguments.config, arguments.overrides, names, arguments.steps)
-        figures = {row.layout: {**asdict(row), "good": row.good} for row in results}
+        report = {row.layout: {**asdict(row), "good": row.good} for row in results}
         good = all(row.good for row in results)
-    write_json(arguments, figures)
+    write_json(arguments, report)
     return 0 if good else 1
 
 
@@ -179,9 +179,9 @@ def _bench(arguments: argparse.Namespace) -> int:
     from megatron_dit.parallel.topology import disconnect
 
     with explain_out_of_memory(config):
-        found = measure(config, arguments.steps, arguments.warmup, arguments.diffusers)
+        measured = measure(config, arguments.steps, arguments.warmup, arguments.diffusers)
     if is_rank0():
-        found.print(arguments.config)
-    write_json(arguments, found.figures())
+        measured.print(arguments.config)
+    write_json(arguments, measured.figures())
     disconnect()
     return 0
