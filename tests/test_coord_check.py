@@ -31,7 +31,7 @@ def test_slopes_equal_the_exponents_of_power_laws():
 
 def wide(arch, dataset, **overrides):
     settings = {"data.path": str(dataset), "model.head_dim": 32, "optimizer.lr": 2**-8, "optimizer.grad_clip": 0.0}
-    if arch == "uvit":  # its tokens are mostly patches: 48 values per patch are not few relative to a width of 128
+    if arch == "uvit":  # its tokens are mostly patches, and 48 values per patch are too many for a width of 128
         settings["model.patch_size"] = 2
     return small(arch, heads=2, base_heads=2, **settings, **overrides)
 
@@ -109,7 +109,7 @@ def test_sizes_do_not_depend_on_the_layout(pool, dataset, arch, layout):
 
 
 def test_fan_in_of_a_shard_instead_of_the_full_weight_is_detected(pool, dataset):
-    """The fault is the same factor at every width, which does not affect slopes, but sizes differ from one process's."""
+    """The fault is a constant factor at every width: slopes do not change, but sizes differ from one process's."""
     expected = pool.run(1, measure, "mmdit", dataset, {}, [2, 4])[0]
     found = pool.run(2, measure, "mmdit", dataset, {"parallel.tensor": 2}, [2, 4], "shard")[0]
     differences = [abs(a - b) / b for a, b in zip(sizes_of(found), sizes_of(expected), strict=True) if b > 1e-7]
