@@ -1,4 +1,4 @@
-# Each target works on a bare machine with Python >= 3.10 and gcc: it makes .venv and installs what it needs.
+# Every target works on a machine that only has Python >= 3.10 and gcc: it creates .venv and installs the packages.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin

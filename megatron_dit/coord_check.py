@@ -1,11 +1,12 @@
-"""Coordinate check: do activations keep their size as the model grows wider?
+"""Coordinate check: test whether activations keep their size as the model grows wider.
 
-Under μP the mean |activation| of every named intermediate stays put over widths at every training step;
+Under μP the mean |activation| of every named intermediate is independent of the width at every training step;
 under standard parametrization it grows (Tensor Programs V, arXiv 2203.03466, figure 5). Models of several
-widths train a few real steps; the slope of log2 |x| against log2 width is the verdict.
+widths train for a few steps; the check passes if the slope of log2 |x| against log2 width is small.
 
-Of a learned variance only ε is looked at, which is the same layer: the variance's gradient comes from the few samples
-at small t, so on the others its size is noise, which falls as 1/sqrt(width) under any parametrization.
+If the model learns the variance, only the ε half of the output, which is the same layer, is measured. The variance's
+gradient comes from the few samples at small t; on the other samples the variance output is noise, whose size falls as
+1/sqrt(width) under any parametrization.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from megatron_dit.parallel.topology import build_topology, connect
 from megatron_dit.runtime.io import replacing
 from megatron_dit.trainer import use_threads
 
-LIMIT = 0.1  # greatest |slope| of a good parametrization
+LIMIT = 0.1  # greatest |slope| that passes the check
 PARAMETRIZATIONS = ("mup", "standard")
 
 
@@ -41,7 +42,7 @@ class Size:
 
 @dataclass(frozen=True)
 class Slope:
-    """Slope of log2 size against log2 width: its mean over seeds and their standard deviation."""
+    """Slope of log2 size against log2 width: mean and standard deviation over seeds."""
 
     parametrization: str
     step: int
@@ -53,9 +54,10 @@ class Slope:
 def coord_check(
     config: Config, heads: Sequence[int], seeds: int, steps: int, each_model: Callable[[], None]
 ) -> list[Size]:
-    """Sizes over both parametrizations, all widths and seeds, on the config's own data. Collective.
+    """Measure activation sizes for both parametrizations, all widths and all seeds, on the config's data. Collective.
 
-    The learning rate is the config's from the first step on: no warm-up, no decay.
+    The learning rate is the config's at every step, without warm-up or decay.
+    ``each_model`` is called after every model.
     """
     connect(config.launch.rendezvous_seconds)
     use_threads(config)
@@ -81,7 +83,7 @@ def _variant(config: Config, parametrization: str, heads: int, seed: int, steps:
 
 
 def _measure(config: Config) -> list[tuple[int, str, float]]:
-    """(step, name, size) before each training step and after the last, on the first step's batch."""
+    """Return (step, name, size) before each training step and after the last, on the first step's batch."""
     topology = build_topology(config)
     engine = Engine(config, topology)
     engine.initialise()
@@ -95,15 +97,15 @@ def _measure(config: Config) -> list[tuple[int, str, float]]:
 
 
 def slopes(sizes: Sequence[Size]) -> list[Slope]:
-    """A slope for each parametrization, step and name whose sizes are not zero (as a zero readout's is).
+    """Return the slope for each parametrization, step and name, except where a size is zero (as of a zero readout).
 
-    With four widths or more the narrowest is left out: μP speaks of wide models.
+    With four or more widths the narrowest is excluded, because μP is a statement about the limit of large width.
     """
-    found: dict[tuple[str, int, str], dict[int, dict[int, float]]] = {}
+    grouped: dict[tuple[str, int, str], dict[int, dict[int, float]]] = {}
     for row in sizes:
-        found.setdefault((row.parametrization, row.step, row.name), {}).setdefault(row.seed, {})[row.heads] = row.size
+        grouped.setdefault((row.parametrization, row.step, row.name), {}).setdefault(row.seed, {})[row.heads] = row.size
     result = []
-    for key, by_seed in found.items():
+    for key, by_seed in grouped.items():
         if any(size <= 0 for by_heads in by_seed.values() for size in by_heads.values()):
             continue
         fits = []
@@ -117,12 +119,12 @@ def slopes(sizes: Sequence[Size]) -> list[Slope]:
 
 
 def worst(found: Sequence[Slope], parametrization: str) -> Slope:
-    """The steepest slope of a parametrization."""
+    """Return the steepest slope of a parametrization."""
     return max((row for row in found if row.parametrization == parametrization), key=lambda row: abs(row.slope))
 
 
 def draw(sizes: Sequence[Size], head_dim: int, path: Path) -> None:
-    """A PNG: a column per step, μP above standard parametrization, a line per intermediate."""
+    """Plot the sizes: a column per step, μP above standard parametrization, a line per intermediate."""
     from matplotlib.figure import Figure
 
     steps, names = sorted({row.step for row in sizes}), list(dict.fromkeys(row.name for row in sizes))
@@ -150,4 +152,5 @@ def draw(sizes: Sequence[Size], head_dim: int, path: Path) -> None:
 
 
 def figures(sizes: Sequence[Size], found: Sequence[Slope]) -> dict[str, list[dict[str, object]]]:
+    """Return the sizes and slopes in a form for JSON."""
     return {"sizes": [asdict(row) for row in sizes], "slopes": [asdict(row) for row in found]}

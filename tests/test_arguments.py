@@ -1,4 +1,4 @@
-"""Arguments of the command lines: numbers in their ranges, flags in full, files that can be written, no escapes."""
+"""Command-line arguments: ranges of numbers, unabbreviated flags, writable outputs, escaped control characters."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def config(tmp_path, monkeypatch):
 
 
 def refused(capsys, words, command=run):
-    """The one line that refuses a command line; nothing is printed to standard output."""
+    """Return the one-line error for an invalid command line; assert that nothing is printed to standard output."""
     assert command([str(word) for word in words]) == 2
     out, err = capsys.readouterr()
     assert out == ""
@@ -55,19 +55,19 @@ def refused(capsys, words, command=run):
         (["sweep", "CONFIG"], "--trial", ["-1"]),
     ],
 )
-def test_numbers_are_checked_before_anything_else(config, capsys, words, flag, wrong):
+def test_invalid_numbers_are_rejected(config, capsys, words, flag, wrong):
     words = [config if word == "CONFIG" else word for word in words]
     for value in [*NOT_NUMBERS, *wrong]:
         assert flag in refused(capsys, [*words, f"{flag}={value}"])
 
 
-def test_flags_are_not_guessed_from_their_beginnings(config, capsys):
+def test_abbreviated_flags_are_rejected(config, capsys):
     assert "--dry" in refused(capsys, ["train", config, "--dry"])
     assert "--kee" in refused(capsys, ["prune", "run", "--keep", "1", "--kee", "2"], checkpoints_tools)
     assert "--pic" in refused(capsys, ["demo", "out", "--pic", "3"], data_prep)
 
 
-def test_options_without_effect_are_refused(config, tmp_path, capsys):
+def test_options_without_effect_are_rejected(config, tmp_path, capsys):
     assert "--procs 2 has no effect" in refused(capsys, ["train", config, "--dry-run", "--world", "2", "--procs", "2"])
     assert "--dry-run" in refused(capsys, ["train", config, "--rank", "1"])
     assert "seed is given twice" in refused(capsys, ["train", config, "seed=3", "--dry-run", "seed=4"])
@@ -77,14 +77,14 @@ def test_options_without_effect_are_refused(config, tmp_path, capsys):
     assert "layout ''" in refused(capsys, ["verify", config, "--layouts", ""])
 
 
-def test_a_value_that_starts_with_a_dash_is_explained(config, capsys):
+def test_error_for_a_value_starting_with_a_dash_explains_the_syntax(config, capsys):
     assert "write --prompt=VALUE" in refused(capsys, ["sample", "run", "--prompt", "-a"])
     assert "checkpoint run does not exist" in refused(capsys, ["sample", "run", "--prompt=-a"])
     Path("-x.yaml").write_text(Path(config).read_text())
     assert run(["mup", "--", "-x.yaml"]) == 0
 
 
-def test_odd_names_of_configs_are_names(config, capsys):
+def test_special_characters_in_file_names_are_literal(config, capsys):
     name = "a b[1] [red] 50% :x: {y}.yaml"
     Path(name).write_text(Path(config).read_text())
     assert run(["mup", name, "--json", "[x] 100%.json"]) == 0
@@ -107,7 +107,7 @@ def test_odd_names_of_configs_are_names(config, capsys):
         (["\x1b[2J\n"], checkpoints_tools),
     ],
 )
-def test_messages_of_all_programs_escape_what_they_repeat(config, capsys, words, command):
+def test_error_messages_escape_control_characters_of_arguments(config, capsys, words, command):
     err = refused(capsys, [config if word == "CONFIG" else word for word in words], command)
     assert r"\x1b[2J" in err
     assert "\x1b" not in err
@@ -139,7 +139,7 @@ OUTPUTS = [
 
 
 @pytest.mark.parametrize(("words", "flag", "command"), OUTPUTS)
-def test_outputs_that_cannot_be_written_are_refused_before_the_work(config, capsys, words, flag, command):
+def test_unwritable_outputs_are_rejected_before_any_work(config, capsys, words, flag, command):
     words = [config if word == "CONFIG" else word for word in words]
     before = sorted(Path().rglob("*"))
     for path in ("/proc/x.png", "config.yaml/x.png", "$HOME/x.png"):
@@ -159,7 +159,7 @@ def test_outputs_that_cannot_be_written_are_refused_before_the_work(config, caps
         (["demo", "scenes", "--json", "scenes"], "--json scenes is also the folder", data_prep),
     ],
 )
-def test_an_output_does_not_replace_an_input_or_another_output(config, capsys, words, message, command):
+def test_output_equal_to_an_input_or_another_output_is_rejected(config, capsys, words, message, command):
     before = Path(config).read_bytes()
     err = refused(capsys, [config if word == "CONFIG" else word for word in words], command)
     assert message.replace("CONFIG", config) in err
@@ -183,7 +183,7 @@ def test_an_output_does_not_replace_an_input_or_another_output(config, capsys, w
         ["convert", "run", "x", "--from", "dit-mup", "--base-shapes", "PATH"],
     ],
 )
-def test_paths_of_checkpoints_tools_are_read_as_those_of_the_config(tmp_path, monkeypatch, capsys, words):
+def test_paths_of_checkpoints_tools_are_validated_like_config_paths(tmp_path, monkeypatch, capsys, words):
     monkeypatch.chdir(tmp_path)
     for path, reason in (
         ("$SCRATCH/x", "is not expanded"),
@@ -194,12 +194,12 @@ def test_paths_of_checkpoints_tools_are_read_as_those_of_the_config(tmp_path, mo
     assert not list(tmp_path.iterdir())
 
 
-def test_an_empty_path_is_called_so(config, capsys):
+def test_error_for_an_empty_path_names_the_argument(config, capsys):
     assert "config is empty" in refused(capsys, ["train", ""])
     assert "checkpoint is empty" in refused(capsys, ["sample", "", "--prompt", "a"])
 
 
-def test_outputs_are_found_under_the_home_folder(config, tmp_path, monkeypatch, capsys):
+def test_tilde_in_output_paths_is_expanded(config, tmp_path, monkeypatch, capsys):
     (tmp_path / "home").mkdir()
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     assert run(["mup", config, "--json", "~/x.json", "--save", "~/x.bsh"]) == 0
@@ -214,7 +214,7 @@ def test_outputs_are_found_under_the_home_folder(config, tmp_path, monkeypatch, 
     ("given", "written"),
     [("grid1", "grid1.png"), ("pictures", "pictures/grid.png"), ("pictures/", "pictures/grid.png"), ("a.jpg", "a.jpg")],
 )
-def test_a_pictures_name_is_the_one_that_is_written(config, capsys, given, written):
+def test_image_is_written_to_the_resolved_path_in_the_format_of_its_extension(config, capsys, given, written):
     from megatron_dit.cli.common import output_picture
 
     Path("pictures").mkdir()

@@ -1,4 +1,4 @@
-"""Users' mistakes: one line, exit status 2, every rank ends, nothing half-written stays behind."""
+"""Invalid input: a one-line message, exit status 2, all ranks exit, no partially written files remain."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from tests.data.made import TEXT, make_folder
 
 @pytest.fixture
 def config(dataset, tmp_path):
-    """Writes a config on the shared data; returns (path, run folder)."""
+    """Return a function that writes a config for the shared dataset and returns its path."""
 
     def write(arch="mmdit", **overrides):
         return write_config(tmp_path, arch, **{"data.path": str(dataset), **overrides})
@@ -28,7 +28,7 @@ def config(dataset, tmp_path):
 
 
 def one_line(capsys):
-    """The single line of a refusal; nothing else was printed to standard error, no traceback."""
+    """Return the error line; assert that standard error has nothing else, such as a traceback."""
     lines = capsys.readouterr().err.strip().splitlines()
     assert len(lines) == 1, lines
     assert lines[0].startswith("error: ")
@@ -66,7 +66,7 @@ def one_line(capsys):
         ("train.global_batch=6000", ["train.global_batch=6000", "600"]),
     ],
 )
-def test_refused_in_one_line(config, capsys, tmp_path, override, words):
+def test_invalid_config_value_is_rejected_with_a_one_line_message(config, capsys, tmp_path, override, words):
     path = config()
     extra = ["train.micro_batch=6000"] if "6000" in override else []
     assert run(["train", str(path), *override.split(), *extra]) == 2
@@ -76,7 +76,7 @@ def test_refused_in_one_line(config, capsys, tmp_path, override, words):
     assert not (tmp_path / "run").exists()
 
 
-def test_missing_config_and_invalid_yaml(capsys, tmp_path):
+def test_missing_config_and_invalid_yaml_are_rejected(capsys, tmp_path):
     assert run(["train", str(tmp_path / "none.yaml")]) == 2
     assert "none.yaml does not exist" in one_line(capsys)
     broken = tmp_path / "broken.yaml"
@@ -85,7 +85,7 @@ def test_missing_config_and_invalid_yaml(capsys, tmp_path):
     assert "broken.yaml is not valid YAML" in one_line(capsys)
 
 
-def test_missing_key(config, capsys, tmp_path):
+def test_config_without_a_required_key_is_rejected(config, capsys, tmp_path):
     path = config()
     values = yaml.safe_load(path.read_text())
     del values["model"]["depth"]
@@ -94,14 +94,14 @@ def test_missing_key(config, capsys, tmp_path):
     assert "model.depth is missing" in one_line(capsys)
 
 
-def test_unknown_command_and_flag(capsys):
+def test_unknown_command_and_flag_are_rejected(capsys):
     assert run(["tain"]) == 2
     assert "tain" in one_line(capsys)
     assert run(["sample", "runs/x", "--promt", "a"]) == 2
     assert "--prompt" in one_line(capsys)
 
 
-def test_layout_of_ranks(config, capsys):
+def test_number_of_ranks_that_does_not_fit_the_config_is_rejected(config, capsys):
     path = str(config())
     assert run(["train", path, "--procs", "3"]) == 2
     assert "train.global_batch=8 is not divisible by 3 data-parallel ranks" in one_line(capsys)
@@ -115,7 +115,7 @@ def test_layout_of_ranks(config, capsys):
 
 
 def two_ranks(*arguments):
-    """Exit status and standard error of a real two-rank run; a hang fails by the timeout."""
+    """Train on two ranks; return the exit status and the lines of standard error. A hang fails after the timeout."""
     command = [sys.executable, "-m", "megatron_dit", "train", *arguments, "--procs", "2"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
     return done.returncode, done.stderr.strip().splitlines()
@@ -133,7 +133,7 @@ def refused(path, *words, overrides=()):
 
 @pytest.fixture
 def own_data(dataset, tmp_path):
-    """A copy of the dataset that a test may break."""
+    """Copy of the dataset that a test may modify."""
     folder = tmp_path / "broken"
     shutil.copytree(dataset, folder)
     return folder
@@ -148,8 +148,8 @@ def own_data(dataset, tmp_path):
         ("garbage", ["00001.tar has no valid table of 150 samples"]),
     ],
 )
-def test_broken_shard_ends_both_ranks(config, own_data, tmp_path, harm, words):
-    # Shard 1 is checked by rank 1 alone, so rank 0 must be told.
+def test_unreadable_shard_ends_both_ranks(config, own_data, tmp_path, harm, words):
+    # Only rank 1 checks shard 1, so rank 0 must learn of the error.
     shard = own_data / "00001.tar"
     size = shard.stat().st_size
     if harm == "missing":
@@ -167,7 +167,7 @@ def test_broken_shard_ends_both_ranks(config, own_data, tmp_path, harm, words):
 
 
 def test_too_many_corrupt_samples_end_both_ranks(config, own_data, tmp_path):
-    """Bytes flipped inside shards, sizes and tables intact: the rank that reads them tells the other."""
+    """Corrupt bytes in shards whose sizes and tables are intact: the rank that reads them ends the other rank too."""
     for shard in sorted(own_data.glob("*.tar")):
         data = shard.read_bytes()
         shard.write_bytes(data.replace(b"\x93NUMPY", b"\x93NUMPX", 40))
@@ -176,7 +176,7 @@ def test_too_many_corrupt_samples_end_both_ranks(config, own_data, tmp_path):
     assert not list((tmp_path / "run" / "checkpoints").iterdir())
 
 
-def test_missing_text_encoder_folder(config, own_data, tmp_path, capsys):
+def test_sample_without_the_text_encoder_folder_is_rejected(config, own_data, tmp_path, capsys):
     path = config(**{"data.path": str(own_data)})
     assert run(["train", str(path), "train.steps=1"]) == 0
     capsys.readouterr()
@@ -186,7 +186,7 @@ def test_missing_text_encoder_folder(config, own_data, tmp_path, capsys):
     assert not (tmp_path / "x.png").exists()
 
 
-def test_run_folder_of_another_config(config, tmp_path):
+def test_run_folder_of_another_config_is_rejected_and_not_modified(config, tmp_path):
     path = config(**{"train.steps": 2})
     assert run(["train", str(path)]) == 0
     before = sorted((tmp_path / "run").rglob("*"))
@@ -194,14 +194,14 @@ def test_run_folder_of_another_config(config, tmp_path):
     assert sorted((tmp_path / "run").rglob("*")) == before
 
 
-def test_run_folder_that_is_no_run(config, tmp_path):
+def test_run_folder_with_other_files_is_rejected_and_not_modified(config, tmp_path):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "thesis.txt").write_text("precious")
     refused(config(), "exists and is not a run")
     assert [path.name for path in (tmp_path / "run").iterdir()] == ["thesis.txt"]
 
 
-def test_checkpoint_of_another_architecture(config, tmp_path):
+def test_checkpoint_of_another_architecture_is_rejected(config, tmp_path):
     path = config("pixart", **{"train.steps": 2, "run_dir": str(tmp_path / "other")})
     assert run(["train", str(path)]) == 0
     path = config("mmdit", **{"train.steps": 2})
@@ -211,7 +211,7 @@ def test_checkpoint_of_another_architecture(config, tmp_path):
     refused(config("mmdit", **{"train.steps": 4}), "checkpoint of another architecture")
 
 
-def test_no_checkpoint(capsys, tmp_path):
+def test_sample_without_a_checkpoint_is_rejected(capsys, tmp_path):
     assert run(["sample", str(tmp_path / "none"), "--prompt", "a"]) == 2
     assert "does not exist" in one_line(capsys)
     assert run(["sample", str(tmp_path), "--prompt", "a"]) == 2
@@ -219,7 +219,7 @@ def test_no_checkpoint(capsys, tmp_path):
 
 
 def test_too_many_skipped_steps_stop_the_run(config, tmp_path):
-    """Latents so large that the loss overflows: every step is skipped, then the run stops and names the step."""
+    """Latents so large that the loss overflows: steps are skipped up to the limit, then the run stops."""
     make_folder(
         tmp_path / "large",
         [((16, 16), 64)],
@@ -231,8 +231,8 @@ def test_too_many_skipped_steps_stop_the_run(config, tmp_path):
     assert [line["skipped_steps"] for line in lines] == [1, 2, 3]
 
 
-def test_data_of_another_text_encoder(config, tmp_path, capsys):
-    """A run goes on with other shards of the same encoders, and says so; not with another encoder's."""
+def test_run_resumes_on_other_shards_but_not_on_another_text_encoder(config, tmp_path, capsys):
+    """A run resumes with other shards made by the same encoders and logs this; with another encoder it is an error."""
     first = make_folder(tmp_path / "first", [((16, 16), 64)])
     path = config(**{"data.path": first.folder, "train.steps": 2})
     assert run(["train", str(path)]) == 0
@@ -245,7 +245,7 @@ def test_data_of_another_text_encoder(config, tmp_path, capsys):
     assert "encoded with a different text encoder" in one_line(capsys)
 
 
-def test_data_prep_refuses(capsys, tmp_path, dataset):
+def test_data_prep_rejects_existing_outputs_and_missing_inputs(capsys, tmp_path, dataset):
     from data_prep.__main__ import main
 
     assert main(["demo", str(dataset)]) == 2

@@ -1,4 +1,4 @@
-"""Every published config loads, builds, and has the size its paper gives."""
+"""Every config loads, its model can be built, and its size agrees with its paper."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from megatron_dit.sweep.space import SweepConfig
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 
-# Exact counts; the papers' figures beside them.
+# (exact number of parameters, number in the paper)
 SIZES = {
     "dit/proxy-144": (10_762_304, 10.76e6),
     "dit/proxy-288": (42_550_880, 42.55e6),
@@ -24,10 +24,10 @@ SIZES = {
     "uvit/small": (44_261_472, 44e6),
     "uvit/large": (286_763_172, 287e6),
     "uvit/huge": (500_832_164, 501e6),
-    "pixart/proxy": (39_738_176, 39.2e6),  # the null caption's 491,520 are a buffer in the original
+    "pixart/proxy": (39_738_176, 39.2e6),  # the original's null caption (491,520 values) is a buffer, not a parameter
     "pixart/target": (611_347_616, 610.9e6),
     "pixart/original": (611_347_616, 610.9e6),
-    "mmdit/proxy": (181_635_648, 0.18e9),  # with REPA's projector
+    "mmdit/proxy": (181_635_648, 0.18e9),  # including REPA's projector
     "mmdit/18b": (17_859_518_016, 17.9e9),
 }
 
@@ -37,12 +37,12 @@ def files(kind):
     return [name for name in names if ("sweep" in name) == (kind == "sweep")]
 
 
-def test_no_config_is_left_out():
+def test_every_config_has_an_expected_size():
     assert {name for name in files("run") if not name.startswith("quickstart")} == set(SIZES)
 
 
 @pytest.mark.parametrize("name", files("run"))
-def test_config_loads_and_has_its_size(name):
+def test_config_loads_has_its_published_size_and_a_complete_header(name):
     path = CONFIGS / f"{name}.yaml"
     config = load_config(path)
     size = sum(math.prod(param.shape) for param in describe(build_unsharded, config).values())
@@ -57,6 +57,6 @@ def test_config_loads_and_has_its_size(name):
 
 
 @pytest.mark.parametrize("name", files("sweep"))
-def test_sweep_loads(name):
+def test_sweep_config_loads_and_has_its_number_of_trials(name):
     config = load(SweepConfig, CONFIGS / f"{name}.yaml")
     assert config.count == {"dit/sweep": 15, "pixart/sweep": 5, "mmdit/sweep": 80}.get(name, config.count)

@@ -1,4 +1,4 @@
-"""What the commands share: the parser, types of arguments, ``--json``, config overrides and ``--procs``."""
+"""Code shared by the commands: the parser, argument types, ``--json``, config overrides and ``--procs``."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ if TYPE_CHECKING:
     from megatron_dit.config import Config
 
 
-READ = ("config", "checkpoint", "source", "folder", "target", "base_shapes")  # names of arguments
+READ = ("config", "checkpoint", "source", "folder", "target", "base_shapes")  # argument names of inputs
 WRITTEN = ("out", "save", "json")
 PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".pdf", ".svg")
 
 
 class Parser(argparse.ArgumentParser):
-    """Reports a wrong flag in one line, as every other mistake; flags are written in full."""
+    """Argument parser that raises UserError for an invalid flag and does not accept abbreviated flags."""
 
     def __init__(self, *arguments: Any, **options: Any) -> None:
         super().__init__(*arguments, allow_abbrev=False, **options)
@@ -44,7 +44,7 @@ def exit_status(
     shown: Callable[[UserError], bool] = lambda _: True,
     interrupted: str = "interrupted",
 ) -> int:
-    """Run a command and return its exit status: 2 after a UserError, whose message is printed if ``shown`` says so."""
+    """Run a command and return its exit status: 2 after a UserError, whose message is printed if ``shown(error)``."""
     try:
         return command()
     except UserError as error:
@@ -57,7 +57,7 @@ def exit_status(
 
 
 def number(option: str, kind: Any) -> Callable[[str], Any]:
-    """An argparse type: a number of ``kind``, such as ``Annotated[int, Interval("[1, 10]")]``, in its interval."""
+    """Return an argparse type that parses a number of ``kind``, such as ``Annotated[int, Interval("[1, 10]")]``."""
 
     def parse(text: str) -> Any:
         from megatron_dit.config.convert import read_number
@@ -71,7 +71,7 @@ def number(option: str, kind: Any) -> Callable[[str], Any]:
 
 
 def input_path(option: str) -> Callable[[str], str]:
-    """An argparse type: the path or URL of something to read, with ``~`` expanded."""
+    """Return an argparse type for the path or URL of an input; ``~`` is expanded."""
 
     def parse(text: str) -> str:
         if not text:
@@ -82,13 +82,13 @@ def input_path(option: str) -> Callable[[str], str]:
 
 
 def file_path(option: str) -> Callable[[str], Path]:
-    """As :func:`input_path`, for a local file or folder."""
+    """Return an argparse type like :func:`input_path`, for a local file or folder."""
     parse = input_path(option)
     return lambda text: Path(parse(text))
 
 
 def check_files_differ(arguments: argparse.Namespace) -> None:
-    """Raise UserError if a file to write is also read, or written twice: what it held before would be lost."""
+    """Raise UserError if an output file is also an input or another output, because its content would be lost."""
     files: dict[str, str] = {}
     for name in (*READ, *WRITTEN):
         given = getattr(arguments, name, None)
@@ -101,12 +101,15 @@ def check_files_differ(arguments: argparse.Namespace) -> None:
 
 
 def output_file(option: str, *, makes_folder: bool = False) -> Callable[[str], Path]:
-    """An argparse type: a file to write. It is refused before the work starts if it could not be written."""
+    """Return an argparse type for an output file; a file that cannot be written raises UserError before any work."""
     return lambda text: _checked(Path(user_path(text, option)), option, makes_folder)
 
 
 def output_picture(option: str, name: str, *, makes_folder: bool = False) -> Callable[[str], Path]:
-    """As :func:`output_file`, for a picture: ``name`` in a folder that is given, PNG if the name has no ending."""
+    """Return an argparse type like :func:`output_file`, for an image.
+
+    If a folder is given, the file is ``name`` in it. A file name without an extension gets ``.png``.
+    """
 
     def parse(text: str) -> Path:
         path = Path(user_path(text, option))
@@ -115,14 +118,14 @@ def output_picture(option: str, name: str, *, makes_folder: bool = False) -> Cal
         elif not path.suffix:
             path = path.with_name(f"{path.name}.png")
         elif path.suffix.lower() not in PICTURES:
-            raise UserError(f"{option} {text}: expected a name that ends in {', '.join(PICTURES)}")
+            raise UserError(f"{option} {text}: expected a file name ending in one of {', '.join(PICTURES)}")
         return _checked(path, option, makes_folder)
 
     return parse
 
 
 def _checked(path: Path, option: str, makes_folder: bool) -> Path:
-    if is_rank0():  # it alone writes; other hosts may not have the folder
+    if is_rank0():  # only rank 0 writes, and the folder may not exist on other hosts
         check_output(path, option, makes_folder=makes_folder)
     return path
 
@@ -130,7 +133,7 @@ def _checked(path: Path, option: str, makes_folder: bool) -> Path:
 def add_command(
     commands: Any, name: str, text: str, example: str, function: Callable[[argparse.Namespace], int] | None = None
 ) -> Parser:
-    """A sub-command, done by ``function``, with an example in its help and ``--json FILE``."""
+    """Add a subcommand that calls ``function``, with an example in its help and the option ``--json FILE``."""
     command: Parser = commands.add_parser(
         name,
         help=text,
@@ -141,9 +144,9 @@ def add_command(
     json_file = output_file("--json")
     command.add_argument(
         "--json",
-        type=lambda text: json_file(text) if text else None,  # empty: none, as processes of the same command get it
+        type=lambda text: json_file(text) if text else None,  # an empty name means no file
         metavar="FILE",
-        help="write the figures here",
+        help="write the results to this JSON file",
     )
 
     def run(arguments: argparse.Namespace) -> int:
@@ -156,27 +159,30 @@ def add_command(
 
 
 def config_arguments(command: Parser) -> None:
-    command.add_argument("config", type=input_path("config"), help="YAML file")
-    command.add_argument("overrides", nargs="*", metavar="a.b=v", help="dotted overrides of the config")
+    """Add the arguments for a config file and its overrides."""
+    command.add_argument("config", type=input_path("config"), help="YAML config file")
+    command.add_argument("overrides", nargs="*", metavar="a.b=v", help="config overrides, such as train.steps=100")
 
 
 def ranks_argument(command: Parser) -> None:
+    """Add the option ``--procs``."""
     command.add_argument(
-        "--procs", type=number("--procs", Count), default=1, metavar="N", help="ranks to start on this machine"
+        "--procs", type=number("--procs", Count), default=1, metavar="N", help="number of ranks to start on this host"
     )
 
 
 def check_ranks(arguments: argparse.Namespace) -> None:
+    """Raise UserError if ``--procs`` is given to a process that a launcher started."""
     place = launch_environment()
     if arguments.procs > 1 and place.world > 1:
         raise UserError(
-            f"--procs {arguments.procs}: this is rank {place.rank} of {place.world} that a launcher started already; "
-            "leave --procs out, or start the command once"
+            f"--procs {arguments.procs} was given to rank {place.rank} of {place.world} started by a launcher; "
+            "omit --procs, or run the command without a launcher"
         )
 
 
 def start_ranks(arguments: argparse.Namespace, config: Config, words: list[str]) -> int:
-    """Run this command, its flags given in ``words``, on ``--procs`` ranks of this machine."""
+    """Run this command, with the flags in ``words``, on ``--procs`` ranks of this host."""
     from megatron_dit.launch import run_ranks
 
     config.data_parallel(arguments.procs)
@@ -186,6 +192,7 @@ def start_ranks(arguments: argparse.Namespace, config: Config, words: list[str])
 
 
 def write_json(arguments: argparse.Namespace, figures: Any) -> None:
+    """Write ``figures`` to the file given by ``--json``, on rank 0; do nothing without ``--json``."""
     if arguments.json and is_rank0():
         with replacing(arguments.json) as part:
             part.write_text(json.dumps(figures, indent=1) + "\n")

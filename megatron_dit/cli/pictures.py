@@ -1,4 +1,4 @@
-"""sample, evaluate."""
+"""The commands that generate images: sample and evaluate."""
 
 from __future__ import annotations
 
@@ -20,49 +20,55 @@ if TYPE_CHECKING:  # imports of torch take seconds: each command imports what it
 
 
 def add_commands(commands: Any) -> None:
-    """The commands of this file."""
+    """Add the commands of this module."""
     sample = add_command(
         commands,
         "sample",
-        "Draw pictures with a checkpoint.",
+        "Generate images with a checkpoint.",
         'megatron-dit sample runs/quickstart --prompt "a red circle at the top left" --out grid.png',
         _sample,
     )
     _checkpoint_arguments(sample)
     sample.add_argument(
-        "--prompt", action="append", required=True, help="a caption, or a class number; repeat for more"
+        "--prompt", action="append", required=True, help="caption or class number; may be given several times"
     )
-    sample.add_argument("--out", type=output_picture("--out", "grid.png"), default="grid.png", help="the grid's PNG")
-    sample.add_argument("--size", metavar="HxW", help="height and width in pixels (the training size)")
+    sample.add_argument(
+        "--out", type=output_picture("--out", "grid.png"), default="grid.png", help="file for the image grid"
+    )
+    sample.add_argument("--size", metavar="HxW", help="height and width in pixels; if omitted, the training size")
 
     evaluate = add_command(
         commands,
         "evaluate",
-        "Score held-out prompts of the embedded data.",
+        "Generate images for held-out prompts of the toy dataset and score them.",
         "megatron-dit evaluate runs/quickstart --prompts 64",
         _evaluate,
     )
     _checkpoint_arguments(evaluate)
     evaluate.add_argument("--prompts", type=number("--prompts", Count), default=64, help="number of held-out prompts")
-    picture = output_picture("--out", "samples.png")
-    evaluate.add_argument("--out", type=picture, help="the grid's PNG (samples.png beside the checkpoint's run)")
-    share = number("--at-least", Fraction)
-    evaluate.add_argument("--at-least", type=share, default=0.0, help="share below which the exit status is 1")
+    image_file = output_picture("--out", "samples.png")
+    evaluate.add_argument("--out", type=image_file, help="file for the image grid; if omitted, samples.png in the run")
+    fraction = number("--at-least", Fraction)
+    evaluate.add_argument("--at-least", type=fraction, default=0.0, help="exit with status 1 if the score is lower")
 
 
 def _checkpoint_arguments(command: Parser) -> None:
     checkpoint = input_path("checkpoint")
-    command.add_argument("checkpoint", type=checkpoint, help="a run's folder (its newest checkpoint) or one checkpoint")
+    command.add_argument("checkpoint", type=checkpoint, help="run folder (its newest checkpoint is used) or checkpoint")
     seed = number("--seed", Annotated[int, Interval("[0, 2^63)")])
-    command.add_argument("--seed", type=seed, default=0, help="seed of the noise, with the prompt")
-    command.add_argument("--solver", help="euler | dpm++ | ddim (the config's)")
-    # Their ranges are those of the config's section sampling, which checks them.
-    command.add_argument("--steps", type=number("--steps", int), help="solver steps (the config's)")
-    guidance = number("--guidance", float)
-    command.add_argument("--guidance", type=guidance, help="classifier-free guidance scale (the config's)")
-    command.add_argument("--raw", action="store_true", help="use the raw weights instead of their EMA")
+    command.add_argument("--seed", type=seed, default=0, help="seed of the noise, combined with the prompt")
+    command.add_argument("--solver", help="euler, dpm++ or ddim; if omitted, the config's")
+    # Their ranges are checked by the config's sampling section.
     command.add_argument(
-        "--data", type=input_path("--data"), help="folder of shards that names codec and text encoder (the config's)"
+        "--steps", type=number("--steps", int), help="number of solver steps; if omitted, the config's"
+    )
+    guidance = number("--guidance", float)
+    command.add_argument("--guidance", type=guidance, help="classifier-free guidance scale; if omitted, the config's")
+    command.add_argument("--raw", action="store_true", help="use the trained weights instead of their EMA")
+    command.add_argument(
+        "--data",
+        type=input_path("--data"),
+        help="dataset whose index names the codec and text encoder; if omitted, the config's",
     )
 
 
@@ -70,9 +76,9 @@ def _sample(arguments: argparse.Namespace) -> int:
     from megatron_dit.sampling.grid import save_grid
 
     size = _size(arguments.size)
-    pictures = _draw(_sampler(arguments), arguments, arguments.prompt, size)
-    save_grid(pictures, arguments.prompt, arguments.out)
-    print(f"wrote {len(pictures)} pictures to {printable(arguments.out)}")
+    images = _generate(_sampler(arguments), arguments, arguments.prompt, size)
+    save_grid(images, arguments.prompt, arguments.out)
+    print(f"wrote {len(images)} images to {printable(arguments.out)}")
     write_json(arguments, {"prompts": arguments.prompt, "out": str(arguments.out), "seed": arguments.seed})
     return 0
 
@@ -93,14 +99,20 @@ def _evaluate(arguments: argparse.Namespace) -> int:
     sampler = _sampler(arguments)
     index = sampler.index
     if sampler.config.model.num_classes:
-        raise UserError(f"{arguments.checkpoint} draws classes: only captioned scenes can be scored, use sample")
+        raise UserError(
+            f"{arguments.checkpoint} is conditioned on classes, but only models trained on captions of the toy dataset "
+            "can be scored; use 'megatron-dit sample'"
+        )
     if index.source != SCENES:
-        raise UserError(f"{index.folder} is not the embedded data: only its pictures can be scored, use sample")
-    score = score_pictures(_draw(sampler, arguments, prompts, None), prompts)
+        raise UserError(
+            f"{index.folder} is not the toy dataset, and only models trained on that can be scored; "
+            "use 'megatron-dit sample'"
+        )
+    score = score_pictures(_generate(sampler, arguments, prompts, None), prompts)
     save_grid(score.pictures, prompts, out, ["darkgreen" if right else "firebrick" for right in score.right])
     right, total = sum(score.right), len(score.right)
-    shown = f"{right} of {total} held-out prompts drawn right ({100 * score.share:.1f}%)"
-    print(f"score: {shown}, pictures in {printable(out)}")
+    summary = f"{right} of {total} images match their held-out prompt ({100 * score.share:.1f}%)"
+    print(f"score: {summary}; images written to {printable(out)}")
     write_json(arguments, {"right": right, "prompts": total, "share": score.share})
     return 0 if score.share >= arguments.at_least else 1
 
@@ -111,7 +123,7 @@ def _sampler(arguments: argparse.Namespace) -> Sampler:
     return Sampler(arguments.checkpoint, data=arguments.data, ema=not arguments.raw)
 
 
-def _draw(
+def _generate(
     sampler: Sampler, arguments: argparse.Namespace, prompts: list[str], size: tuple[int, int] | None
 ) -> np.ndarray:
     return sampler.draw(

@@ -1,4 +1,4 @@
-"""The frame of the three programs: standard streams, and how a process ends."""
+"""Entry point shared by the three programs: standard streams, uncaught exceptions and the exit status."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from megatron_dit.runtime.output import guard_output
 
 
 def run_program(command: Callable[[list[str]], int]) -> int:
-    """Run ``command`` on the process's arguments; returns the exit status, after an exception with its traceback."""
+    """Run ``command`` on the process's arguments and return an exit status: 1, with a traceback, after an exception."""
     guard_output()
-    faulthandler.enable(sys.__stderr__ or sys.stderr)  # a crash in C++ prints where Python was
+    faulthandler.enable(sys.__stderr__ or sys.stderr)  # a crash in C++ prints the Python stack
     try:
         status = command(sys.argv[1:])
         sys.stdout.flush()
         return status
-    except SystemExit as ended:  # of --help, and of a reader that left
+    except SystemExit as ended:  # raised by --help, and when the reader of a pipe has closed it
         return ended.code if isinstance(ended.code, int) else 0
-    except UserError as error:  # of the last flush
+    except UserError as error:  # raised by the last flush
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:

@@ -1,1 +1,1 @@
-"""Search of base hyperparameters on proxies: optuna asks, trials are runs of ``megatron-dit train``."""
+"""Search of base hyperparameters on proxies: optuna chooses the values, and each trial is a training run."""

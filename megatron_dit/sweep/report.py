@@ -1,4 +1,4 @@
-"""What a sweep found: ranking, table, ``best.yaml`` and pictures."""
+"""Report of a sweep: ranking, table, ``best.yaml`` and plots."""
 
 from __future__ import annotations
 
@@ -25,22 +25,22 @@ Values = tuple[tuple[str, Any], ...]  # sorted (key, value) pairs
 
 @dataclass(frozen=True)
 class Setting:
-    """Trials alike but for their seed."""
+    """Trials that differ only in their seed."""
 
-    model: Values  # values of seed-independent keys that make another model or parametrization
-    hyperparameters: Values  # the base hyperparameters searched
-    loss: float  # mean over the seeds; inf where a seed has none
+    model: Values  # values of keys that change the model or parametrization
+    hyperparameters: Values  # values of the searched base hyperparameters
+    loss: float  # mean over the seeds; inf if a seed did not complete
     trials: tuple[Result, ...]
 
 
 def is_hyperparameter(key: str) -> bool:
-    """Whether a searched key is one that transfers; the others choose a model or repeat the run."""
+    """Return whether a searched key is a hyperparameter to transfer; other keys change the model or the seed."""
     return key != "seed" and key != "mup.parametrization" and not key.startswith("model.")
 
 
 def settings(results: Sequence[Result]) -> list[Setting]:
-    """Settings by model, then from the best to the worst."""
-    groups: dict[str, list[Result]] = {}  # by JSON, as values may be lists
+    """Return the settings, sorted by model and then from best to worst."""
+    groups: dict[str, list[Result]] = {}  # keyed by JSON text, because values may be lists
     parts: dict[str, tuple[Values, Values]] = {}
     for result in results:
         pairs = sorted(result.params.items())
@@ -49,12 +49,12 @@ def settings(results: Sequence[Result]) -> list[Setting]:
         name = json.dumps([model, searched])
         parts[name] = (model, searched)
         groups.setdefault(name, []).append(result)
-    found = [Setting(*parts[name], _mean(trials), tuple(trials)) for name, trials in groups.items()]
-    return sorted(found, key=lambda setting: (str(setting.model), setting.loss))
+    unsorted = [Setting(*parts[name], _mean(trials), tuple(trials)) for name, trials in groups.items()]
+    return sorted(unsorted, key=lambda setting: (str(setting.model), setting.loss))
 
 
 def best(results: Sequence[Result], config: SweepConfig) -> Setting | None:
-    """The best setting of the widest μP model searched, the one nearest to a target; None if none completed."""
+    """Return the best setting of the widest μP model, as it is closest to a target; None if none completed."""
     heads = config.base.model.heads
     candidates = [
         setting
@@ -65,7 +65,7 @@ def best(results: Sequence[Result], config: SweepConfig) -> Setting | None:
 
 
 def write_best(results: Sequence[Result], config: SweepConfig) -> Setting | None:
-    """Write ``best.yaml``: the proxy's config with the best base hyperparameters."""
+    """Write the proxy's config with the best base hyperparameters to ``best.yaml``; return the best setting."""
     chosen = best(results, config)
     if chosen is None:
         return None
@@ -78,7 +78,7 @@ def write_best(results: Sequence[Result], config: SweepConfig) -> Setting | None
 
 
 def provenance(chosen: Setting, results: Sequence[Result]) -> str:
-    """One line: where the best values come from."""
+    """Return one line that says which trials the best values come from."""
     numbers = ", ".join(str(trial.number) for trial in chosen.trials)
     seeds = [trial.params["seed"] for trial in chosen.trials if "seed" in trial.params]
     of_seeds = f" (seeds {', '.join(map(str, seeds))})" if seeds else ""
@@ -86,10 +86,10 @@ def provenance(chosen: Setting, results: Sequence[Result]) -> str:
 
 
 def print_table(results: Sequence[Result]) -> None:
-    """A row a setting: its loss, the spread over its seeds, and why trials have none."""
+    """Print a row per setting: its loss, the std over its seeds, and the trials that did not complete, with reasons."""
     table = Table(title=f"{len(results)} trials")
     keys = sorted({key for result in results for key in result.params if key != "seed"})
-    for column in (*keys, "loss", "± seeds", "trials", "not complete"):
+    for column in (*keys, "loss", "std over seeds", "trials", "failed trials"):
         table.add_column(column)
     for setting in settings(results):
         values = {**dict(setting.model), **dict(setting.hyperparameters)}
@@ -108,17 +108,17 @@ def print_table(results: Sequence[Result]) -> None:
 
 
 def show(value: Any) -> str:
-    """A value for people; powers of two as such."""
+    """Return a value as text, powers of two in the form ``2^n``."""
     if isinstance(value, float) and value > 0 and math.log2(value).is_integer():
         return f"2^{int(math.log2(value))}"
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 def draw(results: Sequence[Result], config: SweepConfig) -> list[Path]:
-    """Write the pictures: loss against lr by width, and each hyperparameter's influence."""
+    """Plot the loss against the learning rate by width, and against each hyperparameter; return the files written."""
     import matplotlib as mpl
 
-    with mpl.rc_context({"text.parse_math": False}):  # a $ in a value is no formula
+    with mpl.rc_context({"text.parse_math": False}):  # a $ in a value must not be parsed as a formula
         return _draw(results, config)
 
 
@@ -140,7 +140,7 @@ def _draw(results: Sequence[Result], config: SweepConfig) -> list[Path]:
     complete = [result for result in results if result.state == "complete"]
     for key, panel in zip(searched, panels, strict=True):
         values = [result.params[key] for result in complete]
-        if not all(type(value) in (int, float) for value in values):  # a category each
+        if not all(type(value) in (int, float) for value in values):  # plot each value as a category
             values = [_label(value) for value in values]
         panel.plot(values, [result.loss for result in complete], "o", alpha=0.6)
         panel.set(xlabel=key)
@@ -164,22 +164,22 @@ def _save(figure: Any, path: Path) -> None:
 
 
 def draw_lr(figure: Any, results: Sequence[Result], config: SweepConfig) -> None:
-    """A panel per parametrization: loss against lr, a line per width, its best starred, the seeds' range shaded."""
+    """Plot loss against lr: a panel per parametrization, a line per width, its best lr starred, seed range shaded."""
     base = flatten(config.base)
     names = ["mup.parametrization", "model.heads", "optimizer.lr"]
 
     def value(setting: Setting, key: str) -> Any:
         return {**base, **dict(setting.model), **dict(setting.hyperparameters)}[key]
 
-    found: dict[tuple[str, int], dict[float, Setting]] = {}
+    lines: dict[tuple[str, int], dict[float, Setting]] = {}
     for setting in settings(results):
         parametrization, heads, lr = (value(setting, name) for name in names)
-        at = found.setdefault((parametrization, heads), {})
-        if lr not in at or setting.loss < at[lr].loss:  # over the other hyperparameters: the best
+        at = lines.setdefault((parametrization, heads), {})
+        if lr not in at or setting.loss < at[lr].loss:  # keep the best over the other hyperparameters
             at[lr] = setting
-    panels = list(dict.fromkeys(parametrization for parametrization, _ in sorted(found)))
+    panels = list(dict.fromkeys(parametrization for parametrization, _ in sorted(lines)))
     axes = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
-    for (parametrization, heads), at in sorted(found.items()):
+    for (parametrization, heads), at in sorted(lines.items()):
         panel = axes[panels.index(parametrization)]
         complete = sorted((lr, setting) for lr, setting in at.items() if math.isfinite(setting.loss))
         if not complete:

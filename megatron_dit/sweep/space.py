@@ -1,4 +1,4 @@
-"""The sweep's YAML: a base config, the keys to search and how."""
+"""Config of a sweep: the base config, the keys to search and the search method."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ from megatron_dit.errors import UserError, writing
 from megatron_dit.runtime.io import replacing
 from megatron_dit.runtime.text import warn
 
-Params = dict[str, Any]  # dotted key -> value, of one trial
+Params = dict[str, Any]  # dotted key -> value in one trial
 
 
 @dataclass(frozen=True, kw_only=True)
 class Dimension:
-    """Values of one key, by exactly one of these."""
+    """Values to search for one key, given by exactly one of the fields."""
 
-    # [a, b]: 2^a, 2^(a+1), ..., 2^b
+    # [a, b] means 2^a, 2^(a+1), ..., 2^b
     log2: list[Annotated[int, Interval("[-1000, 1000]")]] = field(default_factory=list)
     choice: list[Any] = field(default_factory=list)
     uniform: list[float] = field(default_factory=list)  # [low, high]
@@ -36,7 +36,10 @@ class Dimension:
         given = {
             name: values for name in ("log2", "choice", "uniform", "log_uniform") if (values := getattr(self, name))
         }
-        check(len(given) == 1, f"a searched key has {list(given)}: expected one of log2, choice, uniform, log_uniform")
+        check(
+            len(given) == 1,
+            f"a key in space has {list(given)}: expected exactly one of log2, choice, uniform, log_uniform",
+        )
         name, values = next(iter(given.items()))
         if name != "choice":
             check(len(values) == 2 and values[0] < values[1], f"{name}={values}: expected [low, high] with low < high")
@@ -45,17 +48,17 @@ class Dimension:
 
     @property
     def finite(self) -> list[Any]:
-        """All values; empty for a continuous dimension."""
+        """All values in order; empty for a continuous dimension."""
         return [2.0**power for power in range(self.log2[0], self.log2[1] + 1)] if self.log2 else list(self.choice)
 
     @property
     def interval(self) -> list[float]:
-        """[low, high] of a continuous dimension; integers if both are whole, as an integer's key needs them."""
+        """[low, high] of a continuous dimension, as integers if both are integral, as integer keys require."""
         values = self.uniform or self.log_uniform
         return [int(value) for value in values] if all(value.is_integer() for value in values) else values
 
     def distribution(self, whole: bool) -> BaseDistribution:
-        """Optuna's counterpart; ``whole`` where the config's key is an integer."""
+        """Return the Optuna distribution; ``whole`` says that the config's key is an integer."""
         if self.finite:
             return CategoricalDistribution([to_optuna(value) for value in self.finite])
         low, high = self.interval
@@ -63,28 +66,28 @@ class Dimension:
         return IntDistribution(int(low), int(high), log) if whole else FloatDistribution(low, high, log)
 
     def from_optuna(self, value: Any) -> Any:
-        return next((own for own in self.finite if to_optuna(own) == value), value)
+        """Return the config value for a value stored by Optuna."""
+        return next((item for item in self.finite if to_optuna(item) == value), value)
 
 
 @dataclass(frozen=True, kw_only=True)
 class SweepConfig:
-    """A search: every trial is ``config`` with ``overrides`` and its own values of the keys in ``space``."""
+    """A sweep. Every trial runs ``config`` with ``overrides`` and the trial's values of the keys in ``space``."""
 
     run_dir: FilePath
     config: FilePath  # YAML of the base run (the proxy)
     overrides: list[str] = field(default_factory=list)
     space: dict[str, Dimension]
     sampler: str = "grid"  # grid | random | tpe
-    trials: CountOrZero = 0  # grid: 0 stands for every point
-    seed: Annotated[int, Interval("[0, 4095]")] = (
-        0  # of the sampler; trials take theirs from the base config or the space
-    )
-    parallel: Count = 1  # trials at a time on this machine
-    procs: Count = 1  # ranks of one trial
-    # A trial's figure is its mean training loss over this last share of its steps.
+    trials: CountOrZero = 0  # 0 means every point of the grid
+    # Seed of the sampler; the seeds of the trials come from the base config or the space.
+    seed: Annotated[int, Interval("[0, 4095]")] = 0
+    parallel: Count = 1  # number of concurrent trials on this host
+    procs: Count = 1  # ranks per trial
+    # A trial's result is its mean training loss over this last fraction of its steps.
     last: Annotated[float, Interval("(0, 1]")] = 0.1
-    stop_early: bool = False  # end a trial whose loss is above the median of the others' at the same step
-    keep_checkpoints: bool = False  # of finished trials
+    stop_early: bool = False  # stop a trial whose loss is above the other trials' median at the same step
+    keep_checkpoints: bool = False  # keep the checkpoints of finished trials
 
     def __post_init__(self) -> None:
         choice("sampler", self.sampler, ("grid", "random", "tpe"))
@@ -94,23 +97,33 @@ class SweepConfig:
         check(bool(self.space), "space is empty: name at least one key, such as optimizer.lr: {log2: [-13, -5]}")
         known = flatten(self.base)
         for key, dimension in self.space.items():
-            check(key in known and key != "run_dir", f"space has {key!r}, which is no key of {self.config}")
+            check(
+                key in known and key != "run_dir", f"space has {key!r}, which is not a searchable key of {self.config}"
+            )
             if self.sampler == "grid":
-                check(bool(dimension.finite), f"space.{key} is continuous: use sampler random or tpe, or choice")
-            # Validated as any config is; choices become what the key makes of them.
+                check(
+                    bool(dimension.finite),
+                    f"space.{key} is continuous, but sampler=grid needs a list of values; "
+                    "set sampler to random or tpe, or use log2 or choice",
+                )
+            # Validate each value in the config, and convert choices to the type of the key.
             values = [self._value(key, value) for value in dimension.finite or dimension.interval]
-            twice = next((value for i, value in enumerate(values) if value in values[:i]), None)
-            check(twice is None, f"space.{key} has the value {twice} twice: leave one out")
+            duplicate = next((value for i, value in enumerate(values) if value in values[:i]), None)
+            check(duplicate is None, f"space.{key} has the value {duplicate} twice; remove one")
             if dimension.choice:
                 self.space[key] = replace(dimension, choice=values)
         if self.sampler == "grid":
             points = self.grid_size
-            check(self.trials <= points, f"trials={self.trials}: the grid has {points} points")
+            check(
+                self.trials <= points,
+                f"trials={self.trials}: the grid has {points} points; set trials to 0 for all of them",
+            )
         else:
             at_least("trials", self.trials, 1)
 
     @cached_property
     def base(self) -> Config:
+        """The base config with the sweep's overrides."""
         return load_config(self.config, self.overrides)
 
     def _value(self, key: str, value: Any) -> Any:
@@ -118,6 +131,7 @@ class SweepConfig:
 
     @property
     def grid_size(self) -> int:
+        """Number of points of the grid."""
         return math.prod(len(dimension.finite) for dimension in self.space.values())
 
     @property
@@ -127,30 +141,32 @@ class SweepConfig:
 
     @property
     def folder(self) -> Path:
+        """The sweep's folder, ``run_dir``."""
         return Path(self.run_dir)
 
     def distributions(self) -> dict[str, BaseDistribution]:
+        """Return the Optuna distribution of every searched key."""
         known = flatten(self.base)
         return {key: dimension.distribution(type(known[key]) is int) for key, dimension in self.space.items()}
 
     def trial_config(self, params: Mapping[str, Any], number: int) -> Config:
-        """The config of a trial. Raises UserError where its values do not go together."""
+        """Return the config of a trial. Raises UserError if the combination of its values is invalid."""
         return load_config(self.config, self.overrides, {**params, "run_dir": str(self.trial_folder(number))})
 
     def trial_folder(self, number: int) -> Path:
-        """The run folder of a trial, with its other files beside it."""
+        """Return the run folder of a trial; the trial's other files are next to it."""
         return self.folder / "trials" / f"{number:04d}"
 
 
 def to_optuna(value: Any) -> Any:
-    """A value as optuna stores it: lists and mappings as JSON text, as its choices can only be scalars."""
+    """Return a value as Optuna stores it: JSON text for lists and mappings, because its choices must be scalars."""
     return json.dumps(value, sort_keys=True) if isinstance(value, (list, dict)) else value
 
 
 def open_folder(config: SweepConfig) -> None:
-    """Make the sweep's folder and write its config. Raises UserError where the folder holds something else.
+    """Create the sweep's folder and write its config. Raises UserError if the folder holds anything else.
 
-    A saved config that is damaged is written anew, if the results have the keys of this search.
+    A corrupt saved config is rewritten if the results have the keys of this sweep.
     """
     folder, path, base = config.folder, config.folder / "sweep.yaml", config.folder / "base.yaml"
     if path.is_file():
@@ -159,12 +175,12 @@ def open_folder(config: SweepConfig) -> None:
         except UserError as error:
             difference = _other_results(folder, config)
             if difference is None:
-                warn(f"{error}; the sweep's saved config is written anew")
+                warn(f"{error}; rewriting the sweep's saved config")
         if difference is not None:
-            raise UserError(f"{folder} holds another sweep ({difference}): set run_dir to a new folder")
+            raise UserError(f"{folder} holds another sweep ({difference}); set run_dir to a new folder")
     elif folder.exists() and (not folder.is_dir() or any(not _ours(item) for item in folder.iterdir())):
-        raise UserError(f"run_dir={folder} exists and is no sweep of ours: set run_dir to a new folder")
-    # Tasks of an array do this at once: every file appears whole, and sweep.yaml last.
+        raise UserError(f"run_dir={folder} exists and is not a sweep folder; set run_dir to a new folder")
+    # Tasks of a job array run this concurrently: every file is replaced atomically, and sweep.yaml is written last.
     with writing(folder):
         (folder / "trials").mkdir(parents=True, exist_ok=True)
     for file, values in ((base, config.base), (path, config)):
@@ -173,34 +189,38 @@ def open_folder(config: SweepConfig) -> None:
 
 
 def _ours(item: Path) -> bool:
-    """Whether it is what a sweep writes before its sweep.yaml."""
+    """Return whether an item is one that a sweep creates before or together with its sweep.yaml."""
     return item.name in ("trials", "base.yaml", "sweep.yaml") or ".part" in item.name
 
 
 def load_saved(folder: Path) -> SweepConfig:
-    """The config of the sweep in ``folder``, with its base as it was resolved then, wherever it is read from."""
+    """Return the config of the sweep in ``folder``, with the base config that was resolved when the sweep started."""
     base = {"config": str(folder / "base.yaml"), "overrides": [], "run_dir": str(folder)}
     return load(SweepConfig, folder / "sweep.yaml", values=base)
 
 
 def _difference(folder: Path, config: SweepConfig) -> str | None:
-    """What makes the saved sweep another search than ``config``'s; how it is run may change."""
+    """Return the first difference in the search between the saved sweep and ``config``, or None.
+
+    Keys that only affect how the sweep is run may differ.
+    """
     saved = load_saved(folder)
     for key in ("space", "sampler", "seed", "last"):
         old, new = getattr(saved, key), getattr(config, key)
         if old != new:
-            return f"{key} is {old!r} there and {new!r} here"
+            return f"{key} was {old!r} and is now {new!r}"
     how_it_is_run = tuple(key for key in RESUMABLE if key != "train.steps")
     return first_difference(saved.base, config.base, how_it_is_run)
 
 
 def _other_results(folder: Path, config: SweepConfig) -> str | None:
-    """What shows that the results in a folder are another search's."""
+    """Return the evidence that the results in a folder belong to another sweep, or None."""
     for path in sorted((folder / "trials").glob("*.json")):
         try:
             keys = sorted(json.loads(path.read_bytes())["params"])
         except (ValueError, TypeError, KeyError, OSError, RecursionError):
-            continue  # damaged too
+            continue  # corrupt as well
         if keys != sorted(config.space):
-            return f"{path.name} has values of {', '.join(keys)}, here {', '.join(sorted(config.space))} are searched"
+            expected = ", ".join(sorted(config.space))
+            return f"{path.name} has values for {', '.join(keys)}, but this sweep searches {expected}"
     return None

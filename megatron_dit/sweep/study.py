@@ -1,4 +1,4 @@
-"""The sweep itself: optuna says what to try, processes try it, files say what came out."""
+"""The sweep: Optuna chooses the values, each trial runs in its own process, and the results are stored in files."""
 
 from __future__ import annotations
 
@@ -34,11 +34,11 @@ from megatron_dit.sweep.space import Params, SweepConfig, open_folder, to_optuna
 from megatron_dit.sweep.trial import INTERRUPTED, TAKEN, Result, TrialFiles, judge, run_trial, stored_result
 
 POLL_SECONDS = 0.2
-TAKEN_SECONDS = 5.0  # before a trial that another process holds is tried again
+TAKEN_SECONDS = 5.0  # wait before retrying a trial that another process is running
 
 
 class Lock(BaseJournalFileLock):
-    """A file's lock that the kernel frees with its process: optuna's own outlive a kill by half a minute."""
+    """File lock that the kernel releases when its process ends; Optuna's own locks persist for 30 s after a kill."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -60,32 +60,37 @@ class Lock(BaseJournalFileLock):
 
 
 def open_journal(folder: Path) -> JournalStorage:
-    """Optuna's journal in a sweep's folder. A damaged one is set aside: all that counts is in ``trials/`` too."""
+    """Open Optuna's journal in a sweep's folder.
+
+    A corrupt journal is renamed and rebuilt, because ``trials/`` contains all the data needed.
+    """
     path, lock = folder / "journal.log", Lock(folder / "journal.lock")
     with lock:
         damage = _damage_of(path)
         if damage:
-            warn(f"{path} is damaged ({damage}); it is now {set_aside(path)}, and is made anew from the trials")
+            warn(
+                f"{path} is corrupt ({damage}); renamed it to {set_aside(path)}, rebuilding the journal from the trials"
+            )
     return JournalStorage(JournalFileBackend(str(path), lock_obj=lock))
 
 
 def _damage_of(path: Path) -> str:
-    """What is wrong with a journal, or an empty string."""
+    """Return what is wrong with a journal, or an empty string."""
     text = path.read_bytes() if path.exists() else b""
     if not text.endswith(b"\n") and text:
-        return "its last line is cut short"
+        return "its last line is truncated"
     try:
         for line in text.splitlines():
             json.loads(line)
         if text:
-            JournalStorage(JournalFileBackend(str(path)))  # replays every line
-    except Exception as error:  # whatever optuna raises for lines that it did not write
+            JournalStorage(JournalFileBackend(str(path)))  # parses and applies every line
+    except Exception as error:  # Optuna raises various exceptions for invalid lines
         return f"{type(error).__name__}: {error}"
     return ""
 
 
 def set_aside(path: Path) -> Path:
-    """Rename a damaged file to a name that is free, and return it."""
+    """Rename a corrupt file to an unused name, and return the new path."""
     names = (path.with_name(f"{path.name}.damaged{number or ''}") for number in itertools.count())
     free = next(name for name in names if not name.exists())
     return path.rename(free)
@@ -93,25 +98,30 @@ def set_aside(path: Path) -> Path:
 
 @dataclass
 class Running:
+    """A trial whose process is running."""
+
     files: TrialFiles
     process: BaseProcess
     slot: int
     started: float
-    reported: int = 0  # last step told to optuna
+    reported: int = 0  # last step reported to Optuna
 
 
 class Sweep:
-    """A sweep's folder: ``sweep.yaml``, optuna's journal, and a trial's run, result, log and lock in ``trials/``.
+    """A sweep. Its folder has ``sweep.yaml``, Optuna's journal, and the runs, results, logs and locks in ``trials/``.
 
-    Several processes may work on one folder (tasks of a Slurm array): a trial is run under its lock, and what
-    is to be tried is asked under the sweep's. Started again it goes on: finished trials have a result and are
-    left alone, interrupted ones resume as any run does.
+    Several processes (such as tasks of a Slurm array) may work on one folder: a process holds the trial's lock while
+    it runs the trial, and the sweep's lock while it asks Optuna for values. A restarted sweep resumes: trials that have
+    a result are not run again, interrupted trials resume from their newest checkpoint.
     """
 
     def __init__(self, config: SweepConfig) -> None:
         gpus, needed = torch.cuda.device_count(), config.parallel * config.procs
         if 0 < gpus < needed:
-            raise UserError(f"parallel={config.parallel} * procs={config.procs} needs as many GPUs, here are {gpus}")
+            raise UserError(
+                f"parallel={config.parallel} * procs={config.procs} requires {needed} GPUs, but this host has {gpus}; "
+                "reduce one of them"
+            )
         open_folder(config)
         self.config = config
         optuna.logging.set_verbosity(optuna.logging.ERROR)
@@ -123,10 +133,10 @@ class Sweep:
                 pruner=optuna.pruners.MedianPruner(n_startup_trials=5, n_warmup_steps=config.base.train.steps // 10),
             )
 
-    # --- what to try ----------------------------------------------------------------------------------
+    # --- values to try ----------------------------------------------------------------------------------
 
     def files(self, number: int) -> TrialFiles:
-        """The trial's files, its values asked for if nobody has."""
+        """Return the trial's files with its values, which are chosen now if no process has done so."""
         with Lock(self.config.folder / "ask.lock"):
             while len(trials := self._study.get_trials(deepcopy=False)) <= number:
                 self._ask(len(trials))
@@ -135,20 +145,20 @@ class Sweep:
         return TrialFiles(self.config.trial_folder(number), params)
 
     def _ask(self, number: int) -> None:
-        """Add trial ``number`` to the study: with the values it has in ``trials/``, if the journal has lost them."""
+        """Add trial ``number`` to the study, with its values from ``trials/`` if the journal was lost."""
         distributions = self.config.distributions()
         params = self._known_params(number)
         if params is not None:
             self._add(params, distributions)
             return
         if self.config.sampler != "grid":
-            # Seeded anew for each trial: a sampler's generator would start over with the process.
+            # Seed the sampler per trial, because its generator would restart with each process.
             seed = (self.config.seed << 20) + number
             tpe = self.config.sampler == "tpe"
             self._study.sampler = TPESampler(seed=seed, constant_liar=True) if tpe else RandomSampler(seed=seed)
             self._study.ask(distributions)
             return
-        # Optuna's GridSampler stops its study by itself, which only ``study.optimize`` allows.
+        # Optuna's GridSampler calls study.stop(), which is only allowed inside ``study.optimize``.
         points = itertools.product(*(dimension.finite for dimension in self.config.space.values()))
         point = next(itertools.islice(points, number, None))
         self._add(dict(zip(self.config.space, point, strict=True)), distributions)
@@ -159,11 +169,11 @@ class Sweep:
             trial = optuna.trial.create_trial(state=TrialState.RUNNING, params=values, distributions=distributions)
         except ValueError as error:
             folder = self.config.folder / "trials"
-            raise UserError(f"{folder} holds trials of another search ({error}): set run_dir to a new folder") from None
+            raise UserError(f"{folder} holds trials of another sweep ({error}); set run_dir to a new folder") from None
         self._study.add_trial(trial)
 
     def _known_params(self, number: int) -> Params | None:
-        """The values that a trial was started with before, by its result or its config."""
+        """Return the values with which a trial was started before, from its result or its config, or None."""
         result = self._stored(number)
         if result is not None:
             return result.params
@@ -173,29 +183,31 @@ class Sweep:
         try:
             values = flatten(load_config(path))
         except UserError as error:
-            warn(f"{error}; the values of trial {number} are chosen anew")
+            warn(f"{error}; choosing new values for trial {number}")
             return None
         return {key: values[key] for key in self.config.space}
 
-    # --- trying it ------------------------------------------------------------------------------------
+    # --- running trials ------------------------------------------------------------------------------------
 
     def run(self, only: int | None = None) -> list[Result]:
-        """Run what has no result yet, all trials or one, and return the results by number."""
+        """Run all trials, or trial ``only``, that have no result yet, and return the results sorted by number."""
         context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["megatron_dit.sweep.trial", "megatron_dit.engine"])  # imports take seconds
+        context.set_forkserver_preload(
+            ["megatron_dit.sweep.trial", "megatron_dit.engine"]
+        )  # importing them takes seconds
         numbers = range(self.config.count) if only is None else [only]
         results = {n: result for n in numbers if (result := self._stored(n)) is not None}
         for result in results.values():
             self._tell(result)
         running: list[Running] = []
-        handler = signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C
+        handler = signal.signal(signal.SIGTERM, signal.default_int_handler)  # like Ctrl-C
         try:
             with ProgressBar("sweep", len(numbers), len(results)) as bar:
                 for result in self._until_done(context, [n for n in numbers if n not in results], running):
                     results[result.number] = result
                     bar.advance(line_of(result))
         except KeyboardInterrupt:
-            for trial in running:  # they save and leave, and go on when the sweep does
+            for trial in running:  # they save a checkpoint, exit, and resume with the sweep
                 trial.process.terminate()
             for trial in running:
                 trial.process.join()
@@ -205,7 +217,7 @@ class Sweep:
         return [results[number] for number in sorted(results)]
 
     def _until_done(self, context: Any, numbers: list[int], running: list[Running]) -> Iterator[Result]:
-        """Run the trials, ``parallel`` at a time; yields results as they come. ``running`` holds those under way."""
+        """Run the trials, ``parallel`` at a time, and yield each result. ``running`` lists the running trials."""
         waiting = deque(numbers)
         held_until: dict[int, float] = {}
         while waiting or running:
@@ -215,7 +227,7 @@ class Sweep:
                 waiting.remove(number)
                 try:
                     running.append(self._start(context, number, slot))
-                except UserError as error:  # values that do not go together
+                except UserError as error:  # the combination of values is invalid
                     yield self._refused(number, str(error))
             time.sleep(POLL_SECONDS)
             for trial in list(running):
@@ -223,7 +235,7 @@ class Sweep:
                     self._watch(trial)
                     continue
                 running.remove(trial)
-                # A signal that came before the run could handle it is no crash of the trial's.
+                # A signal that arrives before the run handles signals is not a crash of the trial.
                 if trial.process.exitcode in (INTERRUPTED, -signal.SIGTERM, -signal.SIGINT):
                     raise KeyboardInterrupt
                 if trial.process.exitcode == TAKEN:
@@ -233,16 +245,16 @@ class Sweep:
                 yield self._ended(trial)
 
     def _stored(self, number: int) -> Result | None:
-        """The result of a trial, if it has one; one that is damaged is set aside, and the trial runs again."""
+        """Return the result of a trial, if it exists; a corrupt one is renamed, so that the trial runs again."""
         try:
             return stored_result(self.config, number)
         except UserError as error:
             path = TrialFiles(self.config.trial_folder(number), {}).file(".json")
-            warn(f"{error}; it is now {set_aside(path)}, and the trial runs again")
+            warn(f"{error}; renamed it to {set_aside(path)}, running the trial again")
             return None
 
     def _start(self, context: Any, number: int, slot: int) -> Running:
-        """Start a trial's process. Raises UserError where its values do not go together."""
+        """Start a trial's process. Raises UserError if the combination of its values is invalid."""
         files, devices = self.files(number), self._devices(slot)
         config = self.config.trial_config(files.params, number)
         threads = config.train.threads or max(1, (os.cpu_count() or 1) // (self.config.parallel * self.config.procs))
@@ -253,6 +265,7 @@ class Sweep:
         return Running(files, process, slot, time.monotonic())
 
     def _refused(self, number: int, reason: str) -> Result:
+        """Store and return the result of a trial whose config is invalid."""
         files = self.files(number)
         result = Result(number, files.params, "crashed", None, reason, steps=0, samples=0, seconds=0.0)
         files.write(result)
@@ -260,36 +273,38 @@ class Sweep:
         return result
 
     def _devices(self, slot: int) -> str | None:
-        """CUDA_VISIBLE_DEVICES of a slot: its own share of this machine's GPUs."""
+        """Return CUDA_VISIBLE_DEVICES for a slot: ``procs`` GPUs that no other slot uses; None without GPUs."""
         if torch.cuda.device_count() == 0:
             return None
         return ",".join(str(gpu) for gpu in range(slot * self.config.procs, (slot + 1) * self.config.procs))
 
     def _ended(self, trial: Running) -> Result:
-        """The result the trial wrote; one that died before it could has crashed."""
+        """Return the result the trial wrote, or store a result if its process died before writing one."""
         result = trial.files.result()
         if result is None:
-            reason = f"its process died (exit status {trial.process.exitcode}), see {trial.files.file('.log')}"
+            status, log = trial.process.exitcode, trial.files.file(".log")
+            reason = f"its process ended without a result (exit status {status}); see {log}"
             result = judge(trial.files, self.config.last, reason, time.monotonic() - trial.started)
             trial.files.write(result)
         self._tell(result)
         return result
 
-    # --- optuna's side --------------------------------------------------------------------------------
+    # --- reporting to Optuna --------------------------------------------------------------------------------
 
     def _tell(self, result: Result) -> None:
-        self.files(result.number)  # the journal may have lost it
+        """Report a result to Optuna."""
+        self.files(result.number)  # adds the trial if the journal was lost
         trial = self._study.get_trials(deepcopy=False)[result.number]
         if trial.state.is_finished():
             return
         if result.state == "complete":
             self._study.tell(result.number, result.loss)
-        else:  # TPE ranks a pruned trial below every complete one; a crashed one says nothing of its values
+        else:  # TPE ranks pruned trials below all complete ones; a crash is no evidence about the values
             pruned = result.state in ("diverged", "stopped")
             self._study.tell(result.number, state=TrialState.PRUNED if pruned else TrialState.FAIL)
 
     def _watch(self, trial: Running) -> None:
-        """With ``stop_early``, report the losses so far, and end the trial if they are hopeless."""
+        """If ``stop_early`` is set, report the losses so far to Optuna, and stop the trial if the pruner says so."""
         if not self.config.stop_early:
             return
         lines = [line for line in read_metrics(trial.files.folder) if line["step"] > trial.reported]
@@ -305,7 +320,7 @@ class Sweep:
                     trial.process.kill()
                     trial.process.join()
                     seconds = time.monotonic() - trial.started
-                    reason = f"loss {line['loss']:.4g} at step {line['step']} is above the median of the others"
+                    reason = f"loss {line['loss']:.4g} at step {line['step']} is above the median of the other trials"
                     result = judge(trial.files, self.config.last, reason, seconds)
                     if trial.files.result() is None:
                         trial.files.write(replace(result, state="stopped", loss=line["loss"]))
@@ -313,6 +328,7 @@ class Sweep:
 
 
 def line_of(result: Result) -> str:
+    """Return a line with a trial's values, state and loss or reason."""
     values = " ".join(
         f"{key}={value:.6g}" if isinstance(value, float) else f"{key}={value}" for key, value in result.params.items()
     )

@@ -1,4 +1,4 @@
-"""One trial: a training run in a process of its own, and what became of it."""
+"""One trial: a training run in its own process, and its result."""
 
 from __future__ import annotations
 
@@ -28,23 +28,23 @@ from megatron_dit.runtime.output import guard_output, keep_going
 from megatron_dit.sweep.space import SweepConfig
 from megatron_dit.trainer import train
 
-# Exit statuses of a trial's process that has no result.
-TAKEN = 75  # another process has the trial
-INTERRUPTED = 130  # stopped by a signal and saved: it will go on
+# Exit statuses of a trial's process that ends without a result.
+TAKEN = 75  # another process is running the trial
+INTERRUPTED = 130  # stopped by a signal after saving a checkpoint; the trial can be resumed
 
 
 @dataclass(frozen=True)
 class Result:
-    """What a trial came to; ``state`` is complete, diverged, stopped (hopeless, by the median) or crashed."""
+    """Result of a trial; ``state`` is complete, diverged, stopped (by median pruning) or crashed."""
 
     number: CountOrZero
     params: dict[str, Any]
     state: str
     loss: float | None  # mean training loss over the last steps; None unless complete or stopped
-    reason: str  # why it is not complete
-    steps: CountOrZero  # steps done
+    reason: str  # why the trial is not complete
+    steps: CountOrZero  # completed steps
     samples: Annotated[int, Interval("[0, 2^63)")]  # training samples seen
-    seconds: NonNegative  # of the process that ended it
+    seconds: NonNegative  # wall time of the process that ended the trial
 
     def __post_init__(self) -> None:
         choice("state", self.state, ("complete", "diverged", "stopped", "crashed"))
@@ -54,20 +54,22 @@ class Result:
 
 @dataclass(frozen=True)
 class TrialFiles:
-    """Where a trial keeps what it is: its run's folder beside its result, log and lock."""
+    """Files of a trial: its run folder, with its result, config, log and lock next to it."""
 
-    folder: Path  # the run's
+    folder: Path  # the run folder
     params: dict[str, Any]
 
     @property
     def number(self) -> int:
+        """Number of the trial."""
         return int(self.folder.name)
 
     def file(self, suffix: str) -> Path:
+        """Return the trial's file with ``suffix``, such as ``.json``."""
         return self.folder.with_name(self.folder.name + suffix)
 
     def result(self) -> Result | None:
-        """The trial's result, if it has one. Raises UserError if the file is damaged or another trial's."""
+        """Return the trial's result, if it exists. Raises UserError if it is corrupt or belongs to another trial."""
         path = self.file(".json")
         if not path.exists():
             return None
@@ -76,32 +78,37 @@ class TrialFiles:
             check(result.number == self.number, f"it is the result of trial {result.number}")
             return result
         except (UserError, ValueError, RecursionError) as error:
-            raise UserError(f"{path} is no result of a trial ({error})") from None
+            raise UserError(f"{path} is not a valid trial result ({error})") from None
 
     def write(self, result: Result) -> None:
+        """Write the trial's result."""
         with replacing(self.file(".json")) as part:
             part.write_text(json.dumps(asdict(result)) + "\n")
 
     @contextlib.contextmanager
     def lock(self) -> Iterator[bool]:
-        """Whether this process alone has the trial; the kernel frees it however the process ends."""
+        """Try to lock the trial and yield whether it succeeded; the kernel releases the lock when the process ends."""
         lock = try_lock(self.file(".lock"))
         with lock or contextlib.nullcontext():
             yield lock is not None
 
 
 def stored_result(config: SweepConfig, number: int) -> Result | None:
-    """The result of a sweep's trial, if it has one. Raises UserError if it is damaged or belongs to another search."""
+    """Return the result of a trial, if it exists. Raises UserError if it is corrupt or belongs to another sweep."""
     files = TrialFiles(config.trial_folder(number), {})
     result = files.result()
     keys = set(config.space)
     if result is not None and set(result.params) != keys:
-        raise UserError(f"{files.file('.json')} has values of {sorted(result.params)}, expected {sorted(keys)}")
+        raise UserError(f"{files.file('.json')} has values for {sorted(result.params)}, expected {sorted(keys)}")
     return result
 
 
 def run_trial(files: TrialFiles, procs: int, last: float, keep: bool, devices: str | None) -> None:
-    """Body of a trial's process: train, go on where a killed one stopped, and write the result."""
+    """Run a trial in its process: train, or resume an interrupted run, and write the result.
+
+    ``last`` is the fraction of the steps that the result's loss is averaged over. The process exits with status TAKEN
+    if another process is running the trial, and INTERRUPTED if a signal stopped it.
+    """
     die_with_parent()
     with files.file(".log").open("a", buffering=1) as log:
         os.dup2(log.fileno(), 1)
@@ -110,8 +117,8 @@ def run_trial(files: TrialFiles, procs: int, last: float, keep: bool, devices: s
     keep_going()
     if devices is not None:
         os.environ["CUDA_VISIBLE_DEVICES"] = devices
-    with files.lock() as mine:
-        if not mine:
+    with files.lock() as locked:
+        if not locked:
             leave(TAKEN)
         if files.result() is None:
             started = time.monotonic()
@@ -125,10 +132,10 @@ def run_trial(files: TrialFiles, procs: int, last: float, keep: bool, devices: s
 
 
 def judge(files: TrialFiles, last: float, reason: str, seconds: float) -> Result:
-    """The result that a run's metrics show; ``reason`` says why it ended before its last step, if it did.
+    """Return the result that follows from a run's metrics; ``reason`` is why it ended before its last step, if it did.
 
-    Diverged is a run that ended for losses that were not finite, and one that is worse at its end than
-    the untrained model was.
+    A run is diverged if it ended because of losses that are not finite, or if its final loss is above that of the
+    untrained model.
     """
     config, lines = load_config(files.file(".yaml")), read_metrics(files.folder)
     steps = lines[-1]["step"] if lines else 0
@@ -141,20 +148,24 @@ def judge(files: TrialFiles, last: float, reason: str, seconds: float) -> Result
             first = lines[0]["loss"]
             state = "complete" if first is None or mean <= first else "diverged"
             loss = mean if state == "complete" else None
-            reason = reason if state == "complete" else f"loss {mean:.4g} at its end, {first:.4g} untrained"
+            reason = (
+                reason
+                if state == "complete"
+                else f"its final loss {mean:.4g} is above the untrained model's {first:.4g}"
+            )
     samples = steps * config.train.global_batch
     return Result(files.number, files.params, state, loss, reason, steps, samples, seconds)
 
 
 def final_loss(lines: list[dict[str, Any]], config: Config, last: float) -> float:
-    """Mean loss over the last share of the steps; inf where none of it was finite."""
+    """Return the mean loss over the ``last`` fraction of the steps; inf if no loss was finite."""
     since = config.train.steps * (1 - last)
     losses = [line["loss"] for line in lines if line["step"] > since and line["loss"] is not None]
     return sum(losses) / len(losses) if losses else math.inf
 
 
 def _train(files: TrialFiles, procs: int) -> str | None:
-    """Run the training; returns what ended it early, an empty string at its last step, None for a signal."""
+    """Run the training. Return why it ended early, an empty string if it is finished, or None after a signal."""
     path = files.file(".yaml")
     config = load_config(path)
     stop = config.launch.stop_seconds
@@ -167,7 +178,7 @@ def _train(files: TrialFiles, procs: int) -> str | None:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return str(error)
-    except Exception as error:  # a trial's crash is a result of the sweep, kept with its reason
+    except Exception as error:  # a crash is a result of the sweep and is stored with its reason
         traceback.print_exc()
         return f"{type(error).__name__}: {error}"
     lines = read_metrics(files.folder)
@@ -175,6 +186,7 @@ def _train(files: TrialFiles, procs: int) -> str | None:
 
 
 def _last_error(files: TrialFiles) -> str:
+    """Return the last error in the trial's log, or its last line if it has none."""
     lines = files.file(".log").read_text(errors="replace").strip().splitlines()
     errors = [line.removeprefix("error: ") for line in lines if line.startswith("error: ")]
-    return (errors or lines or ["no message"])[-1]
+    return (errors or lines or ["no error message"])[-1]

@@ -91,4 +91,4 @@ def test_procs_is_allowed_in_a_batch_job_but_not_under_a_launcher(monkeypatch, c
         monkeypatch.setenv(name, value)
     assert run(["train", "configs/quickstart.yaml", "train.micro_batch=64", "--procs", "2"]) == (2 if refused else 0)
     assert started == ([] if refused else [2])
-    assert ("this is rank 0 of 2 that a launcher started already" in capsys.readouterr().err) == refused
+    assert ("was given to rank 0 of 2 started by a launcher" in capsys.readouterr().err) == refused

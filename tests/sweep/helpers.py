@@ -1,4 +1,4 @@
-"""Small sweeps, and sweeps whose results are given."""
+"""Small sweeps, and finished sweeps with given results."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from tests.configs import small_dict
 
 
 def write_sweep(folder, data, space, arch="mmdit", base=None, **options):
-    """Base and sweep YAMLs under ``folder``; returns the sweep's path."""
+    """Write base and sweep configs to ``folder``; return the sweep config's path."""
     tiny = {"model.depth": 1, "train.steps": 6, "train.global_batch": 4, "optimizer.warmup_steps": 0}
     tiny |= {"checkpoint.every": 2, "data.path": str(data), "train.threads": 1}
     (folder / "base.yaml").write_text(yaml.safe_dump(small_dict(arch, **{**tiny, **(base or {})})))
@@ -22,7 +22,7 @@ def write_sweep(folder, data, space, arch="mmdit", base=None, **options):
 
 
 def plant(path, outcomes):
-    """A finished sweep: ``outcomes`` are (params, state, loss) of trials 0, 1, ...; all samples were seen."""
+    """Create a finished sweep. ``outcomes`` has (params, state, loss) of trials 0, 1, ..., all with all their steps."""
     config = load(SweepConfig, path)
     open_folder(config)
     for number, (params, state, loss) in enumerate(outcomes):

@@ -1,4 +1,4 @@
-"""Damaged files of a sweep are repaired from its trials' results, and values of every kind can be searched."""
+"""Corrupt files of a sweep are rebuilt from its trials' results, and values of every type can be searched."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ LRS = {"optimizer.lr": {"log2": [-9, -8]}}
 
 @pytest.fixture
 def finished(tmp_path, dataset):
-    """A finished sweep's YAML, its folder and what its trials came to; its journal is optuna's own."""
+    """(config path, folder) of a finished sweep, with a journal that Optuna wrote."""
     path = write_sweep(tmp_path, dataset, LRS)
     config = plant(path, [({"optimizer.lr": 2**-9}, "complete", 0.5), ({"optimizer.lr": 2**-8}, "complete", 0.25)])
     sweep = Sweep(config)
@@ -30,7 +30,7 @@ def finished(tmp_path, dataset):
 
 
 def states(path):
-    """(learning rate, loss) of the trials in optuna's study."""
+    """Return (learning rate, loss) of the trials in Optuna's study."""
     return [(trial.params["optimizer.lr"], trial.value) for trial in Sweep(load(SweepConfig, path))._study.get_trials()]
 
 
@@ -42,13 +42,13 @@ def states(path):
         (lambda text: text.replace(b'"op_code"', b'"op_kode"', 3), True),
         (lambda text: text.replace(b"{", b"[", 1), True),
         (lambda text: text[: len(text) // 2] + b"\xff\n" + text[len(text) // 2 :], True),
-        (lambda text: text[: text.index(b"\n", len(text) // 2) + 1], False),  # only its last lines are missing
+        (lambda text: text[: text.index(b"\n", len(text) // 2) + 1], False),  # only the last lines are missing
         (lambda text: b"", False),
         (lambda text: None, False),
     ],
-    ids=["cut", "zeros", "other keys", "broken", "not UTF-8", "shorter", "empty", "missing"],
+    ids=["truncated line", "zeros", "other keys", "invalid JSON", "not UTF-8", "missing lines", "empty", "missing"],
 )
-def test_a_damaged_journal_is_made_anew_from_the_trials(finished, capsys, harm, warns):
+def test_corrupt_journal_is_rebuilt_from_the_trials(finished, capsys, harm, warns):
     path, folder = finished
     before = {item.name: item.read_bytes() for item in (folder / "trials").glob("*.json")}
     journal = folder / "journal.log"
@@ -59,7 +59,7 @@ def test_a_damaged_journal_is_made_anew_from_the_trials(finished, capsys, harm, 
     assert run(["sweep", str(path)]) == 0
     out, err = capsys.readouterr()
     assert "best of 2 trials: trial 1, loss 0.25" in out
-    assert (f"{journal} is damaged" in err) == warns
+    assert (f"{journal} is corrupt" in err) == warns
     assert err.count("\n") == warns
     aside = folder / "journal.log.damaged"
     assert (aside.read_bytes() if warns else None) == (text if warns else None)
@@ -71,7 +71,7 @@ def test_a_damaged_journal_is_made_anew_from_the_trials(finished, capsys, harm, 
 
 @pytest.mark.parametrize("name", ["sweep.yaml", "base.yaml"])
 @pytest.mark.parametrize("content", [b"", b"\x00\xff"])
-def test_a_damaged_saved_config_is_written_anew(finished, capsys, name, content):
+def test_corrupt_saved_config_is_rewritten(finished, capsys, name, content):
     path, folder = finished
     good = (folder / name).read_bytes()
     (folder / name).write_bytes(content)
@@ -80,12 +80,12 @@ def test_a_damaged_saved_config_is_written_anew(finished, capsys, name, content)
     assert (folder / name).read_bytes() == good
 
 
-def test_a_damaged_saved_config_protects_the_results_of_another_search(finished, tmp_path, dataset, capsys):
+def test_corrupt_saved_config_is_kept_if_the_results_are_of_another_sweep(finished, tmp_path, dataset, capsys):
     _, folder = finished
     (folder / "sweep.yaml").write_text("")
     other = write_sweep(tmp_path, dataset, {"optimizer.grad_clip": {"choice": [0.1, 1.0]}})
     assert run(["sweep", str(other)]) == 2
-    assert "holds another sweep (0000.json has values of optimizer.lr" in capsys.readouterr().err
+    assert "holds another sweep (0000.json has values for optimizer.lr" in capsys.readouterr().err
     assert (folder / "sweep.yaml").read_text() == ""
 
 
@@ -103,22 +103,22 @@ def test_a_damaged_saved_config_protects_the_results_of_another_search(finished,
         b'RESULT0"params": {"optimizer.eps": 1}',
     ],
 )
-def test_a_damaged_result_is_set_aside_and_its_trial_runs_again(finished, capsys, content):
+def test_corrupt_result_is_renamed_and_its_trial_runs_again(finished, capsys, content):
     _, folder = finished
     trial = folder / "trials" / "0000.json"
-    if content.startswith(b"RESULT"):  # a whole one but for one value
+    if content.startswith(b"RESULT"):  # the complete result of trial n, with one value replaced
         values = json.loads(trial.with_name(f"000{chr(content[6])}.json").read_text())
         content = json.dumps(values | (json.loads(b"{%s}" % content[7:]) if content[7:] else {})).encode()
     trial.write_bytes(content)
     config, results = read_sweep(folder)
     assert [result.number for result in results] == [1]
     assert "0000.json" in capsys.readouterr().err
-    assert trial.read_bytes() == content  # a sweep that is only read is left as it is
+    assert trial.read_bytes() == content  # read_sweep does not modify the folder
     sweep = Sweep(config)
     assert sweep._stored(0) is None
     err = capsys.readouterr().err
     assert err.count("\n") == 1
-    assert f"{trial}.damaged, and the trial runs again" in err
+    assert f"renamed it to {trial}.damaged, running the trial again" in err
     assert not trial.exists()
     assert trial.with_name("0000.json.damaged").read_bytes() == content
     assert sweep._stored(0) is None
@@ -134,10 +134,10 @@ def test_a_damaged_result_is_set_aside_and_its_trial_runs_again(finished, capsys
         ("mup.init_std.hidden", [None, 0.02]),
         ("optimizer.schedule", ["constant", "cosine"]),
         ("data.text_encoder", ["/models" + "/x" * 150, "a/b [red] $1$ %s {}"]),
-        ("optimizer.lr", [1, 0.5]),  # an integer for a number is that number
+        ("optimizer.lr", [1, 0.5]),  # an integer is accepted for a float key
     ],
 )
-def test_values_of_every_kind_are_searched_and_reported(tmp_path, dataset, capsys, key, values):
+def test_values_of_every_type_are_searched_and_reported(tmp_path, dataset, capsys, key, values):
     path = write_sweep(tmp_path, dataset, {key: {"choice": values}, "seed": {"choice": [0, 1]}})
     config = load(SweepConfig, path)
     sweep = Sweep(config)
@@ -161,13 +161,13 @@ def test_values_of_every_kind_are_searched_and_reported(tmp_path, dataset, capsy
     assert (config.folder / "influence.png").stat().st_size > 5000
 
 
-def test_a_journal_that_was_lost_keeps_the_values_of_unfinished_trials(tmp_path, dataset):
+def test_unfinished_trials_keep_their_values_if_the_journal_is_lost(tmp_path, dataset):
     space = {"optimizer.lr": {"log_uniform": [1e-4, 1e-2]}, "optimizer.warmup_steps": {"uniform": [1, 100]}}
     config = load(SweepConfig, write_sweep(tmp_path, dataset, space, sampler="tpe", trials=3))
     sweep = Sweep(config)
     before = [sweep.files(number).params for number in range(3)]
 
-    for number in (0, 2):  # as they are when they start
+    for number in (0, 2):  # a trial writes its config when it starts
         save_config(config.trial_config(before[number], number), sweep.files(number).file(".yaml"))
     (config.folder / "journal.log").unlink()
     sweep = Sweep(config)
@@ -175,13 +175,13 @@ def test_a_journal_that_was_lost_keeps_the_values_of_unfinished_trials(tmp_path,
     assert (after[0], after[2]) == (before[0], before[2])
 
 
-def test_a_folder_that_cannot_be_written_is_one_line(tmp_path, dataset):
+def test_unwritable_folder_raises_user_error(tmp_path, dataset):
     path = write_sweep(tmp_path, dataset, LRS)
     with pytest.raises(UserError, match="cannot be written"):
         Sweep(load(SweepConfig, path, ["run_dir=/proc/sweep"]))
 
 
-def test_grids_of_any_size_are_counted_without_being_listed(tmp_path, dataset):
+def test_large_grids_are_counted_without_being_enumerated(tmp_path, dataset):
     keys = ("optimizer.lr", "optimizer.weight_decay", "optimizer.grad_clip", "mup.output_multiplier", "objective.shift")
     space = {key: {"log2": [-60, 0]} for key in keys}
     config = load(SweepConfig, write_sweep(tmp_path, dataset, space, trials=2))

@@ -1,4 +1,4 @@
-"""Sweeps of real runs: kills, divergence, crashes, samplers, single trials and early stops."""
+"""Sweeps of short training runs: kills, divergence, crashes, samplers, single trials and median pruning."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def results_in(folder):
     return {path.stem: path.read_text() for path in sorted((folder / "trials").glob("*.json"))}
 
 
-def test_a_sweep_killed_twice_runs_nothing_twice(dataset, tmp_path):
+def test_killed_sweep_resumes_without_repeating_trials_or_steps(dataset, tmp_path):
     space = {"optimizer.lr": {"log2": [-10, -7]}, "seed": {"choice": [0, 1, 2]}}
     path = write_sweep(tmp_path, dataset, space, parallel=2, base={"train.steps": 12})
     folder = tmp_path / "sweep"
@@ -38,7 +38,7 @@ def test_a_sweep_killed_twice_runs_nothing_twice(dataset, tmp_path):
             time.sleep(0.05)
         process.send_signal(signal.SIGKILL)
         process.wait()
-        # What had a result keeps it, and its run is not touched again.
+        # Trials that have a result keep it, and their runs are not modified again.
         finished |= {name: (text, metrics(folder, name)) for name, text in results_in(folder).items()}
     assert run(["sweep", str(path)]) == 0
     results = results_in(folder)
@@ -49,11 +49,11 @@ def test_a_sweep_killed_twice_runs_nothing_twice(dataset, tmp_path):
     found = [json.loads(text) for text in results.values()]
     assert {result["state"] for result in found} == {"complete"}
     assert len({json.dumps(result["params"]) for result in found}) == 12
-    for result in found:  # every step once, in interrupted trials too
+    for result in found:  # every step exactly once, also in interrupted trials
         lines = (folder / "trials" / f"{result['number']:04d}" / "metrics.jsonl").read_text().splitlines()
         assert [json.loads(line)["step"] for line in lines] == list(range(1, 13))
     assert (folder / "best.yaml").is_file()
-    assert run(["sweep", str(path)]) == 0  # finished: prints its table again
+    assert run(["sweep", str(path)]) == 0  # a finished sweep only prints its table
     assert results_in(folder) == results
 
 
@@ -61,8 +61,8 @@ def metrics(folder, name):
     return (folder / "trials" / name / "metrics.jsonl").stat().st_mtime_ns
 
 
-def test_divergence_and_crashes_are_results(dataset, tmp_path, capsys):
-    """lr 2^3 diverges; a micro-batch that does not divide the batch is refused by the run, which is its crash."""
+def test_diverged_and_crashed_trials_are_stored_as_results(dataset, tmp_path, capsys):
+    """lr 2^3 diverges; a micro-batch that does not divide the batch is an invalid config, which counts as a crash."""
     space = {"optimizer.lr": {"choice": [2**-8, 8.0]}, "train.micro_batch": {"choice": [2, 3]}}
     path = write_sweep(tmp_path, dataset, space, base={"train.steps": 20}, parallel=2)
     figures = tmp_path / "figures.json"
@@ -87,8 +87,8 @@ def test_divergence_and_crashes_are_results(dataset, tmp_path, capsys):
     assert not list((tmp_path / "sweep").rglob("checkpoints"))
 
 
-def test_values_that_do_not_go_together_are_a_result(dataset, tmp_path):
-    """Each is fine alone: three heads, and two tensor-parallel ranks of the base's four heads."""
+def test_invalid_combination_of_values_is_a_crashed_trial(dataset, tmp_path):
+    """Three heads, and two tensor-parallel ranks with the base's four heads, are valid; their combination is not."""
     space = {"model.heads": {"choice": [3, 4]}, "parallel.tensor": {"choice": [1, 2]}}
     found = {
         (r.params["model.heads"], r.params["parallel.tensor"]): r
@@ -99,7 +99,7 @@ def test_values_that_do_not_go_together_are_a_result(dataset, tmp_path):
     assert "model.heads=3 is not divisible by parallel.tensor=2" in found[3, 2].reason
 
 
-def test_a_stop_signal_saves_the_trials_and_the_sweep_goes_on(dataset, tmp_path):
+def test_stop_signal_saves_a_checkpoint_of_running_trials(dataset, tmp_path):
     path = write_sweep(tmp_path, dataset, {"optimizer.lr": {"choice": [2**-8]}}, base={"train.steps": 4000})
     process = subprocess.Popen([sys.executable, "-m", "megatron_dit", "sweep", str(path)])
     lines = tmp_path / "sweep" / "trials" / "0000" / "metrics.jsonl"
@@ -115,7 +115,7 @@ def test_a_stop_signal_saves_the_trials_and_the_sweep_goes_on(dataset, tmp_path)
     assert saved.name.endswith(str(steps[-1]))
 
 
-def test_a_process_that_dies_is_a_crash(dataset, tmp_path):
+def test_trial_whose_process_is_killed_is_crashed(dataset, tmp_path):
     sweep = Sweep(load(SweepConfig, write_sweep(tmp_path, dataset, {"optimizer.lr": {"log2": [-8, -7]}})))
     trial = sweep._start(multiprocessing.get_context("forkserver"), 0, 0)
     trial.process.kill()
@@ -127,7 +127,7 @@ def test_a_process_that_dies_is_a_crash(dataset, tmp_path):
 
 
 @pytest.mark.parametrize("sampler", ["random", "tpe"])
-def test_what_is_tried_does_not_depend_on_restarts(dataset, tmp_path, sampler):
+def test_sampled_values_do_not_depend_on_restarts(dataset, tmp_path, sampler):
     space = {"optimizer.lr": {"log_uniform": [1e-4, 1e-2]}, "optimizer.warmup_steps": {"log_uniform": [1, 100]}}
 
     def params(folder, restart):
@@ -140,14 +140,15 @@ def test_what_is_tried_does_not_depend_on_restarts(dataset, tmp_path, sampler):
             found.append(sweep.files(number).params)
         return found
 
-    whole, restarted = params(tmp_path / "a", False), params(tmp_path / "b", True)
-    assert whole == restarted
-    assert len({p["optimizer.lr"] for p in whole}) == 6
-    assert all(1e-4 <= p["optimizer.lr"] <= 1e-2 and isinstance(p["optimizer.warmup_steps"], int) for p in whole)
+    uninterrupted, restarted = params(tmp_path / "a", False), params(tmp_path / "b", True)
+    assert uninterrupted == restarted
+    assert len({p["optimizer.lr"] for p in uninterrupted}) == 6
+    assert all(1e-4 <= p["optimizer.lr"] <= 1e-2 for p in uninterrupted)
+    assert all(isinstance(p["optimizer.warmup_steps"], int) for p in uninterrupted)
 
 
-def test_one_trial_alone_is_the_sweeps_own(dataset, tmp_path, capsys):
-    """Trials run as tasks of an array, out of order, then the sweep as a whole finds them done."""
+def test_trials_run_one_by_one_are_those_of_the_sweep(dataset, tmp_path, capsys):
+    """Run the trials one by one, out of order, like tasks of a job array; then the sweep has nothing left to run."""
     path = write_sweep(tmp_path, dataset, {"optimizer.lr": {"log2": [-9, -7]}})
     for number in (2, 0, 1):
         assert run(["sweep", str(path), "--trial", str(number)]) == 0
@@ -161,7 +162,7 @@ def test_one_trial_alone_is_the_sweeps_own(dataset, tmp_path, capsys):
 
 
 @pytest.mark.slow
-def test_two_processes_share_one_sweep(dataset, tmp_path):
+def test_two_processes_on_one_sweep_run_every_trial_once(dataset, tmp_path):
     path = write_sweep(tmp_path, dataset, {"optimizer.lr": {"log2": [-10, -7]}})
     command = [sys.executable, "-m", "megatron_dit", "sweep", str(path)]
     processes = [subprocess.Popen(command, stdout=subprocess.DEVNULL) for _ in range(2)]
@@ -169,11 +170,11 @@ def test_two_processes_share_one_sweep(dataset, tmp_path):
     assert len(results_in(tmp_path / "sweep")) == 4
     for number in range(4):
         events = list((tmp_path / "sweep" / "trials" / f"{number:04d}" / "tensorboard").iterdir())
-        assert len(events) == 1  # opened once
+        assert len(events) == 1  # the run was started once
 
 
 @pytest.mark.slow
-def test_the_hopeless_are_stopped(dataset, tmp_path):
+def test_median_pruning_stops_trials_with_a_high_loss(dataset, tmp_path):
     space = {"seed": {"choice": [0, 1, 2, 3, 4]}, "optimizer.lr": {"choice": [2**-7, 2**-20]}}
     path = write_sweep(tmp_path, dataset, space, base={"train.steps": 60, "train.log_every": 10}, stop_early=True)
     config = load(SweepConfig, path)
@@ -181,14 +182,14 @@ def test_the_hopeless_are_stopped(dataset, tmp_path):
     good = [n for n in range(config.count) if sweep.files(n).params["optimizer.lr"] == 2**-7]
     for number in good:
         assert [result.state for result in sweep.run(number)] == ["complete"]
-    (hopeless,) = sweep.run(next(n for n in range(config.count) if n not in good))
-    assert hopeless.state == "stopped"
-    assert hopeless.steps < 60
-    assert "median" in hopeless.reason
+    (pruned,) = sweep.run(next(n for n in range(config.count) if n not in good))
+    assert pruned.state == "stopped"
+    assert pruned.steps < 60
+    assert "median" in pruned.reason
 
 
-def test_mistakes_are_told_in_one_line(dataset, tmp_path, capsys):
-    def told(words, *overrides, space=None, **options):
+def test_invalid_sweep_configs_are_rejected_with_a_one_line_message(dataset, tmp_path, capsys):
+    def assert_rejected(words, *overrides, space=None, **options):
         space = space or {"optimizer.lr": {"log2": [-8, -7]}}
         path = write_sweep(tmp_path, dataset, space, **options)
         assert run(["sweep", str(path), *overrides]) == 2
@@ -196,19 +197,19 @@ def test_mistakes_are_told_in_one_line(dataset, tmp_path, capsys):
         assert words in line
         assert "\n" not in line
 
-    told("no key of", space={"optimizer.learning_rate": {"log2": [-8, -7]}})
-    told("optimizer.lr=-1", space={"optimizer.lr": {"choice": [-1.0]}})
-    told("expected one of log2", space={"optimizer.lr": {"log2": [-8, -7], "choice": [1]}})
-    told("low < high", space={"optimizer.lr": {"uniform": [2, 1]}})
-    told("is continuous", space={"optimizer.lr": {"uniform": [1, 2]}})
-    told("trials=0", sampler="random")
-    told("sampler='bayes'", sampler="bayes")
-    told("the grid has 2 points", trials=3)
-    told("did you mean", "paralel=2")
+    assert_rejected("not a searchable key of", space={"optimizer.learning_rate": {"log2": [-8, -7]}})
+    assert_rejected("optimizer.lr=-1", space={"optimizer.lr": {"choice": [-1.0]}})
+    assert_rejected("expected exactly one of log2", space={"optimizer.lr": {"log2": [-8, -7], "choice": [1]}})
+    assert_rejected("low < high", space={"optimizer.lr": {"uniform": [2, 1]}})
+    assert_rejected("is continuous", space={"optimizer.lr": {"uniform": [1, 2]}})
+    assert_rejected("trials=0", sampler="random")
+    assert_rejected("sampler='bayes'", sampler="bayes")
+    assert_rejected("the grid has 2 points", trials=3)
+    assert_rejected("did you mean", "paralel=2")
     assert not (tmp_path / "sweep").exists()
     path = write_sweep(tmp_path, dataset, {"optimizer.lr": {"log2": [-8, -7]}})
     Sweep(load(SweepConfig, path))
-    told("holds another sweep", space={"optimizer.lr": {"log2": [-8, -6]}})
-    told("holds another sweep (train.steps", base={"train.steps": 7})
-    with pytest.raises(UserError, match="is no sweep of ours"):
+    assert_rejected("holds another sweep", space={"optimizer.lr": {"log2": [-8, -6]}})
+    assert_rejected("holds another sweep (train.steps", base={"train.steps": 7})
+    with pytest.raises(UserError, match="is not a sweep folder"):
         Sweep(load(SweepConfig, path, [f"run_dir={tmp_path}"]))

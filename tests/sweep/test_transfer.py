@@ -1,4 +1,4 @@
-"""What a sweep's results make of a target: ranking by hand, groups by the package mup, cost by the paper's formula."""
+"""Transfer from a sweep: ranking checked by hand, groups against the package mup, cost against the paper's formula."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ CONFIGS = Path(__file__).parents[2] / "configs"
 
 @pytest.fixture
 def planted(tmp_path, dataset):
-    """Two widths, two learning rates, two clips, two seeds; the wide model's best is lr 2^-7, clip 1."""
+    """Two widths, learning rates, grad_clips and seeds; the wide model's best setting is lr 2^-7 and grad_clip 1."""
     space = {
         "model.heads": {"choice": [2, 4]},
         "optimizer.lr": {"log2": [-8, -7]},
@@ -36,7 +36,7 @@ def planted(tmp_path, dataset):
     for (heads, power, clip), loss in losses.items():
         for seed in (5, 6):
             params = {"model.heads": heads, "optimizer.lr": 2.0**power, "optimizer.grad_clip": clip, "seed": seed}
-            diverged = (heads, power, clip, seed) == (4, -7, 0.1, 6)  # the lowest loss, but one seed diverged
+            diverged = (heads, power, clip, seed) == (4, -7, 0.1, 6)  # the lowest loss, but one of its seeds diverged
             outcomes.append((params, "diverged" if diverged else "complete", None if diverged else loss + seed / 100))
     return plant(path, outcomes)
 
@@ -48,7 +48,7 @@ def target(tmp_path, **options):
     return path
 
 
-def test_the_best_is_the_widest_models_over_all_seeds(planted):
+def test_best_setting_is_that_of_the_widest_model_averaged_over_seeds(planted):
     chosen = report.best(read_sweep(planted.folder)[1], planted)
     assert chosen is not None
     assert dict(chosen.hyperparameters) == {"optimizer.lr": 2**-7, "optimizer.grad_clip": 1.0}
@@ -68,12 +68,12 @@ def test_transfer_writes_the_target_with_its_groups_and_cost(planted, tmp_path, 
     groups, _ = package_groups(small("mmdit", heads=8, **{"optimizer.lr": 2**-7, "optimizer.weight_decay": 0.03}))
     for lr, decay in set(groups.values()):
         assert f"lr {lr:.6g}, weight decay {decay:.6g}" in head
-    # By hand: sizes of the three models, 6 steps of 4 samples a trial, 500 steps of 8 for the target.
+    # Expected: the sizes of the three models, 6 steps of 4 samples per trial, 500 steps of 8 samples for the target.
     sizes = [int(size.replace(",", "")) for size in re.findall(r"8 \* ([\d,]+) \* 24", head)]
     assert len(sizes) == 2
-    share = 8 * 24 * sum(sizes) / (size_of(out) * 500 * 8)
-    assert json.loads(figures.read_text())["cost"] == pytest.approx(share)
-    assert f"{100 * share:.2f}%" in head
+    fraction = 8 * 24 * sum(sizes) / (size_of(out) * 500 * 8)
+    assert json.loads(figures.read_text())["cost"] == pytest.approx(fraction)
+    assert f"{100 * fraction:.2f}%" in head
     assert head in capsys.readouterr().out
 
 
@@ -83,7 +83,7 @@ def size_of(path):
     return sum(p.numel() for p in build_unsharded(load_config(path).model).parameters())
 
 
-def test_costs_of_the_papers_searches(tmp_path):
+def test_search_costs_equal_those_of_the_paper(tmp_path):
     """5 * 0.04B * 5 epochs / (0.61B * 30 epochs) = 5.46%; for MMDiT 80 * 0.18B * 30K / (17.9B * 200K) steps."""
     for arch, target, by_hand in (
         ("pixart", "target", 5 * 0.04 * 5 / (0.61 * 30)),
@@ -97,24 +97,24 @@ def test_costs_of_the_papers_searches(tmp_path):
     assert round(100 * 5 * 0.04 * 5 / (0.61 * 30), 2) == 5.46
 
 
-def test_a_rounded_size_of_nothing_is_left_out():
+def test_rounded_cost_is_none_if_a_size_rounds_to_zero():
     assert Cost(((2_000_000, 10),), (600_000_000, 100)).rounded_share is None
     assert Cost(((2_000_000, 10),), (4_000_000, 100)).share == 0.05
 
 
-def test_refusals(planted, tmp_path, dataset, capsys):
-    def told(words, *arguments):
+def test_invalid_sweep_folders_and_targets_are_rejected(planted, tmp_path, dataset, capsys):
+    def assert_rejected(words, *arguments):
         assert run(["transfer", *map(str, arguments), "--out", str(tmp_path / "x.yaml")]) == 2
         line = capsys.readouterr().err.strip()
         assert words in line
         assert "\n" not in line
         assert not (tmp_path / "x.yaml").exists()
 
-    told("is no sweep's folder", tmp_path / "none", target(tmp_path))
-    told("base width", planted.folder, target(tmp_path, **{"mup.base_heads": 4}))
-    told("mup.parametrization", planted.folder, target(tmp_path, **{"mup.parametrization": "standard"}))
-    told("mup.output_multiplier", planted.folder, target(tmp_path, **{"mup.output_multiplier": 2.0}))
+    assert_rejected("is not a sweep folder", tmp_path / "none", target(tmp_path))
+    assert_rejected("base width", planted.folder, target(tmp_path, **{"mup.base_heads": 4}))
+    assert_rejected("mup.parametrization", planted.folder, target(tmp_path, **{"mup.parametrization": "standard"}))
+    assert_rejected("mup.output_multiplier", planted.folder, target(tmp_path, **{"mup.output_multiplier": 2.0}))
     (tmp_path / "bad").mkdir()
     empty = write_sweep(tmp_path / "bad", dataset, {"optimizer.lr": {"log2": [-8, -7]}})
-    hopeless = plant(empty, [({"optimizer.lr": 2**-8}, "diverged", None)])
-    told("no completed", hopeless.folder, target(tmp_path))
+    diverged = plant(empty, [({"optimizer.lr": 2**-8}, "diverged", None)])
+    assert_rejected("no completed", diverged.folder, target(tmp_path))
