@@ -32,17 +32,16 @@ def rank(number: int, port: int, phase: str, heads: int, folder: str, results: A
     import deepspeed
 
     from megatron_dit.checkpoint.load import newest, restore
-    from megatron_dit.checkpoint.save import save
+    from megatron_dit.checkpoint.writer import save
     from megatron_dit.config import load_config
-    from megatron_dit.engine import Engine
-    from megatron_dit.memory import state_bytes
-    from megatron_dit.parallel.topology import build_topology, connect
+    from megatron_dit.parallel.startup import start_up
+    from megatron_dit.training.engine import Engine
+    from megatron_dit.training.memory import state_bytes
 
     assert deepspeed
     config = load_config(Path(__file__).parents[1] / "configs/mmdit/proxy.yaml", ["parallel.zero_stage=3"])
     config = replace(config, model=replace(config.model, heads=heads), train=replace(config.train, dtype="bf16"))
-    connect()
-    topology = build_topology(config)
+    topology = start_up(config)
     empty = peak()
     if phase != "empty":
         engine = Engine(config, topology)

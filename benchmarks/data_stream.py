@@ -33,7 +33,7 @@ from webdataset import WebLoader
 from webdataset.compat import WebDataset
 
 from megatron_dit.config import Config, load_config
-from megatron_dit.data.shards import Index, write_index
+from megatron_dit.data.index import Index, write_index
 from megatron_dit.data.stream import batches
 from megatron_dit.data.tar import MEMBERS, npy, parse_array, write_shard
 from megatron_dit.data.text import pad

@@ -27,10 +27,10 @@ from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
-from megatron_dit.checkpoint.format import CheckpointReader
 from megatron_dit.checkpoint.load import open_checkpoint
-from megatron_dit.launch import die_with_parent
-from megatron_dit.progress import ProgressBar
+from megatron_dit.checkpoint.reader import CheckpointReader
+from megatron_dit.runtime.launcher import die_with_parent
+from megatron_dit.runtime.progress import ProgressBar
 
 MOMENTS = ("start", "step", "save", "save")
 PATIENCE = 120.0  # timeout in seconds
@@ -46,7 +46,7 @@ def undisturbed(command: Sequence[str]) -> None:
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL, preexec_fn=die_with_parent)
 
 
-def torment(
+def kill_repeatedly(
     command: Sequence[str], run: Path, times: int, number: int, draw: random.Random, longest: float
 ) -> Counter[str]:
     """Start the run and kill it at a random moment, ``times`` times; then let it finish.
@@ -129,7 +129,7 @@ def main() -> int:
         undisturbed(commands[0])
         print(f"uninterrupted run: {time.monotonic() - started:.0f} s")
         number = signal.Signals[f"SIG{parsed.signal}"]
-        counts = torment(commands[1], killed, parsed.times, number, random.Random(parsed.seed), parsed.longest)
+        counts = kill_repeatedly(commands[1], killed, parsed.times, number, random.Random(parsed.seed), parsed.longest)
         one, other = open_checkpoint(reference), open_checkpoint(killed)
         different = differences(one, other)
         steps = [json.loads(line)["step"] for line in (killed / "metrics.jsonl").read_text().splitlines()]

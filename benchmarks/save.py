@@ -23,17 +23,16 @@ from rich.console import Console
 from rich.table import Table
 
 from megatron_dit.bench.measure import random_batch
-from megatron_dit.checkpoint.save import Saver, save
+from megatron_dit.checkpoint.writer import CheckpointWriter, save
 from megatron_dit.config import Config, load_config
-from megatron_dit.engine import Engine
-from megatron_dit.parallel.topology import build_topology, connect
-from megatron_dit.progress import ProgressBar
-from megatron_dit.trainer import use_threads
+from megatron_dit.parallel.startup import start_up
+from megatron_dit.runtime.progress import ProgressBar
+from megatron_dit.training.engine import Engine
 
 CONFIG = Path(__file__).parents[1] / "configs/mmdit/proxy.yaml"
 
 
-def steps_while(engine: Engine, config: Config, saver: Saver) -> list[float]:
+def steps_while(engine: Engine, config: Config, saver: CheckpointWriter) -> list[float]:
     """Train until the writer is done and return the seconds of each step."""
     seconds = []
     while saver.writing:
@@ -56,11 +55,9 @@ def main() -> int:
     parsed = parser.parse_args()
     overrides = [f"model.heads={parsed.heads}", "model.sample_size=16", "train.global_batch=1", "train.micro_batch=1"]
     config = load_config(CONFIG, overrides)
-    connect()
-    use_threads(config)
-    engine = Engine(config, build_topology(config))
+    engine = Engine(config, start_up(config))
     engine.initialise()
-    saver, size, held, waited, overlapped = Saver(engine), 0, [], [], []
+    saver, size, held, waited, overlapped = CheckpointWriter(engine), 0, [], [], []
     with tempfile.TemporaryDirectory(dir=parsed.folder) as scratch, ProgressBar("save", parsed.turns + 1) as bar:
         folder = Path(scratch)
         for _ in range(parsed.turns + 1):  # the first one allocates the buffers that later saves reuse

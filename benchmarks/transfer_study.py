@@ -18,10 +18,10 @@ from pathlib import Path
 from matplotlib.figure import Figure
 
 from megatron_dit.config import load
-from megatron_dit.sweep.report import Setting, draw_lr, settings, show
-from megatron_dit.sweep.space import SweepConfig
-from megatron_dit.sweep.trial import Result
-from megatron_dit.transfer import read_sweep
+from megatron_dit.tuning.report import Setting, draw_lr, settings, show
+from megatron_dit.tuning.space import SweepConfig
+from megatron_dit.tuning.transfer import read_sweep
+from megatron_dit.tuning.trial import Result
 
 HERE = Path(__file__).parent
 ARCHITECTURES = ("mmdit", "dit")

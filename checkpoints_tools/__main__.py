@@ -14,13 +14,13 @@ from checkpoints_tools.average import average
 from checkpoints_tools.convert.command import add_convert
 from checkpoints_tools.reshard import reshard
 from checkpoints_tools.write import new_folder
-from megatron_dit.checkpoint.format import CheckpointReader
 from megatron_dit.checkpoint.listing import CHECKPOINTS, delete, list_checkpoints, old_ones
 from megatron_dit.checkpoint.load import open_checkpoint
-from megatron_dit.checkpoint.manifest import Torn
+from megatron_dit.checkpoint.manifest import Incomplete
+from megatron_dit.checkpoint.reader import CheckpointReader
 from megatron_dit.cli import Parser, add_command, exit_status, run_program
 from megatron_dit.cli.common import file_path, input_path, write_json
-from megatron_dit.errors import UserError, writing
+from megatron_dit.runtime.errors import UserError, writing
 from megatron_dit.runtime.text import printable
 
 
@@ -117,7 +117,7 @@ def _inspect(parsed: argparse.Namespace) -> int:
     try:
         reader.verify(show=True)
         summary["integrity"] = "all files match their SHA-256 digests"
-    except Torn as error:
+    except Incomplete as error:
         summary["integrity"] = f"CORRUPT: {error}"
     corrupt = summary["integrity"].startswith("CORRUPT")
     table = Table(title=printable(summary["folder"]), show_header=False)
@@ -177,7 +177,7 @@ def _prune(parsed: argparse.Namespace) -> int:
     for path in listing.checkpoints[-parsed.keep :]:
         try:
             CheckpointReader(path).verify(show=True)
-        except Torn as error:
+        except Incomplete as error:
             raise UserError(
                 f"checkpoint {path} is incomplete ({error}): move it away, so that it does not count as one to keep"
             ) from None

@@ -13,15 +13,15 @@ import torch
 from torch import Tensor
 
 from checkpoints_tools.write import aside, new_folder, write_checkpoint
-from megatron_dit.checkpoint.format import CheckpointReader
 from megatron_dit.checkpoint.listing import list_checkpoints
-from megatron_dit.checkpoint.manifest import Torn
+from megatron_dit.checkpoint.manifest import Incomplete
+from megatron_dit.checkpoint.reader import CheckpointReader
 from megatron_dit.config.checks import check_sigma_rel
-from megatron_dit.errors import UserError
 from megatron_dit.optimizer import power_averages
 from megatron_dit.optimizer.averages import Profile, combination, gamma_of
-from megatron_dit.progress import ProgressBar
-from megatron_dit.run_folder import SNAPSHOTS
+from megatron_dit.runtime.errors import UserError
+from megatron_dit.runtime.progress import ProgressBar
+from megatron_dit.training.run_folder import SNAPSHOTS
 
 
 @dataclass(frozen=True)
@@ -50,11 +50,11 @@ def average(run: Path, sigma_rel: float, step: int | None, out: Path) -> dict[st
     readers = readers[: steps.index(step) + 1]
     _check_alike(readers)
     stored = [
-        Stored(reader, key, Profile(gamma_of(width), reader.manifest["adam_steps"]))
+        Stored(reader, key, Profile(gamma_of(width), reader.manifest["num_updates"]))
         for reader in readers
         for key, width in _widths(reader).items()
     ]
-    target = Profile(gamma_of(sigma_rel), readers[-1].manifest["adam_steps"])
+    target = Profile(gamma_of(sigma_rel), readers[-1].manifest["num_updates"])
     coefficients, missed = combination([item.profile for item in stored], target)
     summary = {"sigma_rel": sigma_rel, "step": step, "averages": len(stored), "missed": missed}
     with aside(out) as part:
@@ -75,7 +75,7 @@ def _snapshots(run: Path) -> list[CheckpointReader]:
     for path in listing.checkpoints:
         with _complete(path):
             reader = CheckpointReader(path)
-        found[reader.manifest["adam_steps"]] = reader
+        found[reader.manifest["num_updates"]] = reader
     found.pop(0, None)
     if not found:
         raise UserError(
@@ -95,10 +95,10 @@ def _check_alike(readers: list[CheckpointReader]) -> None:
 
 @contextmanager
 def _complete(path: Path) -> Iterator[None]:
-    """Raise UserError in place of ``Torn`` for the snapshot ``path``."""
+    """Raise UserError in place of ``Incomplete`` for the snapshot ``path``."""
     try:
         yield
-    except Torn as error:
+    except Incomplete as error:
         raise UserError(
             f"snapshot {path} is incomplete ({error}): delete it to average without this snapshot"
         ) from None

@@ -9,11 +9,11 @@ from pathlib import Path
 from torch import Tensor
 
 from checkpoints_tools.write import aside, write_checkpoint
-from megatron_dit.checkpoint.format import CheckpointReader
 from megatron_dit.checkpoint.listing import CHECKPOINTS, step_folder
+from megatron_dit.checkpoint.reader import CheckpointReader
 from megatron_dit.config import save_config
-from megatron_dit.progress import ProgressBar
-from megatron_dit.run_folder import CONFIG
+from megatron_dit.runtime.progress import ProgressBar
+from megatron_dit.training.run_folder import CONFIG
 
 
 def reshard(reader: CheckpointReader, out: Path, tensor_size: int) -> None:

@@ -21,10 +21,10 @@ from megatron_dit.checkpoint.listing import CHECKPOINTS
 from megatron_dit.checkpoint.manifest import MANIFEST, write_manifest
 from megatron_dit.config import ParallelConfig
 from megatron_dit.data.tar import sha256_of
-from megatron_dit.errors import UserError, writing
-from megatron_dit.mup.init import cut
-from megatron_dit.run_folder import CONFIG, SNAPSHOTS
+from megatron_dit.parallel.sharding import cut
+from megatron_dit.runtime.errors import UserError, writing
 from megatron_dit.runtime.paths import user_path
+from megatron_dit.training.run_folder import CONFIG, SNAPSHOTS
 
 
 def new_folder(out: Path) -> Path:
@@ -83,7 +83,7 @@ def write_checkpoint(
     folder.mkdir(parents=True, exist_ok=True)
     params, states = manifest["params"], manifest["states"]
     for name, param in params.items():
-        if param["dim"] is not None and param["shape"][param["dim"]] % (param["pieces"] * tensor_size):
+        if param["dim"] is not None and param["shape"][param["dim"]] % (param["fused_parts"] * tensor_size):
             raise UserError(
                 f"{name} of shape {param['shape']} cannot be divided among {tensor_size} tensor-parallel ranks: choose "
                 "a number that divides model.heads"
@@ -103,7 +103,7 @@ def write_checkpoint(
         for state, name, full in tensors:
             param = params[name]
             for rank, file in enumerate(files if param["dim"] is not None else files[:1]):
-                shard = cut(full, param["dim"], param["pieces"], rank, tensor_size)
+                shard = cut(full, param["dim"], param["fused_parts"], rank, tensor_size)
                 file.put(f"{state}/{name}", shard.reshape(-1))
     complete = {
         **manifest,

@@ -12,7 +12,7 @@ from data_prep import cli_check, cli_encode
 from data_prep.cli_encode import add_shared
 from megatron_dit.cli import Parser, add_command, exit_status, run_program
 from megatron_dit.cli.common import check_files_differ, write_json
-from megatron_dit.errors import UserError
+from megatron_dit.runtime.errors import UserError
 from megatron_dit.runtime.io import check_output
 from megatron_dit.runtime.output import keep_going
 from megatron_dit.runtime.paths import user_path

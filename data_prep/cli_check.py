@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_dit.cli.common import add_command, write_json
-from megatron_dit.errors import UserError
+from megatron_dit.runtime.errors import UserError
 from megatron_dit.runtime.io import check_output
 from megatron_dit.runtime.paths import user_path
 

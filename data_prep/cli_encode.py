@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megatron_dit.cli.common import Parser, add_command
-from megatron_dit.errors import UserError
+from megatron_dit.runtime.errors import UserError
 from megatron_dit.runtime.paths import user_path
 
 if TYPE_CHECKING:  # importing torch takes seconds, and --help and invalid options do not need it

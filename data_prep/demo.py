@@ -12,7 +12,7 @@ from data_prep.recipe import Recipe
 from data_prep.run import Done, run
 from data_prep.sources import Caption, Record
 from megatron_dit.data import scenes
-from megatron_dit.data.shards import SCENES, Index
+from megatron_dit.data.index import SCENES, Index
 
 UNIT = 1000
 

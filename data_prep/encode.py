@@ -24,7 +24,7 @@ from data_prep.recipe import Recipe
 from data_prep.scan import read_records
 from data_prep.sources import Record, Source
 from megatron_dit.data.tar import write_shard
-from megatron_dit.errors import UserError
+from megatron_dit.runtime.errors import UserError
 
 PHASE = "shards"
 READERS = min(8, os.cpu_count() or 1)  # threads that decode images

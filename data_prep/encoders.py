@@ -15,13 +15,13 @@ from data_prep.pictures import Buckets
 from data_prep.recipe import PIXELS, TINY, Recipe
 from data_prep.sources import Record
 from megatron_dit.data.codec import VaeCodec, open_codec
-from megatron_dit.data.identity import weights_sha256
-from megatron_dit.data.shards import OWN
+from megatron_dit.data.encoder_hash import weights_sha256
+from megatron_dit.data.index import OWN
 from megatron_dit.data.tar import npy
 from megatron_dit.data.text import DTYPES, TextEncoder
 from megatron_dit.data.vision import VisionEncoder
-from megatron_dit.errors import UserError
-from megatron_dit.parallel.cpu import device
+from megatron_dit.runtime.device import device
+from megatron_dit.runtime.errors import UserError
 
 TINY_FOLDER = "text_encoder"  # inside the folder of the shards
 
@@ -64,7 +64,7 @@ class Encoders:
         self._text: TextEncoder | None = None
         if captioned and recipe.text_encoder != TINY:
             self._open_text(recipe.text_encoder)
-        self._eye = VisionEncoder(recipe.vision_encoder, device()) if recipe.vision_encoder else None
+        self._vision_encoder = VisionEncoder(recipe.vision_encoder, device()) if recipe.vision_encoder else None
 
     def _buckets(self) -> Buckets:
         recipe, scale = self._recipe, self._codec.scale
@@ -117,9 +117,9 @@ class Encoders:
         text = features = None
         if self._text is not None and self._recipe.text == "features":
             text = [row.half().numpy() for row in self._text.encode_ids(batch.ids)]
-        if self._eye is not None:
+        if self._vision_encoder is not None:
             rows, columns = (side // self._recipe.patch for side in mean.shape[2:])
-            features = self._eye.features(pictures, rows, columns).half().cpu().numpy()
+            features = self._vision_encoder.features(pictures, rows, columns).half().cpu().numpy()
         halves = mean.half().numpy(), None if std is None else std.half().numpy()
         for encoder, arrays in (("vae", halves), ("text-encoder", text or ()), ("vision-encoder", (features,))):
             if not all(array is None or np.isfinite(array).all() for array in arrays):
@@ -175,8 +175,8 @@ class Encoders:
                 "tokens": recipe.tokens,
                 "features": recipe.text == "features",
             }
-        if self._eye is not None:
-            features = {"encoder": recipe.vision_encoder, "sha256": self._eye_sha256(), "dim": self._eye.dim}
+        if self._vision_encoder is not None:
+            features = {"encoder": recipe.vision_encoder, "sha256": self._eye_sha256(), "dim": self._vision_encoder.dim}
             features["patch"] = recipe.patch
         return {"channels": self._codec.channels, "codec": codec, "text": text, "features": features}
 

@@ -22,9 +22,9 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, NonNegativeInt
 
-from megatron_dit.data.index_file import ShardFields
-from megatron_dit.data.shards import INDEX
-from megatron_dit.errors import UserError, writing
+from megatron_dit.data.index import INDEX
+from megatron_dit.data.index_schema import ShardFields
+from megatron_dit.runtime.errors import UserError, writing
 from megatron_dit.runtime.locks import FileLock, try_lock
 from megatron_dit.runtime.text import printable
 

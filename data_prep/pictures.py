@@ -16,8 +16,8 @@ import numpy as np
 from PIL import ExifTags, Image, ImageOps, PngImagePlugin, TiffImagePlugin, UnidentifiedImageError
 from PIL.Image import Transpose
 
-from megatron_dit.errors import UserError
 from megatron_dit.runtime.content import is_lfs_pointer
+from megatron_dit.runtime.errors import UserError
 
 # The job reports rejected images itself; PIL would print thousands of warnings about unusual files. The filter is
 # global because warnings.catch_warnings is not thread-safe.

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from data_prep.pictures import Limits
 from megatron_dit.data.text import DTYPES
-from megatron_dit.errors import UserError
+from megatron_dit.runtime.errors import UserError
 
 TINY = "tiny"
 PIXELS = "pixels"

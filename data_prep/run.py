@@ -23,10 +23,10 @@ from data_prep.rejected import REJECTED, read_rejected
 from data_prep.scan import read_captions, rejected_lines, scan_unit
 from data_prep.sources import Source
 from data_prep.tiny_t5 import build_tiny_t5
-from megatron_dit.data.shards import Index, read_index, write_index
+from megatron_dit.data.index import Index, read_index, write_index
 from megatron_dit.data.tar import MEMBERS, Shard
-from megatron_dit.errors import UserError
-from megatron_dit.progress import ProgressBar
+from megatron_dit.runtime.errors import UserError
+from megatron_dit.runtime.progress import ProgressBar
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from data_prep.pictures import Buckets, Limits, Unusable, decode
 from data_prep.pipelined import pipelined
 from data_prep.plan import Part, bucket_name
 from data_prep.sources import Record, Rejected, Scanned, Source
-from megatron_dit.errors import UserError
+from megatron_dit.runtime.errors import UserError
 
 PHASE = "scan"
 DEPTH = 32  # number of images read ahead

@@ -14,13 +14,13 @@ import numpy as np
 
 from data_prep.stats_report import draw, draw_samples, print_figures
 from megatron_dit.data.codec import Codec, VaeCodec, open_codec
-from megatron_dit.data.identity import weights_sha256
+from megatron_dit.data.encoder_hash import weights_sha256
+from megatron_dit.data.index import Index, read_index
 from megatron_dit.data.members import check_captions, class_number, member_array
-from megatron_dit.data.shards import Index, read_index
 from megatron_dit.data.tar import BadSample, Shard, ShardReader
-from megatron_dit.errors import UserError
-from megatron_dit.parallel.cpu import device
-from megatron_dit.progress import ProgressBar
+from megatron_dit.runtime.device import device
+from megatron_dit.runtime.errors import UserError
+from megatron_dit.runtime.progress import ProgressBar
 from megatron_dit.runtime.text import printable
 
 WANTED = ("latent.npy", "std.npy", "captions.npy", "cls", "txt")

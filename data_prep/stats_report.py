@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.table import Table
 
 from megatron_dit.data.codec import Codec
-from megatron_dit.progress import ProgressBar
+from megatron_dit.runtime.progress import ProgressBar
 from megatron_dit.sampling.grid import save_grid
 
 COLUMNS = 4

@@ -19,12 +19,12 @@ from rich.table import Table
 
 from data_prep.rejected import REJECTED, read_rejected
 from data_prep.verify_shard import Checked, check_shard
-from megatron_dit.data.identity import weights_sha256
-from megatron_dit.data.shards import Index, read_index
-from megatron_dit.data.store import Cache
+from megatron_dit.data.encoder_hash import weights_sha256
+from megatron_dit.data.index import Index, read_index
+from megatron_dit.data.shard_cache import Cache
 from megatron_dit.data.tar import BadSample, Shard
-from megatron_dit.errors import UserError
-from megatron_dit.progress import ProgressBar
+from megatron_dit.runtime.errors import UserError
+from megatron_dit.runtime.progress import ProgressBar
 from megatron_dit.runtime.text import printable
 
 SHOWN = 20  # number of problems to print

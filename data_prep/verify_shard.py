@@ -1,4 +1,4 @@
-"""Check one shard with two readers, the standard library's tarfile and the table of samples, which must agree."""
+"""Check one shard with two readers, the standard library's tarfile and the table of samples. Both must agree."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 
 from data_prep.sources.tars import BoundedFile
+from megatron_dit.data.index import Index
 from megatron_dit.data.members import class_number
-from megatron_dit.data.shards import Index
 from megatron_dit.data.tar import MEMBERS, TABLE, BadSample, Shard, ShardReader, parse_array, sha256_of, table_dtype
 
 Place = tuple[int, int]  # (offset of a member's data, number of bytes)

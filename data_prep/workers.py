@@ -13,7 +13,7 @@ from contextlib import ExitStack
 
 import torch
 
-from megatron_dit.launch import die_with_parent
+from megatron_dit.runtime.launcher import die_with_parent
 
 
 def run_workers(words: Sequence[str], workers: int) -> int:

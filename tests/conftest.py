@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from data_prep.demo import demo
-from tests.gloo import Pool, leave
+from tests.helpers.gloo import Pool, leave
 
 
 @pytest.fixture(scope="session")

@@ -28,7 +28,7 @@ def card(export: Export, parts: Parts | None) -> str:
         "parameters": f"{export.parameters:,}",
         "weights": f"{'EMA' if export.weights == 'ema' else 'raw'}, stored in {export.dtype}",
         "objective": config.objective.kind,
-        "steps": f"{step:,}, of which {manifest['adam_steps']:,} updated the weights",
+        "steps": f"{step:,}, of which {manifest['num_updates']:,} updated the weights",
         "samples seen": f"{step * batch:,} ({batch:,} per step)",
         "data": config.data.path,
     }

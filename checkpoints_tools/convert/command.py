@@ -19,7 +19,7 @@ from megatron_dit.checkpoint.load import check_model, open_checkpoint
 from megatron_dit.cli import add_command
 from megatron_dit.cli.common import file_path, input_path, write_json
 from megatron_dit.data.text import DTYPES
-from megatron_dit.errors import UserError
+from megatron_dit.runtime.errors import UserError
 from megatron_dit.runtime.text import printable
 
 IMPORTERS: dict[str, Callable[[Import], list[str]]] = {

@@ -8,8 +8,8 @@ from checkpoints_tools.convert.pixart import PIXART
 from checkpoints_tools.convert.table import Counterpart
 from checkpoints_tools.convert.uvit import UVIT
 from megatron_dit.config import ModelConfig
-from megatron_dit.errors import UserError
-from megatron_dit.models.counterparts import MLP_RATIO
+from megatron_dit.models.common.diffusers import MLP_RATIO
+from megatron_dit.runtime.errors import UserError
 
 COUNTERPARTS = {counterpart.arch: counterpart for counterpart in (DIT, MMDIT, PIXART, UVIT)}
 

@@ -20,8 +20,8 @@ from checkpoints_tools.convert.table import (
     split,
 )
 from megatron_dit.config import ModelConfig
-from megatron_dit.errors import UserError
-from megatron_dit.models.counterparts import CLASSES, diffusers_settings
+from megatron_dit.models.common.diffusers import CLASSES, diffusers_settings
+from megatron_dit.runtime.errors import UserError
 
 LABELS = "class_embedder.embedding_table.weight"
 

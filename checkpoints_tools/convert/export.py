@@ -24,12 +24,12 @@ from checkpoints_tools.convert.pixart import NULL_CAPTION
 from checkpoints_tools.convert.read import FACTS, KEY, LOST
 from checkpoints_tools.convert.table import Counterpart, Row, Settings
 from checkpoints_tools.convert.tensors import Spec, TensorFile, write_shards
-from megatron_dit.checkpoint.format import CheckpointReader
 from megatron_dit.checkpoint.manifest import STATE
+from megatron_dit.checkpoint.reader import CheckpointReader
 from megatron_dit.config import Config
 from megatron_dit.data.text import DTYPES
-from megatron_dit.errors import UserError
-from megatron_dit.progress import ProgressBar
+from megatron_dit.runtime.errors import UserError
+from megatron_dit.runtime.progress import ProgressBar
 
 EXPORTED = Path(__file__).parent / "exported"
 WEIGHTS = {"ema": "ema", "raw": STATE}

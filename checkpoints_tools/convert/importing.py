@@ -17,12 +17,12 @@ from checkpoints_tools.convert.read import LOST, DiffusersFolder, read_tensor
 from checkpoints_tools.convert.run import Import, config_of, data_of, fresh, write_run
 from checkpoints_tools.convert.table import Counterpart, Row, common_model
 from megatron_dit.config import OBJECTIVE_OF, Config
-from megatron_dit.data.pretrained import T5, locate, require
+from megatron_dit.data.hub import T5, locate, require
 from megatron_dit.data.text import load_t5
-from megatron_dit.errors import UserError
-from megatron_dit.models.counterparts import CLASSES
+from megatron_dit.models.common.diffusers import CLASSES
 from megatron_dit.mup.rules import Param
 from megatron_dit.objectives.ddpm import SCHEDULES
+from megatron_dit.runtime.errors import UserError
 from megatron_dit.runtime.text import printable
 
 

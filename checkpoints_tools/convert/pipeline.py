@@ -14,11 +14,11 @@ import diffusers
 from checkpoints_tools.convert.export import EXPORTED, Export, write_model
 from megatron_dit.config import Config
 from megatron_dit.data.codec import vae_factors
-from megatron_dit.data.identity import local_folder
-from megatron_dit.data.pretrained import T5, VAE, Kind, locate, read_json, variants, weight_files
-from megatron_dit.data.shards import Index, read_index
+from megatron_dit.data.encoder_hash import local_folder
+from megatron_dit.data.hub import T5, VAE, Kind, locate, read_json, variants, weight_files
+from megatron_dit.data.index import Index, read_index
 from megatron_dit.data.tokenizer import open_tokenizer
-from megatron_dit.errors import UserError
+from megatron_dit.runtime.errors import UserError
 from megatron_dit.sampling.solvers import scheduler_for
 
 OURS = ["pipeline_megatron_dit", "MegatronDiTPipeline"]

@@ -15,10 +15,10 @@ from torch import Tensor
 from checkpoints_tools.convert.exported.uvit_transformer_2d import UViTTransformer2DModel
 from checkpoints_tools.convert.table import Settings
 from checkpoints_tools.convert.tensors import STEM, unwrapped
-from megatron_dit.data.pretrained import read_json, variants, weight_files
-from megatron_dit.errors import UserError
-from megatron_dit.models.counterparts import CLASSES
+from megatron_dit.data.hub import read_json, variants, weight_files
+from megatron_dit.models.common.diffusers import CLASSES
 from megatron_dit.runtime.content import content_of
+from megatron_dit.runtime.errors import UserError
 
 FACTS = "megatron_dit.json"  # facts about the run, written by our exports
 LOST = "megatron_dit.safetensors"  # rounding differences of folding, see the module fold

@@ -16,15 +16,14 @@ from checkpoints_tools.write import aside, write_checkpoint
 from megatron_dit.checkpoint.listing import CHECKPOINTS, step_folder
 from megatron_dit.checkpoint.manifest import STATE, manifest_of
 from megatron_dit.config import Config, load_config, save_config
-from megatron_dit.data.fit import identity
-from megatron_dit.data.shards import read_index
-from megatron_dit.errors import UserError
-from megatron_dit.models import build_unsharded
+from megatron_dit.data.index import read_index
+from megatron_dit.data.validate import dataset_fingerprint
+from megatron_dit.models.param_specs import param_specs
 from megatron_dit.mup.rules import Param
-from megatron_dit.mup.shapes import describe
 from megatron_dit.optimizer import averages, state_keys
-from megatron_dit.progress import ProgressBar
-from megatron_dit.run_folder import CONFIG
+from megatron_dit.runtime.errors import UserError
+from megatron_dit.runtime.progress import ProgressBar
+from megatron_dit.training.run_folder import CONFIG
 
 NO_DATA = "give-data.path"  # data.path of a run that is imported without data
 
@@ -70,8 +69,10 @@ def fresh(model: Mapping[str, Any], objective: Mapping[str, Any]) -> dict[str, A
 
 
 def data_of(config: Config, asked: Import) -> dict[str, str]:
-    """Return the identity of the data given by the user (``data.fit.identity``); {} if none were given."""
-    return identity([read_index(path) for path in (config.data.path, *config.data.mix)]) if asked.data else {}
+    """Return the fingerprint of the dataset that the user named; {} if none was named."""
+    return (
+        dataset_fingerprint([read_index(path) for path in (config.data.path, *config.data.mix)]) if asked.data else {}
+    )
 
 
 def write_run(
@@ -89,7 +90,7 @@ def write_run(
     added to the manifest. Raise UserError if a weight is not finite or the folder cannot be written.
     """
     out = Path(config.run_dir)
-    params = describe(build_unsharded, config)
+    params = param_specs(config)
     states = [STATE, *state_keys(config.train)]
     starts = {STATE: weights, **dict.fromkeys(averages(config.train), averaged or weights)}
     with aside(out) as part:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from megatron_dit.config import ModelConfig
-from megatron_dit.errors import UserError
+from megatron_dit.runtime.errors import UserError
 
 if TYPE_CHECKING:
     from checkpoints_tools.convert.read import DiffusersFolder

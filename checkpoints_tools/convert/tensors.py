@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from checkpoints_tools.convert.table import Shape
-from megatron_dit.data.pretrained import STEM
-from megatron_dit.errors import UserError
+from megatron_dit.data.hub import STEM
+from megatron_dit.runtime.errors import UserError
 
 Spec = tuple[torch.dtype, Shape]
 

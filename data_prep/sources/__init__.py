@@ -11,7 +11,7 @@ from data_prep.sources.folder import Folder
 from data_prep.sources.record import Caption, Record, Rejected, Scanned, Source
 from data_prep.sources.table import Table
 from data_prep.sources.tars import Tars
-from megatron_dit.errors import UserError
+from megatron_dit.runtime.errors import UserError
 
 __all__ = ["Caption", "Record", "Rejected", "Scanned", "Source", "is_dataset", "open_source"]
 

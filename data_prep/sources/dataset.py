@@ -21,7 +21,7 @@ from data_prep.sources.record import (
     scanned,
 )
 from data_prep.sources.rows import import_prep
-from megatron_dit.errors import UserError
+from megatron_dit.runtime.errors import UserError
 
 
 def is_dataset(folder: Path) -> bool:

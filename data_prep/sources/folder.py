@@ -24,7 +24,7 @@ from data_prep.sources.record import (
     scanned,
     shown,
 )
-from megatron_dit.errors import UserError
+from megatron_dit.runtime.errors import UserError
 
 
 class Folder:

@@ -15,8 +15,8 @@ from typing import Any, Protocol
 from data_prep.pictures import Unusable
 from data_prep.sources.lines import csv_records, lines
 from data_prep.sources.record import PER_UNIT, TEXT_BYTES, json_object
-from megatron_dit.errors import UserError
 from megatron_dit.runtime.content import content_of
+from megatron_dit.runtime.errors import UserError
 
 Row = dict[str, Any] | Unusable  # values by column, or the reason why the row cannot be read
 

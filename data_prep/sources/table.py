@@ -23,7 +23,7 @@ from data_prep.sources.record import (
     shown,
 )
 from data_prep.sources.rows import Row, open_rows
-from megatron_dit.errors import UserError
+from megatron_dit.runtime.errors import UserError
 
 
 class Table:

@@ -13,19 +13,17 @@ import torch
 import torch.distributed as dist
 from rich.console import Console
 
-from megatron_dit.bench.plain import PlainTraining, check_plain
+from megatron_dit.bench.diffusers_baseline import DiffusersBaseline, check_baseline
 from megatron_dit.config import Config
 from megatron_dit.data.batch import Batch
-from megatron_dit.devices import device_peak, peak_memory
-from megatron_dit.engine import Engine
-from megatron_dit.errors import UserError
-from megatron_dit.models.condition import Condition
+from megatron_dit.models.common.condition import Condition
 from megatron_dit.models.flops import model_flops
-from megatron_dit.parallel.cpu import device
-from megatron_dit.parallel.topology import build_topology, connect
-from megatron_dit.progress import ProgressBar
+from megatron_dit.parallel.startup import start_up
+from megatron_dit.runtime.device import device, device_peak, peak_memory
+from megatron_dit.runtime.errors import UserError
+from megatron_dit.runtime.progress import ProgressBar
 from megatron_dit.runtime.table import Table
-from megatron_dit.trainer import use_threads
+from megatron_dit.training.engine import Engine
 
 GIB = 2**30
 
@@ -125,16 +123,14 @@ def measure(config: Config, steps: int, warmup: int, diffusers: bool) -> Measure
 
     If ``diffusers`` is true, also time the same number of steps of a plain diffusers model, interleaved with ours.
     """
-    connect(config.launch.rendezvous_seconds)
-    world = dist.get_world_size()
+    topology = start_up(config)
+    world = topology.world
     if diffusers:
-        check_plain(config.model)
+        check_baseline(config.model)
         if world > 1:
             raise UserError(
                 f"--diffusers was given with {world} ranks, but the plain model trains on one rank; omit --procs"
             )
-    topology = build_topology(config)
-    use_threads(config)
     torch.manual_seed(config.seed)
     engine = Engine(config, topology)
     fill(engine)
@@ -154,7 +150,7 @@ def measure(config: Config, steps: int, warmup: int, diffusers: bool) -> Measure
         memory = _peak_memory()
         turns = {"ours": ours}
         if diffusers:
-            plain = PlainTraining(config)
+            plain = DiffusersBaseline(config)
             turns["diffusers"] = lambda: plain.step(batch)
             for _ in range(warmup):
                 _timed(turns["diffusers"])
@@ -188,8 +184,8 @@ def fill(engine: Engine) -> None:
     training.
     """
     for shard in engine.masters.shards.values():
-        engine.view(shard, "master").normal_(std=0.02)
-    engine.masters.publish()
+        engine.state_slice(shard, "master").normal_(std=0.02)
+    engine.masters.sync_model_weights()
 
 
 def random_batch(config: Config, size: int) -> Batch:

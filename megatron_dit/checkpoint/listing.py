@@ -12,12 +12,12 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron_dit.checkpoint.manifest import Torn, read_manifest, unreadable
-from megatron_dit.errors import UserError
+from megatron_dit.checkpoint.manifest import Incomplete, read_manifest, unreadable
+from megatron_dit.runtime.errors import UserError
 from megatron_dit.runtime.text import printable
 
 CHECKPOINTS = "checkpoints"  # subfolder of a run
-PART, OLD, TORN = ".part", ".old.part", ".torn"
+PART, OLD, INCOMPLETE = ".part", ".old.part", ".torn"
 LATEST = "latest"  # text file with the folder name of the newest checkpoint, for scripts; never read here
 MENTIONED = 5  # maximum number of stray entries named in a note
 _NAME = re.compile("step_([0-9]{8}|[1-9][0-9]{8,17})")
@@ -94,7 +94,7 @@ def why_stray(path: Path) -> str | None:
         return "not a checkpoint"
     try:
         found = read_manifest(path)["step"]
-    except Torn:
+    except Incomplete:
         ranks = step is not None and any(_RANK_FILE.fullmatch(item.name) for item in path.iterdir())
         return None if ranks else "not a checkpoint"
     except UserError:  # another format or a disk error, which is reported when the checkpoint is opened

@@ -10,18 +10,18 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from megatron_dit.checkpoint.format import CheckpointReader
 from megatron_dit.checkpoint.listing import CHECKPOINTS, list_checkpoints
-from megatron_dit.checkpoint.manifest import MANIFEST, STATE, Torn, unreadable
-from megatron_dit.errors import UserError
+from megatron_dit.checkpoint.manifest import MANIFEST, STATE, Incomplete, unreadable
+from megatron_dit.checkpoint.reader import CheckpointReader
 from megatron_dit.models import build_unsharded
 from megatron_dit.optimizer import state_keys
-from megatron_dit.parallel.topology import agreed, gather
+from megatron_dit.parallel.topology import gather, on_all_ranks
+from megatron_dit.runtime.errors import UserError
 from megatron_dit.runtime.text import printable
 
 if TYPE_CHECKING:
-    from megatron_dit.engine import Engine
     from megatron_dit.parallel.masters import MasterShard
+    from megatron_dit.training.engine import Engine
 
 
 def newest(folder: Path, *, verify: bool = True) -> tuple[CheckpointReader | None, list[str]]:
@@ -44,11 +44,11 @@ def newest_intact(folder: Path, rank: int, world: int) -> tuple[CheckpointReader
 
     Raises UserError if there are checkpoints but none is intact: starting from step 0 would discard the run.
     """
-    listing = gather(agreed(lambda: list_checkpoints(folder) if rank == 0 else None))[0]
+    listing = gather(on_all_ranks(lambda: list_checkpoints(folder) if rank == 0 else None))[0]
     assert listing is not None
     skipped = []
     for path in reversed(listing.checkpoints):
-        reader, wrong = agreed(lambda path=path: _opened(path, slice(rank, None, world)))
+        reader, wrong = on_all_ranks(lambda path=path: _opened(path, slice(rank, None, world)))
         wrong = next((text for text in gather(wrong) if text is not None), None)
         if wrong is None:
             return reader, [*listing.notes, *skipped]
@@ -64,7 +64,7 @@ def _opened(path: Path, share: slice, *, show: bool = False) -> tuple[Checkpoint
         reader = CheckpointReader(path)
         reader.verify(share, show=show)
         return reader, None
-    except Torn as error:
+    except Incomplete as error:
         return None, str(error)
 
 
@@ -123,6 +123,6 @@ def restore(engine: Engine, reader: CheckpointReader) -> None:
     def range_of(key: str, name: str, shard: MasterShard) -> Tensor:
         return reader.part(key, name, topology.tensor_rank, topology.tensor_size, shard.start, shard.numel)
 
-    engine.fill((STATE, *state_keys(engine.config.train)), range_of)
-    engine.resume_at(reader.step, reader.manifest["adam_steps"])
+    engine.write_state((STATE, *state_keys(engine.config.train)), range_of)
+    engine.resume_at(reader.step, reader.manifest["num_updates"])
     engine.bad_samples.update(reader.manifest["bad_samples"])

@@ -21,9 +21,9 @@ from typing import Annotated, Any, NoReturn
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from megatron_dit.config import Config, ParallelConfig
-from megatron_dit.errors import UserError
-from megatron_dit.mup.init import forward_multipliers
+from megatron_dit.mup.multipliers import forward_multipliers
 from megatron_dit.mup.rules import Param
+from megatron_dit.runtime.errors import UserError
 
 FORMAT = 3
 MANIFEST = "manifest.json"
@@ -38,7 +38,7 @@ Positive = Annotated[int, Field(gt=0, le=LARGEST)]
 Ratio = Annotated[float, Field(ge=0, allow_inf_nan=False)]  # 0 means that the parameter is not trained
 
 
-class Torn(UserError):
+class Incomplete(UserError):
     """Raised for an incomplete or corrupt checkpoint: files are missing, truncated, unreadable or were changed."""
 
 
@@ -57,7 +57,7 @@ class _Imported(_Strict):
 class _Param(_Strict):
     shape: Annotated[list[Positive], Field(max_length=8)]
     dim: Natural | None  # dimension that is split over tensor-parallel ranks
-    pieces: Positive
+    fused_parts: Positive
     role: Name
     lr: Ratio
     weight_decay: Ratio
@@ -86,7 +86,7 @@ class Manifest(_Strict):
 
     format: Annotated[int, Field(ge=FORMAT, le=FORMAT)]
     step: Natural
-    adam_steps: Annotated[float, Field(ge=0, le=LARGEST, allow_inf_nan=False)]
+    num_updates: Annotated[float, Field(ge=0, le=LARGEST, allow_inf_nan=False)]
     states: Annotated[list[Name], Field(min_length=1, max_length=100)]
     data: dict[Name, Name]
     bad_samples: dict[Name, Natural]
@@ -105,11 +105,11 @@ class Manifest(_Strict):
         for name, param in self.params.items():
             elements += math.prod(param.shape)
             if param.dim is not None and (
-                param.dim >= len(param.shape) or param.shape[param.dim] % (param.pieces * self.layout.tensor)
+                param.dim >= len(param.shape) or param.shape[param.dim] % (param.fused_parts * self.layout.tensor)
             ):
                 raise ValueError(
-                    f"{name} of shape {param.shape} cannot be split along dimension {param.dim} in {param.pieces} "
-                    f"pieces over {self.layout.tensor} tensor-parallel ranks"
+                    f"{name} of shape {param.shape} cannot be split along dimension {param.dim} in {param.fused_parts} "
+                    f"equal parts over {self.layout.tensor} tensor-parallel ranks"
                 )
         held, needed = sum(file.bytes for file in self.files.values()), 4 * elements * len(self.states)
         if held < needed:
@@ -135,12 +135,12 @@ def manifest_of(
 ) -> dict[str, Any]:
     """Return a manifest without ``files`` for ``world`` ranks in the layout ``parallel`` (None: one process).
 
-    ``progress`` may contain step, adam_steps, data and bad_samples.
+    ``progress`` may contain step, num_updates, data and bad_samples.
     """
     return {
         "format": FORMAT,
         "step": 0,
-        "adam_steps": 0,
+        "num_updates": 0,
         "states": list(states),
         "data": {},
         "bad_samples": {},
@@ -151,7 +151,7 @@ def manifest_of(
             name: {
                 "shape": list(param.shape),
                 "dim": param.dim,
-                "pieces": param.pieces,
+                "fused_parts": param.fused_parts,
                 "role": param.role,
                 "lr": param.lr_multiplier,
                 "weight_decay": param.weight_decay_multiplier,
@@ -164,7 +164,7 @@ def manifest_of(
 
 
 def write_manifest(folder: Path, manifest: Mapping[str, Any]) -> Path:
-    """Write ``folder/manifest.json`` with its hash and return its path. Raises Torn if it violates the schema."""
+    """Write ``folder/manifest.json`` with its hash and return its path. Raises Incomplete if it violates the schema."""
     path = folder / MANIFEST
     _validate(path, manifest)
     path.write_text(json.dumps({**manifest, SEAL: _seal(manifest)}))
@@ -174,27 +174,27 @@ def write_manifest(folder: Path, manifest: Mapping[str, Any]) -> Path:
 def read_manifest(folder: Path) -> dict[str, Any]:
     """Return the validated manifest of a checkpoint's folder, without its hash.
 
-    Raises Torn if it is missing, corrupt or violates the schema, and UserError if it has another format version or
-    the disk cannot be read.
+    Raises Incomplete if it is missing, corrupt or violates the schema, and UserError if it has another format version
+    or the disk cannot be read.
     """
     path = folder / MANIFEST
     size = size_of(folder, MANIFEST)
     if size > LIMIT:
-        raise Torn(f"{path} has {size} bytes, expected at most {LIMIT}")
+        raise Incomplete(f"{path} has {size} bytes, expected at most {LIMIT}")
     try:
         manifest = json.loads(path.read_bytes().decode(), parse_constant=_refuse_constant)
         if not isinstance(manifest, dict):
-            raise Torn(f"{path} contains {reprlib.repr(manifest)}, expected a JSON object")
+            raise Incomplete(f"{path} contains {reprlib.repr(manifest)}, expected a JSON object")
         missing = next((key for key in KEYS if key not in manifest), None)
         if missing is not None:
-            raise Torn(f"{path} has no key {missing!r}")
+            raise Incomplete(f"{path} has no key {missing!r}")
         intact = manifest.pop(SEAL) == _seal(manifest)
     except OSError as error:
         raise unreadable(error) from None
     except (ValueError, RecursionError) as error:
-        raise Torn(f"{path} is not valid JSON ({error})") from None
+        raise Incomplete(f"{path} is not valid JSON ({error})") from None
     if not intact:
-        raise Torn(f"{path} is corrupt: its SHA-256 does not match its contents")
+        raise Incomplete(f"{path} is corrupt: its SHA-256 does not match its contents")
     if type(manifest["format"]) is int and manifest["format"] != FORMAT:
         raise UserError(
             f"{folder} has checkpoint format {reprlib.repr(manifest['format'])}, expected {FORMAT}; use the version of "
@@ -207,28 +207,28 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 def size_of(folder: Path, name: str) -> int:
     """Return the size in bytes of a checkpoint's file without opening it, because opening a FIFO would block.
 
-    Raises Torn if it is missing, is not a regular file, or is a link to a file outside of ``folder``.
+    Raises Incomplete if it is missing, is not a regular file, or is a link to a file outside of ``folder``.
     """
     path = folder / name
     try:
         status = path.lstat()
         if stat.S_ISLNK(status.st_mode):
             if not path.exists() or path.resolve().parent != folder.resolve():
-                raise Torn(f"{path} is a link to a file outside of the checkpoint; replace it by the file itself")
+                raise Incomplete(f"{path} is a link to a file outside of the checkpoint; replace it by the file itself")
             status = path.stat()
     except (FileNotFoundError, NotADirectoryError):
-        raise Torn(f"{path} is missing") from None
+        raise Incomplete(f"{path} is missing") from None
     except OSError as error:
         raise unreadable(error) from None
     if not stat.S_ISREG(status.st_mode):
-        raise Torn(f"{path} is not a regular file")
+        raise Incomplete(f"{path} is not a regular file")
     return status.st_size
 
 
 def unreadable(error: OSError) -> UserError:
     """Return the UserError for an I/O failure.
 
-    Unlike Torn, it must not cause a fallback to an older checkpoint: this one may be intact.
+    Unlike Incomplete, it must not cause a fallback to an older checkpoint: this one may be intact.
     """
     name = os.fspath(error.filename) if error.filename is not None else "(unknown)"
     return UserError(f"checkpoint file {name} cannot be read ({error.strerror}); check its disk, mount and permissions")
@@ -241,7 +241,7 @@ def _validate(path: Path, manifest: Mapping[str, Any]) -> None:
         first = error.errors(include_url=False)[0]
         where, message = ".".join(map(str, first["loc"])), first["msg"].removeprefix("Value error, ")
         got = f"{where[:200]}={reprlib.repr(first['input'])}: " if where else ""
-        raise Torn(f"{path}: {got}{message[:300]}") from None
+        raise Incomplete(f"{path}: {got}{message[:300]}") from None
 
 
 def _seal(manifest: Mapping[str, Any]) -> str:

@@ -15,9 +15,9 @@ from megatron_dit.cli import pictures, training, tuning
 from megatron_dit.cli.common import Parser, add_command, exit_status
 from megatron_dit.cli.program import run_program
 from megatron_dit.config import check_overrides
-from megatron_dit.errors import OwnError, UserError
-from megatron_dit.launch import LAUNCHED, leave
+from megatron_dit.runtime.errors import OwnError, UserError
 from megatron_dit.runtime.launch_environment import is_rank0
+from megatron_dit.runtime.launcher import LAUNCHED, leave
 
 __all__ = ["Parser", "add_command", "exit_status", "main", "run", "run_program"]
 

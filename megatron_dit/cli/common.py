@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from megatron_dit.config.checks import Count
-from megatron_dit.errors import UserError
+from megatron_dit.runtime.errors import UserError
 from megatron_dit.runtime.io import check_output, replacing
 from megatron_dit.runtime.launch_environment import is_rank0, launch_environment
 from megatron_dit.runtime.paths import user_path
@@ -183,7 +183,7 @@ def check_ranks(arguments: argparse.Namespace) -> None:
 
 def start_ranks(arguments: argparse.Namespace, config: Config, words: list[str]) -> int:
     """Run this command, with the flags in ``words``, on ``--procs`` ranks of this host."""
-    from megatron_dit.launch import run_ranks
+    from megatron_dit.runtime.launcher import run_ranks
 
     config.data_parallel(arguments.procs)
     words = [*words, arguments.config, *arguments.overrides]

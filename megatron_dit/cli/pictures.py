@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from megatron_dit.cli.common import Parser, add_command, input_path, number, output_picture, write_json
 from megatron_dit.config.checks import Count, Fraction, Interval
-from megatron_dit.errors import UserError
+from megatron_dit.runtime.errors import UserError
 from megatron_dit.runtime.io import check_output
 from megatron_dit.runtime.text import printable
 
@@ -84,8 +84,8 @@ def _sample(arguments: argparse.Namespace) -> int:
 
 
 def _evaluate(arguments: argparse.Namespace) -> int:
+    from megatron_dit.data.index import SCENES
     from megatron_dit.data.scenes import held_out_captions
-    from megatron_dit.data.shards import SCENES
     from megatron_dit.evaluation.scenes import score_pictures
     from megatron_dit.sampling.grid import save_grid
 

@@ -7,13 +7,15 @@ import sys
 import traceback
 from collections.abc import Callable
 
-from megatron_dit.errors import UserError
+from megatron_dit.runtime.compat import silence_import_warnings
+from megatron_dit.runtime.errors import UserError
 from megatron_dit.runtime.output import guard_output
 
 
 def run_program(command: Callable[[list[str]], int]) -> int:
     """Run ``command`` on the process's arguments and return an exit status: 1, with a traceback, after an exception."""
     guard_output()
+    silence_import_warnings()
     faulthandler.enable(sys.__stderr__ or sys.stderr)  # a crash in C++ prints the Python stack
     try:
         status = command(sys.argv[1:])

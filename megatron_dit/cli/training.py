@@ -18,7 +18,7 @@ from megatron_dit.cli.common import (
     write_json,
 )
 from megatron_dit.config.checks import Count, CountOrZero, Interval
-from megatron_dit.errors import UserError
+from megatron_dit.runtime.errors import UserError
 from megatron_dit.runtime.launch_environment import is_rank0
 from megatron_dit.runtime.output import keep_going
 from megatron_dit.runtime.signals import signals_end_at_once
@@ -101,7 +101,7 @@ def _train(arguments: argparse.Namespace) -> int:
         return start_ranks(arguments, config, ["train"])
     with signals_end_at_once():  # also while torch is being imported
         from megatron_dit.parallel.topology import disconnect
-        from megatron_dit.trainer import train
+        from megatron_dit.training.trainer import train
 
         write_json(arguments, train(config))
         disconnect()
@@ -112,11 +112,10 @@ def _dry_run(arguments: argparse.Namespace, config: Config) -> int:
     import yaml
 
     from megatron_dit.config import deepspeed_config
-    from megatron_dit.models import build_unsharded
-    from megatron_dit.mup.shapes import describe
+    from megatron_dit.models.param_specs import param_specs
 
     ranks = config.data_parallel(arguments.procs)
-    params = describe(build_unsharded, config)
+    params = param_specs(config)
     numel = [math.prod(param.shape) for param in params.values()]
     results = {"parameters": sum(numel), "data_parallel": ranks, "deepspeed": deepspeed_config(config, ranks)}
     print(yaml.safe_dump(asdict(config), sort_keys=False).rstrip())
@@ -127,14 +126,14 @@ def _dry_run(arguments: argparse.Namespace, config: Config) -> int:
 
 
 def _build_rank(arguments: argparse.Namespace, config: Config) -> int:
-    from megatron_dit.dry_run import dry_run, print_share
+    from megatron_dit.planning.rank_build import build_rank, print_rank_build
 
     if not arguments.dry_run or arguments.world is None:
         raise UserError("--world requires --dry-run, and --rank requires --world: add the missing option, or omit both")
     if arguments.procs > 1:
         raise UserError(f"--procs {arguments.procs} has no effect with --world: omit it")
-    part = dry_run(config, arguments.world, arguments.rank or 0)
-    print_share(config, part)
+    part = build_rank(config, arguments.world, arguments.rank or 0)
+    print_rank_build(config, part)
     write_json(arguments, {**asdict(part), "imbalance": part.imbalance})
     return 0 if part.held == part.expected else 1
 
@@ -175,8 +174,8 @@ def _bench(arguments: argparse.Namespace) -> int:
         flags = ["--steps", str(arguments.steps), "--warmup", str(arguments.warmup)]
         return start_ranks(arguments, config, ["bench", *flags, *(["--diffusers"] if arguments.diffusers else [])])
     from megatron_dit.bench.measure import measure
-    from megatron_dit.memory import explain_out_of_memory
     from megatron_dit.parallel.topology import disconnect
+    from megatron_dit.training.memory import explain_out_of_memory
 
     with explain_out_of_memory(config):
         measured = measure(config, arguments.steps, arguments.warmup, arguments.diffusers)

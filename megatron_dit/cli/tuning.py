@@ -20,7 +20,7 @@ from megatron_dit.cli.common import (
     write_json,
 )
 from megatron_dit.config.checks import Count, CountOrZero
-from megatron_dit.errors import UserError
+from megatron_dit.runtime.errors import UserError
 from megatron_dit.runtime.launch_environment import is_rank0
 from megatron_dit.runtime.output import keep_going
 from megatron_dit.runtime.text import printable
@@ -98,13 +98,12 @@ def add_commands(commands: Any) -> None:
 
 def _mup(arguments: argparse.Namespace) -> int:
     from megatron_dit.config import load_config
-    from megatron_dit.models import build_unsharded
+    from megatron_dit.models.param_specs import param_specs
     from megatron_dit.mup.base_shapes import save_base_shapes
-    from megatron_dit.mup.shapes import describe
     from megatron_dit.mup.table import print_table, rows
 
     config = load_config(arguments.config, arguments.overrides)
-    params = describe(build_unsharded, config)
+    params = param_specs(config)
     print_table(params, config)
     if arguments.save:
         save_base_shapes({name: param.base for name, param in params.items()}, arguments.save)
@@ -114,8 +113,8 @@ def _mup(arguments: argparse.Namespace) -> int:
 
 
 def _coord_check(arguments: argparse.Namespace) -> int:
-    from megatron_dit import coord_check
     from megatron_dit.config import load_config
+    from megatron_dit.tuning import coord_check
 
     config = load_config(arguments.config, arguments.overrides)
     check_ranks(arguments)
@@ -125,7 +124,7 @@ def _coord_check(arguments: argparse.Namespace) -> int:
         words = [str(word) for flag in {**flags, "--out": arguments.out}.items() for word in flag]
         return start_ranks(arguments, config, ["coord-check", *words])
     from megatron_dit.parallel.topology import disconnect
-    from megatron_dit.progress import ProgressBar
+    from megatron_dit.runtime.progress import ProgressBar
 
     first = is_rank0()
     with ProgressBar("coord-check", 2 * len(heads) * arguments.seeds, show=first) as bar:
@@ -163,10 +162,10 @@ def _widths(text: str | None, config: Config) -> list[int]:
 
 def _sweep(arguments: argparse.Namespace) -> int:
     from megatron_dit.config import load
-    from megatron_dit.sweep import report
-    from megatron_dit.sweep.space import SweepConfig
-    from megatron_dit.sweep.study import Sweep
-    from megatron_dit.transfer import print_plan
+    from megatron_dit.tuning import report
+    from megatron_dit.tuning.space import SweepConfig
+    from megatron_dit.tuning.study import Sweep
+    from megatron_dit.tuning.transfer import print_plan
 
     config = load(SweepConfig, arguments.config, arguments.overrides)
     if arguments.target and not arguments.dry_run:
@@ -199,7 +198,7 @@ def _sweep(arguments: argparse.Namespace) -> int:
 
 def _transfer(arguments: argparse.Namespace) -> int:
     from megatron_dit.config import load_config
-    from megatron_dit.transfer import transfer
+    from megatron_dit.tuning.transfer import transfer
 
     target = load_config(arguments.config, arguments.overrides)
     results = transfer(Path(arguments.sweep), target, arguments.config, arguments.out)

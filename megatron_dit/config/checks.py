@@ -7,7 +7,7 @@ import re
 from dataclasses import dataclass, fields
 from typing import Annotated, Any, get_args, get_type_hints
 
-from megatron_dit.errors import UserError
+from megatron_dit.runtime.errors import UserError
 
 
 @dataclass(frozen=True)

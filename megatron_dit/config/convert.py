@@ -11,7 +11,7 @@ from typing import Any, Union, get_args, get_origin
 
 from megatron_dit.config.checks import PATH, check, check_range, hints_of
 from megatron_dit.config.tree import Scalar
-from megatron_dit.errors import UserError
+from megatron_dit.runtime.errors import UserError
 from megatron_dit.runtime.paths import user_path
 
 INTEGER = re.compile(r"0|-?[1-9][0-9]{0,29}")

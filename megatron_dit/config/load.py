@@ -13,7 +13,7 @@ from megatron_dit.config.checks import check, hints_of
 from megatron_dit.config.convert import bare, build, check_known, is_scalar, show
 from megatron_dit.config.schema import Config
 from megatron_dit.config.tree import Scalar, Tree, parse_tree, read_tree
-from megatron_dit.errors import UserError
+from megatron_dit.runtime.errors import UserError
 from megatron_dit.runtime.paths import user_path
 
 T = TypeVar("T")

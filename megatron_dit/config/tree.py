@@ -12,7 +12,7 @@ from typing import TypeAlias, Union
 
 import yaml
 
-from megatron_dit.errors import UserError
+from megatron_dit.runtime.errors import UserError
 from megatron_dit.runtime.io import read_text
 
 MAX_NODES = 100_000  # values per file after alias expansion (guards against YAML bombs)

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from megatron_dit.models.condition import Condition
+from megatron_dit.models.common.condition import Condition
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,9 +10,9 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from megatron_dit.data.identity import weights_sha256
-from megatron_dit.data.pretrained import VAE, load, locate
-from megatron_dit.errors import UserError
+from megatron_dit.data.encoder_hash import weights_sha256
+from megatron_dit.data.hub import VAE, load, locate
+from megatron_dit.runtime.errors import UserError
 
 
 class Codec(Protocol):

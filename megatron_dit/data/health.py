@@ -6,9 +6,9 @@ from collections import deque
 from collections.abc import Mapping, Sequence
 
 from megatron_dit.config import Config, DataConfig
-from megatron_dit.data.shards import Index, broken_shards
-from megatron_dit.errors import UserError
-from megatron_dit.parallel.topology import agree, gather, sum_over_ranks
+from megatron_dit.data.index import Index, broken_shards
+from megatron_dit.parallel.topology import gather, raise_on_all_ranks, sum_over_ranks
+from megatron_dit.runtime.errors import UserError
 from megatron_dit.runtime.text import printable
 
 STEPS = 100  # number of steps over which the fraction of unreadable samples is computed
@@ -25,7 +25,7 @@ def check_shards(data: Sequence[Index], config: DataConfig, rank: int, world: in
         lost = sum(shard.samples for shard in index.shards if shard.file in broken)
         shards, samples = (round(count) for count in sum_over_ranks([len(broken), lost]))
         if samples > config.max_bad_share * index.samples:
-            agree(UserError(next(iter(broken.values()))) if broken else None)
+            raise_on_all_ranks(UserError(next(iter(broken.values()))) if broken else None)
         if shards:
             lines.append(f"{printable(index.folder)}: {shards} shards cannot be read; skipping their {samples} samples")
     return lines
@@ -63,4 +63,4 @@ class DataHealth:
         ]
 
     def _stop(self, what: str, bad: Sequence[tuple[str, str]]) -> None:
-        agree(UserError(f"{what}; for example: {bad[0][1]}") if bad else None)
+        raise_on_all_ranks(UserError(f"{what}; for example: {bad[0][1]}") if bad else None)

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from megatron_dit.data.text import DTYPES, TextEncoder
-from megatron_dit.errors import UserError
-from megatron_dit.parallel.cpu import device
+from megatron_dit.runtime.device import device
+from megatron_dit.runtime.errors import UserError
 
 CACHE_BYTES = 2**30
 DIGITS = 12  # number of hash digits that a message shows

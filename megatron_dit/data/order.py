@@ -16,9 +16,9 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from megatron_dit.data.shards import Index
+from megatron_dit.data.index import Index
 from megatron_dit.data.shuffle import key_of, shuffle
-from megatron_dit.errors import UserError
+from megatron_dit.runtime.errors import UserError
 
 LANES = 256  # maximum; with more ranks than this, neighbouring ranks share lanes
 BLOCK = 1024  # steps per block; every block contains each dataset of a mixture in its exact proportion

@@ -15,12 +15,12 @@ from torch.utils.data import Dataset
 
 from megatron_dit.config import Config
 from megatron_dit.data.batch import Batch
+from megatron_dit.data.index import Index
 from megatron_dit.data.members import check_captions, class_number, member_array
-from megatron_dit.data.shards import Index
-from megatron_dit.data.store import open_store
+from megatron_dit.data.shard_cache import open_store
 from megatron_dit.data.tar import BadSample, ShardReader
 from megatron_dit.data.text import pad
-from megatron_dit.models.condition import Condition
+from megatron_dit.models.common.condition import Condition
 
 Place = tuple[int, int, int, int, int]  # (step, position in the global batch, dataset, shard, sample)
 
@@ -51,7 +51,7 @@ class Samples(Dataset[Sample]):
 
     def __init__(self, data: Sequence[Index], config: Config) -> None:
         self._data, self._config = data, config
-        self._shards = Shards(data, config)
+        self._shards = ShardPool(data, config)
         model = config.model
         self._text = "ids.npy" if config.data.text_encoder else "text.npy"
         self._has_features = bool(model.repa_block) and not config.data.repa_encoder
@@ -150,7 +150,7 @@ def with_text(dropped: Tensor, features: Sequence[Tensor], tokens: int) -> Condi
     return Condition(dropped | ~mask.any(1), text, mask)
 
 
-class Shards:
+class ShardPool:
     """The open shards of several datasets. If there are too many, the least recently used one is closed."""
 
     def __init__(self, data: Sequence[Index], config: Config) -> None:

@@ -14,16 +14,16 @@ from torch.utils.data import DataLoader
 from megatron_dit.config import Config, DataConfig
 from megatron_dit.data.batch import Batch
 from megatron_dit.data.codec import open_codec
-from megatron_dit.data.fit import check_fit
+from megatron_dit.data.index import Index, read_index
 from megatron_dit.data.online import OnlineText
 from megatron_dit.data.order import SampleOrder
 from megatron_dit.data.samples import Place, Samples, with_text
-from megatron_dit.data.shards import Index, read_index
-from megatron_dit.data.store import open_store
+from megatron_dit.data.shard_cache import open_store
 from megatron_dit.data.tar import BadSample
+from megatron_dit.data.validate import check_data
 from megatron_dit.data.vision import VisionEncoder
-from megatron_dit.errors import UserError
-from megatron_dit.parallel.cpu import device
+from megatron_dit.runtime.device import device
+from megatron_dit.runtime.errors import UserError
 
 AHEAD = 256  # number of steps by which the shards of a URL are prefetched
 
@@ -59,7 +59,7 @@ def batches(data: Sequence[Index], config: Config, start: int, data_rank: int, d
 
     Raise UserError if the data do not match the model.
     """
-    check_fit(data, config)
+    check_data(data, config)
     order = sample_order(data, config)
     size = config.train.global_batch // data_size
     share = slice(data_rank * size, (data_rank + 1) * size)

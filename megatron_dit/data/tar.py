@@ -31,7 +31,7 @@ from pathlib import Path
 
 import numpy as np
 
-from megatron_dit.data.pretrained import reason_of
+from megatron_dit.data.hub import reason_of
 
 MEMBERS = ("latent.npy", "std.npy", "ids.npy", "text.npy", "captions.npy", "features.npy", "cls", "txt", "json")
 TABLE = "__table__/samples.npy"

@@ -10,8 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from megatron_dit.data.identity import weights_sha256
-from megatron_dit.data.pretrained import T5, Source, load, locate
+from megatron_dit.data.encoder_hash import weights_sha256
+from megatron_dit.data.hub import T5, Source, load, locate
 from megatron_dit.data.tokenizer import open_tokenizer
 
 # Dtypes that an encoder may run in, by their names in an index.

@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-from megatron_dit.data.pretrained import T5, Source, loading, read_json
-from megatron_dit.errors import UserError
+from megatron_dit.data.hub import T5, Source, loading, read_json
 from megatron_dit.runtime.content import content_of
+from megatron_dit.runtime.errors import UserError
 
 FAST, PIECES = "tokenizer.json", "spiece.model"
 

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from megatron_dit.data.pretrained import DINOV2, load, locate
+from megatron_dit.data.hub import DINOV2, load, locate
 
 # DINOv2's preprocessing (ImageNet's statistics).
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from megatron_dit.config import ModelConfig
-from megatron_dit.models.base import DiffusionTransformer
-from megatron_dit.models.dit import DiT
-from megatron_dit.models.mmdit import MMDiT
-from megatron_dit.models.pixart import PixArt
-from megatron_dit.models.uvit import UViT
+from megatron_dit.models.common.base import DiffusionTransformer
+from megatron_dit.models.dit.model import DiT
+from megatron_dit.models.mmdit.model import MMDiT
+from megatron_dit.models.pixart.model import PixArt
+from megatron_dit.models.uvit.model import UViT
 from megatron_dit.parallel.layers import Backend
 
 ARCHITECTURES: dict[str, type[DiffusionTransformer]] = {"dit": DiT, "mmdit": MMDiT, "pixart": PixArt, "uvit": UViT}

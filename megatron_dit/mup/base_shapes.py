@@ -9,8 +9,8 @@ import yaml
 
 from megatron_dit.config.convert import convert
 from megatron_dit.config.tree import read_tree
-from megatron_dit.errors import UserError
 from megatron_dit.mup.authors import to_ours
+from megatron_dit.runtime.errors import UserError
 from megatron_dit.runtime.io import replacing
 
 BaseShape = tuple[int | None, ...]

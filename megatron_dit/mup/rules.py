@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from megatron_dit.config import MupConfig
-from megatron_dit.mup.schemes import FAN_IN, ZERO, Scheme, scheme_of
+from megatron_dit.mup.init_presets import FAN_IN, ZERO, InitRule, init_rule_of
 
 
 @dataclass(frozen=True)
@@ -36,10 +36,10 @@ class Param:
     name: str
     shape: tuple[int, ...]  # global shape
     base: tuple[int | None, ...]  # base shape; None for dimensions that do not grow with width
-    init_kind: str  # key of schemes.KINDS, set by its layer
+    init_kind: str  # key of schemes.INIT_RULES, set by its layer
     mup: MupConfig
-    dim: int | None = None  # dimension sharded by tensor parallelism, in each of its ``pieces`` equal parts
-    pieces: int = 1
+    dim: int | None = None  # dimension sharded by tensor parallelism, in each of its ``fused_parts`` equal parts
+    fused_parts: int = 1
     trained: bool = True  # False: the parameter keeps its initial values
     kernel: int = 1  # patch embedding: number of elements of the equivalent convolution kernel
 
@@ -77,17 +77,17 @@ class Param:
         return self._power(RULES[self.role].weight_decay) if self.mup.coupled_decay else 1.0
 
     @property
-    def scheme(self) -> Scheme:
+    def init_rule(self) -> InitRule:
         """Distribution of the initial values at the base width."""
         options = self.mup
         std = getattr(options.init_std, self.role, None) if self._is_weight else None
         if std is not None:
-            return Scheme(lambda _: std)
+            return InitRule(lambda _: std)
         if self.init_kind == "readout":
             return ZERO if options.zero_output else FAN_IN
         if self.init_kind == "adaln" and options.zero_adaln is not None:
             return ZERO if options.zero_adaln else FAN_IN
-        return scheme_of(self.name, self.init_kind, options.init)
+        return init_rule_of(self.name, self.init_kind, options.init)
 
     @property
     def init_std(self) -> float:
@@ -97,11 +97,11 @@ class Param:
         base_shape = tuple(size if base is None or standard else base for size, base in sizes)
         if self.kernel > 1:  # (outputs, channels, kernel), as in the convolution
             base_shape = (base_shape[0], base_shape[1] // self.kernel, self.kernel)
-        return self.scheme.std(base_shape) * self._power(RULES[self.role].init_std)
+        return self.init_rule.std(base_shape) * self._power(RULES[self.role].init_std)
 
     @property
     def init_constant(self) -> float:
-        return self.scheme.constant
+        return self.init_rule.constant
 
     @property
     def _is_weight(self) -> bool:

@@ -11,7 +11,7 @@ from megatron_dit.config import ObjectiveConfig
 
 
 @dataclass(frozen=True)
-class Noised:
+class NoiseDraw:
     """Random draws of a batch. The data stream derives them from (seed, step, position) only."""
 
     u: Tensor  # (B,) fp64, uniform in (0, 1): quantiles of t
@@ -22,9 +22,9 @@ class Noised:
 class Objective:
     """Training objective as two functions, which the first and the last pipeline stage call separately.
 
-    ``perturb(x, noised, config)`` maps latents (B, C, H, W) to the model's inputs: x_t of the same shape and t (B,) in
-    [0, 1000]. ``loss(prediction, x, noised, config)`` maps the model's output to the loss per sample (B,).
+    ``perturb(x, draw, config)`` maps latents (B, C, H, W) to the model's inputs: x_t of the same shape and t (B,) in
+    [0, 1000]. ``loss(prediction, x, draw, config)`` maps the model's output to the loss per sample (B,).
     """
 
-    perturb: Callable[[Tensor, Noised, ObjectiveConfig], tuple[Tensor, Tensor]]
-    loss: Callable[[Tensor, Tensor, Noised, ObjectiveConfig], Tensor]
+    perturb: Callable[[Tensor, NoiseDraw, ObjectiveConfig], tuple[Tensor, Tensor]]
+    loss: Callable[[Tensor, Tensor, NoiseDraw, ObjectiveConfig], Tensor]

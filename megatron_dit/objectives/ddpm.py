@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from megatron_dit.config import ObjectiveConfig
-from megatron_dit.objectives.base import Noised
+from megatron_dit.objectives.base import NoiseDraw
 
 STEPS = 1000
 SCHEDULES = {  # schedules of DDPM and of Stable Diffusion (linear in sqrt(beta)), with diffusers' names
@@ -62,14 +62,14 @@ def sample_t(u: Tensor) -> Tensor:
     return (u * STEPS).long().clamp_(max=STEPS - 1)
 
 
-def perturb(x: Tensor, noised: Noised, config: ObjectiveConfig) -> tuple[Tensor, Tensor]:
+def perturb(x: Tensor, draw: NoiseDraw, config: ObjectiveConfig) -> tuple[Tensor, Tensor]:
     """Return x_t (B, C, H, W) of the forward process (DDPM, eq. 4) and integer t (B,)."""
-    t = sample_t(noised.u)
+    t = sample_t(draw.u)
     at = _lookup(t, config, x.dtype)
-    return at["sqrt_alpha_bar"] * x + at["sqrt_one_minus_alpha_bar"] * noised.noise, t
+    return at["sqrt_alpha_bar"] * x + at["sqrt_one_minus_alpha_bar"] * draw.noise, t
 
 
-def loss(prediction: Tensor, x: Tensor, noised: Noised, config: ObjectiveConfig) -> Tensor:
+def loss(prediction: Tensor, x: Tensor, draw: NoiseDraw, config: ObjectiveConfig) -> Tensor:
     """Return the loss per sample (B,): the mean squared error of ε, plus the variational term if the model predicts v.
 
     The prediction is ε (B, C, H, W) (DDPM, eq. 14), or ε and v (B, 2C, H, W) (Improved DDPM, eq. 16). The variational
@@ -77,10 +77,10 @@ def loss(prediction: Tensor, x: Tensor, noised: Noised, config: ObjectiveConfig)
     """
     prediction = prediction.float()
     epsilon, v = prediction[:, : x.shape[1]], prediction[:, x.shape[1] :]
-    mse = (epsilon - noised.noise).square().flatten(1).mean(1)
+    mse = (epsilon - draw.noise).square().flatten(1).mean(1)
     if v.shape[1] == 0:
         return mse
-    return mse + variational_term(x, noised.noise, sample_t(noised.u), epsilon.detach(), v, config)
+    return mse + variational_term(x, draw.noise, sample_t(draw.u), epsilon.detach(), v, config)
 
 
 def _lookup(t: Tensor, config: ObjectiveConfig, dtype: torch.dtype) -> dict[str, Tensor]:

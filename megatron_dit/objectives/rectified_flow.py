@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from megatron_dit.config import ObjectiveConfig
-from megatron_dit.objectives.base import Noised
+from megatron_dit.objectives.base import NoiseDraw
 
 
 def sample_t(u: Tensor, config: ObjectiveConfig) -> Tensor:
@@ -20,13 +20,13 @@ def shift_t(t: Tensor, shift: float) -> Tensor:
     return shift * t / (1 + (shift - 1) * t)
 
 
-def perturb(x: Tensor, noised: Noised, config: ObjectiveConfig) -> tuple[Tensor, Tensor]:
+def perturb(x: Tensor, draw: NoiseDraw, config: ObjectiveConfig) -> tuple[Tensor, Tensor]:
     """Return x_t (B, C, H, W) on the straight path from data to noise (eq. 13), and 1000 t (B,)."""
-    t = sample_t(noised.u, config).to(torch.float32)
+    t = sample_t(draw.u, config).to(torch.float32)
     expanded = t[:, None, None, None]
-    return (1 - expanded) * x + expanded * noised.noise, 1000 * t
+    return (1 - expanded) * x + expanded * draw.noise, 1000 * t
 
 
-def loss(velocity: Tensor, x: Tensor, noised: Noised, config: ObjectiveConfig) -> Tensor:
+def loss(velocity: Tensor, x: Tensor, draw: NoiseDraw, config: ObjectiveConfig) -> Tensor:
     """Return the mean squared error per sample (B,) of the velocity ``noise - x`` (B, C, H, W) (eq. 13)."""
-    return (velocity.float() - (noised.noise - x)).square().flatten(1).mean(1)
+    return (velocity.float() - (draw.noise - x)).square().flatten(1).mean(1)

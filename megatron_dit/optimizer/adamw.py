@@ -3,27 +3,22 @@
 from __future__ import annotations
 
 import importlib
-import os
 import shutil
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from megatron_dit.config import OptimizerConfig
-from megatron_dit.errors import UserError
+from megatron_dit.runtime.compat import build_path, put_build_tools_on_path
+from megatron_dit.runtime.errors import UserError
 
 Groups = list[dict[str, Any]]
 
-# PATH preceded by this Python's folder, so that a pip-installed ninja is found even if the environment is not active.
-PROGRAMS = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
-
 
 @dataclass(frozen=True)
-class AdamW:
+class AdamWImplementation:
     """An AdamW implementation. All compute the same update; they store their step count in different places."""
 
     title: str
@@ -33,7 +28,7 @@ class AdamW:
     counts_steps: bool = False  # whether its own step count is correct
 
 
-def choose(config: OptimizerConfig) -> AdamW:
+def choose(config: OptimizerConfig) -> AdamWImplementation:
     """Return the implementation selected by ``optimizer.fused`` and ``optimizer.offload``.
 
     ``auto`` selects the first available of apex, te, deepspeed and torch on a GPU, and torch on a CPU. Raises
@@ -49,7 +44,7 @@ def choose(config: OptimizerConfig) -> AdamW:
     return _require(f"optimizer.fused={config.fused!r}", AVAILABLE[config.fused], remedy)
 
 
-def _require(option: str, adamw: AdamW, remedy: str) -> AdamW:
+def _require(option: str, adamw: AdamWImplementation, remedy: str) -> AdamWImplementation:
     reason = adamw.absent()
     if reason is not None:
         raise UserError(f"{option}: {adamw.title} is not available ({reason}): {remedy}")
@@ -84,7 +79,7 @@ def _absent_op(op: str) -> str | None:
 
     Extensions are built when DeepSpeed is installed, or compiled at first use, which takes about a minute.
     """
-    missing = [program for program in ("ninja", "c++") if shutil.which(program, path=PROGRAMS) is None]
+    missing = [program for program in ("ninja", "c++") if shutil.which(program, path=build_path()) is None]
     return None if _prebuilt(op) or not missing else f"it is compiled at first use, but {missing[0]} is not on PATH"
 
 
@@ -117,14 +112,14 @@ def _te(groups: Groups) -> torch.optim.Optimizer:
 def _deepspeed(groups: Groups) -> torch.optim.Optimizer:
     from deepspeed.ops.adam import FusedAdam
 
-    os.environ["PATH"] = PROGRAMS
+    put_build_tools_on_path()
     return FusedAdam(groups, adam_w_mode=True)
 
 
 def _deepspeed_cpu(groups: Groups) -> torch.optim.Optimizer:
     from deepspeed.ops.adam import DeepSpeedCPUAdam
 
-    os.environ["PATH"] = PROGRAMS
+    put_build_tools_on_path()
     return DeepSpeedCPUAdam(groups, adamw_mode=True)
 
 
@@ -134,9 +129,11 @@ def _torch(groups: Groups) -> torch.optim.Optimizer:
 
 # In the order of preference of ``auto``, which never compiles: DeepSpeed's only if it was built at installation.
 AVAILABLE = {
-    "apex": AdamW("apex.optimizers.FusedAdam", _apex, _absent_apex),
-    "te": AdamW("transformer_engine.pytorch.optimizers.FusedAdam", _te, _absent_te),
-    "deepspeed": AdamW("deepspeed.ops.adam.FusedAdam", _deepspeed, _absent_deepspeed, lambda: _prebuilt("fused_adam")),
-    "torch": AdamW("torch.optim.AdamW(fused=True)", _torch, lambda: None, counts_steps=True),
+    "apex": AdamWImplementation("apex.optimizers.FusedAdam", _apex, _absent_apex),
+    "te": AdamWImplementation("transformer_engine.pytorch.optimizers.FusedAdam", _te, _absent_te),
+    "deepspeed": AdamWImplementation(
+        "deepspeed.ops.adam.FusedAdam", _deepspeed, _absent_deepspeed, lambda: _prebuilt("fused_adam")
+    ),
+    "torch": AdamWImplementation("torch.optim.AdamW(fused=True)", _torch, lambda: None, counts_steps=True),
 }
-OFFLOADED = AdamW("deepspeed.ops.adam.DeepSpeedCPUAdam", _deepspeed_cpu, lambda: _absent_op("cpu_adam"))
+OFFLOADED = AdamWImplementation("deepspeed.ops.adam.DeepSpeedCPUAdam", _deepspeed_cpu, lambda: _absent_op("cpu_adam"))

@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 
 from megatron_dit.config import Config
-from megatron_dit.errors import UserError
 from megatron_dit.parallel.layers import Backend
 from megatron_dit.parallel.topology import Topology
+from megatron_dit.runtime.errors import UserError
 
 # Minimum compute capability: FP8 GEMMs need Ada or Hopper, blockwise scaling needs Hopper.
 CAPABILITIES = {"none": (0, 0), "delayed": (8, 9), "current": (8, 9), "blockwise": (9, 0)}

@@ -53,11 +53,11 @@ class Linear(nn.Linear):
 class ColumnLinear(ColumnParallelLinear):
     """Column-parallel linear layer: outputs are sharded over the tensor-parallel ranks.
 
-    The outputs consist of ``pieces`` equal parts (qkv: 3), each of which is sharded.
+    The outputs consist of ``fused_parts`` equal parts (qkv: 3), each of which is sharded.
     """
 
     def __init__(
-        self, backend: Backend, inputs: int, outputs: int, *, pieces: int, sharded_input: bool, bias: bool = True
+        self, backend: Backend, inputs: int, outputs: int, *, fused_parts: int, sharded_input: bool, bias: bool = True
     ) -> None:
         super().__init__(
             inputs,
@@ -65,10 +65,10 @@ class ColumnLinear(ColumnParallelLinear):
             config=backend.sharded_config if sharded_input else backend.config,
             init_method=_never,
             bias=bias,
-            stride=pieces,
+            stride=fused_parts,
             tp_group=backend.topology.tensor_group,
         )
-        set_tensor_model_parallel_attributes(self.weight, True, 0, pieces)
+        set_tensor_model_parallel_attributes(self.weight, True, 0, fused_parts)
         set_init(self.weight, "fan_in")
         if bias:
             set_init(self.bias, "zero")
@@ -77,7 +77,7 @@ class ColumnLinear(ColumnParallelLinear):
         return super().forward(x)[0]
 
 
-class GatheredLinear(ColumnLinear):
+class ColumnGatheredLinear(ColumnLinear):
     """Column-parallel linear layer with gathered output, for adaLN modulation: (B, D) -> (B, outputs) on every rank.
 
     Modulation is sharded because it has a third of an MMDiT's weights. Under sequence parallelism each rank applies
@@ -85,7 +85,7 @@ class GatheredLinear(ColumnLinear):
     """
 
     def __init__(self, backend: Backend, inputs: int, outputs: int, *, init: str) -> None:
-        super().__init__(backend, inputs, outputs, pieces=1, sharded_input=False)
+        super().__init__(backend, inputs, outputs, fused_parts=1, sharded_input=False)
         self.gather = (
             all_gather_last_dim_from_tensor_parallel_region
             if backend.sharded_config.sequence_parallel
@@ -97,7 +97,7 @@ class GatheredLinear(ColumnLinear):
         return self.gather(super().forward(x), group=self.tp_group)
 
 
-class TokenwiseLinear(ColumnLinear):
+class ColumnThenGatherLinear(ColumnLinear):
     """Column-parallel linear layer with all output features of its tokens: (S, B, inputs) -> (S, B, outputs).
 
     For long skip connections, where a rank has all features of its tokens: of all tokens, or of its own under sequence
@@ -105,11 +105,11 @@ class TokenwiseLinear(ColumnLinear):
     """
 
     def __init__(self, backend: Backend, inputs: int, outputs: int) -> None:
-        super().__init__(backend, inputs, outputs, pieces=1, sharded_input=True)
+        super().__init__(backend, inputs, outputs, fused_parts=1, sharded_input=True)
         self.backend = backend
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.backend.whole_outputs(super().forward(x))
+        return self.backend.gather_output_features(super().forward(x))
 
 
 class RowLinear(RowParallelLinear):
@@ -133,7 +133,7 @@ class RowLinear(RowParallelLinear):
 
     def forward(self, x: Tensor) -> Tensor:
         out, bias = super().forward(x)
-        return out + self.backend.seen_by_tokens(cast(Tensor, bias))
+        return out + self.backend.sum_grad_over_sequence_ranks(cast(Tensor, bias))
 
 
 class HeadNorm(nn.Module):
@@ -146,7 +146,7 @@ class HeadNorm(nn.Module):
         set_init(self.gain, "one")
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x, x.shape[-1:], self.backend.seen_by_heads(self.gain), self.eps)
+        return F.rms_norm(x, x.shape[-1:], self.backend.sum_grad_over_tensor_ranks(self.gain), self.eps)
 
 
 class LayerNorm(nn.Module):
@@ -160,7 +160,10 @@ class LayerNorm(nn.Module):
         set_init(self.bias, "zero")
 
     def forward(self, x: Tensor) -> Tensor:
-        gain, bias = self.backend.seen_by_tokens(self.gain), self.backend.seen_by_tokens(self.bias)
+        gain, bias = (
+            self.backend.sum_grad_over_sequence_ranks(self.gain),
+            self.backend.sum_grad_over_sequence_ranks(self.bias),
+        )
         return F.layer_norm(x, x.shape[-1:], gain, bias, self.eps)
 
 
@@ -213,16 +216,16 @@ class Backend:
         return Linear(channels * patch**2, outputs, kernel=patch**2)
 
     def column(
-        self, inputs: int, outputs: int, *, pieces: int = 1, sharded_input: bool = True, bias: bool = True
+        self, inputs: int, outputs: int, *, fused_parts: int = 1, sharded_input: bool = True, bias: bool = True
     ) -> ColumnLinear:
         """Return a column-parallel linear layer.
 
         ``sharded_input``: the input's tokens are sharded under sequence parallelism (PixArt-α's text is not).
         """
-        return ColumnLinear(self, inputs, outputs, pieces=pieces, sharded_input=sharded_input, bias=bias)
+        return ColumnLinear(self, inputs, outputs, fused_parts=fused_parts, sharded_input=sharded_input, bias=bias)
 
-    def tokenwise(self, inputs: int, outputs: int) -> TokenwiseLinear:
-        return TokenwiseLinear(self, inputs, outputs)
+    def column_then_gather(self, inputs: int, outputs: int) -> ColumnThenGatherLinear:
+        return ColumnThenGatherLinear(self, inputs, outputs)
 
     def conv(self, inputs: int, outputs: int, side: int) -> Conv:
         return Conv(inputs, outputs, side)
@@ -230,8 +233,8 @@ class Backend:
     def layer_norm(self, width: int) -> LayerNorm:
         return LayerNorm(self, width)
 
-    def gathered(self, inputs: int, outputs: int, *, init: str = "fan_in") -> GatheredLinear:
-        return GatheredLinear(self, inputs, outputs, init=init)
+    def column_gathered(self, inputs: int, outputs: int, *, init: str = "fan_in") -> ColumnGatheredLinear:
+        return ColumnGatheredLinear(self, inputs, outputs, init=init)
 
     def row(self, inputs: int, outputs: int, *, init: str = "fan_in") -> RowLinear:
         return RowLinear(self, inputs, outputs, init=init)
@@ -252,7 +255,7 @@ class Backend:
         """Return the context manager for the forward pass of the model (FP8 with Transformer Engine)."""
         return nullcontext()
 
-    def whole_outputs(self, x: Tensor) -> Tensor:
+    def gather_output_features(self, x: Tensor) -> Tensor:
         """Gather the output (S, B, D / ranks) of a column-parallel layer into (S', B, D) of this rank's tokens."""
         group = self.topology.tensor_group
         if not self.sharded_config.sequence_parallel:
@@ -265,7 +268,7 @@ class Backend:
             return x
         return scatter_to_sequence_parallel_region(x, group=self.topology.tensor_group)
 
-    def share_of_tokens(self, tokens: int) -> int:
+    def tokens_per_rank(self, tokens: int) -> int:
         """Return the number of tokens on this rank after :meth:`shard_tokens` of ``tokens`` tokens."""
         return tokens // self.topology.tensor_size if self.sharded_config.sequence_parallel else tokens
 
@@ -276,14 +279,14 @@ class Backend:
         group = self.topology.tensor_group
         return gather_from_sequence_parallel_region(x, tensor_parallel_output_grad=False, group=group)
 
-    def seen_by_tokens(self, x: Tensor) -> Tensor:
+    def sum_grad_over_sequence_ranks(self, x: Tensor) -> Tensor:
         """Return a replicated tensor that is applied to this rank's tokens only under sequence parallelism.
 
         Its gradient is summed over the ranks.
         """
         return self._sum_gradient(x) if self.sharded_config.sequence_parallel else x
 
-    def seen_by_heads(self, x: Tensor) -> Tensor:
+    def sum_grad_over_tensor_ranks(self, x: Tensor) -> Tensor:
         """Return a replicated parameter that is applied to this rank's heads only under tensor parallelism.
 
         Its gradient is summed over the ranks.

@@ -34,7 +34,7 @@ class MasterShard:
 
 
 class Masters:
-    """Shards by global parameter name, for a DeepSpeed engine at any ZeRO stage.
+    """ShardPool by global parameter name, for a DeepSpeed engine at any ZeRO stage.
 
     A parameter without a shard on this rank is not in ``shards``.
     """
@@ -57,7 +57,7 @@ class Masters:
         return self._stage == 0
 
     @property
-    def flats(self) -> list[Tensor]:
+    def optimizer_tensors(self) -> list[Tensor]:
         """Every flat tensor the optimizer updates, exactly once, including tensors that are all padding."""
         if self._stage == 0:
             return list(self._masters.values())
@@ -78,9 +78,9 @@ class Masters:
             weights = getattr(zero, "bit16_groups_flat", None) or zero.bf16_groups_flat
             groups = getattr(zero, "bit16_groups", None) or zero.bf16_groups
             numel = sum(p.numel() for group in groups for p in group)
-            gradients = fp32 * (numel if self._stage == 1 else sum(flat.numel() for flat in self.flats))
+            gradients = fp32 * (numel if self._stage == 1 else sum(flat.numel() for flat in self.optimizer_tensors))
         weight_pointers = {tensor.data_ptr() for tensor in weights}
-        masters = sum(flat.nbytes for flat in self.flats if flat.data_ptr() not in weight_pointers)
+        masters = sum(flat.nbytes for flat in self.optimizer_tensors if flat.data_ptr() not in weight_pointers)
         return sum(tensor.nbytes for tensor in weights), gradients, masters
 
     @property
@@ -90,7 +90,7 @@ class Masters:
         return getattr(zero, "single_partition_of_fp32_groups", None) or zero.fp32_groups_flat_partition
 
     @torch.no_grad()
-    def publish(self) -> None:
+    def sync_model_weights(self) -> None:
         """Copy the master weights to the model weights, after they were written from outside. Collective."""
         zero = self._zero
         if self._stage == 0:

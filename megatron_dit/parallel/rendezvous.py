@@ -17,7 +17,7 @@ from collections.abc import Iterator, Sequence
 
 import torch.distributed as dist
 
-from megatron_dit.errors import OwnError, UserError
+from megatron_dit.runtime.errors import OwnError, UserError
 from megatron_dit.runtime.launch_environment import LaunchEnvironment
 
 SILENT_SECONDS = 10.0  # before the first message about missing ranks

@@ -1,8 +1,9 @@
 """Layer backend on Transformer Engine (TE): hidden linear layers in bf16 or FP8, attention on cuDNN.
 
 Embedders, conditioning and output layers are those of the local backend, in bf16: they are a small part of the
-computation and the most sensitive to FP8. Norms are too, because their gains are read through ``seen_by_heads`` and
-``seen_by_tokens``, which TE's modules do not support. Weights are stored in bf16 and cast to FP8 at each use.
+computation and the most sensitive to FP8. Norms are too, because their gains are read through
+``sum_grad_over_tensor_ranks`` and ``sum_grad_over_sequence_ranks``, which TE's modules do not support. Weights are
+stored in bf16 and cast to FP8 at each use.
 """
 
 from __future__ import annotations
@@ -64,25 +65,25 @@ class TeColumn(TeLinear):
     """``layers.ColumnLinear`` on TE."""
 
     def __init__(
-        self, backend: TeBackend, inputs: int, outputs: int, *, pieces: int, sharded_input: bool, bias: bool = True
+        self, backend: TeBackend, inputs: int, outputs: int, *, fused_parts: int, sharded_input: bool, bias: bool = True
     ) -> None:
         sequence = sharded_input and backend.sharded_config.sequence_parallel
         super().__init__(backend, inputs, outputs, parallel_mode="column", sequence_parallel=sequence, bias=bias)
-        set_tensor_model_parallel_attributes(self.weight, True, 0, pieces)
+        set_tensor_model_parallel_attributes(self.weight, True, 0, fused_parts)
         set_init(self.weight, "fan_in")
         if bias:
-            set_tensor_model_parallel_attributes(self.bias, True, 0, pieces)
+            set_tensor_model_parallel_attributes(self.bias, True, 0, fused_parts)
             set_init(self.bias, "zero")
 
 
-class TeTokenwise(TeColumn):
-    """``layers.TokenwiseLinear`` on TE."""
+class TeColumnThenGather(TeColumn):
+    """``layers.ColumnThenGatherLinear`` on TE."""
 
     def __init__(self, backend: TeBackend, inputs: int, outputs: int) -> None:
-        super().__init__(backend, inputs, outputs, pieces=1, sharded_input=True)
+        super().__init__(backend, inputs, outputs, fused_parts=1, sharded_input=True)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.backend.whole_outputs(super().forward(x))
+        return self.backend.gather_output_features(super().forward(x))
 
 
 class TeRow(TeLinear):
@@ -101,7 +102,7 @@ class TeRow(TeLinear):
 
     def forward(self, x: Tensor) -> Tensor:
         out, bias = super().forward(x)
-        return out + self.backend.seen_by_tokens(bias)
+        return out + self.backend.sum_grad_over_sequence_ranks(bias)
 
 
 class TeBackend(Backend):
@@ -120,12 +121,12 @@ class TeBackend(Backend):
         self.fp8_state = FP8GlobalState()
 
     def column(
-        self, inputs: int, outputs: int, *, pieces: int = 1, sharded_input: bool = True, bias: bool = True
+        self, inputs: int, outputs: int, *, fused_parts: int = 1, sharded_input: bool = True, bias: bool = True
     ) -> TeColumn:
-        return TeColumn(self, inputs, outputs, pieces=pieces, sharded_input=sharded_input, bias=bias)
+        return TeColumn(self, inputs, outputs, fused_parts=fused_parts, sharded_input=sharded_input, bias=bias)
 
-    def tokenwise(self, inputs: int, outputs: int) -> TeTokenwise:
-        return TeTokenwise(self, inputs, outputs)
+    def column_then_gather(self, inputs: int, outputs: int) -> TeColumnThenGather:
+        return TeColumnThenGather(self, inputs, outputs)
 
     def row(self, inputs: int, outputs: int, *, init: str = "fan_in") -> TeRow:
         return TeRow(self, inputs, outputs, init=init)

@@ -14,9 +14,10 @@ import torch
 import torch.distributed as dist
 
 from megatron_dit.config import Config, LaunchConfig
-from megatron_dit.errors import UserError
-from megatron_dit.parallel.cpu import device, let_megatron_run_on_cpu
 from megatron_dit.parallel.rendezvous import GROUP_TIMEOUT, rendezvous
+from megatron_dit.runtime.compat import let_megatron_run_on_cpu, prepare_deepspeed
+from megatron_dit.runtime.device import device
+from megatron_dit.runtime.errors import UserError
 from megatron_dit.runtime.launch_environment import LaunchEnvironment, launch_environment
 from megatron_dit.runtime.signals import signals_end_at_once
 
@@ -152,6 +153,7 @@ def build_topology(config: Config) -> Topology:
     from megatron.core import parallel_state
 
     let_megatron_run_on_cpu()
+    prepare_deepspeed()
     config.data_parallel(dist.get_world_size())
     if parallel_state.is_initialized():
         parallel_state.destroy_model_parallel()
@@ -171,7 +173,7 @@ def build_topology(config: Config) -> Topology:
     )
 
 
-def agree(error: Exception | None) -> None:
+def raise_on_all_ranks(error: Exception | None) -> None:
     """If any rank has an error, raise the first one as a UserError on all ranks, so that no rank waits for others.
 
     Collective. ``error`` is None if this rank has no error.
@@ -186,14 +188,14 @@ def agree(error: Exception | None) -> None:
         raise UserError(first)
 
 
-def agreed(function: Callable[[], T]) -> T:
+def on_all_ranks(function: Callable[[], T]) -> T:
     """Return ``function()``. If it raises a UserError on any rank, raise it on all ranks. Collective."""
     result, error = None, None
     try:
         result = function()
     except UserError as caught:
         error = caught
-    agree(error)
+    raise_on_all_ranks(error)
     return cast(T, result)
 
 

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from megatron_dit.errors import UserError, writing
+from megatron_dit.runtime.errors import UserError, writing
 
 TEXT_LIMIT = 4 << 20  # bytes of a YAML file: parsing takes about a second per MiB
 

@@ -7,7 +7,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from megatron_dit.errors import UserError
+from megatron_dit.runtime.errors import UserError
 
 # Set by launchers for each rank. ``--procs`` removes them before it sets its own: with an outer launcher's variables a
 # rank would look for a store that does not exist (TORCHELASTIC_USE_AGENT_STORE) or count another job's ranks.

@@ -8,7 +8,7 @@ import signal
 import sys
 from typing import Any, TextIO, cast
 
-from megatron_dit.errors import UserError
+from megatron_dit.runtime.errors import UserError
 
 READER_LEFT = 128 + signal.SIGPIPE  # exit status if the reader of the pipe has exited, as for any shell command
 

@@ -6,7 +6,7 @@ import os
 import re
 from pathlib import Path
 
-from megatron_dit.errors import UserError
+from megatron_dit.runtime.errors import UserError
 
 NAME_BYTES = 255  # limit of a file name on Linux file systems
 PATH_BYTES = 4095  # limit of a path on Linux (PATH_MAX without the final NUL)

@@ -11,19 +11,19 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from megatron_dit.checkpoint.format import CheckpointReader
 from megatron_dit.checkpoint.load import check_model, open_checkpoint
+from megatron_dit.checkpoint.reader import CheckpointReader
 from megatron_dit.config import Config
 from megatron_dit.data.codec import open_codec
-from megatron_dit.data.shards import Index, read_index
+from megatron_dit.data.index import Index, read_index
 from megatron_dit.data.text import DTYPES, TextEncoder, pad
-from megatron_dit.errors import UserError
 from megatron_dit.models import build_unsharded
-from megatron_dit.models.condition import Condition
-from megatron_dit.mup.init import set_multipliers
-from megatron_dit.parallel.cpu import device
+from megatron_dit.models.common.condition import Condition
+from megatron_dit.mup.multipliers import set_multipliers
 from megatron_dit.parallel.topology import connect
-from megatron_dit.progress import ProgressBar
+from megatron_dit.runtime.device import device
+from megatron_dit.runtime.errors import UserError
+from megatron_dit.runtime.progress import ProgressBar
 from megatron_dit.sampling.solvers import guide, scheduler_for, solve
 
 

@@ -11,7 +11,7 @@ from diffusers.schedulers import DDIMScheduler, DPMSolverMultistepScheduler, Flo
 from torch import Tensor
 
 from megatron_dit.config import SOLVERS_OF, Config
-from megatron_dit.models.condition import Condition
+from megatron_dit.models.common.condition import Condition
 from megatron_dit.objectives.ddpm import SCHEDULES
 
 Model = Callable[[Tensor, Tensor], Tensor]  # (x (B, C, H, W), t (B,) in [0, 1000]) -> (B, C, H, W)

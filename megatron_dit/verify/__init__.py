@@ -7,9 +7,9 @@ from dataclasses import asdict
 from pathlib import Path
 
 from megatron_dit.config import load_config
-from megatron_dit.verify.first_steps import Comparison, Trace, compare, disturbed, first_steps, verify
+from megatron_dit.verify.layout_parity import Comparison, Trace, compare, disturbed, first_steps, verify
 from megatron_dit.verify.layouts import FOUND, LAYOUTS, REFERENCE, TASK, Layout
-from megatron_dit.verify.resume import Pair, resumed, verify_resume
+from megatron_dit.verify.resume_parity import Pair, resumed, verify_resume
 
 __all__ = [
     "LAYOUTS",

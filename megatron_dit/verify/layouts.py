@@ -10,8 +10,8 @@ from typing import Any
 
 from megatron_dit.config import Config, load_config, save_config
 from megatron_dit.data.stream import read_data
-from megatron_dit.errors import UserError
-from megatron_dit.launch import run_ranks
+from megatron_dit.runtime.errors import UserError
+from megatron_dit.runtime.launcher import run_ranks
 
 TASK, FOUND = "task.json", "found.json"
 

@@ -12,15 +12,14 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from megatron_dit.bench import measure
+from megatron_dit.bench.diffusers_baseline import POOLED_TEXT, DiffusersBaseline
 from megatron_dit.bench.measure import Measurement, Times
-from megatron_dit.bench.plain import POOLED_TEXT, PlainTraining
 from megatron_dit.cli import run
-from megatron_dit.engine import Engine
-from megatron_dit.models import build_unsharded
 from megatron_dit.models.flops import model_flops
-from megatron_dit.mup.shapes import describe
+from megatron_dit.models.param_specs import param_specs
 from megatron_dit.parallel.topology import build_topology, connect
-from tests.configs import ARCHITECTURES, small, small_dict
+from megatron_dit.training.engine import Engine
+from tests.helpers.configs import ARCHITECTURES, small, small_dict
 
 REPA = {"model.repa_block": 1, "model.repa_dim": 24}
 PLAIN = ["dit", "mmdit", "pixart"]
@@ -117,8 +116,8 @@ def test_plain_model_has_as_many_parameters_as_ours_and_trains(arch):
         "pixart": -model.text_tokens * model.text_dim,  # no learned null caption
         "mmdit": (POOLED_TEXT + 1) * d + (d + 1) * d,  # pooled text
     }[arch]
-    ours = sum(torch.Size(param.shape).numel() for param in describe(build_unsharded, config).values())
-    plain = PlainTraining(config)
+    ours = sum(torch.Size(param.shape).numel() for param in param_specs(config).values())
+    plain = DiffusersBaseline(config)
     assert sum(p.numel() for p in plain.model.parameters()) == ours + more
     before = [p.detach().clone() for p in plain.model.parameters()]
     plain.step(measure.random_batch(config, config.train.global_batch))

@@ -14,21 +14,20 @@ import torch
 from checkpoints_tools.write import write_checkpoint
 from megatron_dit.checkpoint.listing import step_folder
 from megatron_dit.checkpoint.manifest import manifest_of
-from megatron_dit.models import build_unsharded
-from megatron_dit.mup.shapes import describe
-from tests.configs import small
+from megatron_dit.models.param_specs import param_specs
+from tests.helpers.configs import small
 
 STATES = ["master", "ema"]
 
 
 @cache
 def params():
-    return describe(build_unsharded, small("mmdit"))
+    return param_specs(small("mmdit"))
 
 
 def checkpoint(folder, step, **changes):
     """Write ``folder/step_N`` with random weights, with ``changes`` in its manifest, and return its path."""
-    manifest = {**manifest_of(small("mmdit"), params(), STATES, step=step, adam_steps=step), **changes}
+    manifest = {**manifest_of(small("mmdit"), params(), STATES, step=step, num_updates=step), **changes}
     generator = torch.Generator().manual_seed(step)
     tensors = (
         (state, name, torch.randn(param.shape, generator=generator))

@@ -10,17 +10,16 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from megatron_dit.checkpoint import format as format_module
-from megatron_dit.checkpoint.format import CheckpointReader
+from megatron_dit.checkpoint import reader as format_module
 from megatron_dit.checkpoint.listing import clear, old_ones, step_folder
-from megatron_dit.checkpoint.manifest import Torn
-from megatron_dit.errors import UserError
-from megatron_dit.models import build_unsharded
-from megatron_dit.mup.init import cut, unshard
-from megatron_dit.mup.shapes import describe
+from megatron_dit.checkpoint.manifest import Incomplete
+from megatron_dit.checkpoint.reader import CheckpointReader
+from megatron_dit.models.param_specs import param_specs
+from megatron_dit.parallel.sharding import cut, unshard
+from megatron_dit.runtime.errors import UserError
 from tests.checkpoint.made import checkpoint
-from tests.configs import small
-from tests.test_engine import batch, start
+from tests.helpers.configs import small
+from tests.training.test_engine import batch, start
 
 LAYOUTS = {
     "one": (1, {}),
@@ -38,7 +37,7 @@ LAYOUTS = {
 def save_after(arch, layout, folder):
     from pathlib import Path
 
-    from megatron_dit.checkpoint.save import save
+    from megatron_dit.checkpoint.writer import save
 
     config = small(arch, **layout)
     engine = start(config)
@@ -51,7 +50,7 @@ def load_and_save_again(arch, layout, source, folder):
     from pathlib import Path
 
     from megatron_dit.checkpoint.load import newest, restore
-    from megatron_dit.checkpoint.save import save
+    from megatron_dit.checkpoint.writer import save
 
     engine = start(small(arch, **layout))
     restore(engine, newest(Path(source))[0])
@@ -102,7 +101,7 @@ def test_part_equals_slice_of_full_tensor(saved, size):
     rng = random.Random(size)
     for name, param in reader.manifest["params"].items():
         for rank in range(size):
-            shard = cut(reader.full("ema", name), param["dim"], param["pieces"], rank, size).reshape(-1)
+            shard = cut(reader.full("ema", name), param["dim"], param["fused_parts"], rank, size).reshape(-1)
             start = rng.randrange(len(shard))
             numel = rng.randint(1, len(shard) - start)
             part = reader.part("ema", name, rank, size, start, numel)
@@ -125,9 +124,9 @@ def test_checkpoint_with_other_mup_multipliers_is_refused(saved):
     """The hidden weights were trained at half the base learning rate; the config gives another multiplier."""
     config = small("mmdit", **{"mup.base_heads": 4})
     reader = CheckpointReader(step_folder(saved["mmdit"], 2))
-    reader.check_mup(describe(build_unsharded, small("mmdit")))
+    reader.check_mup(param_specs(small("mmdit")))
     with pytest.raises(UserError, match=r"was trained with lr x 0\.5 on .*, but the config's μP rules give x 1;"):
-        reader.check_mup(describe(build_unsharded, config))
+        reader.check_mup(param_specs(config))
 
 
 def test_unshard_is_the_inverse_of_cut():
@@ -152,11 +151,11 @@ def test_incomplete_and_corrupt_checkpoints_are_detected(pool, tmp_path, harm):
         manifest.write_text(manifest.read_text()[:100])
     elif harm == "digit":  # otherwise still a valid manifest
         text = manifest.read_text()
-        assert '"adam_steps": 2,' in text
-        manifest.write_text(text.replace('"adam_steps": 2,', '"adam_steps": 3,'))
+        assert '"num_updates": 2,' in text
+        manifest.write_text(text.replace('"num_updates": 2,', '"num_updates": 3,'))
     else:
         manifest.write_text(json.dumps({k: v for k, v in json.loads(manifest.read_text()).items() if k != "files"}))
-    with pytest.raises(Torn):
+    with pytest.raises(Incomplete):
         CheckpointReader(folder)
 
 
@@ -176,7 +175,7 @@ def test_old_ones_excludes_the_newest_and_every_mth_step(tmp_path):
 def save_to_unwritable_folder(folder):
     from pathlib import Path
 
-    from megatron_dit.checkpoint.save import save
+    from megatron_dit.checkpoint.writer import save
 
     engine = start(small("mmdit"))
     save(engine, Path(folder))

@@ -11,9 +11,8 @@ import pytest
 
 from megatron_dit.checkpoint.listing import checkpoints
 from megatron_dit.checkpoint.load import open_checkpoint
-from megatron_dit.models import build_unsharded
-from megatron_dit.mup.shapes import describe
-from tests.configs import small, write_config
+from megatron_dit.models.param_specs import param_specs
+from tests.helpers.configs import small, write_config
 
 MOUNT = "mount -t tmpfs -o size={size}k tmpfs {folder}"
 
@@ -52,7 +51,7 @@ def train(config, *overrides):
 
 def size_of_one():
     """Return the KiB of one checkpoint with four fp32 states."""
-    params = describe(build_unsharded, small("mmdit")).values()
+    params = param_specs(small("mmdit")).values()
     return 4 * 4 * sum(math.prod(param.shape) for param in params) // 1024
 
 

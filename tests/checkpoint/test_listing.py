@@ -10,11 +10,11 @@ from checkpoints_tools.__main__ import main
 from megatron_dit.checkpoint import listing
 from megatron_dit.checkpoint.listing import clear, list_checkpoints, old_ones, step_folder
 from megatron_dit.checkpoint.load import newest, open_checkpoint
-from megatron_dit.checkpoint.save import set_aside
+from megatron_dit.checkpoint.writer import set_aside
 from megatron_dit.cli import run as command_line
-from megatron_dit.saving import RunSaver
+from megatron_dit.training.checkpointing import CheckpointSchedule
 from tests.checkpoint.made import STRAYS, checkpoint, contents, flip, run_of
-from tests.configs import write_config
+from tests.helpers.configs import write_config
 
 
 @pytest.fixture(scope="module")
@@ -162,7 +162,9 @@ def test_stray_with_the_name_of_a_future_checkpoint_is_reported_before_the_first
 
 
 def test_stray_that_appears_during_training_is_never_overwritten(resume, monkeypatch):
-    monkeypatch.setattr(RunSaver, "_check_names_are_free", lambda *_: None)  # as if it had been created after the start
+    monkeypatch.setattr(
+        CheckpointSchedule, "_check_names_are_free", lambda *_: None
+    )  # as if it had been created after the start
     status, folder, _, err = resume(["another step"], 9)
     assert status == 2
     assert f"{folder / 'step_00000009'} could not be written: the path exists and is a checkpoint of step 3" in err

@@ -13,14 +13,14 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from checkpoints_tools.__main__ import main
-from megatron_dit.checkpoint.format import CheckpointReader
 from megatron_dit.checkpoint.listing import step_folder
 from megatron_dit.checkpoint.load import newest, open_checkpoint
-from megatron_dit.checkpoint.manifest import Torn
-from megatron_dit.errors import UserError
+from megatron_dit.checkpoint.manifest import Incomplete
+from megatron_dit.checkpoint.reader import CheckpointReader
+from megatron_dit.runtime.errors import UserError
 from megatron_dit.sampling.generate import load_model
 from tests.checkpoint.made import checkpoint, edit, run_of
-from tests.configs import small
+from tests.helpers.configs import small
 
 RANK = "rank_00000.safetensors"
 
@@ -75,9 +75,9 @@ ILL_TYPED = {
     "step true": ("step", True),
     "step a fraction": ("step", 6.5),
     "step huge": ("step", 10**30),
-    "age nan": ("adam_steps", float("nan")),
-    "age infinite": ("adam_steps", float("inf")),
-    "age null": ("adam_steps", None),
+    "age nan": ("num_updates", float("nan")),
+    "age infinite": ("num_updates", float("inf")),
+    "age null": ("num_updates", None),
     "states empty": ("states", []),
     "states a string": ("states", "master"),
     "states numbers": ("states", [1]),
@@ -101,7 +101,7 @@ ILL_TYPED = {
     "shape huge": (*PARAM, "shape", [96, 10**15]),
     "shape of many": (*PARAM, "shape", [1] * 1000),
     "dim too large": (*PARAM, "dim", 2),
-    "pieces 0": (*PARAM, "pieces", 0),
+    "fused_parts 0": (*PARAM, "fused_parts", 0),
     "lr nan": (*PARAM, "lr", float("nan")),
     "lr a string": (*PARAM, "lr", "0.5"),
     "multiplier of nothing": ("multipliers", {"nothing.weight": 2.0}),
@@ -140,7 +140,7 @@ def test_ill_typed_manifest_is_refused_on_one_line(path, capsys, name):
 
 
 @pytest.mark.parametrize(
-    "key", ["format", "step", "adam_steps", "states", "data", "bad_samples", "config", "layout", "params", "files"]
+    "key", ["format", "step", "num_updates", "states", "data", "bad_samples", "config", "layout", "params", "files"]
 )
 def test_missing_key_is_named(path, capsys, key):
     edit(path, lambda manifest: {name: value for name, value in manifest.items() if name != key})
@@ -242,7 +242,7 @@ def test_elements_stored_in_two_files_are_refused(tmp_path):
     shutil.copy(path / RANK, path / "rank_00001.safetensors")
     edit(path, lambda manifest: manifest["files"].update({"rank_00001.safetensors": manifest["files"][RANK]}))
     reader = open_checkpoint(path)
-    with pytest.raises(Torn, match="store the same elements of"):
+    with pytest.raises(Incomplete, match="store the same elements of"):
         reader.full("ema", next(iter(reader.manifest["params"])))
 
 

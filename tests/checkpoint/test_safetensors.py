@@ -6,7 +6,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from megatron_dit.checkpoint.save import write_safetensors
+from megatron_dit.checkpoint.writer import write_safetensors
 
 
 def test_safetensors_reads_streamed_files(tmp_path):

@@ -12,11 +12,11 @@ from checkpoints_tools.__main__ import main
 from checkpoints_tools.convert.exported.uvit_transformer_2d import UViTTransformer2DModel
 from megatron_dit.checkpoint.load import open_checkpoint
 from megatron_dit.config import config_from_dict
-from megatron_dit.models.condition import Condition
+from megatron_dit.models.common.condition import Condition
 from megatron_dit.parallel.topology import connect
 from megatron_dit.sampling.generate import load_model
-from tests.configs import small
-from tests.gloo import leave
+from tests.helpers.configs import small
+from tests.helpers.gloo import leave
 
 CLASSES = {
     "dit": DiTTransformer2DModel,
@@ -39,14 +39,14 @@ def random_value(name, shape, key):
 
 def write_checkpoint(folder, arch, options, layout=None):
     """Write a checkpoint of step 7 with random averages and master weights to ``folder/checkpoints``. Collective."""
-    from megatron_dit.checkpoint.save import save
-    from megatron_dit.engine import Engine
+    from megatron_dit.checkpoint.writer import save
     from megatron_dit.parallel.topology import build_topology
+    from megatron_dit.training.engine import Engine
 
     config = small(arch, **options, **(layout or {}))
     engine = Engine(config, build_topology(config))
     for key in ("master", "ema"):
-        engine.load({key: lambda name, key=key: random_value(name, engine.params[name].shape, key)})
+        engine.write_full_state({key: lambda name, key=key: random_value(name, engine.params[name].shape, key)})
     engine.resume_at(7, 6)
     save(engine, Path(folder) / "checkpoints")
 

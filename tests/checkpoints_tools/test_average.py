@@ -13,11 +13,11 @@ from checkpoints_tools.average import average
 from megatron_dit.checkpoint.listing import checkpoints
 from megatron_dit.checkpoint.load import open_checkpoint
 from megatron_dit.cli import run as command_line
-from megatron_dit.errors import UserError
 from megatron_dit.optimizer.averages import gamma_of
-from tests.configs import small_dict
+from megatron_dit.runtime.errors import UserError
+from tests.helpers.configs import small_dict
 from tests.optimizer.test_averages import shares
-from tests.test_resume import finish
+from tests.training.test_resume import finish
 
 STEPS = 24
 

@@ -20,7 +20,7 @@ from tests.checkpoints_tools.made import (
     write_alone,
     write_checkpoint,
 )
-from tests.configs import ARCHITECTURES
+from tests.helpers.configs import ARCHITECTURES
 
 LAYOUTS = {
     "dp2-zero3": (2, {"parallel.zero_stage": 3}),

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from checkpoints_tools.convert.tensors import unwrapped
 from data_prep.tiny_t5 import build_tiny_t5
 from megatron_dit.checkpoint.load import open_checkpoint
-from megatron_dit.errors import UserError
+from megatron_dit.runtime.errors import UserError
 from tests.checkpoints_tools.made import TOLERANCE, convert, difference, equal, tensors, write_alone
 from tests.checkpoints_tools.test_convert_foreign import foreign, refused
 from tests.data.made import make_folder

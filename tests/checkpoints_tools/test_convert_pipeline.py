@@ -15,8 +15,8 @@ from transformers import AutoTokenizer, T5EncoderModel
 
 from checkpoints_tools.__main__ import main
 from data_prep.tiny_t5 import build_tiny_t5
-from megatron_dit.data.identity import weights_sha256
-from megatron_dit.data.shards import read_index, write_index
+from megatron_dit.data.encoder_hash import weights_sha256
+from megatron_dit.data.index import read_index, write_index
 from megatron_dit.sampling.generate import Sampler, noise_of
 from tests.checkpoints_tools.made import convert, write_alone
 from tests.data.made import TEXT, make_folder

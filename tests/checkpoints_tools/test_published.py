@@ -12,12 +12,11 @@ import pytest
 import torch
 
 from checkpoints_tools.convert.published.importing import FORMATS, model_of
-from checkpoints_tools.convert.published.pickles import Published
+from checkpoints_tools.convert.published.torch_files import Published
 from megatron_dit.checkpoint.load import open_checkpoint
 from megatron_dit.cli import run
 from megatron_dit.config import load_config
-from megatron_dit.models import build_unsharded
-from megatron_dit.mup.shapes import describe
+from megatron_dit.models.param_specs import param_specs
 from tests.checkpoints_tools.made import TOLERANCE, convert, inputs, our_model, tensors
 from tests.data.made import make_folder
 from tests.models.published import DiT, PixArt, UViT, dit_mup, randomise
@@ -144,7 +143,7 @@ def test_a_dit_mup_checkpoint_keeps_its_weights_and_multipliers(tmp_path):
     assert open_checkpoint(tmp_path / "run").manifest["multipliers"] == {
         "head.linear.weight": readout.output_mult / readout.width_mult()
     }
-    params = describe(build_unsharded, config)
+    params = param_specs(config)
     assert params["blocks.1.qkv.weight"].lr_multiplier == 1 / readout.width_mult() == 1 / 4
     assert torch.equal(tensors(tmp_path / "run", "master")["head.linear.weight"], readout.weight.data)
     assert difference(tmp_path / "run", raw, ema=False) <= TOLERANCE
@@ -214,10 +213,10 @@ def test_a_label_table_without_a_row_for_no_class_gets_a_zero_row(tmp_path, caps
 
 def trained_on(path, overrides):
     """Train a run; return its last step and its master weights. Collective."""
-    import megatron_dit.trainer
+    import megatron_dit.training.trainer
 
     config = load_config(path, overrides)
-    metrics = megatron_dit.trainer.train(config)
+    metrics = megatron_dit.training.trainer.train(config)
     return metrics["step"], {name: value.numpy() for name, value in tensors(config.run_dir, "master").items()}
 
 

@@ -14,7 +14,7 @@ import safetensors.torch
 import torch
 
 from checkpoints_tools.__main__ import main
-from checkpoints_tools.convert.published.pickles import read_published
+from checkpoints_tools.convert.published.torch_files import read_published
 from tests.checkpoints_tools.made import convert, our_model
 from tests.models.published import DiT, PixArt, UViT, dit_mup, randomise
 

@@ -14,11 +14,10 @@ from checkpoints_tools.convert import command
 from megatron_dit.checkpoint.listing import checkpoints
 from megatron_dit.checkpoint.load import open_checkpoint
 from megatron_dit.cli import run as command_line
-from megatron_dit.models import build_unsharded
-from megatron_dit.mup.shapes import describe
+from megatron_dit.models.param_specs import param_specs
 from tests.checkpoint.made import run_of
 from tests.checkpoint.test_checkpoints import LAYOUTS, save_after
-from tests.configs import small, small_dict, write_config
+from tests.helpers.configs import small, small_dict, write_config
 
 
 def everything(reader):
@@ -73,7 +72,7 @@ def test_inspect_reports_the_mup_ratios_by_role(from_four, tmp_path, capsys):
     roles = json.loads((tmp_path / "found.json").read_text())["roles"]
     assert (roles["hidden"]["lr"], roles["hidden"]["weight_decay"]) == ([0.5], [2.0])  # twice the base width
     assert (roles["output"]["lr"], roles["output"]["multiplier"]) == ([1.0], [0.5])
-    params = describe(build_unsharded, small("mmdit"))
+    params = param_specs(small("mmdit"))
     assert roles["hidden"]["tensors"] == sum(param.role == "hidden" for param in params.values())
     assert "forward multiplier" in capsys.readouterr().out
 

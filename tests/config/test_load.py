@@ -14,9 +14,9 @@ import yaml
 
 from megatron_dit.config import Config, config_from_dict, load, load_config, save_config
 from megatron_dit.config.checks import Interval, hints_of
-from megatron_dit.errors import UserError
-from megatron_dit.sweep.space import SweepConfig
-from tests.configs import small_dict, write_config
+from megatron_dit.runtime.errors import UserError
+from megatron_dit.tuning.space import SweepConfig
+from tests.helpers.configs import small_dict, write_config
 
 
 @pytest.fixture

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from megatron_dit.data.shards import Index, write_index
+from megatron_dit.data.index import Index, write_index
 from megatron_dit.data.tar import MEMBERS, npy, write_shard
 
 TEXT = {"encoder": "text_encoder", "sha256": "t", "dtype": "fp32", "dim": 64, "tokens": 24, "features": True}

@@ -15,14 +15,14 @@ import torch
 from megatron_dit.data import stream
 from megatron_dit.data.batch import Batch
 from megatron_dit.data.health import DataHealth
+from megatron_dit.data.index import broken_shards, read_index
 from megatron_dit.data.samples import Samples
-from megatron_dit.data.shards import broken_shards, read_index
-from megatron_dit.data.store import Cache
+from megatron_dit.data.shard_cache import Cache
 from megatron_dit.data.tar import BadSample, ShardReader, npy, parse_array, sha256_of, table_dtype
-from megatron_dit.errors import UserError
-from megatron_dit.models.condition import Condition
-from tests.configs import small
+from megatron_dit.models.common.condition import Condition
+from megatron_dit.runtime.errors import UserError
 from tests.data.made import make_folder
+from tests.helpers.configs import small
 
 SIDE = (16, 16)
 

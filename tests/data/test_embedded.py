@@ -13,9 +13,9 @@ from transformers import AutoTokenizer, T5EncoderModel
 from data_prep.__main__ import main as data_prep
 from megatron_dit.cli import run
 from megatron_dit.data import scenes
-from megatron_dit.data.shards import read_index
+from megatron_dit.data.index import read_index
 from megatron_dit.data.stream import batches
-from tests.configs import small, write_config
+from tests.helpers.configs import small, write_config
 
 
 def rendered(key):
@@ -71,7 +71,7 @@ def test_online_text_gives_the_same_losses_as_precomputed_text(dataset, tmp_path
 
 
 def test_dataset_with_token_ids_only_gives_the_same_losses(tmp_path):
-    """Shards with token ids only contain no features, and give the same losses."""
+    """ShardPool with token ids only contain no features, and give the same losses."""
     from PIL import Image
 
     rng = np.random.default_rng(0)

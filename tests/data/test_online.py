@@ -11,11 +11,11 @@ import torch
 from data_prep.tiny_t5 import build_tiny_t5
 from megatron_dit.config.load import first_difference
 from megatron_dit.data import online
-from megatron_dit.data.identity import weights_sha256
+from megatron_dit.data.encoder_hash import weights_sha256
 from megatron_dit.data.online import OnlineText
 from megatron_dit.data.text import DTYPES, TextEncoder
-from megatron_dit.errors import UserError
-from tests.configs import small
+from megatron_dit.runtime.errors import UserError
+from tests.helpers.configs import small
 
 TEXT = "a red blue green circle square star at the top left right bottom and two three"
 WORDS = TEXT.split()
@@ -132,7 +132,7 @@ def sharded_while_training(folder, dtype, layout):
     import torch.distributed as dist
     from transformers import T5EncoderModel
 
-    from tests.test_engine import batch, start
+    from tests.training.test_engine import batch, start
 
     engine = None if layout is None else start(small(**layout))
     text = OnlineText(described(folder, dtype), folder, sharded=True)
@@ -150,7 +150,7 @@ def sharded_while_training(folder, dtype, layout):
 
 
 def training_alone(layout):
-    from tests.test_engine import batch, start
+    from tests.training.test_engine import batch, start
 
     engine = start(small(**layout))
     return [engine.train_step(batch(engine.config, engine.topology, step)).loss for step in range(4)]

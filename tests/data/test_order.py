@@ -9,11 +9,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from megatron_dit.data.index import Index
 from megatron_dit.data.order import BLOCK, SampleOrder
-from megatron_dit.data.shards import Index
 from megatron_dit.data.shuffle import key_of, shuffle
 from megatron_dit.data.tar import Shard
-from megatron_dit.errors import UserError
+from megatron_dit.runtime.errors import UserError
 
 
 def make_index(*shards, folder="made"):

@@ -24,10 +24,10 @@ from transformers import (
 
 from data_prep.tiny_t5 import build_tiny_t5
 from megatron_dit.data.codec import VaeCodec, open_codec
-from megatron_dit.data.identity import weights_sha256
+from megatron_dit.data.encoder_hash import weights_sha256
 from megatron_dit.data.text import TextEncoder
 from megatron_dit.data.vision import VisionEncoder
-from megatron_dit.errors import UserError
+from megatron_dit.runtime.errors import UserError
 
 POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 12345\n"
 PAGE = "<!DOCTYPE html><html>Sign in</html>"

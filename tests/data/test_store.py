@@ -1,4 +1,4 @@
-"""Shards of a URL are fetched once into a bounded cache, checked, and read like local ones."""
+"""ShardPool of a URL are fetched once into a bounded cache, checked, and read like local ones."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron_dit.data.shards import read_index
-from megatron_dit.data.store import Cache
+from megatron_dit.data.index import read_index
+from megatron_dit.data.shard_cache import Cache
 from megatron_dit.data.stream import batches
 from megatron_dit.data.tar import BadSample, sha256_of
-from megatron_dit.errors import UserError
-from tests.configs import small
+from megatron_dit.runtime.errors import UserError
 from tests.data.made import make_folder
+from tests.helpers.configs import small
 
 SIDE = (16, 16)
 

@@ -13,10 +13,10 @@ from hypothesis import strategies as st
 from megatron_dit.data.batch import Batch
 from megatron_dit.data.stream import batches, sample_order
 from megatron_dit.data.tar import npy
-from megatron_dit.errors import UserError
-from megatron_dit.models.condition import Condition
-from tests.configs import small
+from megatron_dit.models.common.condition import Condition
+from megatron_dit.runtime.errors import UserError
 from tests.data.made import TEXT, make_folder
+from tests.helpers.configs import small
 
 SQUARE, WIDE = (16, 16), (8, 16)
 

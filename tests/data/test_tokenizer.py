@@ -13,7 +13,7 @@ from transformers import AutoTokenizer, T5Config, T5EncoderModel
 from data_prep.__main__ import main as data_prep
 from data_prep.tiny_t5 import build_tiny_t5
 from megatron_dit.data.text import TextEncoder
-from megatron_dit.errors import UserError
+from megatron_dit.runtime.errors import UserError
 from tests.data_prep.photos import noise, png, read_samples, write_tar
 
 CAPTIONS = [

@@ -10,7 +10,7 @@ import numpy as np
 from PIL import Image
 from webdataset.writer import TarWriter
 
-from megatron_dit.data.shards import read_index
+from megatron_dit.data.index import read_index
 from megatron_dit.data.tar import MEMBERS, ShardReader, parse_array
 
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from data_prep.sources import Caption, Record, open_source
-from megatron_dit.errors import UserError
+from megatron_dit.runtime.errors import UserError
 from tests.data_prep.heap import photo, written
 from tests.data_prep.test_sources import kept, reasons, scan
 

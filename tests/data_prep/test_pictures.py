@@ -10,7 +10,7 @@ import pytest
 from PIL import Image, ImageFile
 
 from data_prep.pictures import Buckets, Limits, Unusable, decode, fit
-from megatron_dit.errors import UserError
+from megatron_dit.runtime.errors import UserError
 from tests.data_prep.heap import LIMITS, cases, photo, png, written
 
 CASES = cases()

@@ -14,7 +14,7 @@ import pytest
 
 from data_prep.sources import Caption, Record, Rejected, open_source
 from data_prep.sources.record import IMAGE_BYTES, TEXT_BYTES
-from megatron_dit.errors import UserError
+from megatron_dit.runtime.errors import UserError
 from tests.data_prep.heap import bad_pictures, photo, written
 
 PNG = written(photo())

@@ -11,8 +11,8 @@ from diffusers import AutoencoderKL
 from PIL import Image
 
 from data_prep.__main__ import main as data_prep
-from megatron_dit.data.identity import weights_sha256
-from megatron_dit.data.shards import Index, write_index
+from megatron_dit.data.encoder_hash import weights_sha256
+from megatron_dit.data.index import Index, write_index
 from megatron_dit.data.tar import npy
 from tests.data.made import make_folder
 

@@ -19,13 +19,13 @@ from checkpoints_tools.convert.published.uvit import rename as rename_uvit
 from megatron_dit.checkpoint.load import open_checkpoint, restore
 from megatron_dit.config import load_config
 from megatron_dit.data.batch import Batch
-from megatron_dit.engine import Engine
 from megatron_dit.models import build_unsharded
-from megatron_dit.models.condition import Condition
+from megatron_dit.models.common.condition import Condition
+from megatron_dit.models.param_specs import param_specs
 from megatron_dit.mup.authors import rename as rename_pixart
 from megatron_dit.mup.groups import optimizer_groups
-from megatron_dit.mup.shapes import describe
 from megatron_dit.parallel.topology import build_topology, connect
+from megatron_dit.training.engine import Engine
 from tests.checkpoints_tools.made import convert, our_model
 
 FOLDER = Path(__file__).parent
@@ -66,7 +66,7 @@ def test_pixart_mup_output_equals_the_original(pixart):
 
 def test_pixart_mup_optimizer_groups_equal_the_original(pixart):
     config = load_config(pixart / "config.yaml")
-    params = describe(build_unsharded, config)
+    params = param_specs(config)
     groups = optimizer_groups(build_unsharded(config.model).named_parameters(), params, config.optimizer)
     found = {name: [group["lr"], group["weight_decay"]] for group in groups for name in group["names"]}
     assert found.pop("null_caption.table") == [0, 0]  # a buffer in the original, so in no group
@@ -95,7 +95,7 @@ def engine_of(run, *overrides):
 
 
 def held(engine, key, name):
-    return engine.view(engine.masters.shards[name], key)
+    return engine.state_slice(engine.masters.shards[name], key)
 
 
 @pytest.mark.parametrize("stream", ["nodrop", "drop_ownmask"])

@@ -8,7 +8,7 @@ from diffusers import DiTTransformer2DModel, PixArtTransformer2DModel, SD3Transf
 
 from megatron_dit.config import ModelConfig
 from megatron_dit.models import build_unsharded
-from megatron_dit.models.condition import Condition
+from megatron_dit.models.common.condition import Condition
 from megatron_dit.parallel.topology import connect
 from tests.models import diffusers_weights, plain_uvit
 
@@ -198,12 +198,12 @@ def test_taps_receive_intermediates_by_name(arch):
     model = build_unsharded(config)
     randomise(model, seed=2)
     x, t, text = inputs(config, 2, 8, 8)
-    taps = {}
+    intermediates = {}
     keep, mask = torch.zeros(2, dtype=torch.bool), torch.ones(2, 5, dtype=torch.bool)
     condition = Condition(keep, text, mask)
-    out = model(x, t, condition, taps)
-    assert torch.equal(taps["output"], out[:, : config.in_channels])  # only ε, without the learned variance
-    assert taps["image"].shape == (16, 2, 16)
-    blocks = [name for name in taps if name.startswith("blocks.")]
+    out = model(x, t, condition, intermediates)
+    assert torch.equal(intermediates["output"], out[:, : config.in_channels])  # only ε, without the learned variance
+    assert intermediates["image"].shape == (16, 2, 16)
+    blocks = [name for name in intermediates if name.startswith("blocks.")]
     assert len(blocks) == (4 if arch == "mmdit" else 2)
     assert torch.equal(out, model(x, t, condition))

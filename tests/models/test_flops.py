@@ -14,10 +14,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from megatron_dit.config import load_config
 from megatron_dit.models import build_unsharded
-from megatron_dit.models.condition import Condition
+from megatron_dit.models.common.condition import Condition
 from megatron_dit.models.flops import Flops, model_flops
 from megatron_dit.parallel.topology import connect
-from tests.configs import ARCHITECTURES, small
+from tests.helpers.configs import ARCHITECTURES, small
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 KINDS = [*ARCHITECTURES, "uvit-class"]
@@ -35,12 +35,12 @@ def counted(model, height, width):
     else:
         text = torch.empty(BATCH, config.text_tokens, config.text_dim)
         condition = Condition(dropped, text, torch.ones(text.shape[:2], dtype=torch.bool))
-    taps = {} if config.repa_block else None
+    intermediates = {} if config.repa_block else None
     # Fused attention recomputes its scores in the backward pass, which torch would count.
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
-        out = model(x, torch.zeros(BATCH), condition, taps)
+        out = model(x, torch.zeros(BATCH), condition, intermediates)
         modules = {name: sum(by_op.values()) / BATCH for name, by_op in counter.get_flop_counts().items()}
-        (out.sum() + (taps["projection"].sum() if taps else 0)).backward()
+        (out.sum() + (intermediates["projection"].sum() if intermediates else 0)).backward()
     return modules, counter.get_total_flops() / BATCH
 
 

@@ -6,7 +6,7 @@ import pytest
 
 from megatron_dit.data.stream import batches, read_data
 from megatron_dit.parallel.topology import build_topology
-from tests.configs import small
+from tests.helpers.configs import small
 
 NAME = "null_caption.table"
 STEPS = 3
@@ -14,7 +14,7 @@ STEPS = 3
 
 def train(data, overrides):
     """Return initial and final values of this rank's part of the null caption. Runs in the pool's ranks."""
-    from megatron_dit.engine import Engine
+    from megatron_dit.training.engine import Engine
 
     options = {"data.path": str(data), "data.caption_dropout": 0.5, "train.steps": STEPS, **overrides}
     config = small("pixart", **options)
@@ -22,7 +22,7 @@ def train(data, overrides):
     engine = Engine(config, topology)
     engine.initialise()
     shard = engine.masters.shards.get(NAME)
-    parts = {} if shard is None else {key: engine.view(shard, key) for key in ("master", "ema", "exp_avg_sq")}
+    parts = {} if shard is None else {key: engine.state_slice(shard, key) for key in ("master", "ema", "exp_avg_sq")}
     before = {key: value.clone() for key, value in parts.items()}
     for batch in batches(read_data(config.data), config, 0, topology.data_rank, topology.data_size):
         engine.train_step(batch)
@@ -59,7 +59,7 @@ def test_train_null_caption_trains_the_null_caption(pool, dataset):
 
 
 def test_train_null_caption_is_refused_for_other_architectures():
-    from megatron_dit.errors import UserError
+    from megatron_dit.runtime.errors import UserError
 
     with pytest.raises(UserError, match=r"model\.train_null_caption=true: mmdit has no null caption"):
         small("mmdit", **{"model.train_null_caption": True})

@@ -12,13 +12,13 @@ import yaml
 from torch import nn
 
 from megatron_dit.cli import run
-from megatron_dit.errors import UserError
 from megatron_dit.models import build_unsharded
+from megatron_dit.models.param_specs import param_specs
 from megatron_dit.mup.authors import to_ours
 from megatron_dit.mup.base_shapes import load_base_shapes, save_base_shapes
 from megatron_dit.mup.groups import optimizer_groups
-from megatron_dit.mup.shapes import describe
-from tests.configs import ARCHITECTURES, small, small_dict
+from megatron_dit.runtime.errors import UserError
+from tests.helpers.configs import ARCHITECTURES, small, small_dict
 from tests.mup.plain_models import PLAIN
 
 
@@ -50,7 +50,7 @@ def package_groups(config):
 def test_optimizer_groups_equal_those_of_mup(arch, multiplier):
     config = small(arch, heads=2 * multiplier, base_heads=2)
     expected, target = package_groups(config)
-    ours = optimizer_groups(target.named_parameters(), describe(build_unsharded, config), config.optimizer)
+    ours = optimizer_groups(target.named_parameters(), param_specs(config), config.optimizer)
     assert table(ours, {id(p): name for name, p in target.named_parameters()}) == expected
     assert len({lr for lr, _ in expected.values()} - {0.0}) == (1 if multiplier == 1 else 2)
 
@@ -58,7 +58,7 @@ def test_optimizer_groups_equal_those_of_mup(arch, multiplier):
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 def test_forward_multiplier_equals_that_of_mureadout(arch):
     config = small(arch, heads=8, base_heads=2)
-    params = describe(build_unsharded, config)
+    params = param_specs(config)
     readouts = {name: p.multiplier for name, p in params.items() if p.role == "output"}
     assert list(readouts) == ["head.linear.weight"]
     # The package's own readout layer with the same base shape gives the expected multiplier.
@@ -73,7 +73,7 @@ def test_base_shape_files_are_exchangeable_with_mup(arch, tmp_path):
     config = small(arch, heads=8, base_heads=2)
     expected, target = package_groups(config)
     ours, theirs = tmp_path / "ours.bsh", tmp_path / "theirs.bsh"
-    params = describe(build_unsharded, config)
+    params = param_specs(config)
     save_base_shapes({name: param.base for name, param in params.items()}, ours)
     mup.save_base_shapes(target, str(theirs))
 
@@ -84,7 +84,7 @@ def test_base_shape_files_are_exchangeable_with_mup(arch, tmp_path):
     assert package_table(groups, fresh) == expected
 
     from_file = small(arch, heads=8, base_heads=0, **{"mup.base_shapes": str(theirs)})
-    found = describe(build_unsharded, from_file)
+    found = param_specs(from_file)
     for name, param in params.items():
         assert (found[name].base, found[name].role) == (param.base, param.role)
         assert found[name].lr_multiplier == param.lr_multiplier
@@ -102,7 +102,7 @@ def test_base_shape_files_are_exchangeable_with_mup(arch, tmp_path):
 )
 def test_base_shape_files_that_do_not_fit_are_rejected(defect, words, tmp_path):
     path = tmp_path / "x.bsh"
-    params = describe(build_unsharded, small("mmdit"))
+    params = param_specs(small("mmdit"))
     base = {name: param.base for name, param in params.items()}
     overrides = {"model.depth": 3} if defect == "depth" else {}
     base |= {"patch_embed.weight": (16,)} if defect == "dims" else {}
@@ -113,7 +113,7 @@ def test_base_shape_files_that_do_not_fit_are_rejected(defect, words, tmp_path):
         path.write_text("not: [a, b")
     config = small("mmdit", base_heads=0, **{"mup.base_shapes": str(path), **overrides})
     with pytest.raises(UserError, match=re.escape(words)):
-        describe(build_unsharded, config)
+        param_specs(config)
 
 
 @pytest.mark.parametrize(
@@ -160,7 +160,7 @@ def test_mup_command_writes_table_and_base_shapes(tmp_path, capsys):
 
 def test_standard_parametrization_has_unit_multipliers():
     config = small("mmdit", heads=8, base_heads=2, **{"mup.parametrization": "standard"})
-    for param in describe(build_unsharded, config).values():
+    for param in param_specs(config).values():
         assert (param.multiplier, param.lr_multiplier, param.weight_decay_multiplier) == (1, 1, 1)
 
 
@@ -176,7 +176,7 @@ def test_original_base_shapes_give_the_groups_of_mup(arch, tmp_path):
     expected = table(groups, {id(p): name for name, p in target.named_parameters()})
     expected.pop("pos_embed", None)
 
-    params = describe(build_unsharded, config)
+    params = param_specs(config)
     ours = optimizer_groups(build_unsharded(config.model).named_parameters(), params, options)
     found = {name: (group["lr"], group["weight_decay"]) for group in ours for name in group["names"]}
     null = found.pop("null_caption.table", None)
@@ -202,4 +202,4 @@ def test_original_base_shapes_of_another_depth_are_rejected_by_name(tmp_path):
     shallow = small("dit").model
     mup.make_base_shapes(PLAIN["dit"](shallow, 2), PLAIN["dit"](shallow, 4), str(tmp_path / "a.bsh"))
     with pytest.raises(UserError, match=re.escape("has no blocks.2.modulation.weight")):
-        describe(build_unsharded, config)
+        param_specs(config)

@@ -12,9 +12,9 @@ import torch
 from megatron_dit.cli import run
 from megatron_dit.config import ModelConfig
 from megatron_dit.models import build_unsharded
-from megatron_dit.mup.init import initial_value
-from megatron_dit.mup.shapes import describe
-from tests.configs import ARCHITECTURES, small
+from megatron_dit.models.param_specs import param_specs
+from megatron_dit.mup.initial_values import initial_value
+from tests.helpers.configs import ARCHITECTURES, small
 
 
 def package_tensor(param, base_heads, config):
@@ -42,7 +42,7 @@ def package_tensor(param, base_heads, config):
 )
 def test_presets_equal_the_initialization_of_mup(arch, preset, name, fill):
     config = small(arch, heads=8, base_heads=2, **{"mup.init": preset})
-    param = describe(build_unsharded, config)[name]
+    param = param_specs(config)[name]
     theirs = package_tensor(param, 2, config)
     torch.manual_seed(0)
     fill(theirs)
@@ -58,7 +58,7 @@ def test_presets_equal_the_initialization_of_mup(arch, preset, name, fill):
 def test_patch_embedding_is_initialized_like_the_original_convolution(preset):
     """PixArt-α-μP initializes the kernel by mup's Xavier, PixArt-α by Xavier of the kernel viewed as a matrix."""
     config = small("pixart", heads=32, base_heads=8, **{"mup.init": preset})
-    param = describe(build_unsharded, config)["patch_embed.weight"]
+    param = param_specs(config)["patch_embed.weight"]
     patch = config.model.patch_size
     target, base, delta = (torch.nn.Conv2d(3, 8 * heads, patch, patch) for heads in (32, 8, 16))
     mup.set_base_shapes(target, base, delta=delta, rescale_params=False)
@@ -76,15 +76,11 @@ def test_patch_embedding_is_initialized_like_the_original_convolution(preset):
 
 
 def test_presets_initialize_the_same_parameters_to_zero_as_the_originals():
-    zero = {
-        name
-        for name, p in describe(build_unsharded, small("pixart", **{"mup.init": "pixart-mup"})).items()
-        if p.init_std == 0
-    }
+    zero = {name for name, p in param_specs(small("pixart", **{"mup.init": "pixart-mup"})).items() if p.init_std == 0}
     assert {"head.linear.weight", "blocks.0.cross_out.weight", "blocks.0.qkv.bias"} <= zero
     assert not {"blocks.0.modulation.table", "time_modulation.weight"} & zero
     for preset, starts in (("dit", True), ("dit-mup", False)):
-        params = describe(build_unsharded, small("dit", **{"mup.init": preset}))
+        params = param_specs(small("dit", **{"mup.init": preset}))
         assert (params["blocks.0.modulation.weight"].init_std == 0) is starts
         assert params["head.linear.weight"].init_std == 0
 
@@ -97,7 +93,7 @@ def test_init_std_sets_the_standard_deviation_of_each_role(n):
         "mup.init_std.vector": 0.3,
         "mup.init_std.output": 0.4,
     }
-    params = describe(build_unsharded, small("dit", heads=2 * n, base_heads=2, **options))
+    params = param_specs(small("dit", heads=2 * n, base_heads=2, **options))
     assert params["patch_embed.weight"].init_std == 0.1
     assert params["blocks.0.qkv.weight"].init_std == pytest.approx(0.2 / math.sqrt(n))
     assert params["label_embed.table"].init_std == 0.3
@@ -107,18 +103,16 @@ def test_init_std_sets_the_standard_deviation_of_each_role(n):
 
 
 def test_zero_output_and_zero_adaln_select_the_initialization():
-    params = describe(
-        build_unsharded, small("mmdit", heads=8, base_heads=2, **{"mup.zero_output": False, "mup.zero_adaln": False})
-    )
+    params = param_specs(small("mmdit", heads=8, base_heads=2, **{"mup.zero_output": False, "mup.zero_adaln": False}))
     assert params["head.linear.weight"].init_std == pytest.approx(1 / math.sqrt(16))  # fan-in of the base model
     assert params["blocks.0.image.modulation.weight"].init_std == pytest.approx(1 / math.sqrt(64))
-    kept = describe(build_unsharded, small("dit", **{"mup.init": "dit-mup", "mup.zero_adaln": True}))
+    kept = param_specs(small("dit", **{"mup.init": "dit-mup", "mup.zero_adaln": True}))
     assert kept["blocks.0.modulation.weight"].init_std == 0
 
 
 def test_coupled_decay_scales_the_decay_of_hidden_weights():
     for coupled, expected in ((True, 4), (False, 1)):
-        params = describe(build_unsharded, small("dit", heads=8, base_heads=2, **{"mup.coupled_decay": coupled}))
+        params = param_specs(small("dit", heads=8, base_heads=2, **{"mup.coupled_decay": coupled}))
         assert params["blocks.0.qkv.weight"].weight_decay_multiplier == expected
         assert params["patch_embed.weight"].weight_decay_multiplier == 1
 
@@ -132,19 +126,17 @@ def test_attention_scale_is_proportional_to_one_over_head_dim():
 
     assert scale(64, 0) == scale(64, 64) == 1 / 8
     assert scale(128, 64) == pytest.approx(1 / 16)  # mup's sqrt(d_base) / d
-    params = describe(
-        build_unsharded, small("mmdit", heads=2, base_heads=2, **{"model.head_dim": 32, "model.base_head_dim": 8})
-    )
+    params = param_specs(small("mmdit", heads=2, base_heads=2, **{"model.head_dim": 32, "model.base_head_dim": 8}))
     assert params["blocks.0.image.qkv.weight"].width_multiplier == 4
     assert params["blocks.0.image.q_norm.gain"].role == "vector"
 
 
 def three_steps(arch, data, parametrization):
     """Return losses and all weights after three steps. Runs in a rank of the pool."""
-    from megatron_dit.data.shards import read_index
+    from megatron_dit.data.index import read_index
     from megatron_dit.data.stream import batches
-    from megatron_dit.engine import Engine
     from megatron_dit.parallel.topology import build_topology
+    from megatron_dit.training.engine import Engine
 
     config = small(
         arch,
@@ -169,7 +161,7 @@ def test_mup_at_base_width_is_bit_equal_to_standard_parametrization(pool, datase
 def test_invalid_options_are_rejected(tmp_path, capsys):
     import yaml
 
-    from tests.configs import small_dict
+    from tests.helpers.configs import small_dict
 
     path = tmp_path / "c.yaml"
     path.write_text(yaml.safe_dump(small_dict("dit")))

@@ -9,15 +9,17 @@ import torch
 from diffusers.schedulers import DDPMScheduler, FlowMatchEulerDiscreteScheduler
 
 from megatron_dit.config import ObjectiveConfig
-from megatron_dit.objectives import Noised, ddpm, rectified_flow
+from megatron_dit.objectives import NoiseDraw, ddpm, rectified_flow
 
 FLOW = ObjectiveConfig(kind="rectified_flow")
 DDPM = ObjectiveConfig(kind="ddpm")
 
 
-def noised(batch, seed=0):
+def draw(batch, seed=0):
     g = torch.Generator().manual_seed(seed)
-    return Noised(u=torch.rand(batch, generator=g, dtype=torch.float64), noise=torch.randn(batch, 3, 8, 8, generator=g))
+    return NoiseDraw(
+        u=torch.rand(batch, generator=g, dtype=torch.float64), noise=torch.randn(batch, 3, 8, 8, generator=g)
+    )
 
 
 def test_logit_of_t_has_the_configured_mean_and_std():
@@ -36,7 +38,7 @@ def test_shift_equals_diffusers():
 
 
 def test_flow_loss_of_true_velocity_is_zero_and_noising_equals_diffusers():
-    x, n = torch.randn(4, 3, 8, 8), noised(4)
+    x, n = torch.randn(4, 3, 8, 8), draw(4)
     assert rectified_flow.loss(n.noise - x, x, n, FLOW).max() == 0
     x_t, t = rectified_flow.perturb(x, n, FLOW)
     sigma = (t / 1000)[:, None, None, None]
@@ -46,7 +48,7 @@ def test_flow_loss_of_true_velocity_is_zero_and_noising_equals_diffusers():
 
 
 def test_ddpm_noising_equals_diffusers():
-    x, n = torch.randn(4, 3, 8, 8), noised(4)
+    x, n = torch.randn(4, 3, 8, 8), draw(4)
     x_t, t = ddpm.perturb(x, n, DDPM)
     scheduler = DDPMScheduler(**ddpm.SCHEDULES["linear"])
     torch.testing.assert_close(x_t, scheduler.add_noise(x, n.noise, t), rtol=1e-5, atol=1e-5)
@@ -123,7 +125,7 @@ def test_losses_at_small_t_equal_fp64(schedule):
     g = torch.Generator().manual_seed(3)
     for step in range(10):
         x, out = torch.rand(2, 3, 8, 8, generator=g) * 2 - 1, torch.randn(2, 6, 8, 8, generator=g) * 0.5
-        n = Noised(
+        n = NoiseDraw(
             u=torch.full((2,), (step + 0.5) / 1000, dtype=torch.float64), noise=torch.randn(x.shape, generator=g)
         )
         x_t, t = ddpm.perturb(x, n, config)
@@ -163,7 +165,7 @@ def _loss_in_fp64(out, x, noise, betas, bar, step):
 
 
 def test_variational_term_has_no_gradient_for_epsilon():
-    x, n = torch.randn(4, 3, 8, 8), noised(4)
+    x, n = torch.randn(4, 3, 8, 8), draw(4)
     out = torch.randn(4, 6, 8, 8, requires_grad=True)
     ddpm.loss(out, x, n, DDPM).sum().backward()
     epsilon, v = out.grad.chunk(2, 1)

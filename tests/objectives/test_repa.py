@@ -14,15 +14,14 @@ from data_prep.__main__ import main as data_prep
 from data_prep.demo import Vision, demo
 from megatron_dit import verify
 from megatron_dit.cli import run
-from megatron_dit.data.shards import read_index
+from megatron_dit.data.index import read_index
 from megatron_dit.data.stream import batches
 from megatron_dit.data.vision import MEAN, STD, VisionEncoder
-from megatron_dit.models import build_unsharded
+from megatron_dit.models.param_specs import param_specs
 from megatron_dit.mup.groups import optimizer_groups
-from megatron_dit.mup.shapes import describe
 from megatron_dit.objectives.repa import alignment_loss
 from megatron_dit.verify import LAYOUTS, REFERENCE
-from tests.configs import ARCHITECTURES, small, small_dict
+from tests.helpers.configs import ARCHITECTURES, small, small_dict
 from tests.mup.test_against_mup import package_groups, table
 
 REPA = {"model.repa_block": 1, "model.repa_dim": 24}
@@ -78,7 +77,7 @@ def test_online_features_equal_precomputed_ones(data, encoder):
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 def test_projector_weights_have_the_expected_roles(arch):
     config = small(arch, heads=8, base_heads=2, **REPA)
-    params = describe(build_unsharded, config)
+    params = param_specs(config)
     roles = {name: params[f"projector.{name}.weight"].role for name in ("fc1", "fc2", "fc3")}
     assert roles == {"fc1": "hidden", "fc2": "hidden", "fc3": "output"}
     assert params["projector.fc3.weight"].multiplier == 1 / 4

@@ -8,10 +8,10 @@ from torch.optim.adamw import adamw as functional_adamw
 
 from megatron_dit.optimizer import AdamWithEma, adamw
 from megatron_dit.parallel.topology import SOLO
-from tests.configs import small
+from tests.helpers.configs import small
+from tests.helpers.plain import Plain
 from tests.optimizer.conftest import skip_if_absent
-from tests.plain import Plain
-from tests.test_engine import POISONED, batch, poisoned, start
+from tests.training.test_engine import POISONED, batch, nan_if_nonfinite, start
 
 STEPS, SKIPPED = 20, 4
 # eps is above the rounding errors of gradients, which Adam would otherwise turn into updates of full size. With this
@@ -56,7 +56,7 @@ def run(optimizer, params, steps):
         for p, gradient in zip(params, gradients(step, [p.shape for p in params], params[0].device), strict=True):
             p.grad = gradient
         optimizer.step()
-        optimizer.age += 1
+        optimizer.num_updates += 1
 
 
 @pytest.mark.parametrize("name", LIBRARIES)
@@ -89,7 +89,7 @@ def test_every_library_equals_plain_adamw_also_when_resumed(name):
         p.data.copy_(old.data)
         for key in ("exp_avg", "exp_avg_sq", "ema"):
             second.state[p][key].copy_(first.state[old][key])
-    second.resume_at(first.age)
+    second.resume_at(first.num_updates)
     run(second, resumed, range(10, STEPS))
     for found, states in ((params, optimizer.state), (resumed, second.state)):
         for p, want, average in zip(found, expected, ema, strict=True):
@@ -135,7 +135,7 @@ class CountsInGroup(torch.optim.Optimizer):
 
 def with_stand_in(config):
     """Return an engine that uses the stand-in for Apex and, at stage 3, several sub-groups per group."""
-    import megatron_dit.engine as engine_module
+    import megatron_dit.training.engine as engine_module
 
     def small_sub_groups(config, ranks):
         result = made(config, ranks)
@@ -156,7 +156,7 @@ def train(layout, first, steps, folder, source):
     from pathlib import Path
 
     from megatron_dit.checkpoint.load import newest, restore
-    from megatron_dit.checkpoint.save import save
+    from megatron_dit.checkpoint.writer import save
 
     config = small("mmdit", **SETTINGS, **layout)
     engine = (with_stand_in if config.optimizer.fused == "apex" else start)(config)
@@ -165,8 +165,10 @@ def train(layout, first, steps, folder, source):
     for step in range(first, steps):
         engine.train_step(batch(config, engine.topology, step, float("nan") if step == SKIPPED else None))
     save(engine, Path(folder))
-    on_cpu = all(flat.is_cpu and engine.optimizer.state[flat]["ema"].is_cpu for flat in engine.masters.flats)
-    return engine.adam_steps, engine.optimizer.title, on_cpu
+    on_cpu = all(
+        flat.is_cpu and engine.optimizer.state[flat]["ema"].is_cpu for flat in engine.masters.optimizer_tensors
+    )
+    return engine.num_updates, engine.optimizer.title, on_cpu
 
 
 @pytest.fixture(scope="module")
@@ -225,5 +227,5 @@ def test_run_resumes_in_other_stages_with_other_libraries(pool, compiled, expect
 @pytest.mark.parametrize(("stage", "library"), [(0, DEEPSPEED), *[(stage, OFFLOAD) for stage in (1, 2, 3)]])
 def test_non_finite_steps_do_not_count_as_updates(pool, compiled, stage, library, dtype):
     layout = {"parallel.zero_stage": stage, "train.dtype": dtype, **library}
-    for outcomes in pool.run(2, poisoned, layout):
+    for outcomes in pool.run(2, nan_if_nonfinite, layout):
         assert outcomes == POISONED

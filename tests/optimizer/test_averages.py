@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 import torch
 
-from megatron_dit.errors import UserError
 from megatron_dit.optimizer.averages import Profile, combination, gamma_of, power_decay
-from tests.configs import small
-from tests.test_engine import batch, start
+from megatron_dit.runtime.errors import UserError
+from tests.helpers.configs import small
+from tests.training.test_engine import batch, start
 
 WIDTHS = [0.05, 0.1]
 AGE = 200
@@ -114,8 +114,8 @@ def train(layout, folder):
     """Train with one skipped step, saving at every step; on rank 0 return the weights after each other step."""
     from pathlib import Path
 
-    from megatron_dit.checkpoint.format import CheckpointReader
-    from megatron_dit.checkpoint.save import save
+    from megatron_dit.checkpoint.reader import CheckpointReader
+    from megatron_dit.checkpoint.writer import save
 
     config = small("mmdit", **SETTINGS, **layout)
     engine = start(config)
@@ -132,7 +132,7 @@ def resume_and_save(layout, source, folder):
     from pathlib import Path
 
     from megatron_dit.checkpoint.load import newest, restore
-    from megatron_dit.checkpoint.save import save
+    from megatron_dit.checkpoint.writer import save
 
     config = small("mmdit", **SETTINGS, **layout)
     engine = start(config)

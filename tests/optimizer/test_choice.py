@@ -10,10 +10,10 @@ import pytest
 import torch
 import yaml
 
-from megatron_dit.errors import UserError
 from megatron_dit.optimizer import adamw, choose
-from tests.configs import small, small_dict
-from tests.test_resume import finish
+from megatron_dit.runtime.errors import UserError
+from tests.helpers.configs import small, small_dict
+from tests.training.test_resume import finish
 
 
 def config_of(**keys):
@@ -74,8 +74,8 @@ def test_invalid_optimizer_settings_are_rejected():
 def lacks_on_one_rank(config):
     import torch.distributed as dist
 
-    from megatron_dit.engine import Engine
     from megatron_dit.parallel.topology import build_topology
+    from megatron_dit.training.engine import Engine
 
     if dist.get_rank() == 0:
         adamw.AVAILABLE["apex"] = adamw.AVAILABLE["torch"]

@@ -10,7 +10,7 @@ import yaml
 
 from megatron_dit import verify
 from megatron_dit.verify import LAYOUTS, REFERENCE, Layout
-from tests.configs import ARCHITECTURES, small
+from tests.helpers.configs import ARCHITECTURES, small
 
 KINDS = [*ARCHITECTURES, "uvit-class"]
 
@@ -93,10 +93,10 @@ def test_uneven_blocks_equal_one_process(pool, dataset, tmp_path, deep_reference
     ("arch", "fault", "layout"),
     [
         # The gradient of the QK-norm gains is not summed over the tensor-parallel ranks.
-        ("mmdit", "seen_by_heads", Layout(2, tensor=2)),
+        ("mmdit", "sum_grad_over_tensor_ranks", Layout(2, tensor=2)),
         # The gradients of row-parallel biases are not summed over the sequence-parallel ranks.
-        ("mmdit", "seen_by_tokens", Layout(2, tensor=2, sequence=True)),
-        ("pixart", "seen_by_tokens", Layout(2, tensor=2, sequence=True)),
+        ("mmdit", "sum_grad_over_sequence_ranks", Layout(2, tensor=2, sequence=True)),
+        ("pixart", "sum_grad_over_sequence_ranks", Layout(2, tensor=2, sequence=True)),
     ],
 )
 def test_verify_detects_a_gradient_that_is_not_summed(pool, dataset, tmp_path, reference, arch, fault, layout):

@@ -8,10 +8,10 @@ from torch.profiler import ProfilerActivity, profile
 
 from megatron_dit.config import ParallelConfig
 from megatron_dit.models import build
-from megatron_dit.models.condition import Condition
+from megatron_dit.models.common.condition import Condition
 from megatron_dit.parallel.layers import Backend
 from megatron_dit.parallel.topology import SOLO, connect
-from tests.configs import ARCHITECTURES, small
+from tests.helpers.configs import ARCHITECTURES, small
 
 
 def forward_and_backward(arch, mode="none", blocks=3):

@@ -12,11 +12,11 @@ import time
 
 import pytest
 
-from megatron_dit.errors import UserError
 from megatron_dit.parallel import rendezvous as module
 from megatron_dit.parallel.rendezvous import ranges, rendezvous
+from megatron_dit.runtime.errors import UserError
 from megatron_dit.runtime.launch_environment import LaunchEnvironment
-from tests.ports import free_port
+from tests.helpers.ports import free_port
 
 
 @pytest.fixture

@@ -12,13 +12,13 @@ import pytest
 import torch
 
 from megatron_dit import verify
-from megatron_dit.errors import UserError
 from megatron_dit.parallel.backends import open_backend
 from megatron_dit.parallel.layers import Backend
 from megatron_dit.parallel.topology import SOLO
+from megatron_dit.runtime.errors import UserError
 from megatron_dit.verify import REFERENCE, Layout
-from tests.child import in_child
-from tests.configs import ARCHITECTURES, small
+from tests.helpers.child import in_child
+from tests.helpers.configs import ARCHITECTURES, small
 from tests.parallel.te_on_cpu import te_on_cpu
 from tests.parallel.test_layouts import trace
 
@@ -61,7 +61,7 @@ class Made:
 def properties_of(model):
     import transformer_engine.pytorch as te
 
-    from megatron_dit.parallel.layers import ColumnLinear, GatheredLinear, RowLinear
+    from megatron_dit.parallel.layers import ColumnGatheredLinear, ColumnLinear, RowLinear
 
     marks = ("init_kind", "tensor_model_parallel", "partition_dim", "partition_stride")
     linears = {n: m for n, m in model.named_modules() if isinstance(m, (ColumnLinear, RowLinear, te.Linear))}
@@ -73,7 +73,7 @@ def properties_of(model):
         },
         buffers=[name for name, _ in model.named_buffers()],
         filled=[name for name, p in named.items() if not p.isnan().all()],
-        hidden={name: type(m).__module__ for name, m in linears.items() if not isinstance(m, GatheredLinear)},
+        hidden={name: type(m).__module__ for name, m in linears.items() if not isinstance(m, ColumnGatheredLinear)},
     )
 
 
@@ -89,8 +89,8 @@ def make_all():
     import torch.distributed as dist
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
-    from megatron_dit.models import build, build_unsharded
-    from megatron_dit.mup.shapes import describe
+    from megatron_dit.models import build
+    from megatron_dit.models.param_specs import param_specs
     from megatron_dit.parallel.te import TeBackend
     from megatron_dit.parallel.topology import Topology
 
@@ -107,8 +107,10 @@ def make_all():
             )
         config = small(arch)
         result[arch, "roles"] = (
-            describe(build_unsharded, config),
-            describe(lambda model, config=config: build(model, TeBackend(replace(config, model=model), SOLO)), config),
+            param_specs(config),
+            param_specs(
+                config, lambda model, config=config: build(model, TeBackend(replace(config, model=model), SOLO))
+            ),
         )
     return result
 
@@ -142,8 +144,8 @@ def test_roles_equal_those_of_the_local_backend(made, arch):
 
 def te_trace(*args):
     """Run ``test_layouts.trace`` with Transformer Engine's layers. Runs in the ranks of the pool."""
-    from megatron_dit import engine
     from megatron_dit.parallel.te import TeBackend
+    from megatron_dit.training import engine
 
     with te_on_cpu(), mock.patch.object(engine, "open_backend", TeBackend):
         return trace(*args)
@@ -170,7 +172,7 @@ def test_layout_equals_the_local_backend(pool, dataset, tmp_path, reference, arc
 
 def test_verify_detects_a_row_bias_gradient_that_is_not_summed(pool, dataset, tmp_path, reference):
     layout = Layout(2, tensor=2, sequence=True)
-    found = pool.run(2, te_trace, "pixart", layout, dataset, tmp_path, "seen_by_tokens")[0]
+    found = pool.run(2, te_trace, "pixart", layout, dataset, tmp_path, "sum_grad_over_sequence_ranks")[0]
     assert not verify.compare("faulty", found, reference["pixart"]).good
 
 

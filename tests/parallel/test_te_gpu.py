@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from data_prep.demo import demo
-from tests.child import in_child
-from tests.configs import ARCHITECTURES, small
+from tests.helpers.child import in_child
+from tests.helpers.configs import ARCHITECTURES, small
 
 pytestmark = pytest.mark.gpu
 
@@ -44,15 +44,16 @@ def last_pass(config, backend, count):
 
     Delayed scaling takes its scales from the passes before.
     """
-    from megatron_dit.models import build, build_unsharded
-    from megatron_dit.mup.init import forward_multipliers, initial_value, set_multipliers
-    from megatron_dit.mup.shapes import describe
-    from megatron_dit.parallel.cpu import device
+    from megatron_dit.models import build
+    from megatron_dit.models.param_specs import param_specs
+    from megatron_dit.mup.initial_values import initial_value
+    from megatron_dit.mup.multipliers import forward_multipliers, set_multipliers
     from megatron_dit.parallel.topology import SOLO
+    from megatron_dit.runtime.device import device
     from megatron_dit.verify import disturbed
-    from tests.test_engine import batch
+    from tests.training.test_engine import batch
 
-    params = describe(build_unsharded, config)
+    params = param_specs(config)
     with torch.device(device()):
         model = build(config.model, backend)
     with torch.no_grad():
@@ -127,7 +128,7 @@ def test_fp8_is_close_to_bf16_but_not_equal(arch):
 def steps(config, count):
     """Return losses and gradient norms of the first ``count`` steps on random batches."""
     from megatron_dit.parallel.topology import connect
-    from tests.test_engine import batch, start
+    from tests.training.test_engine import batch, start
 
     connect()
     engine = start(config)
@@ -150,10 +151,10 @@ def test_fp8_with_zero3_is_close_to_fp8_without(fp8, micro_batch):
 def final_loss(overrides):
     """Return the mean loss over the last 100 of 500 steps of the 0.18B MMDiT on the toy dataset."""
     from megatron_dit.config import load_config
-    from megatron_dit.data.shards import read_index
+    from megatron_dit.data.index import read_index
     from megatron_dit.data.stream import batches
     from megatron_dit.parallel.topology import connect
-    from tests.test_engine import start
+    from tests.training.test_engine import start
 
     data = ["model.in_channels=3", "model.sample_size=16", "model.text_dim=64", "model.text_tokens=16"]
     no_repa = ["model.repa_block=0", "model.repa_dim=0"]

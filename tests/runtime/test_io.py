@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_dit.errors import UserError
+from megatron_dit.runtime.errors import UserError
 from megatron_dit.runtime.io import check_output, replacing
 
 

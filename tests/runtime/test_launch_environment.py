@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from megatron_dit.cli import run
-from megatron_dit.errors import UserError
+from megatron_dit.runtime.errors import UserError
 from megatron_dit.runtime.launch_environment import LaunchEnvironment, launch_environment
 
 # Slurm 22.05 with --nodes=2 --ntasks-per-node=1, as printed by env in the batch script and in a task of its srun.
@@ -86,7 +86,7 @@ def test_command_reports_an_invalid_environment_in_one_line(monkeypatch, capsys,
 @pytest.mark.parametrize(("variables", "refused"), [(BATCH, False), ({"RANK": "0", "WORLD_SIZE": "2"}, True)])
 def test_procs_is_allowed_in_a_batch_job_but_not_under_a_launcher(monkeypatch, capsys, variables, refused):
     started = []
-    monkeypatch.setattr("megatron_dit.launch.run_ranks", lambda words, ranks, **_: started.append(ranks) or 0)
+    monkeypatch.setattr("megatron_dit.runtime.launcher.run_ranks", lambda words, ranks, **_: started.append(ranks) or 0)
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
     assert run(["train", "configs/quickstart.yaml", "train.micro_batch=64", "--procs", "2"]) == (2 if refused else 0)

@@ -11,8 +11,8 @@ import time
 
 import pytest
 
-from megatron_dit.errors import UserError
 from megatron_dit.runtime import locks
+from megatron_dit.runtime.errors import UserError
 from megatron_dit.runtime.locks import RunLock, try_lock, wait_for_lock
 
 HOLD = """

@@ -6,7 +6,7 @@ import io
 
 from rich.console import Console
 
-from megatron_dit.progress import ProgressBar
+from megatron_dit.runtime.progress import ProgressBar
 from megatron_dit.runtime.table import Table
 
 FOREIGN = ["[red]x[/red]", "[/nothing]", ":smile:", "\x1b[2Jy", "two\nlines", "\x9b31m", "\u202egpj"]
@@ -40,7 +40,7 @@ def test_progress_lines_are_literal(capsys):
 def test_terminal_progress_bar_does_not_interpret_markup(monkeypatch):
     out = io.StringIO()
     console = Console(file=out, width=200, force_terminal=True, color_system=None)
-    monkeypatch.setattr("megatron_dit.progress.Console", lambda: console)
+    monkeypatch.setattr("megatron_dit.runtime.progress.Console", lambda: console)
     with ProgressBar("t [/x]", 1) as bar:
         bar.advance("[/nothing] \x9b2J :smile:")
     assert r"[/nothing] \x9b2J :smile:" in out.getvalue()

@@ -13,11 +13,11 @@ from PIL import Image
 
 from megatron_dit.checkpoint.load import open_checkpoint
 from megatron_dit.cli import run
-from megatron_dit.errors import UserError
-from megatron_dit.models.condition import Condition
+from megatron_dit.models.common.condition import Condition
+from megatron_dit.runtime.errors import UserError
 from megatron_dit.sampling.generate import Sampler, load_model
 from megatron_dit.sampling.solvers import guide, scheduler_for, solve
-from tests.configs import small, small_dict
+from tests.helpers.configs import small, small_dict
 
 
 def nothing():

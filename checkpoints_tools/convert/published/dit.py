@@ -15,7 +15,7 @@ from checkpoints_tools.convert.published.formats import (
     pad_labels,
     shape_of,
 )
-from checkpoints_tools.convert.published.pickles import Published, Weights
+from checkpoints_tools.convert.published.torch_files import Published, Weights
 from megatron_dit.config import ModelConfig
 
 SIZES = {(12, 384): 6, (12, 768): 12, (24, 1024): 16, (28, 1152): 16}  # S, B, L, XL (arXiv 2212.09748, table 1)

@@ -9,11 +9,11 @@ from typing import Any
 
 import torch
 
-from checkpoints_tools.convert.published.pickles import Published, Weights
+from checkpoints_tools.convert.published.torch_files import Published, Weights
 from megatron_dit.config import ModelConfig
-from megatron_dit.errors import UserError
-from megatron_dit.models.embed import interpolated_grid
+from megatron_dit.models.common.positions import interpolated_grid
 from megatron_dit.mup.authors import rename
+from megatron_dit.runtime.errors import UserError
 
 POSITIONS = "pos_embed"
 LABELS = "label_embed.table"

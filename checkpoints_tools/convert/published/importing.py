@@ -13,16 +13,15 @@ from torch import Tensor
 from checkpoints_tools.convert import fold
 from checkpoints_tools.convert.published.dit import DIT, DIT_MUP
 from checkpoints_tools.convert.published.formats import HEAD_DIM, Format, Given, shape_of
-from checkpoints_tools.convert.published.pickles import Published, Weights, read_published
 from checkpoints_tools.convert.published.pixart import PIXART, PIXART_MUP
 from checkpoints_tools.convert.published.recipe import Recipe, recipe_of
+from checkpoints_tools.convert.published.torch_files import Published, Weights, read_published
 from checkpoints_tools.convert.published.uvit import UVIT
 from checkpoints_tools.convert.run import Import, config_of, data_of, fresh, write_run
 from megatron_dit.config import OBJECTIVE_OF, Config
-from megatron_dit.errors import UserError
-from megatron_dit.models import build_unsharded
+from megatron_dit.models.param_specs import param_specs
 from megatron_dit.mup.rules import Param
-from megatron_dit.mup.shapes import describe
+from megatron_dit.runtime.errors import UserError
 
 FORMATS = {form.name: form for form in (DIT, DIT_MUP, PIXART, PIXART_MUP, UVIT)}
 MUP_FORMATS = " or ".join(form.name for form in FORMATS.values() if form.mup)
@@ -38,7 +37,7 @@ def from_published(form: Format, asked: Import) -> list[str]:
     file = read_published(asked.source)
     given = {key: value for key, _, value in (word.partition("=") for word in asked.overrides)}
     config = _config(form, file, given, asked)
-    params = describe(build_unsharded, config)
+    params = param_specs(config)
     raw, notes = _rename_weights(form, file, file.raw, config, params)
     averages, _ = _rename_weights(form, file, file.averages, config, params)
 
@@ -118,7 +117,7 @@ def _with_base_width(values: dict[str, Any], given: Given, asked: Import, recipe
 
 def width_multiplier(config: Config) -> float:
     """Return μP's width multiplier n of a config: that of the readout, whose fan-in is the width."""
-    return describe(build_unsharded, config)["head.linear.weight"].width_multiplier
+    return param_specs(config)["head.linear.weight"].width_multiplier
 
 
 def _listed(lrs: Sequence[float]) -> str:
@@ -164,7 +163,7 @@ def _with_base(values: dict[str, Any], asked: Import, path: Path) -> Config:
 
     def read(**base: Any) -> tuple[Config, dict[str, Param]]:
         config = config_of({**values, "mup": {**values["mup"], **base}}, asked)
-        return config, describe(build_unsharded, config)
+        return config, param_specs(config)
 
     _, expected = read(base_shapes=str(path))
     base, head_dim = expected["patch_embed.bias"].base[0] or 0, values["model"]["head_dim"]

@@ -17,7 +17,7 @@ from checkpoints_tools.convert.published.formats import (
     fixed_positions,
     shape_of,
 )
-from checkpoints_tools.convert.published.pickles import Published, Weights
+from checkpoints_tools.convert.published.torch_files import Published, Weights
 from megatron_dit.config import ModelConfig
 
 SIZES = {(28, 1152): 16}  # PixArt-XL/2

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from checkpoints_tools.convert.published.pickles import Published
+from checkpoints_tools.convert.published.torch_files import Published
 
 
 @dataclass(frozen=True)

@@ -17,9 +17,9 @@ from checkpoints_tools.convert.published.formats import (
     shape_of,
     side_of,
 )
-from checkpoints_tools.convert.published.pickles import Published, Weights
+from checkpoints_tools.convert.published.torch_files import Published, Weights
 from megatron_dit.config import ModelConfig
-from megatron_dit.errors import UserError
+from megatron_dit.runtime.errors import UserError
 
 SIZES = {  # (arXiv 2209.12152, table 1)
     (13, 512): 8,  # small

@@ -1,0 +1,101 @@
+"""Schedule of a run's checkpoints and EMA snapshots, which are written in the background of training."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+from megatron_dit.checkpoint.listing import clear, delete, list_checkpoints, old_ones, step_of
+from megatron_dit.checkpoint.writer import CheckpointWriter, set_aside
+from megatron_dit.optimizer import power_averages
+from megatron_dit.runtime.errors import UserError, writing
+from megatron_dit.training.engine import Engine
+from megatron_dit.training.run_folder import RunFolder
+
+SECONDS_BETWEEN_PICTURES = 60.0  # minimum between updates of loss.png; plotting takes longer than a small checkpoint
+
+
+class CheckpointSchedule:
+    """Saves an engine's state after the steps that ``checkpoint.*`` defines."""
+
+    def __init__(self, engine: Engine, run: RunFolder) -> None:
+        self._engine, self._run, self._config = engine, run, engine.config
+        self._snapshot, self._checkpoint = CheckpointWriter(engine), CheckpointWriter(engine)
+        self._drawn = time.monotonic()
+
+    def prepare(self) -> list[str]:
+        """Create the folders and delete the remainders of interrupted saves; return messages.
+
+        Only rank 0 calls this, before the first step. Raises UserError if an entry that is not a checkpoint has the
+        name of one that this run will write.
+        """
+        run, config = self._run, self._config.checkpoint
+        folders = {run.checkpoints: config.every}
+        if config.ema_every:
+            folders[run.snapshots] = config.ema_every
+        notes = []
+        with writing(run.path):
+            for folder, every in folders.items():
+                folder.mkdir(exist_ok=True)
+                self._check_names_are_free(folder, every)
+                clear(folder)
+            if config.ema_every:  # stray entries among the checkpoints were reported when the run was resumed
+                notes += list_checkpoints(run.snapshots).notes
+            return notes + set_aside(run.checkpoints, self._engine.step)
+
+    def _check_names_are_free(self, folder: Path, every: int) -> None:
+        last = self._config.train.steps
+        for path, why in list_checkpoints(folder).strays.items():
+            step = step_of(path)
+            if step is not None and self._engine.step < step <= last and (step % every == 0 or step == last):
+                raise UserError(f"{path} is {why}, but this run will save step {step} under that name; move it away")
+
+    @property
+    def writing(self) -> bool:
+        """Whether this rank is still writing a checkpoint or snapshot."""
+        return self._snapshot.writing or self._checkpoint.writing
+
+    def after_step(self, busy: bool, last: bool) -> list[str]:
+        """Commit saves that all ranks have written and start those due after this step. Collective.
+
+        ``busy``: some rank is still writing. Returns messages to print. A failed write does not stop the run: it is
+        reported, and the next save tries again. After the ``last`` step a failed write raises UserError.
+        """
+        step, config = self._engine.step, self._config.checkpoint
+        of_averages = config.ema_every > 0 and (step % config.ema_every == 0 or step == self._config.train.steps)
+        due = last or step % config.every == 0
+        lines = self.finish() if due or of_averages or not busy else []
+        if of_averages:
+            self._snapshot.begin(self._run.snapshots, list(power_averages(self._config.train)))
+        if due:
+            self._checkpoint.begin(self._run.checkpoints)
+        return lines + (self.finish(must=True) if last else [])
+
+    def finish(self, must: bool = False) -> list[str]:
+        """Wait for the saves in progress; return messages to print. Collective.
+
+        If ``must`` is true, raise UserError if a write failed.
+        """
+        lines, config = [], self._config.checkpoint
+        # Commit the snapshot first: a run killed between the two resumes from the checkpoint and would never write it.
+        for writer in (self._snapshot, self._checkpoint):
+            if not writer.under_way:
+                continue
+            try:
+                path = writer.commit()
+                lines.append(f"saved {path.parent.name}/{path.name}")
+            except UserError as error:
+                if must:
+                    raise
+                lines.append(f"{error}; continuing to train, older checkpoints are unchanged")
+                continue
+            if writer is self._checkpoint and writer.is_rank0:
+                try:
+                    for old in old_ones(self._run.checkpoints, config.keep, config.keep_every):
+                        delete(old)
+                    if must or time.monotonic() - self._drawn > SECONDS_BETWEEN_PICTURES:
+                        self._run.plot()
+                        self._drawn = time.monotonic()
+                except OSError as error:
+                    lines.append(f"old checkpoints or loss.png cannot be replaced ({error}); continuing to train")
+        return lines

@@ -1,0 +1,337 @@
+"""The sweep: Optuna chooses the values, each trial runs in its own process, and the results are stored in files."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import multiprocessing
+import os
+import signal
+import time
+from collections import deque
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from typing import Any
+
+import optuna
+import torch
+from optuna.distributions import BaseDistribution
+from optuna.samplers import RandomSampler, TPESampler
+from optuna.storages import JournalStorage
+from optuna.storages.journal import JournalFileBackend
+from optuna.storages.journal._file import BaseJournalFileLock
+from optuna.trial import TrialState
+
+from megatron_dit.config import flatten, load_config, save_config
+from megatron_dit.runtime.errors import UserError, writing
+from megatron_dit.runtime.locks import FileLock, wait_for_lock
+from megatron_dit.runtime.progress import ProgressBar
+from megatron_dit.runtime.text import warn
+from megatron_dit.training.run_folder import read_metrics
+from megatron_dit.tuning.space import Params, SweepConfig, open_folder, to_optuna
+from megatron_dit.tuning.trial import INTERRUPTED, TAKEN, Result, TrialFiles, classify, run_trial, stored_result
+
+POLL_SECONDS = 0.2
+TAKEN_SECONDS = 5.0  # wait before retrying a trial that another process is running
+
+
+class Lock(BaseJournalFileLock):
+    """File lock that the kernel releases when its process ends; Optuna's own locks persist for 30 s after a kill."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._lock: FileLock | None = None
+
+    def acquire(self) -> bool:
+        self._lock = wait_for_lock(self._path)
+        return True
+
+    def release(self) -> None:
+        if self._lock is not None:
+            self._lock.release()
+
+    def __enter__(self) -> None:
+        self.acquire()
+
+    def __exit__(self, *_: object) -> None:
+        self.release()
+
+
+def open_journal(folder: Path) -> JournalStorage:
+    """Open Optuna's journal in a sweep's folder.
+
+    A corrupt journal is renamed and rebuilt, because ``trials/`` contains all the data needed.
+    """
+    path, lock = folder / "journal.log", Lock(folder / "journal.lock")
+    with lock:
+        damage = _damage_of(path)
+        if damage:
+            warn(
+                f"{path} is corrupt ({damage}); renamed it to {set_aside(path)}, rebuilding the journal from the trials"
+            )
+    return JournalStorage(JournalFileBackend(str(path), lock_obj=lock))
+
+
+def _damage_of(path: Path) -> str:
+    """Return what is wrong with a journal, or an empty string."""
+    text = path.read_bytes() if path.exists() else b""
+    if not text.endswith(b"\n") and text:
+        return "its last line is truncated"
+    try:
+        for line in text.splitlines():
+            json.loads(line)
+        if text:
+            JournalStorage(JournalFileBackend(str(path)))  # parses and applies every line
+    except Exception as error:  # Optuna raises various exceptions for invalid lines
+        return f"{type(error).__name__}: {error}"
+    return ""
+
+
+def set_aside(path: Path) -> Path:
+    """Rename a corrupt file to an unused name, and return the new path."""
+    names = (path.with_name(f"{path.name}.damaged{number or ''}") for number in itertools.count())
+    free = next(name for name in names if not name.exists())
+    return path.rename(free)
+
+
+@dataclass
+class Running:
+    """A trial whose process is running."""
+
+    files: TrialFiles
+    process: BaseProcess
+    slot: int
+    started: float
+    reported: int = 0  # last step reported to Optuna
+
+
+class Sweep:
+    """A sweep. Its folder has ``sweep.yaml``, Optuna's journal, and the runs, results, logs and locks in ``trials/``.
+
+    Several processes (such as tasks of a Slurm array) may work on one folder: a process holds the trial's lock while
+    it runs the trial, and the sweep's lock while it asks Optuna for values. A restarted sweep resumes: trials that have
+    a result are not run again, interrupted trials resume from their newest checkpoint.
+    """
+
+    def __init__(self, config: SweepConfig) -> None:
+        gpus, needed = torch.cuda.device_count(), config.parallel * config.procs
+        if 0 < gpus < needed:
+            raise UserError(
+                f"parallel={config.parallel} * procs={config.procs} requires {needed} GPUs, but this host has {gpus}; "
+                "reduce one of them"
+            )
+        open_folder(config)
+        self.config = config
+        optuna.logging.set_verbosity(optuna.logging.ERROR)
+        with writing(config.folder):
+            self._study = optuna.create_study(
+                study_name="sweep",
+                storage=open_journal(config.folder),
+                load_if_exists=True,
+                pruner=optuna.pruners.MedianPruner(n_startup_trials=5, n_warmup_steps=config.base.train.steps // 10),
+            )
+
+    # --- values to try ----------------------------------------------------------------------------------
+
+    def files(self, number: int) -> TrialFiles:
+        """Return the trial's files with its values, which are chosen now if no process has done so."""
+        with Lock(self.config.folder / "ask.lock"):
+            while len(trials := self._study.get_trials(deepcopy=False)) <= number:
+                self._ask(len(trials))
+        space = self.config.space
+        params = {key: space[key].from_optuna(value) for key, value in trials[number].params.items()}
+        return TrialFiles(self.config.trial_folder(number), params)
+
+    def _ask(self, number: int) -> None:
+        """Add trial ``number`` to the study, with its values from ``trials/`` if the journal was lost."""
+        distributions = self.config.distributions()
+        params = self._known_params(number)
+        if params is not None:
+            self._add(params, distributions)
+            return
+        if self.config.sampler != "grid":
+            # Seed the sampler per trial, because its generator would restart with each process.
+            seed = (self.config.seed << 20) + number
+            tpe = self.config.sampler == "tpe"
+            self._study.sampler = TPESampler(seed=seed, constant_liar=True) if tpe else RandomSampler(seed=seed)
+            self._study.ask(distributions)
+            return
+        # Optuna's GridSampler calls study.stop(), which is only allowed inside ``study.optimize``.
+        points = itertools.product(*(dimension.finite for dimension in self.config.space.values()))
+        point = next(itertools.islice(points, number, None))
+        self._add(dict(zip(self.config.space, point, strict=True)), distributions)
+
+    def _add(self, params: Params, distributions: dict[str, BaseDistribution]) -> None:
+        values = {key: to_optuna(value) for key, value in params.items()}
+        try:
+            trial = optuna.trial.create_trial(state=TrialState.RUNNING, params=values, distributions=distributions)
+        except ValueError as error:
+            folder = self.config.folder / "trials"
+            raise UserError(f"{folder} holds trials of another sweep ({error}); set run_dir to a new folder") from None
+        self._study.add_trial(trial)
+
+    def _known_params(self, number: int) -> Params | None:
+        """Return the values with which a trial was started before, from its result or its config, or None."""
+        result = self._stored(number)
+        if result is not None:
+            return result.params
+        path = TrialFiles(self.config.trial_folder(number), {}).file(".yaml")
+        if not path.is_file():
+            return None
+        try:
+            values = flatten(load_config(path))
+        except UserError as error:
+            warn(f"{error}; choosing new values for trial {number}")
+            return None
+        return {key: values[key] for key in self.config.space}
+
+    # --- running trials ------------------------------------------------------------------------------------
+
+    def run(self, only: int | None = None) -> list[Result]:
+        """Run all trials, or trial ``only``, that have no result yet, and return the results sorted by number."""
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(
+            ["megatron_dit.tuning.trial", "megatron_dit.training.engine"]
+        )  # importing them takes seconds
+        numbers = range(self.config.count) if only is None else [only]
+        results = {n: result for n in numbers if (result := self._stored(n)) is not None}
+        for result in results.values():
+            self._tell(result)
+        running: list[Running] = []
+        handler = signal.signal(signal.SIGTERM, signal.default_int_handler)  # like Ctrl-C
+        try:
+            with ProgressBar("sweep", len(numbers), len(results)) as bar:
+                for result in self._until_done(context, [n for n in numbers if n not in results], running):
+                    results[result.number] = result
+                    bar.advance(line_of(result))
+        except KeyboardInterrupt:
+            for trial in running:  # they save a checkpoint, exit, and resume with the sweep
+                trial.process.terminate()
+            for trial in running:
+                trial.process.join()
+            raise
+        finally:
+            signal.signal(signal.SIGTERM, handler)
+        return [results[number] for number in sorted(results)]
+
+    def _until_done(self, context: Any, numbers: list[int], running: list[Running]) -> Iterator[Result]:
+        """Run the trials, ``parallel`` at a time, and yield each result. ``running`` lists the running trials."""
+        waiting = deque(numbers)
+        held_until: dict[int, float] = {}
+        while waiting or running:
+            free = set(range(self.config.parallel)) - {trial.slot for trial in running}
+            ready = [n for n in waiting if time.monotonic() >= held_until.get(n, 0.0)]
+            for slot, number in zip(sorted(free), ready, strict=False):
+                waiting.remove(number)
+                try:
+                    running.append(self._start(context, number, slot))
+                except UserError as error:  # the combination of values is invalid
+                    yield self._refused(number, str(error))
+            time.sleep(POLL_SECONDS)
+            for trial in list(running):
+                if trial.process.is_alive():
+                    self._watch(trial)
+                    continue
+                running.remove(trial)
+                # A signal that arrives before the run handles signals is not a crash of the trial.
+                if trial.process.exitcode in (INTERRUPTED, -signal.SIGTERM, -signal.SIGINT):
+                    raise KeyboardInterrupt
+                if trial.process.exitcode == TAKEN:
+                    held_until[trial.files.number] = time.monotonic() + TAKEN_SECONDS
+                    waiting.append(trial.files.number)
+                    continue
+                yield self._ended(trial)
+
+    def _stored(self, number: int) -> Result | None:
+        """Return the result of a trial, if it exists; a corrupt one is renamed, so that the trial runs again."""
+        try:
+            return stored_result(self.config, number)
+        except UserError as error:
+            path = TrialFiles(self.config.trial_folder(number), {}).file(".json")
+            warn(f"{error}; renamed it to {set_aside(path)}, running the trial again")
+            return None
+
+    def _start(self, context: Any, number: int, slot: int) -> Running:
+        """Start a trial's process. Raises UserError if the combination of its values is invalid."""
+        files, devices = self.files(number), self._devices(slot)
+        config = self.config.trial_config(files.params, number)
+        threads = config.train.threads or max(1, (os.cpu_count() or 1) // (self.config.parallel * self.config.procs))
+        save_config(replace(config, train=replace(config.train, threads=threads)), files.file(".yaml"))
+        arguments = (files, self.config.procs, self.config.last, self.config.keep_checkpoints, devices)
+        process = context.Process(target=run_trial, args=arguments)
+        process.start()
+        return Running(files, process, slot, time.monotonic())
+
+    def _refused(self, number: int, reason: str) -> Result:
+        """Store and return the result of a trial whose config is invalid."""
+        files = self.files(number)
+        result = Result(number, files.params, "crashed", None, reason, steps=0, samples=0, seconds=0.0)
+        files.write(result)
+        self._tell(result)
+        return result
+
+    def _devices(self, slot: int) -> str | None:
+        """Return CUDA_VISIBLE_DEVICES for a slot: ``procs`` GPUs that no other slot uses; None without GPUs."""
+        if torch.cuda.device_count() == 0:
+            return None
+        return ",".join(str(gpu) for gpu in range(slot * self.config.procs, (slot + 1) * self.config.procs))
+
+    def _ended(self, trial: Running) -> Result:
+        """Return the result the trial wrote, or store a result if its process died before writing one."""
+        result = trial.files.result()
+        if result is None:
+            status, log = trial.process.exitcode, trial.files.file(".log")
+            reason = f"its process ended without a result (exit status {status}); see {log}"
+            result = classify(trial.files, self.config.last, reason, time.monotonic() - trial.started)
+            trial.files.write(result)
+        self._tell(result)
+        return result
+
+    # --- reporting to Optuna --------------------------------------------------------------------------------
+
+    def _tell(self, result: Result) -> None:
+        """Report a result to Optuna."""
+        self.files(result.number)  # adds the trial if the journal was lost
+        trial = self._study.get_trials(deepcopy=False)[result.number]
+        if trial.state.is_finished():
+            return
+        if result.state == "complete":
+            self._study.tell(result.number, result.loss)
+        else:  # TPE ranks pruned trials below all complete ones; a crash is no evidence about the values
+            pruned = result.state in ("diverged", "stopped")
+            self._study.tell(result.number, state=TrialState.PRUNED if pruned else TrialState.FAIL)
+
+    def _watch(self, trial: Running) -> None:
+        """If ``stop_early`` is set, report the losses so far to Optuna, and stop the trial if the pruner says so."""
+        if not self.config.stop_early:
+            return
+        lines = [line for line in read_metrics(trial.files.folder) if line["step"] > trial.reported]
+        if not lines:
+            return
+        frozen = self._study.get_trials(deepcopy=False)[trial.files.number]
+        handle = optuna.trial.Trial(self._study, frozen._trial_id)
+        for line in lines:
+            if line["loss"] is not None:
+                trial.reported = line["step"]
+                handle.report(line["loss"], line["step"])
+                if handle.should_prune():
+                    trial.process.kill()
+                    trial.process.join()
+                    seconds = time.monotonic() - trial.started
+                    reason = f"loss {line['loss']:.4g} at step {line['step']} is above the median of the other trials"
+                    result = classify(trial.files, self.config.last, reason, seconds)
+                    if trial.files.result() is None:
+                        trial.files.write(replace(result, state="stopped", loss=line["loss"]))
+                    return
+
+
+def line_of(result: Result) -> str:
+    """Return a line with a trial's values, state and loss or reason."""
+    values = " ".join(
+        f"{key}={value:.6g}" if isinstance(value, float) else f"{key}={value}" for key, value in result.params.items()
+    )
+    return f"trial {result.number} {values}: {result.state} " + (
+        result.reason if result.loss is None else f"loss {result.loss:.5g}"
+    )
