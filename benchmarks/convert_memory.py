@@ -36,7 +36,7 @@ def values(heads: int) -> dict[str, Any]:
     return {
         "model": model,
         "mup": {"base_heads": 1},
-        "objective": {"kind": "rectified_flow"},
+        "objective": {"name": "rectified_flow"},
         "optimizer": {"lr": 1e-4},
         "data": {"path": "none"},
         "train": {"steps": 1, "global_batch": 1, "micro_batch": 1},

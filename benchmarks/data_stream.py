@@ -85,7 +85,7 @@ def configured(index: Index, steps: int, workers: int) -> Config:
             **{"sample_size": side, "text_dim": index.text["dim"], "text_tokens": TOKENS},
         },
         "mup": {"base_heads": 2},
-        "objective": {"kind": "rectified_flow"},
+        "objective": {"name": "rectified_flow"},
         "optimizer": {"lr": 0.001},
         "data": {"path": index.folder, "workers": workers},
         "train": {"steps": steps, "global_batch": BATCH, "micro_batch": BATCH},

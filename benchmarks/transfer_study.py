@@ -38,22 +38,22 @@ def run(name: str) -> tuple[SweepConfig, list[Result]]:
 
 def optima(found: list[Setting], head_dim: int) -> list[dict[str, object]]:
     """Return the best learning rate of each parametrization and width, with its loss and number of seeds."""
-    best: dict[tuple[str, int], Setting] = {}
+    best: dict[tuple[bool, int], Setting] = {}
     for setting in found:
         model = dict(setting.model)
-        key = (model["mup.parametrization"], model["model.heads"])
+        key = (model["mup.enabled"], model["model.heads"])
         eligible = len(setting.trials) >= FEWEST_SEEDS and math.isfinite(setting.loss)
         if eligible and (key not in best or setting.loss < best[key].loss):
             best[key] = setting
     return [
         {
-            "parametrization": parametrization,
+            "parametrization": "μP" if mup else "standard",
             "width": heads * head_dim,
             "best_lr": show(dict(setting.hyperparameters)["optimizer.lr"]),
             "loss": setting.loss,
             "seeds": len(setting.trials),
         }
-        for (parametrization, heads), setting in sorted(best.items())
+        for (mup, heads), setting in sorted(best.items(), reverse=True)
     ]
 
 

@@ -75,7 +75,7 @@ def main(arguments: list[str]) -> int:
         "folder",
         type=file_path("run"),
         metavar="run",
-        help="folder of a run that was trained with checkpoint.ema_every",
+        help="folder of a run that was trained with ema.snapshot_every",
     )
     command.add_argument(
         "--sigma-rel",

@@ -16,7 +16,7 @@ from checkpoints_tools.write import aside, new_folder, write_checkpoint
 from megatron_dit.checkpoint.listing import list_checkpoints
 from megatron_dit.checkpoint.manifest import Incomplete
 from megatron_dit.checkpoint.reader import CheckpointReader
-from megatron_dit.config.checks import check_sigma_rel
+from megatron_dit.config.keys import SigmaRel, check_value
 from megatron_dit.optimizer import power_averages
 from megatron_dit.optimizer.averages import Profile, combination, gamma_of
 from megatron_dit.runtime.errors import UserError
@@ -40,7 +40,7 @@ def average(run: Path, sigma_rel: float, step: int | None, out: Path) -> dict[st
     resulting profile. Raise UserError if the run has no snapshots or none of ``step``, if a snapshot is incomplete, or
     if ``out`` cannot be written.
     """
-    check_sigma_rel("--sigma-rel", sigma_rel)
+    check_value("--sigma-rel", sigma_rel, SigmaRel)
     out = new_folder(out)
     readers = _snapshots(run)
     steps = [reader.step for reader in readers]
@@ -78,9 +78,7 @@ def _snapshots(run: Path) -> list[CheckpointReader]:
         found[reader.manifest["num_updates"]] = reader
     found.pop(0, None)
     if not found:
-        raise UserError(
-            f"{run / SNAPSHOTS} contains no snapshots: train with train.ema_sigma_rel and checkpoint.ema_every"
-        )
+        raise UserError(f"{run / SNAPSHOTS} contains no snapshots: train with ema.sigma_rel and ema.snapshot_every")
     return list(found.values())
 
 
@@ -105,8 +103,8 @@ def _complete(path: Path) -> Iterator[None]:
 
 
 def _widths(reader: CheckpointReader) -> dict[str, float]:
-    train = reader.config.train
-    return dict(zip(power_averages(train), train.ema_sigma_rel, strict=True))
+    ema = reader.config.ema
+    return dict(zip(power_averages(ema), ema.sigma_rel, strict=True))
 
 
 def _combined(stored: list[Stored], coefficients: list[float]) -> Iterator[tuple[str, str, Tensor]]:

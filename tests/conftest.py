@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from data_prep.demo import demo
+from megatron_dit.runtime.launch_environment import RANK_VARIABLES
 from tests.helpers.gloo import Pool, leave
 
 
@@ -26,9 +27,11 @@ def pool():
 def restore_process_state():
     """Destroy the process groups of a test that trained in this process and restore the environment.
 
-    Startup exports RANK and WORLD_SIZE for DeepSpeed, and srun would pass them to its tasks.
+    Starting up exports RANK and WORLD_SIZE for DeepSpeed, also in fixtures of other modules; srun would pass them on.
     """
     with mock.patch.dict(os.environ):
+        for name in RANK_VARIABLES:
+            os.environ.pop(name, None)
         yield
         if torch.distributed.is_initialized():
             leave()

@@ -10,25 +10,6 @@ import pytest
 ROOT = Path(__file__).parents[1]
 
 # Lowest first: a package may import only packages before it in this list.
-    "runtime",
-    "config",
-    "mup",
-    "parallel",
-    "models",
-    "objectives",
-    "optimizer",
-    "data",
-    "checkpoint",
-    "training",
-    "sampling",
-    "evaluation",
-    "tuning",
-    "planning",
-    "verify",
-    "bench",
-    "cli",
-    "__main__",
-]
 PACKAGES = [
     "runtime", "config", "mup", "parallel", "models", "objectives", "optimizer", "data", "checkpoint", "training",
     "sampling", "evaluation", "tuning", "planning", "verify", "bench", "cli", "__main__",

@@ -27,7 +27,7 @@ def card(export: Export, parts: Parts | None) -> str:
         "class": export.counterpart.class_name,
         "parameters": f"{export.parameters:,}",
         "weights": f"{'EMA' if export.weights == 'ema' else 'raw'}, stored in {export.dtype}",
-        "objective": config.objective.kind,
+        "objective": config.objective.name,
         "steps": f"{step:,}, of which {manifest['num_updates']:,} updated the weights",
         "samples seen": f"{step * batch:,} ({batch:,} per step)",
         "data": config.data.path,

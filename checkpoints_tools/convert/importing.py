@@ -16,10 +16,12 @@ from checkpoints_tools.convert.pixart import NULL_CAPTION
 from checkpoints_tools.convert.read import LOST, DiffusersFolder, read_tensor
 from checkpoints_tools.convert.run import Import, config_of, data_of, fresh, write_run
 from checkpoints_tools.convert.table import Counterpart, Row, common_model
-from megatron_dit.config import OBJECTIVE_OF, Config
+from megatron_dit.config import Config
 from megatron_dit.data.hub import T5, locate, require
 from megatron_dit.data.text import load_t5
 from megatron_dit.models.common.diffusers import CLASSES
+from megatron_dit.models.registry import spec_of
+from megatron_dit.models.spec import ArchitectureSpec
 from megatron_dit.mup.rules import Param
 from megatron_dit.objectives.ddpm import SCHEDULES
 from megatron_dit.runtime.errors import UserError
@@ -83,25 +85,25 @@ def _values(folder: DiffusersFolder, counterpart: Counterpart) -> dict[str, Any]
     """Return the values of a config: those of the run that was exported, or values derived from config.json."""
     if folder.facts:
         # REPA's projector is not exported.
-        model = {**folder.facts["config"]["model"], "repa_block": 0, "repa_dim": 0}
+        model = {**folder.facts["config"]["model"], "repa_block": None, "repa_dim": None}
         return {**folder.facts["config"], "model": model}
     model = {"arch": counterpart.arch, **counterpart.model(folder.settings)}
-    return fresh(model, {"kind": OBJECTIVE_OF[counterpart.arch], **_objective(folder, counterpart.arch)})
+    return fresh(model, _objective(folder, spec_of(counterpart.arch)))
 
 
-def _objective(folder: DiffusersFolder, arch: str) -> dict[str, Any]:
+def _objective(folder: DiffusersFolder, spec: ArchitectureSpec) -> dict[str, Any]:
     """Return the objective's config keys that a pipeline's scheduler determines.
 
     Raise UserError if the objective does not support its schedule.
     """
     found = folder.scheduler()
     if not found:
-        return {}
-    if OBJECTIVE_OF[arch] == "rectified_flow":
+        return {"name": spec.objectives[0]}
+    if "FlowMatch" in str(found.get("_class_name")):
         shift = found.get("shift", 1.0)
         if not (isinstance(shift, int | float) and math.isfinite(shift) and shift > 0):
             raise UserError(f"the pipeline's scheduler has shift={json.dumps(shift)}: expected a number above 0")
-        return {"shift": float(shift)}
+        return {"name": "rectified_flow", "shift": float(shift)}
     if found.get("prediction_type", "epsilon") != "epsilon" or found.get("trained_betas") is not None:
         wrong = {name: found.get(name) for name in ("prediction_type", "trained_betas")}
         raise UserError(
@@ -111,7 +113,7 @@ def _objective(folder: DiffusersFolder, arch: str) -> dict[str, Any]:
     name = next((name for name, schedule in SCHEDULES.items() if schedule == betas), None)
     if name is None:
         raise UserError(f"the pipeline's scheduler has {betas}: expected the values of one of {', '.join(SCHEDULES)}")
-    return {"beta_schedule": name}
+    return {"name": "ddpm", "beta_schedule": name}
 
 
 def _check_names(folder: DiffusersFolder, counterpart: Counterpart, config: Config) -> None:

@@ -60,7 +60,7 @@ def fresh(model: Mapping[str, Any], objective: Mapping[str, Any]) -> dict[str, A
     """
     return {
         "model": dict(model),
-        "mup": {"parametrization": "standard", "base_heads": model["heads"]},
+        "mup": {"enabled": False, "base_heads": model["heads"]},
         "objective": dict(objective),
         "optimizer": {"lr": 1e-4},
         "data": {"path": NO_DATA},
@@ -71,7 +71,9 @@ def fresh(model: Mapping[str, Any], objective: Mapping[str, Any]) -> dict[str, A
 def data_of(config: Config, asked: Import) -> dict[str, str]:
     """Return the fingerprint of the dataset that the user named; {} if none was named."""
     return (
-        dataset_fingerprint([read_index(path) for path in (config.data.path, *config.data.mix)]) if asked.data else {}
+        dataset_fingerprint([read_index(path) for path in (config.data.path, *config.data.mixture)])
+        if asked.data
+        else {}
     )
 
 
@@ -91,8 +93,8 @@ def write_run(
     """
     out = Path(config.run_dir)
     params = param_specs(config)
-    states = [STATE, *state_keys(config.train)]
-    starts = {STATE: weights, **dict.fromkeys(averages(config.train), averaged or weights)}
+    states = [STATE, *state_keys(config.ema)]
+    starts = {STATE: weights, **dict.fromkeys(averages(config.ema), averaged or weights)}
     with aside(out) as part:
         manifest = {**manifest_of(config, params, states, data=dict(data)), **origin}
         write_checkpoint(step_folder(part / CHECKPOINTS, 0), manifest, _tensors(params, starts))

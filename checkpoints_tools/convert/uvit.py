@@ -6,6 +6,7 @@ from typing import Any
 
 from checkpoints_tools.convert.table import Counterpart, Row, Settings, common_model, count, linear, patch_embed
 from megatron_dit.config import ModelConfig
+from megatron_dit.models.uvit.spec import sequence_length
 
 
 def rows(config: ModelConfig) -> list[Row]:
@@ -14,7 +15,7 @@ def rows(config: ModelConfig) -> list[Row]:
         table.append(Row("label_embed.table", ("label_embed.weight",)))
     else:
         table += linear("text_embed", "text_embed")
-    table.append(Row("positions", ("positions",), shape=(1, config.tokens, config.width)))
+    table.append(Row("positions", ("positions",), shape=(1, sequence_length(config), config.width)))
     for i in range(config.depth):
         block = f"blocks.{i}"
         if i > config.depth // 2:

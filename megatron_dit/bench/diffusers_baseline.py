@@ -65,7 +65,7 @@ class DiffusersBaseline:
             # With a learned variance only ε is trained here; our loss trains the variance too.
             loss = F.mse_loss(prediction.float()[:, : self._config.model.in_channels], on_device.noise)
             (loss / len(micro_batches)).backward()
-        if clip > 0:
+        if clip is not None:
             nn.utils.clip_grad_norm_(self.model.parameters(), clip)
         self._optimizer.step()
         self._optimizer.zero_grad()

@@ -205,7 +205,7 @@ def random_batch(config: Config, size: int) -> Batch:
         u=torch.rand(size, dtype=torch.float64).clamp(1e-9, 1 - 1e-9),
         noise=torch.randn_like(latents),
         weight=torch.ones(size),
-        features=torch.randn(size, patches, model.repa_dim) if model.repa_block else None,
+        features=torch.randn(size, patches, model.repa_dim) if model.repa_dim else None,
     )
     return batch.pin_memory() if torch.cuda.is_available() else batch
 

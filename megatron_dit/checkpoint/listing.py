@@ -102,7 +102,7 @@ def why_stray(path: Path) -> str | None:
     return None if found == step else f"a checkpoint of step {found} under another name"
 
 
-def old_ones(folder: Path, keep: int, keep_every: int = 0) -> list[Path]:
+def old_ones(folder: Path, keep: int, keep_every: int | None = None) -> list[Path]:
     """Return all checkpoints, oldest first, except the newest ``keep`` and those of every ``keep_every``-th step.
 
     ``keep_every`` 0 exempts no step. Only folders whose manifest contains their own step are counted: other folders

@@ -13,7 +13,7 @@ from torch import Tensor
 from megatron_dit.checkpoint.listing import CHECKPOINTS, list_checkpoints
 from megatron_dit.checkpoint.manifest import MANIFEST, STATE, Incomplete, unreadable
 from megatron_dit.checkpoint.reader import CheckpointReader
-from megatron_dit.models import build_unsharded
+from megatron_dit.models.build import build_unsharded
 from megatron_dit.optimizer import state_keys
 from megatron_dit.parallel.topology import gather, on_all_ranks
 from megatron_dit.runtime.errors import UserError
@@ -123,6 +123,6 @@ def restore(engine: Engine, reader: CheckpointReader) -> None:
     def range_of(key: str, name: str, shard: MasterShard) -> Tensor:
         return reader.part(key, name, topology.tensor_rank, topology.tensor_size, shard.start, shard.numel)
 
-    engine.write_state((STATE, *state_keys(engine.config.train)), range_of)
+    engine.write_state((STATE, *state_keys(engine.config.ema)), range_of)
     engine.resume_at(reader.step, reader.manifest["num_updates"])
     engine.bad_samples.update(reader.manifest["bad_samples"])

@@ -2,7 +2,7 @@
 
 A checkpoint is a folder, e.g. ``step_00001000``, with ``manifest.json`` and one ``rank_00000.safetensors`` per writing
 rank. A rank's file stores flat fp32 ranges of tensor-parallel shards under ``KEY/NAME``. KEY is master, exp_avg,
-exp_avg_sq, ema, or ema_0, ... for ``train.ema_sigma_rel``; the manifest's ``states`` lists the keys. The file's
+exp_avg_sq, ema, or ema_0, ... for ``ema.sigma_rel``; the manifest's ``states`` lists the keys. The file's
 metadata contain the tensor-parallel rank and the start of each NAME's range in the shard. A checkpoint written in any
 layout can therefore be loaded in any other. The learning rate, noise, dropped conditions and data order are functions
 of the config, the seed and the step, so no other state needs to be stored.

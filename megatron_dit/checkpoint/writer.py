@@ -67,7 +67,7 @@ class CheckpointWriter:
 
     def begin(self, folder: Path, keys: Sequence[str] = ()) -> None:
         """Start writing ``folder/step_N``: masters and all states, or only ``keys``. ``folder`` must exist."""
-        keys = keys or (STATE, *state_keys(self._engine.config.train))
+        keys = keys or (STATE, *state_keys(self._engine.config.ema))
         views, about = _local_ranges(self._engine, keys)
         for name, view in views.items():
             if name not in self._copies:
@@ -82,7 +82,7 @@ class CheckpointWriter:
 
     def save(self, folder: Path, keys: Sequence[str] = ()) -> Path:
         """Write a checkpoint and return its path, without a background copy. Collective."""
-        keys = keys or (STATE, *state_keys(self._engine.config.train))
+        keys = keys or (STATE, *state_keys(self._engine.config.ema))
         self._start(folder, keys, *_local_ranges(self._engine, keys))
         return self.commit()
 

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from megatron_dit.config.checks import Count
+from megatron_dit.config.keys import Count
 from megatron_dit.runtime.errors import UserError
 from megatron_dit.runtime.io import check_output, replacing
 from megatron_dit.runtime.launch_environment import is_rank0, launch_environment

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 from megatron_dit.cli.common import Parser, add_command, input_path, number, output_picture, write_json
-from megatron_dit.config.checks import Count, Fraction, Interval
+from megatron_dit.config.keys import Count, Fraction, Interval
 from megatron_dit.runtime.errors import UserError
 from megatron_dit.runtime.io import check_output
 from megatron_dit.runtime.text import printable

@@ -19,7 +19,7 @@ from megatron_dit.cli.common import (
     start_ranks,
     write_json,
 )
-from megatron_dit.config.checks import Count, CountOrZero
+from megatron_dit.config.keys import Count, CountOrZero
 from megatron_dit.runtime.errors import UserError
 from megatron_dit.runtime.launch_environment import is_rank0
 from megatron_dit.runtime.output import keep_going

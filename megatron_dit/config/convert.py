@@ -7,9 +7,9 @@ import math
 import re
 import types
 from dataclasses import MISSING, fields, is_dataclass
-from typing import Any, Union, get_args, get_origin
+from typing import Any, Literal, Union, get_args, get_origin
 
-from megatron_dit.config.checks import PATH, check, check_range, hints_of
+from megatron_dit.config.keys import PATH, check, check_choice, check_value, hints_of
 from megatron_dit.config.tree import Scalar
 from megatron_dit.runtime.errors import UserError
 from megatron_dit.runtime.paths import user_path
@@ -66,8 +66,10 @@ def is_scalar(kind: Any) -> bool:
     """Return whether values of a type are scalars (possibly null)."""
     kind = bare(kind)
     union = get_origin(kind) in (Union, types.UnionType)
-    return kind in (str, int, float, bool) or (
-        union and all(is_scalar(k) for k in get_args(kind) if k is not type(None))
+    return (
+        kind in (str, int, float, bool)
+        or get_origin(kind) is Literal
+        or (union and all(is_scalar(k) for k in get_args(kind) if k is not type(None)))
     )
 
 
@@ -81,6 +83,10 @@ def convert(kind: Any, value: Any, key: str) -> Any:
     if get_origin(kind) in (Union, types.UnionType):
         (inner,) = (item for item in get_args(kind) if item is not type(None))
         return None if _is_null(value) else convert(inner, value, key)
+    if get_origin(kind) is Literal:
+        text = _text(value, key)
+        check_choice(key, text, get_args(kind))
+        return text
     if get_origin(kind) is list:
         check(isinstance(value, list), f"{key}={show(value)}: expected a list such as [A, B]")
         return [convert(get_args(kind)[0], item, f"{key}[{i}]") for i, item in enumerate(value)]
@@ -101,7 +107,7 @@ def convert(kind: Any, value: Any, key: str) -> Any:
 def read_number(kind: Any, text: str, key: str) -> Any:
     """Parse a user's number as ``kind``. Raises UserError if it is not a number or outside its interval."""
     value = convert(kind, Scalar(text), key)
-    check_range(key, value, kind)
+    check_value(key, value, kind)
     return value
 
 

@@ -17,17 +17,17 @@ def deepspeed_config(config: Config, data_parallel: int) -> dict[str, Any]:
     result: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": micro,
         "gradient_accumulation_steps": config.train.global_batch // (micro * data_parallel),
-        "gradient_clipping": config.optimizer.grad_clip if stage else 0.0,
+        "gradient_clipping": (config.optimizer.grad_clip or 0.0) if stage else 0.0,
         "zero_allow_untested_optimizer": True,
         # memory_efficient_linear would replace torch.nn.functional.linear in the whole process.
         "zero_optimization": {
             "stage": stage,
             "memory_efficient_linear": False,
             # At stage 1 gradients are reduced once per step, after the last backward pass, so nothing overlaps.
-            "overlap_comm": config.parallel.overlap and stage >= 2,
-            "reduce_bucket_size": config.parallel.bucket,
-            "allgather_bucket_size": config.parallel.bucket,
-            "stage3_prefetch_bucket_size": config.parallel.prefetch,
+            "overlap_comm": config.parallel.overlap_comm and stage >= 2,
+            "reduce_bucket_size": config.parallel.reduce_bucket_size,
+            "allgather_bucket_size": config.parallel.reduce_bucket_size,
+            "stage3_prefetch_bucket_size": config.parallel.prefetch_bucket_size,
         },
         "steps_per_print": 2**31 - 1,
     }

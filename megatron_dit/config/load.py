@@ -9,28 +9,14 @@ from typing import Any, TypeVar, get_args, get_origin
 
 import yaml
 
-from megatron_dit.config.checks import check, hints_of
 from megatron_dit.config.convert import bare, build, check_known, is_scalar, show
+from megatron_dit.config.keys import check, hints_of, resumable_keys
 from megatron_dit.config.schema import Config
 from megatron_dit.config.tree import Scalar, Tree, parse_tree, read_tree
 from megatron_dit.runtime.errors import UserError
 from megatron_dit.runtime.paths import user_path
 
 T = TypeVar("T")
-
-# Keys that may change when a run is resumed: they affect how it is executed, not what it computes.
-RESUMABLE = ("run_dir", "parallel", "launch", "train.micro_batch", "train.steps")
-RESUMABLE += ("data.path", "data.workers", "data.max_bad_share", "data.cache", "data.cache_gib")
-RESUMABLE += (
-    "train.recompute",
-    "train.recompute_blocks",
-    "train.compile",
-    "train.log_every",
-    "train.monitor_every",
-    "train.threads",
-)
-RESUMABLE += ("data.text_encoder", "data.text_sharded")
-RESUMABLE += ("train.max_skipped_steps", "checkpoint", "sampling", "optimizer.fused", "optimizer.offload")
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = (), values: Mapping[str, Any] | None = None) -> Config:
@@ -146,11 +132,13 @@ def flatten(config: Any, prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def first_difference(old: Config, new: Config, free: Sequence[str] = RESUMABLE) -> str | None:
+RESUMABLE = resumable_keys(Config)
+
+
+def first_difference(old: Config, new: Config, free: frozenset[str] = RESUMABLE) -> str | None:
     """Describe the first key outside ``free`` that differs between ``old`` and ``new``; None if there is none."""
     before, after = flatten(old), flatten(new)
     for key, value in before.items():
-        may_change = any(key == name or key.startswith(name + ".") for name in free)
-        if not may_change and after[key] != value:
+        if key not in free and after[key] != value:
             return f"{key} is {value!r} there and {after[key]!r} here"
     return None

@@ -35,7 +35,9 @@ class ModelConfig(Section):
         "predict the variance of each reverse step in addition to ε (improved DDPM, arXiv 2102.09672); ddpm only", False
     )
     text_dim: SizeOrZero = key("feature dimension of a text token; 0 for class labels", 0)
-    text_tokens: SizeOrZero = key("length to which captions are padded or truncated; 0 for class labels", 0, unit="tokens")
+    text_tokens: SizeOrZero = key(
+        "length to which captions are padded or truncated; 0 for class labels", 0, unit="tokens"
+    )
     num_classes: SizeOrZero = key("number of class labels; 0 for text", 0)
     train_null_caption: bool = key(
         "PixArt-α: train the null caption; the original keeps its random initial values", False

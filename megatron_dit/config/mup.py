@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from megatron_dit.config.keys import FilePath, NonNegative, Positive, Section, Size, check, check_choice, key
 from megatron_dit.models.registry import init_presets
+
+if TYPE_CHECKING:
+    from megatron_dit.mup.init_rules import InitRule
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,6 +28,10 @@ class MupConfig(Section):
         "hidden weights use weight decay wd * n, which keeps lr * wd constant (package mup); false: wd", True
     )
     output_multiplier: Positive = key("the readout computes W (output_multiplier * x / n) + b", 1.0)
+
+    @property
+    def parametrization(self) -> str:
+        return "mup" if self.enabled else "standard"
 
     def check(self) -> None:
         check(
@@ -62,3 +71,8 @@ class InitConfig(Section):
 
     def check(self) -> None:
         check_choice("init.preset", self.preset, tuple(init_presets()))
+
+    @property
+    def rules(self) -> Mapping[str, InitRule]:
+        """The preset: parameter name patterns with their rules, of which the first match decides."""
+        return init_presets()[self.preset]

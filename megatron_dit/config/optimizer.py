@@ -5,7 +5,18 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
-from megatron_dit.config.keys import Count, CountOrZero, Fraction, Interval, NonNegative, Positive, Section, SigmaRel, check, key
+from megatron_dit.config.keys import (
+    Count,
+    CountOrZero,
+    Fraction,
+    Interval,
+    NonNegative,
+    Positive,
+    Section,
+    SigmaRel,
+    check,
+    key,
+)
 
 Implementation = Literal["auto", "apex", "te", "deepspeed", "torch"]
 

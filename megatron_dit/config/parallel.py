@@ -26,7 +26,7 @@ class ParallelConfig(Section):
         "blocks of each virtual stage, in the model's order; null: as even as possible", None, resumable=True
     )
     zero_stage: Annotated[int, Interval("[0, 3]")] = key(
-        "DeepSpeed ZeRO shards over data-parallel ranks: 0 nothing, 1 optimizer states, 2 also gradients, 3 also weights",
+        "what DeepSpeed ZeRO shards over data-parallel ranks: 0 nothing, 1 optimizer, 2 also gradients, 3 also weights",
         0,
         resumable=True,
     )

@@ -50,9 +50,13 @@ class Config(Section):
         self._check_layout()
         self._check_fp8()
 
+    @property
+    def objective_name(self) -> str:
+        assert self.objective.name is not None  # set when the config is created
+        return self.objective.name
+
     def _check_objective(self) -> None:
-        model, name = self.model, self.objective.name
-        assert name is not None
+        model, name = self.model, self.objective_name
         check(
             name in model.spec.objectives,
             f"objective.name={name!r}: expected {' or '.join(model.spec.objectives)} for model.arch={model.arch}",

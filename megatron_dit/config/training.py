@@ -37,7 +37,9 @@ class TrainConfig(Section):
     fp8: Literal["none", "delayed", "current", "blockwise"] = key(
         "FP8 scaling recipe of the hidden linear layers (Transformer Engine)", "none"
     )
-    fp8_format: Literal["hybrid", "e4m3"] = key("hybrid: e4m3, but e5m2 for gradients; e4m3: also for gradients", "hybrid")
+    fp8_format: Literal["hybrid", "e4m3"] = key(
+        "hybrid: e4m3, but e5m2 for gradients; e4m3: also for gradients", "hybrid"
+    )
     compile: bool = key("apply torch.compile to the blocks", False, resumable=True)
     max_skipped_steps: Count = key(
         "stop after this many consecutive steps with a non-finite loss or gradient", 10, unit="steps", resumable=True

@@ -17,14 +17,14 @@ STEPS = 100  # number of steps over which the fraction of unreadable samples is 
 def check_shards(data: Sequence[Index], config: DataConfig, rank: int, world: int) -> list[str]:
     """Check each local shard on one of the ranks and return lines to log about unreadable ones. Collective.
 
-    Raise UserError if unreadable shards contain more than ``data.max_bad_share`` of a dataset's samples.
+    Raise UserError if unreadable shards contain more than ``data.max_bad_fraction`` of a dataset's samples.
     """
     lines = []
     for index in data:
         broken = broken_shards(index, index.shards[rank::world])
         lost = sum(shard.samples for shard in index.shards if shard.file in broken)
         shards, samples = (round(count) for count in sum_over_ranks([len(broken), lost]))
-        if samples > config.max_bad_share * index.samples:
+        if samples > config.max_bad_fraction * index.samples:
             raise_on_all_ranks(UserError(next(iter(broken.values()))) if broken else None)
         if shards:
             lines.append(f"{printable(index.folder)}: {shards} shards cannot be read; skipping their {samples} samples")
@@ -35,7 +35,7 @@ class DataHealth:
     """Stops a run if too many of its samples cannot be read."""
 
     def __init__(self, config: Config) -> None:
-        self._batch, self._limit = config.train.global_batch, config.data.max_bad_share
+        self._batch, self._limit = config.train.global_batch, config.data.max_bad_fraction
         self._recent: deque[int] = deque(maxlen=STEPS)
         self._logged: set[str] = set()
 
@@ -43,7 +43,7 @@ class DataHealth:
         """Record a step's unreadable samples and return lines to log, one per new cause. Collective.
 
         ``counts`` holds the number of unreadable samples of all ranks by cause; ``bad`` are this rank's own. Raise
-        UserError on every rank if more than ``data.max_bad_share`` of the last 100 steps' samples were unreadable
+        UserError on every rank if more than ``data.max_bad_fraction`` of the last 100 steps' samples were unreadable
         (steps that have not run yet count as readable), or if no sample of this step was readable.
         """
         self._recent.append(sum(counts.values()))
@@ -51,7 +51,7 @@ class DataHealth:
             self._stop(f"none of the {self._batch} samples of a step could be read", bad)
         if sum(self._recent) > self._limit * STEPS * self._batch:
             fraction = f"{sum(self._recent)} of the last {STEPS * self._batch} samples ({STEPS} steps)"
-            self._stop(f"{fraction} could not be read, which exceeds data.max_bad_share={self._limit}", bad)
+            self._stop(f"{fraction} could not be read, which exceeds data.max_bad_fraction={self._limit}", bad)
         new = set(counts) - self._logged
         if not new:
             return []

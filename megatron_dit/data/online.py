@@ -34,9 +34,9 @@ class OnlineText:
         dtype = DTYPES[text["dtype"]]
         if sharded and text["dtype"] == "fp16":
             raise UserError(
-                "data.text_sharded=true does not support an index whose text was encoded in fp16, because T5 keeps "
-                "some weights in fp32 and ZeRO-3 does not; set data.text_sharded=false, or encode the data in bf16 or "
-                "fp32"
+                "data.shard_text_encoder=true does not support an index whose text was encoded in fp16, because T5 "
+                "keeps some weights in fp32 and ZeRO-3 does not; set data.shard_text_encoder=false, or encode the data "
+                "in bf16 or fp32"
             )
         self._sharded = sharded
         with _sharded_weights(text["dtype"]) if sharded else contextlib.nullcontext():

@@ -115,6 +115,7 @@ class Samples(Dataset[Sample]):
         features = None
         if self._has_features:
             height, width = samples[0].latent.shape[1:]
+            assert model.repa_dim is not None
             blank = np.zeros((height * width // model.patch_size**2, model.repa_dim))
             features = _stack([blank if sample.features is None else sample.features for sample in samples])
         ids = ()

@@ -109,8 +109,7 @@ class Cache(Store):
 
 
 def open_store(index: Index, config: DataConfig) -> Store:
-    return (
-        Store(index)
-        if index.local
-        else Cache(index, Path(user_path(config.cache, "data.cache")), int(config.cache_gib * 2**30))
-    )
+    if index.local:
+        return Store(index)
+    assert config.cache is not None  # the config requires it for a URL
+    return Cache(index, Path(user_path(config.cache, "data.cache")), int(config.cache_gib * 2**30))

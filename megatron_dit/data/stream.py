@@ -29,13 +29,13 @@ AHEAD = 256  # number of steps by which the shards of a URL are prefetched
 
 
 def read_data(config: DataConfig) -> tuple[Index, ...]:
-    """Read the indexes of ``data.path`` and ``data.mix``."""
-    return tuple(read_index(folder) for folder in (config.path, *config.mix))
+    """Read the indexes of ``data.path`` and ``data.mixture``."""
+    return tuple(read_index(folder) for folder in (config.path, *config.mixture))
 
 
 def sample_order(data: Sequence[Index], config: Config) -> SampleOrder:
     """Return the sample order of a run."""
-    shares = list(config.data.mix.values())
+    shares = list(config.data.mixture.values())
     return SampleOrder(data, shares, config.seed, config.train.global_batch, config.data.shuffle_shards)
 
 
@@ -121,7 +121,8 @@ def _fetching_ahead(
 
 def _online_text(index: Index, config: Config) -> Callable[[Batch], Batch]:
     """Return a function that adds the text encoder's features to a batch of token ids."""
-    encoder = OnlineText(index.text, config.data.text_encoder, sharded=config.data.text_sharded)
+    assert config.data.text_encoder is not None
+    encoder = OnlineText(index.text, config.data.text_encoder, sharded=config.data.shard_text_encoder)
 
     def add(batch: Batch) -> Batch:
         batch = _without_unknown_ids(batch, encoder.vocabulary)
@@ -149,6 +150,7 @@ class OnlineFeatures:
     """Adds vision encoder features to batches, computed from the images that the latents decode to."""
 
     def __init__(self, index: Index, config: Config) -> None:
+        assert config.data.repa_encoder is not None
         self._codec, self._encoder = (
             open_codec(index.codec, device(), channels=index.channels),
             VisionEncoder(config.data.repa_encoder, device()),

@@ -59,8 +59,8 @@ def _check_alike(first: Index, index: Index) -> None:
         if one.get("sha256") != other.get("sha256"):
             found, expected = (str(described.get("sha256"))[:12] for described in (other, one))
             raise UserError(
-                f"data.mix: {index.folder} was encoded with a different {name} than {first.folder} (SHA-256 {found}, "
-                f"expected {expected}); encode both with the same {name}"
+                f"data.mixture: {index.folder} was encoded with a different {name} than {first.folder} (SHA-256 "
+                f"{found}, expected {expected}); encode both with the same {name}"
             )
 
 
@@ -108,22 +108,10 @@ def _check_bucket(bucket: tuple[int, int], index: Index, config: Config) -> None
             f"bucket {bucket} of {index.folder} is not divisible by model.patch_size={model.patch_size}; "
             "choose another patch size or encode the data in other sizes"
         )
-    side = model.sample_size
-    if model.arch == "uvit" and bucket != (side, side):
-        raise UserError(
-            f"bucket {bucket} of {index.folder} is not ({side}, {side}), given by model.sample_size={side}; "
-            "uvit learns positions of a single size"
-        )
-    table = model.position_size or side // model.patch_size
-    if model.arch == "mmdit" and max(bucket) > table * model.patch_size:
-        raise UserError(
-            f"bucket {bucket} of {index.folder} exceeds the position table of {table} x {table} patches; set "
-            f"model.position_size to {max(bucket) // model.patch_size} or more"
-        )
-    tokens = bucket[0] * bucket[1] // model.patch_size**2
-    if config.parallel.sequence and model.arch != "uvit" and tokens % config.parallel.tensor:
-        raise UserError(
-            f"bucket {bucket} of {index.folder} has {tokens} tokens, not divisible by "
-            f"parallel.tensor={config.parallel.tensor}; set parallel.sequence=false"
-        )
+    error = model.spec.bucket_error(model, *bucket)
+    if error is not None:
+        raise UserError(f"bucket {bucket} of {index.folder} {error}")
+    error = config.sequence_error(bucket[0] * bucket[1] // model.patch_size**2)
+    if error is not None:
+        raise UserError(f"in bucket {bucket} of {index.folder} {error}")
     config.check_fp8_tokens(*bucket)

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from megatron_dit.config import Config, ModelConfig
-from megatron_dit.models import build_unsharded
+from megatron_dit.models.build import build_unsharded
 from megatron_dit.mup.base_shapes import BaseShape, load_base_shapes
 from megatron_dit.mup.rules import Param
 
@@ -29,7 +29,7 @@ def param_specs(config: Config, build: Callable[[ModelConfig], nn.Module] = buil
     else:
         base = _grown(build, config)
     return {
-        name: Param(name=name, shape=shapes[name], base=base[name], mup=config.mup, **_marks(p))
+        name: Param(name=name, shape=shapes[name], base=base[name], mup=config.mup, init=config.init, **_marks(p))
         for name, p in target.items()
     }
 
@@ -40,6 +40,7 @@ def _grown(build: Callable[[ModelConfig], nn.Module], config: Config) -> dict[st
     If head_dim grows too (``model.base_head_dim``), the second model's head_dim is also doubled.
     """
     model, heads = config.model, config.mup.base_heads
+    assert heads is not None
     head_dim = model.base_head_dim or model.head_dim
     wider = head_dim * (2 if head_dim != model.head_dim else 1)
     with torch.device("meta"):

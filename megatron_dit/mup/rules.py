@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from megatron_dit.config import MupConfig
-from megatron_dit.mup.init_presets import FAN_IN, ZERO, InitRule, init_rule_of
+from megatron_dit.config import InitConfig, MupConfig
+from megatron_dit.mup.init_rules import FAN_IN, ZERO, InitKind, InitRule, init_rule_of
 
 
 @dataclass(frozen=True)
@@ -36,8 +36,9 @@ class Param:
     name: str
     shape: tuple[int, ...]  # global shape
     base: tuple[int | None, ...]  # base shape; None for dimensions that do not grow with width
-    init_kind: str  # key of schemes.INIT_RULES, set by its layer
+    init_kind: InitKind  # set by its layer
     mup: MupConfig
+    init: InitConfig
     dim: int | None = None  # dimension sharded by tensor parallelism, in each of its ``fused_parts`` equal parts
     fused_parts: int = 1
     trained: bool = True  # False: the parameter keeps its initial values
@@ -48,7 +49,7 @@ class Param:
         infinite = [size is not None for size in self.base]
         if not any(infinite):
             return "constant"
-        if len(infinite) == 1 or self.init_kind == "table":
+        if len(infinite) == 1 or self.init_kind is InitKind.TABLE:
             return "vector"
         fan_out, fan_in = infinite[:2]  # a convolution's kernel is finite
         return "hidden" if fan_out and fan_in else "input" if fan_out else "output"
@@ -56,7 +57,7 @@ class Param:
     @property
     def width_multiplier(self) -> float:
         """Width multiplier n of the last infinite dimension (fan-in); 1 under standard parametrization."""
-        if self.mup.parametrization == "standard":
+        if not self.mup.enabled:
             return 1.0
         ratios = [size / base for size, base in zip(self.shape, self.base, strict=True) if base is not None]
         return ratios[-1] if ratios else 1.0
@@ -79,22 +80,21 @@ class Param:
     @property
     def init_rule(self) -> InitRule:
         """Distribution of the initial values at the base width."""
-        options = self.mup
-        std = getattr(options.init_std, self.role, None) if self._is_weight else None
+        options = self.init
+        std = getattr(options.std, self.role, None) if self._is_weight else None
         if std is not None:
             return InitRule(lambda _: std)
-        if self.init_kind == "readout":
+        if self.init_kind is InitKind.READOUT:
             return ZERO if options.zero_output else FAN_IN
-        if self.init_kind == "adaln" and options.zero_adaln is not None:
+        if self.init_kind is InitKind.ADALN and options.zero_adaln is not None:
             return ZERO if options.zero_adaln else FAN_IN
-        return init_rule_of(self.name, self.init_kind, options.init)
+        return init_rule_of(self.name, self.init_kind, options.rules)
 
     @property
     def init_std(self) -> float:
         """Standard deviation of the initial values; 0 if they are constant (see :attr:`init_constant`)."""
-        standard = self.mup.parametrization == "standard"
         sizes = zip(self.shape, self.base, strict=True)
-        base_shape = tuple(size if base is None or standard else base for size, base in sizes)
+        base_shape = tuple(size if base is None or not self.mup.enabled else base for size, base in sizes)
         if self.kernel > 1:  # (outputs, channels, kernel), as in the convolution
             base_shape = (base_shape[0], base_shape[1] // self.kernel, self.kernel)
         return self.init_rule.std(base_shape) * self._power(RULES[self.role].init_std)
@@ -106,7 +106,7 @@ class Param:
     @property
     def _is_weight(self) -> bool:
         """Whether it is initialized randomly by default, unlike biases, gains, and gates that start at zero."""
-        return self.init_kind in ("fan_in", "table", "readout")
+        return self.init_kind in (InitKind.FAN_IN, InitKind.TABLE, InitKind.READOUT)
 
     def _power(self, exponent: float) -> float:
         return self.width_multiplier**exponent

@@ -29,19 +29,19 @@ class AdamWImplementation:
 
 
 def choose(config: OptimizerConfig) -> AdamWImplementation:
-    """Return the implementation selected by ``optimizer.fused`` and ``optimizer.offload``.
+    """Return the implementation selected by ``optimizer.implementation`` and ``optimizer.offload``.
 
     ``auto`` selects the first available of apex, te, deepspeed and torch on a GPU, and torch on a CPU. Raises
     UserError if the selected implementation is not available.
     """
     if config.offload:
         return _require("optimizer.offload=true", OFFLOADED, "remove optimizer.offload")
-    if config.fused == "auto":
+    if config.implementation == "auto":
         kinds = AVAILABLE.values() if torch.cuda.is_available() else [AVAILABLE["torch"]]
         return next(adamw for adamw in kinds if adamw.automatic() and adamw.absent() is None)
     available = [name for name, adamw in AVAILABLE.items() if adamw.absent() is None]
-    remedy = f"set optimizer.fused to auto or an available one: {', '.join(available)}"
-    return _require(f"optimizer.fused={config.fused!r}", AVAILABLE[config.fused], remedy)
+    remedy = f"set optimizer.implementation to auto or an available one: {', '.join(available)}"
+    return _require(f"optimizer.implementation={config.implementation!r}", AVAILABLE[config.implementation], remedy)
 
 
 def _require(option: str, adamw: AdamWImplementation, remedy: str) -> AdamWImplementation:

@@ -14,7 +14,7 @@ from functools import partial
 
 import numpy as np
 
-from megatron_dit.config import TrainConfig
+from megatron_dit.config import EmaConfig
 
 Decay = Callable[[int], float]  # optimizer step (from 1) -> coefficient of the previous average
 
@@ -48,17 +48,17 @@ def power_decay(gamma: float, step: int) -> float:
     return (1 - 1 / step) ** (gamma + 1)
 
 
-def power_averages(config: TrainConfig) -> dict[str, Decay]:
-    """Return the decays of the averages of ``train.ema_sigma_rel``, by name."""
-    return {f"ema_{i}": partial(power_decay, gamma_of(width)) for i, width in enumerate(config.ema_sigma_rel)}
+def power_averages(config: EmaConfig) -> dict[str, Decay]:
+    """Return the decays of the averages of ``ema.sigma_rel``, by name."""
+    return {f"ema_{i}": partial(power_decay, gamma_of(width)) for i, width in enumerate(config.sigma_rel)}
 
 
-def averages(config: TrainConfig) -> dict[str, Decay]:
+def averages(config: EmaConfig) -> dict[str, Decay]:
     """Return the decays of all averages kept in training, by name in the optimizer state and in checkpoints."""
-    return {"ema": lambda step: config.ema_decay, **power_averages(config)}
+    return {"ema": lambda step: config.decay, **power_averages(config)}
 
 
-def state_keys(config: TrainConfig) -> tuple[str, ...]:
+def state_keys(config: EmaConfig) -> tuple[str, ...]:
     """Return the names of the optimizer state, which a checkpoint contains in addition to the master weights."""
     return ("exp_avg", "exp_avg_sq", *averages(config))
 

@@ -26,6 +26,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
 from megatron_dit.config import ModelConfig, ParallelConfig
+from megatron_dit.mup.init_rules import InitKind
 from megatron_dit.parallel.recompute import Recompute
 from megatron_dit.parallel.topology import SOLO, Topology
 
@@ -36,15 +37,15 @@ class Linear(nn.Linear):
     ``kernel`` is the number of elements of the equivalent convolution kernel (patch embedding: p²).
     """
 
-    def __init__(self, inputs: int, outputs: int, *, init: str = "fan_in", kernel: int = 1) -> None:
+    def __init__(self, inputs: int, outputs: int, *, init: InitKind = InitKind.FAN_IN, kernel: int = 1) -> None:
         super().__init__(inputs, outputs)
         self.multiplier = 1.0
         self.weight.kernel = kernel  # pyright: ignore[reportAttributeAccessIssue]
         set_init(self.weight, init)
-        set_init(self.bias, "zero")
+        set_init(self.bias, InitKind.ZERO)
 
     def reset_parameters(self) -> None:
-        """Do nothing: ``mup.init`` initializes every parameter by its global name."""
+        """Do nothing: ``mup.initial_values`` initializes every parameter by its global name."""
 
     def forward(self, x: Tensor) -> Tensor:
         return super().forward(x if self.multiplier == 1.0 else x * self.multiplier)
@@ -69,9 +70,9 @@ class ColumnLinear(ColumnParallelLinear):
             tp_group=backend.topology.tensor_group,
         )
         set_tensor_model_parallel_attributes(self.weight, True, 0, fused_parts)
-        set_init(self.weight, "fan_in")
+        set_init(self.weight, InitKind.FAN_IN)
         if bias:
-            set_init(self.bias, "zero")
+            set_init(self.bias, InitKind.ZERO)
 
     def forward(self, x: Tensor) -> Tensor:
         return super().forward(x)[0]
@@ -84,7 +85,7 @@ class ColumnGatheredLinear(ColumnLinear):
     the output to its own tokens, so the backward pass sums the ranks' gradients (reduce-scatter).
     """
 
-    def __init__(self, backend: Backend, inputs: int, outputs: int, *, init: str) -> None:
+    def __init__(self, backend: Backend, inputs: int, outputs: int, *, init: InitKind) -> None:
         super().__init__(backend, inputs, outputs, fused_parts=1, sharded_input=False)
         self.gather = (
             all_gather_last_dim_from_tensor_parallel_region
@@ -115,7 +116,7 @@ class ColumnThenGatherLinear(ColumnLinear):
 class RowLinear(RowParallelLinear):
     """Row-parallel linear layer: inputs are sharded over the tensor-parallel ranks, outputs are summed over them."""
 
-    def __init__(self, backend: Backend, inputs: int, outputs: int, *, init: str) -> None:
+    def __init__(self, backend: Backend, inputs: int, outputs: int, *, init: InitKind) -> None:
         super().__init__(
             inputs,
             outputs,
@@ -129,7 +130,7 @@ class RowLinear(RowParallelLinear):
         self.backend = backend
         set_tensor_model_parallel_attributes(self.weight, True, 1, 1)
         set_init(self.weight, init)
-        set_init(self.bias, "zero")
+        set_init(self.bias, InitKind.ZERO)
 
     def forward(self, x: Tensor) -> Tensor:
         out, bias = super().forward(x)
@@ -143,7 +144,7 @@ class HeadNorm(nn.Module):
         super().__init__()
         self.backend, self.eps = backend, eps
         self.gain = nn.Parameter(torch.empty(head_dim))
-        set_init(self.gain, "one")
+        set_init(self.gain, InitKind.ONE)
 
     def forward(self, x: Tensor) -> Tensor:
         return F.rms_norm(x, x.shape[-1:], self.backend.sum_grad_over_tensor_ranks(self.gain), self.eps)
@@ -156,8 +157,8 @@ class LayerNorm(nn.Module):
         super().__init__()
         self.backend, self.eps = backend, eps
         self.gain, self.bias = nn.Parameter(torch.empty(width)), nn.Parameter(torch.empty(width))
-        set_init(self.gain, "one")
-        set_init(self.bias, "zero")
+        set_init(self.gain, InitKind.ONE)
+        set_init(self.bias, InitKind.ZERO)
 
     def forward(self, x: Tensor) -> Tensor:
         gain, bias = (
@@ -172,11 +173,11 @@ class Conv(nn.Conv2d):
 
     def __init__(self, inputs: int, outputs: int, side: int) -> None:
         super().__init__(inputs, outputs, side, padding=side // 2)
-        set_init(self.weight, "fan_in")
-        set_init(self.bias, "zero")
+        set_init(self.weight, InitKind.FAN_IN)
+        set_init(self.bias, InitKind.ZERO)
 
     def reset_parameters(self) -> None:
-        """Do nothing: ``mup.init`` initializes every parameter by its global name."""
+        """Do nothing: ``mup.initial_values`` initializes every parameter by its global name."""
 
 
 class Backend:
@@ -188,7 +189,7 @@ class Backend:
         parallel: ParallelConfig,
         topology: Topology,
         recompute: str = "none",
-        recompute_blocks: int = 0,
+        recompute_blocks: int | None = None,
     ) -> None:
         assert topology.tensor_size == parallel.tensor
         self.topology = topology
@@ -199,7 +200,7 @@ class Backend:
             num_attention_heads=model.heads,
             ffn_hidden_size=model.width * model.mlp_ratio,
             tensor_model_parallel_size=parallel.tensor,
-            use_cpu_initialization=True,  # allocate on torch's default device; mup.init sets the values
+            use_cpu_initialization=True,  # allocate on torch's default device; mup.initial_values sets the values
             perform_initialization=False,
         )
         self.sharded_config = TransformerConfig(**{**self.config.__dict__, "sequence_parallel": parallel.sequence})
@@ -208,7 +209,7 @@ class Backend:
     def unsharded(cls, model: ModelConfig) -> Backend:
         return cls(model, ParallelConfig(), SOLO)
 
-    def linear(self, inputs: int, outputs: int, *, init: str = "fan_in") -> Linear:
+    def linear(self, inputs: int, outputs: int, *, init: InitKind = InitKind.FAN_IN) -> Linear:
         return Linear(inputs, outputs, init=init)
 
     def patch_embedding(self, channels: int, patch: int, outputs: int) -> Linear:
@@ -233,10 +234,10 @@ class Backend:
     def layer_norm(self, width: int) -> LayerNorm:
         return LayerNorm(self, width)
 
-    def column_gathered(self, inputs: int, outputs: int, *, init: str = "fan_in") -> ColumnGatheredLinear:
+    def column_gathered(self, inputs: int, outputs: int, *, init: InitKind = InitKind.FAN_IN) -> ColumnGatheredLinear:
         return ColumnGatheredLinear(self, inputs, outputs, init=init)
 
-    def row(self, inputs: int, outputs: int, *, init: str = "fan_in") -> RowLinear:
+    def row(self, inputs: int, outputs: int, *, init: InitKind = InitKind.FAN_IN) -> RowLinear:
         return RowLinear(self, inputs, outputs, init=init)
 
     def head_norm(self, head_dim: int) -> HeadNorm:
@@ -301,7 +302,7 @@ class Backend:
         return out
 
 
-def set_init(parameter: Any, kind: str, *, trained: bool = True) -> None:
+def set_init(parameter: Any, kind: InitKind, *, trained: bool = True) -> None:
     """Set how ``mup.rules`` treats a parameter; ``kind`` is a key of ``mup.schemes.KINDS``.
 
     A parameter with ``trained=False`` keeps its initial values: its learning rate and weight decay are zero, and its
@@ -311,4 +312,4 @@ def set_init(parameter: Any, kind: str, *, trained: bool = True) -> None:
 
 
 def _never(_: Tensor) -> None:
-    raise AssertionError("parameters are initialized by mup.init")
+    raise AssertionError("parameters are initialized by mup.initial_values")

@@ -25,6 +25,7 @@ from transformer_engine.pytorch.quantization import (  # pyright: ignore[reportM
 )
 
 from megatron_dit.config import Config
+from megatron_dit.mup.init_rules import InitKind
 from megatron_dit.parallel.layers import Backend, set_init
 from megatron_dit.parallel.topology import Topology
 
@@ -50,7 +51,7 @@ class TeLinear(te.Linear):
         self.backend = backend
 
     def reset_parameters(self, defer_init: bool = False) -> None:
-        """Do nothing: ``mup.init`` initializes every parameter by its global name."""
+        """Do nothing: ``mup.initial_values`` initializes every parameter by its global name."""
 
     @property
     def is_fsdp2(self) -> bool:
@@ -70,10 +71,10 @@ class TeColumn(TeLinear):
         sequence = sharded_input and backend.sharded_config.sequence_parallel
         super().__init__(backend, inputs, outputs, parallel_mode="column", sequence_parallel=sequence, bias=bias)
         set_tensor_model_parallel_attributes(self.weight, True, 0, fused_parts)
-        set_init(self.weight, "fan_in")
+        set_init(self.weight, InitKind.FAN_IN)
         if bias:
             set_tensor_model_parallel_attributes(self.bias, True, 0, fused_parts)
-            set_init(self.bias, "zero")
+            set_init(self.bias, InitKind.ZERO)
 
 
 class TeColumnThenGather(TeColumn):
@@ -93,12 +94,12 @@ class TeRow(TeLinear):
     leave the sum to the training loop.
     """
 
-    def __init__(self, backend: TeBackend, inputs: int, outputs: int, *, init: str) -> None:
+    def __init__(self, backend: TeBackend, inputs: int, outputs: int, *, init: InitKind) -> None:
         sequence = backend.sharded_config.sequence_parallel
         super().__init__(backend, inputs, outputs, parallel_mode="row", sequence_parallel=sequence, return_bias=True)
         set_tensor_model_parallel_attributes(self.weight, True, 1, 1)
         set_init(self.weight, init)
-        set_init(self.bias, "zero")
+        set_init(self.bias, InitKind.ZERO)
 
     def forward(self, x: Tensor) -> Tensor:
         out, bias = super().forward(x)
@@ -128,7 +129,7 @@ class TeBackend(Backend):
     def column_then_gather(self, inputs: int, outputs: int) -> TeColumnThenGather:
         return TeColumnThenGather(self, inputs, outputs)
 
-    def row(self, inputs: int, outputs: int, *, init: str = "fan_in") -> TeRow:
+    def row(self, inputs: int, outputs: int, *, init: InitKind = InitKind.FAN_IN) -> TeRow:
         return TeRow(self, inputs, outputs, init=init)
 
     def attention(self, q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor | None = None) -> Tensor:

@@ -161,7 +161,7 @@ def build_topology(config: Config) -> Topology:
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=parallel.tensor,
         pipeline_model_parallel_size=parallel.pipeline,
-        virtual_pipeline_model_parallel_size=parallel.chunks if parallel.chunks > 1 else None,
+        virtual_pipeline_model_parallel_size=parallel.virtual_stages if parallel.virtual_stages > 1 else None,
         create_gloo_process_groups=False,
     )
     return Topology(

@@ -17,7 +17,7 @@ from rich.console import Console
 from torch.testing._internal.distributed import fake_pg
 
 from megatron_dit.config import Config
-from megatron_dit.config.checks import check
+from megatron_dit.config.keys import check
 from megatron_dit.data.stream import read_data
 from megatron_dit.data.validate import check_data
 from megatron_dit.models.flops import model_flops
@@ -69,11 +69,11 @@ def build_rank(config: Config, world: int, rank: int) -> RankBuild:
     topology = build_topology(config)
     engine = Engine(config, topology)
     params = list(engine.params.values())
-    stages = [config.block_runs()[stage :: topology.pipeline_size] for stage in range(topology.pipeline_size)]
+    stages = [config.stage_blocks(stage) for stage in range(topology.pipeline_size)]
     flops = model_flops(config.model, config.model.sample_size, config.model.sample_size)
     micro_batches = config.train.global_batch // (data_parallel * config.train.micro_batch)
     # Idle time in units of one micro-batch (arXiv 2104.04473, section 2.2).
-    idle = (topology.pipeline_size - 1) / config.parallel.chunks
+    idle = (topology.pipeline_size - 1) / config.parallel.virtual_stages
     return RankBuild(
         parameters=sum(math.prod(param.shape) for param in params),
         world=world,

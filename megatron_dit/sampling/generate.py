@@ -17,7 +17,7 @@ from megatron_dit.config import Config
 from megatron_dit.data.codec import open_codec
 from megatron_dit.data.index import Index, read_index
 from megatron_dit.data.text import DTYPES, TextEncoder, pad
-from megatron_dit.models import build_unsharded
+from megatron_dit.models.build import build_unsharded
 from megatron_dit.models.common.condition import Condition
 from megatron_dit.mup.multipliers import set_multipliers
 from megatron_dit.parallel.topology import connect
@@ -145,7 +145,7 @@ class Sampler:
         model = self.config.model
         if size is None:
             return model.sample_size, model.sample_size
-        if model.arch == "uvit":
+        if model.spec.fixed_size:
             raise UserError(
                 f"--size {size[0]}x{size[1]} is not supported by uvit, which learns the positions of its training "
                 "size; omit --size"

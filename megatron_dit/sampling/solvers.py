@@ -20,7 +20,7 @@ Model = Callable[[Tensor, Tensor], Tensor]  # (x (B, C, H, W), t (B,) in [0, 100
 def scheduler_for(config: Config, solver: str) -> Any:
     """Return the diffusers scheduler for ``solver``; ``auto`` selects the objective's default."""
     if solver == "auto":
-        solver = SOLVERS_OF[config.objective.kind][0]
+        solver = SOLVERS_OF[config.objective_name][0]
     if solver == "euler":
         return FlowMatchEulerDiscreteScheduler(shift=config.objective.shift)
     betas = SCHEDULES[config.objective.beta_schedule]

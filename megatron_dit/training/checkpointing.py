@@ -31,15 +31,16 @@ class CheckpointSchedule:
         """
         run, config = self._run, self._config.checkpoint
         folders = {run.checkpoints: config.every}
-        if config.ema_every:
-            folders[run.snapshots] = config.ema_every
+        snapshot_every = self._config.ema.snapshot_every
+        if snapshot_every:
+            folders[run.snapshots] = snapshot_every
         notes = []
         with writing(run.path):
             for folder, every in folders.items():
                 folder.mkdir(exist_ok=True)
                 self._check_names_are_free(folder, every)
                 clear(folder)
-            if config.ema_every:  # stray entries among the checkpoints were reported when the run was resumed
+            if snapshot_every:  # stray entries among the checkpoints were reported when the run was resumed
                 notes += list_checkpoints(run.snapshots).notes
             return notes + set_aside(run.checkpoints, self._engine.step)
 
@@ -62,11 +63,12 @@ class CheckpointSchedule:
         reported, and the next save tries again. After the ``last`` step a failed write raises UserError.
         """
         step, config = self._engine.step, self._config.checkpoint
-        of_averages = config.ema_every > 0 and (step % config.ema_every == 0 or step == self._config.train.steps)
+        snapshot_every = self._config.ema.snapshot_every
+        of_averages = bool(snapshot_every) and (step % snapshot_every == 0 or step == self._config.train.steps)
         due = last or step % config.every == 0
         lines = self.finish() if due or of_averages or not busy else []
         if of_averages:
-            self._snapshot.begin(self._run.snapshots, list(power_averages(self._config.train)))
+            self._snapshot.begin(self._run.snapshots, list(power_averages(self._config.ema)))
         if due:
             self._checkpoint.begin(self._run.checkpoints)
         return lines + (self.finish(must=True) if last else [])

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from megatron_dit.config import Config, deepspeed_config
 from megatron_dit.data.batch import Batch
 from megatron_dit.data.tar import CAUSES
-from megatron_dit.models import build
+from megatron_dit.models.build import build
 from megatron_dit.models.common.modules import Intermediates
 from megatron_dit.models.param_specs import param_specs
 from megatron_dit.mup.groups import optimizer_groups
@@ -92,9 +92,12 @@ class Engine:
             # By default Init partitions over all ranks, which would mix different tensor-parallel shards.
             group = topology.data_group
             sharded = deepspeed.zero.Init(data_parallel_group=group, config_dict_or_path=ds_config, mpu=mpu)
-        runs = config.block_runs()[topology.pipeline_rank :: topology.pipeline_size]
         with sharded, torch.device(device()):
-            model = build(config.model, self._backend, [i for run in runs for i in run])
+            model = build(
+                config.model,
+                self._backend,
+                [i for blocks in config.stage_blocks(topology.pipeline_rank) for i in blocks],
+            )
         if config.train.compile:
             for block in model.blocks.values():
                 block.compile()
@@ -102,7 +105,7 @@ class Engine:
         set_multipliers(model, forward_multipliers(held))
         groups = optimizer_groups(model.named_parameters(), held, config.optimizer)
         adamw = on_all_ranks(lambda: choose(config.optimizer))
-        self.optimizer = AdamWithEma(groups, config.optimizer, averages(config.train), adamw)
+        self.optimizer = AdamWithEma(groups, config.optimizer, averages(config.ema), adamw)
         with contextlib.redirect_stdout(io.StringIO()):  # DeepSpeed's optimizers print their memory use
             self._engine: Any = deepspeed.initialize(
                 model=model, optimizer=self.optimizer, config=ds_config, mpu=mpu, dist_init_required=False
@@ -114,7 +117,7 @@ class Engine:
         self.step = 0
         self.bad_samples: dict[str, int] = {}  # number of unreadable samples since the start of the run, by cause
         self.data: dict[str, str] = {}  # fingerprint of the dataset, stored in checkpoints
-        self._objective = OBJECTIVES[config.objective.kind]
+        self._objective = OBJECTIVES[config.objective_name]
         self._pipeline = Pipeline(model, config, topology, self._dtype) if topology.pipeline_size > 1 else None
 
     @property
@@ -128,7 +131,7 @@ class Engine:
         """Initialise the weights from (seed, global name), and the weight averages to the same values."""
         self.write_full_state({"master": lambda name: initial_value(self.params[name], self.config.seed)})
         for shard in self.masters.shards.values():
-            for name in averages(self.config.train):
+            for name in averages(self.config.ema):
                 shard.state(self.optimizer, name).copy_(shard.master())
 
     def write_full_state(self, sources: Mapping[str, Callable[[str], Tensor]]) -> None:
@@ -176,7 +179,7 @@ class Engine:
         weights, gradients, masters = self.masters.held_bytes()
         states = [self.optimizer.state[flat] for flat in self.masters.optimizer_tensors]
         moments = sum(state[key].nbytes for state in states for key in ("exp_avg", "exp_avg_sq"))
-        ema = sum(state[name].nbytes for state in states for name in averages(self.config.train))
+        ema = sum(state[name].nbytes for state in states for name in averages(self.config.ema))
         return StateBytes(weights, gradients, masters, moments, ema)
 
     # --- one step -----------------------------------------------------------------------------------
@@ -270,7 +273,7 @@ class Engine:
         The loss is None unless this is the last virtual stage. An earlier stage with REPA's projector attaches REPA's
         loss to its output instead.
         """
-        repa, config = self.config.model.repa_block > 0, self.config.objective
+        repa, config = bool(self.config.model.repa_block), self.config.objective
         seen: Intermediates | None = {} if repa or intermediates is not None else None
         batch = batch.to(device())
         draw = NoiseDraw(u=batch.u, noise=batch.noise)
@@ -320,7 +323,7 @@ class Engine:
             for p, _ in gradients:
                 p.grad = None
             return float("inf"), True
-        if clip > 0:
+        if clip is not None:
             scale = 1 / max(1.0, (norm + 1e-6) / clip)
             for _, gradient in gradients:
                 gradient.mul_(scale)

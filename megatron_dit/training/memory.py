@@ -46,7 +46,7 @@ class StateBytes:
 
 def stage_params(config: Config, params: Iterable[Param], stage: int) -> list[Param]:
     """Return the parameters on a pipeline stage."""
-    blocks = [i for run in config.block_runs()[stage :: config.parallel.pipeline] for i in run]
+    blocks = [i for blocks in config.stage_blocks(stage) for i in blocks]
     return [param for param in params if _block(config, param.name) in blocks]
 
 
@@ -58,13 +58,13 @@ def _block(config: Config, name: str) -> int:
     part, _, rest = name.partition(".")
     if part == "blocks":
         return int(rest.partition(".")[0])
-    return {"head": config.model.depth - 1, "projector": config.model.repa_block - 1}.get(part, 0)
+    return {"head": config.model.depth - 1, "projector": (config.model.repa_block or 0) - 1}.get(part, 0)
 
 
 def state_bytes(config: Config, params: Iterable[Param], data_parallel: int, stage: int = 0) -> StateBytes:
     """Return the bytes on a rank of pipeline stage ``stage``. Includes padding, so all ranks of a stage are equal."""
     zero, item = config.parallel.zero_stage, ITEM_BYTES[config.train.dtype]
-    averages = FP32 * (1 + len(config.train.ema_sigma_rel))
+    averages = FP32 * (1 + len(config.ema.sigma_rel))
     params = stage_params(config, params, stage)
     local = {p.name: math.prod(p.shape) // (config.parallel.tensor if p.dim is not None else 1) for p in params}
     total = sum(local.values())

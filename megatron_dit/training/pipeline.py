@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from megatron_dit.config import Config
 from megatron_dit.data.batch import Batch
-from megatron_dit.models import DiffusionTransformer
+from megatron_dit.models.common.base import DiffusionTransformer
 from megatron_dit.parallel.topology import Topology
 from megatron_dit.runtime.compat import create_cuda_tensors_on_cpu
 
@@ -52,13 +52,13 @@ class Pipeline:
     """The virtual stages of this rank, and the schedule that runs micro-batches through all stages."""
 
     def __init__(self, model: DiffusionTransformer, config: Config, topology: Topology, dtype: torch.dtype) -> None:
-        parallel, interleaved = config.parallel, config.parallel.chunks > 1
+        parallel, interleaved = config.parallel, config.parallel.virtual_stages > 1
         schedule = TransformerConfig(
             num_layers=config.model.depth,
             hidden_size=config.model.width,
             num_attention_heads=config.model.heads,
             pipeline_model_parallel_size=parallel.pipeline,
-            virtual_pipeline_model_parallel_size=parallel.chunks if interleaved else None,
+            virtual_pipeline_model_parallel_size=parallel.virtual_stages if interleaved else None,
             pipeline_dtype=dtype,
             # With two stages, each is the other's previous and next stage, so the interleaved schedule would silently
             # mix up batched messages. It overlaps unbatched messages with the computation instead.
@@ -67,7 +67,7 @@ class Pipeline:
             batch_p2p_sync=False,
             deallocate_pipeline_outputs=False,
         )
-        self._runs = config.block_runs()
+        self._runs = config.virtual_stage_blocks()
         own = self._runs[topology.pipeline_rank :: parallel.pipeline]
         self.chunks = [ModelChunk(model, blocks, schedule, number) for number, blocks in enumerate(own)]
         self._model, self._interleaved = model, interleaved

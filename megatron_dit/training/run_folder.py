@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 CONFIG = "config.yaml"
 METRICS = "metrics.jsonl"
 LOCK = "run.lock"  # held by rank 0 during training
-SNAPSHOTS = "ema"  # snapshots of the averages of train.ema_sigma_rel, every checkpoint.ema_every steps
+SNAPSHOTS = "ema"  # snapshots of the averages of ema.sigma_rel, every ema.snapshot_every steps
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:

@@ -75,7 +75,7 @@ def _variant(config: Config, parametrization: str, heads: int, seed: int, steps:
         config,
         seed=config.seed + seed,
         model=replace(config.model, heads=heads),
-        mup=replace(config.mup, parametrization=parametrization),
+        mup=replace(config.mup, enabled=parametrization == "mup"),
         optimizer=replace(config.optimizer, warmup_steps=0, schedule="constant"),
         train=replace(config.train, steps=steps),
     )

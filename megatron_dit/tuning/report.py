@@ -35,7 +35,7 @@ class Setting:
 
 def is_hyperparameter(key: str) -> bool:
     """Return whether a searched key is a hyperparameter to transfer; other keys change the model or the seed."""
-    return key != "seed" and key != "mup.parametrization" and not key.startswith("model.")
+    return key != "seed" and key != "mup.enabled" and not key.startswith("model.")
 
 
 def settings(results: Sequence[Result]) -> list[Setting]:
@@ -59,7 +59,7 @@ def best(results: Sequence[Result], config: SweepConfig) -> Setting | None:
     candidates = [
         setting
         for setting in settings(results)
-        if math.isfinite(setting.loss) and dict(setting.model).get("mup.parametrization", "mup") == "mup"
+        if math.isfinite(setting.loss) and dict(setting.model).get("mup.enabled", True)
     ]
     return min(candidates, key=lambda s: (-dict(s.model).get("model.heads", heads), s.loss), default=None)
 
@@ -128,7 +128,7 @@ def _draw(results: Sequence[Result], config: SweepConfig) -> list[Path]:
     written = []
     searched = [key for key in config.space if is_hyperparameter(key)]
     if "optimizer.lr" in searched:
-        panels = len(config.space["mup.parametrization"].finite) if "mup.parametrization" in config.space else 1
+        panels = len(config.space["mup.enabled"].finite) if "mup.enabled" in config.space else 1
         figure = Figure(figsize=(4.6 * panels, 3.8), layout="constrained")
         draw_lr(figure, results, config)
         written.append(config.folder / "loss_by_lr.png")
@@ -166,21 +166,21 @@ def _save(figure: Any, path: Path) -> None:
 def draw_lr(figure: Any, results: Sequence[Result], config: SweepConfig) -> None:
     """Plot loss against lr: a panel per parametrization, a line per width, its best lr starred, seed range shaded."""
     base = flatten(config.base)
-    names = ["mup.parametrization", "model.heads", "optimizer.lr"]
+    names = ["mup.enabled", "model.heads", "optimizer.lr"]
 
     def value(setting: Setting, key: str) -> Any:
         return {**base, **dict(setting.model), **dict(setting.hyperparameters)}[key]
 
-    lines: dict[tuple[str, int], dict[float, Setting]] = {}
+    lines: dict[tuple[bool, int], dict[float, Setting]] = {}
     for setting in settings(results):
-        parametrization, heads, lr = (value(setting, name) for name in names)
-        at = lines.setdefault((parametrization, heads), {})
+        mup, heads, lr = (value(setting, name) for name in names)
+        at = lines.setdefault((mup, heads), {})
         if lr not in at or setting.loss < at[lr].loss:  # keep the best over the other hyperparameters
             at[lr] = setting
-    panels = list(dict.fromkeys(parametrization for parametrization, _ in sorted(lines)))
+    panels = list(dict.fromkeys(mup for mup, _ in sorted(lines, reverse=True)))
     axes = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
-    for (parametrization, heads), at in sorted(lines.items()):
-        panel = axes[panels.index(parametrization)]
+    for (mup, heads), at in sorted(lines.items()):
+        panel = axes[panels.index(mup)]
         complete = sorted((lr, setting) for lr, setting in at.items() if math.isfinite(setting.loss))
         if not complete:
             continue
@@ -191,10 +191,10 @@ def draw_lr(figure: Any, results: Sequence[Result], config: SweepConfig) -> None
         panel.fill_between(lrs, [min(r) for r in ranges], [max(r) for r in ranges], alpha=0.15, color=line.get_color())
         lowest = int(np.argmin(losses))
         panel.plot(lrs[lowest], losses[lowest], "*", markersize=13, color=line.get_color())
-    for panel, parametrization in zip(axes, panels, strict=True):
+    for panel, mup in zip(axes, panels, strict=True):
         panel.set_xscale("log", base=2)
         panel.set_yscale("log")
-        panel.set(title=parametrization, xlabel="base learning rate")
+        panel.set(title="μP" if mup else "standard", xlabel="base learning rate")
         panel.grid(alpha=0.3)
         panel.legend(fontsize=8)
     axes[0].set_ylabel("loss")

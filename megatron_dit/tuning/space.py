@@ -5,16 +5,16 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import yaml
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
 
 from megatron_dit.config import RESUMABLE, Config, check_overrides, first_difference, flatten, load, load_config
-from megatron_dit.config.checks import Count, CountOrZero, FilePath, Interval, at_least, check, check_ranges, choice
+from megatron_dit.config.keys import Count, FilePath, Interval, Section, check, key
 from megatron_dit.runtime.errors import UserError, writing
 from megatron_dit.runtime.io import replacing
 from megatron_dit.runtime.text import warn
@@ -23,16 +23,15 @@ Params = dict[str, Any]  # dotted key -> value in one trial
 
 
 @dataclass(frozen=True, kw_only=True)
-class Dimension:
+class Dimension(Section):
     """Values to search for one key, given by exactly one of the fields."""
 
-    # [a, b] means 2^a, 2^(a+1), ..., 2^b
-    log2: list[Annotated[int, Interval("[-1000, 1000]")]] = field(default_factory=list)
-    choice: list[Any] = field(default_factory=list)
-    uniform: list[float] = field(default_factory=list)  # [low, high]
-    log_uniform: list[float] = field(default_factory=list)  # [low, high], both positive
+    log2: list[Annotated[int, Interval("[-1000, 1000]")]] = key("[a, b]: 2^a, 2^(a+1), ..., 2^b", factory=list)
+    choice: list[Any] = key("a list of values", factory=list)
+    uniform: list[float] = key("[low, high], uniformly distributed", factory=list)
+    log_uniform: list[float] = key("[low, high], both positive, log-uniformly distributed", factory=list)
 
-    def __post_init__(self) -> None:
+    def check(self) -> None:
         given = {
             name: values for name in ("log2", "choice", "uniform", "log_uniform") if (values := getattr(self, name))
         }
@@ -44,7 +43,6 @@ class Dimension:
         if name != "choice":
             check(len(values) == 2 and values[0] < values[1], f"{name}={values}: expected [low, high] with low < high")
         check(name != "log_uniform" or values[0] > 0, f"log_uniform={values}: expected positive numbers")
-        check_ranges(self)
 
     @property
     def finite(self) -> list[Any]:
@@ -71,63 +69,64 @@ class Dimension:
 
 
 @dataclass(frozen=True, kw_only=True)
-class SweepConfig:
-    """A sweep. Every trial runs ``config`` with ``overrides`` and the trial's values of the keys in ``space``."""
+class SweepConfig(Section):
+    """A sweep. Every trial runs ``base_config`` with ``overrides`` and the trial's values of the keys in ``space``."""
 
-    run_dir: FilePath
-    config: FilePath  # YAML of the base run (the proxy)
-    overrides: list[str] = field(default_factory=list)
-    space: dict[str, Dimension]
-    sampler: str = "grid"  # grid | random | tpe
-    trials: CountOrZero = 0  # 0 means every point of the grid
-    # Seed of the sampler; the seeds of the trials come from the base config or the space.
-    seed: Annotated[int, Interval("[0, 4095]")] = 0
-    parallel: Count = 1  # number of concurrent trials on this host
-    procs: Count = 1  # ranks per trial
-    # A trial's result is its mean training loss over this last fraction of its steps.
-    last: Annotated[float, Interval("(0, 1]")] = 0.1
-    stop_early: bool = False  # stop a trial whose loss is above the other trials' median at the same step
-    keep_checkpoints: bool = False  # keep the checkpoints of finished trials
+    run_dir: FilePath = key("folder of the sweep")
+    base_config: FilePath = key("YAML file of the base run (the proxy)")
+    overrides: list[str] = key("overrides of the base config, such as train.steps=500", factory=list)
+    space: dict[str, Dimension] = key("keys to search, each with its values")
+    sampler: Literal["grid", "random", "tpe"] = key("how values are chosen", "grid")
+    trials: Count | None = key("number of trials; null: every point of the grid", None)
+    seed: Annotated[int, Interval("[0, 4095]")] = key(
+        "seed of the sampler; the seeds of the trials come from the base config or the space", 0
+    )
+    concurrent_trials: Count = key("trials that run at the same time on this host", 1)
+    ranks_per_trial: Count = key("ranks of each trial", 1)
+    final_fraction: Annotated[float, Interval("(0, 1]")] = key(
+        "a trial's result is its mean training loss over this last fraction of its steps", 0.1
+    )
+    median_pruning: bool = key("stop a trial whose loss is above the other trials' median at the same step", False)
+    keep_checkpoints: bool = key("keep the checkpoints of finished trials", False)
 
-    def __post_init__(self) -> None:
-        choice("sampler", self.sampler, ("grid", "random", "tpe"))
-        check_ranges(self)
+    def check(self) -> None:
         check(bool(self.run_dir), "run_dir is empty: expected a folder")
         check_overrides(self.overrides)
         check(bool(self.space), "space is empty: name at least one key, such as optimizer.lr: {log2: [-13, -5]}")
         known = flatten(self.base)
-        for key, dimension in self.space.items():
+        for name, dimension in self.space.items():
             check(
-                key in known and key != "run_dir", f"space has {key!r}, which is not a searchable key of {self.config}"
+                name in known and name != "run_dir",
+                f"space has {name!r}, which is not a searchable key of {self.base_config}",
             )
             if self.sampler == "grid":
                 check(
                     bool(dimension.finite),
-                    f"space.{key} is continuous, but sampler=grid needs a list of values; "
+                    f"space.{name} is continuous, but sampler=grid needs a list of values; "
                     "set sampler to random or tpe, or use log2 or choice",
                 )
             # Validate each value in the config, and convert choices to the type of the key.
-            values = [self._value(key, value) for value in dimension.finite or dimension.interval]
+            values = [self._value(name, value) for value in dimension.finite or dimension.interval]
             duplicate = next((value for i, value in enumerate(values) if value in values[:i]), None)
-            check(duplicate is None, f"space.{key} has the value {duplicate} twice; remove one")
+            check(duplicate is None, f"space.{name} has the value {duplicate} twice; remove one")
             if dimension.choice:
-                self.space[key] = replace(dimension, choice=values)
+                self.space[name] = replace(dimension, choice=values)
         if self.sampler == "grid":
             points = self.grid_size
             check(
-                self.trials <= points,
-                f"trials={self.trials}: the grid has {points} points; set trials to 0 for all of them",
+                self.trials is None or self.trials <= points,
+                f"trials={self.trials}: the grid has {points} points; remove trials to run all of them",
             )
         else:
-            at_least("trials", self.trials, 1)
+            check(self.trials is not None, f"trials is not set: sampler={self.sampler} needs a number of trials")
 
     @cached_property
     def base(self) -> Config:
         """The base config with the sweep's overrides."""
-        return load_config(self.config, self.overrides)
+        return load_config(self.base_config, self.overrides)
 
-    def _value(self, key: str, value: Any) -> Any:
-        return flatten(self.trial_config({key: value}, 0))[key]
+    def _value(self, name: str, value: Any) -> Any:
+        return flatten(self.trial_config({name: value}, 0))[name]
 
     @property
     def grid_size(self) -> int:
@@ -147,11 +146,11 @@ class SweepConfig:
     def distributions(self) -> dict[str, BaseDistribution]:
         """Return the Optuna distribution of every searched key."""
         known = flatten(self.base)
-        return {key: dimension.distribution(type(known[key]) is int) for key, dimension in self.space.items()}
+        return {name: dimension.distribution(type(known[name]) is int) for name, dimension in self.space.items()}
 
     def trial_config(self, params: Mapping[str, Any], number: int) -> Config:
         """Return the config of a trial. Raises UserError if the combination of its values is invalid."""
-        return load_config(self.config, self.overrides, {**params, "run_dir": str(self.trial_folder(number))})
+        return load_config(self.base_config, self.overrides, {**params, "run_dir": str(self.trial_folder(number))})
 
     def trial_folder(self, number: int) -> Path:
         """Return the run folder of a trial; the trial's other files are next to it."""
@@ -195,7 +194,7 @@ def _ours(item: Path) -> bool:
 
 def load_saved(folder: Path) -> SweepConfig:
     """Return the config of the sweep in ``folder``, with the base config that was resolved when the sweep started."""
-    base = {"config": str(folder / "base.yaml"), "overrides": [], "run_dir": str(folder)}
+    base = {"base_config": str(folder / "base.yaml"), "overrides": [], "run_dir": str(folder)}
     return load(SweepConfig, folder / "sweep.yaml", values=base)
 
 
@@ -205,11 +204,11 @@ def _difference(folder: Path, config: SweepConfig) -> str | None:
     Keys that only affect how the sweep is run may differ.
     """
     saved = load_saved(folder)
-    for key in ("space", "sampler", "seed", "last"):
-        old, new = getattr(saved, key), getattr(config, key)
+    for name in ("space", "sampler", "seed", "final_fraction"):
+        old, new = getattr(saved, name), getattr(config, name)
         if old != new:
-            return f"{key} was {old!r} and is now {new!r}"
-    how_it_is_run = tuple(key for key in RESUMABLE if key != "train.steps")
+            return f"{name} was {old!r} and is now {new!r}"
+    how_it_is_run = RESUMABLE - {"train.steps"}
     return first_difference(saved.base, config.base, how_it_is_run)
 
 

@@ -116,11 +116,11 @@ class Sweep:
     """
 
     def __init__(self, config: SweepConfig) -> None:
-        gpus, needed = torch.cuda.device_count(), config.parallel * config.procs
+        gpus, needed = torch.cuda.device_count(), config.concurrent_trials * config.ranks_per_trial
         if 0 < gpus < needed:
             raise UserError(
-                f"parallel={config.parallel} * procs={config.procs} requires {needed} GPUs, but this host has {gpus}; "
-                "reduce one of them"
+                f"concurrent_trials={config.concurrent_trials} * ranks_per_trial={config.ranks_per_trial} requires "
+                f"{needed} GPUs, but this host has {gpus}; reduce one of them"
             )
         open_folder(config)
         self.config = config
@@ -221,7 +221,7 @@ class Sweep:
         waiting = deque(numbers)
         held_until: dict[int, float] = {}
         while waiting or running:
-            free = set(range(self.config.parallel)) - {trial.slot for trial in running}
+            free = set(range(self.config.concurrent_trials)) - {trial.slot for trial in running}
             ready = [n for n in waiting if time.monotonic() >= held_until.get(n, 0.0)]
             for slot, number in zip(sorted(free), ready, strict=False):
                 waiting.remove(number)
@@ -257,9 +257,17 @@ class Sweep:
         """Start a trial's process. Raises UserError if the combination of its values is invalid."""
         files, devices = self.files(number), self._devices(slot)
         config = self.config.trial_config(files.params, number)
-        threads = config.train.threads or max(1, (os.cpu_count() or 1) // (self.config.parallel * self.config.procs))
+        threads = config.train.threads or max(
+            1, (os.cpu_count() or 1) // (self.config.concurrent_trials * self.config.ranks_per_trial)
+        )
         save_config(replace(config, train=replace(config.train, threads=threads)), files.file(".yaml"))
-        arguments = (files, self.config.procs, self.config.last, self.config.keep_checkpoints, devices)
+        arguments = (
+            files,
+            self.config.ranks_per_trial,
+            self.config.final_fraction,
+            self.config.keep_checkpoints,
+            devices,
+        )
         process = context.Process(target=run_trial, args=arguments)
         process.start()
         return Running(files, process, slot, time.monotonic())
@@ -276,7 +284,9 @@ class Sweep:
         """Return CUDA_VISIBLE_DEVICES for a slot: ``procs`` GPUs that no other slot uses; None without GPUs."""
         if torch.cuda.device_count() == 0:
             return None
-        return ",".join(str(gpu) for gpu in range(slot * self.config.procs, (slot + 1) * self.config.procs))
+        return ",".join(
+            str(gpu) for gpu in range(slot * self.config.ranks_per_trial, (slot + 1) * self.config.ranks_per_trial)
+        )
 
     def _ended(self, trial: Running) -> Result:
         """Return the result the trial wrote, or store a result if its process died before writing one."""
@@ -284,7 +294,7 @@ class Sweep:
         if result is None:
             status, log = trial.process.exitcode, trial.files.file(".log")
             reason = f"its process ended without a result (exit status {status}); see {log}"
-            result = classify(trial.files, self.config.last, reason, time.monotonic() - trial.started)
+            result = classify(trial.files, self.config.final_fraction, reason, time.monotonic() - trial.started)
             trial.files.write(result)
         self._tell(result)
         return result
@@ -305,7 +315,7 @@ class Sweep:
 
     def _watch(self, trial: Running) -> None:
         """If ``stop_early`` is set, report the losses so far to Optuna, and stop the trial if the pruner says so."""
-        if not self.config.stop_early:
+        if not self.config.median_pruning:
             return
         lines = [line for line in read_metrics(trial.files.folder) if line["step"] > trial.reported]
         if not lines:
@@ -321,7 +331,7 @@ class Sweep:
                     trial.process.join()
                     seconds = time.monotonic() - trial.started
                     reason = f"loss {line['loss']:.4g} at step {line['step']} is above the median of the other trials"
-                    result = classify(trial.files, self.config.last, reason, seconds)
+                    result = classify(trial.files, self.config.final_fraction, reason, seconds)
                     if trial.files.result() is None:
                         trial.files.write(replace(result, state="stopped", loss=line["loss"]))
                     return

@@ -17,7 +17,7 @@ import torch
 import yaml
 
 from megatron_dit.config import Config, ModelConfig, config_from_dict, flatten, load_config
-from megatron_dit.models import build_unsharded
+from megatron_dit.models.build import build_unsharded
 from megatron_dit.models.param_specs import param_specs
 from megatron_dit.runtime.errors import UserError
 from megatron_dit.runtime.io import replacing
@@ -164,7 +164,10 @@ def read_sweep(folder: Path) -> tuple[SweepConfig, list[Result]]:
 
 def print_plan(config: SweepConfig, target: str | None) -> dict[str, Any]:
     """Print the search space, and the cost relative to ``target``'s training if every trial completes."""
-    print(f"{config.count} trials ({config.sampler}) of {printable(config.config)}, {config.parallel} concurrent:")
+    print(
+        f"{config.count} trials ({config.sampler}) of {printable(config.base_config)}, "
+        f"{config.concurrent_trials} at a time:"
+    )
     for key, dimension in config.space.items():
         kind = next(name for name in ("log2", "choice", "uniform", "log_uniform") if getattr(dimension, name))
         print(printable(f"  {key}: {kind} {getattr(dimension, kind)}"))
@@ -192,12 +195,12 @@ def _run(config: SweepConfig, result: Result) -> tuple[int, int]:
 def _check_target(proxy: Config, target: Config) -> None:
     """Raise UserError if base hyperparameters do not transfer: they depend on the parametrization and base width."""
     proxy_values, target_values = flatten(proxy), flatten(target)
-    for key in ("model.arch", "mup.parametrization", "mup.output_multiplier"):
+    for key in ("model.arch", "mup.enabled", "mup.output_multiplier"):
         if proxy_values[key] != target_values[key]:
             raise UserError(
                 f"{key} is {proxy_values[key]!r} in the sweep and {target_values[key]!r} in the target; make them equal"
             )
-    base = [config.mup.base_heads * config.model.head_dim for config in (proxy, target)]
+    base = [(config.mup.base_heads or 0) * config.model.head_dim for config in (proxy, target)]
     if base[0] != base[1] and not target.mup.base_shapes:
         raise UserError(
             f"mup.base_heads * model.head_dim is {base[0]} in the sweep and {base[1]} in the target; make them "

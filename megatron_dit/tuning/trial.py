@@ -14,11 +14,11 @@ import traceback
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from megatron_dit.config import Config, load_config
-from megatron_dit.config.checks import CountOrZero, Interval, NonNegative, check, check_ranges, choice
 from megatron_dit.config.convert import build
+from megatron_dit.config.keys import CountOrZero, Interval, NonNegative, Section, check
 from megatron_dit.runtime.errors import UserError
 from megatron_dit.runtime.io import read_text, replacing
 from megatron_dit.runtime.launcher import die_with_parent, leave, run_ranks
@@ -34,22 +34,20 @@ INTERRUPTED = 130  # stopped by a signal after saving a checkpoint; the trial ca
 
 
 @dataclass(frozen=True)
-class Result:
-    """Result of a trial; ``state`` is complete, diverged, stopped (by median pruning) or crashed."""
+class Result(Section):
+    """Result of a trial."""
 
     number: CountOrZero
     params: dict[str, Any]
-    state: str
+    state: Literal["complete", "diverged", "stopped", "crashed"]  # stopped: by median pruning
     loss: float | None  # mean training loss over the last steps; None unless complete or stopped
     reason: str  # why the trial is not complete
     steps: CountOrZero  # completed steps
     samples: Annotated[int, Interval("[0, 2^63)")]  # training samples seen
     seconds: NonNegative  # wall time of the process that ended the trial
 
-    def __post_init__(self) -> None:
-        choice("state", self.state, ("complete", "diverged", "stopped", "crashed"))
+    def check(self) -> None:
         check(self.loss is not None or self.state != "complete", "state=complete: expected a loss")
-        check_ranges(self)
 
 
 @dataclass(frozen=True)

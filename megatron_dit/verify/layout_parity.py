@@ -21,8 +21,9 @@ from torch import Tensor
 from megatron_dit.checkpoint.manifest import STATE
 from megatron_dit.checkpoint.reader import CheckpointReader
 from megatron_dit.checkpoint.writer import save
-from megatron_dit.config import Config, MupConfig
+from megatron_dit.config import Config, InitConfig, MupConfig
 from megatron_dit.data.stream import batches, read_data
+from megatron_dit.mup.init_rules import InitKind
 from megatron_dit.mup.initial_values import initial_value
 from megatron_dit.mup.rules import Param
 from megatron_dit.parallel.startup import start_up
@@ -92,8 +93,10 @@ def first_steps(config: Config, folder: Path) -> Trace | None:
 def disturbed(param: Param, seed: int) -> Tensor:
     """Return the initial value plus noise. Both depend only on (seed, global name)."""
     # Noise of standard deviation 1 / sqrt(fan-in), whatever the parameter's role and options.
-    plain = MupConfig(base_heads=1, parametrization="standard")
-    noise = replace(param, name=f"{param.name}/noise", init_kind="fan_in", base=param.shape, mup=plain)
+    plain = MupConfig(base_heads=1, enabled=False)
+    noise = replace(
+        param, name=f"{param.name}/noise", init_kind=InitKind.FAN_IN, base=param.shape, mup=plain, init=InitConfig()
+    )
     return initial_value(param, seed) + initial_value(noise, seed)
 
 

@@ -37,11 +37,11 @@ class Layout:
             f"parallel.tensor={self.tensor}",
             f"parallel.sequence={str(self.sequence).lower()}",
             f"parallel.pipeline={self.pipeline}",
-            f"parallel.chunks={self.chunks}",
-            "parallel.blocks=[]",
+            f"parallel.virtual_stages={self.chunks}",
+            "parallel.blocks_per_stage=[]",
             f"parallel.zero_stage={self.zero}",
             f"train.recompute={self.recompute}",
-            "train.recompute_blocks=0",
+            "train.recompute_blocks=null",
             f"train.micro_batch={micro_batch}",
         ]
 

@@ -113,8 +113,8 @@ def test_renamed_incomplete_checkpoints_are_never_overwritten(run):
 def trained(dataset, tmp_path_factory):
     """(config, run folder) of a run of 6 steps with checkpoints and snapshots at steps 3 and 6."""
     folder = tmp_path_factory.mktemp("trained")
-    values = {"data.path": str(dataset), "train.steps": 6, "checkpoint.every": 3, "checkpoint.ema_every": 3}
-    config = write_config(folder, "mmdit", **values, **{"train.ema_sigma_rel": [0.1], "checkpoint.keep": 9})
+    values = {"data.path": str(dataset), "train.steps": 6, "checkpoint.every": 3, "ema.snapshot_every": 3}
+    config = write_config(folder, "mmdit", **values, **{"ema.sigma_rel": [0.1], "checkpoint.keep": 9})
     assert command_line(["train", str(config)]) == 0
     return config, folder / "run"
 

@@ -30,8 +30,8 @@ def trained(dataset, tmp_path_factory):
         "data.path": str(dataset),
         "run_dir": str(folder / "run"),
         "train.steps": STEPS - 2,
-        "train.ema_sigma_rel": [0.05, 0.1],
-        "checkpoint.ema_every": 4,
+        "ema.sigma_rel": [0.05, 0.1],
+        "ema.snapshot_every": 4,
         "checkpoint.every": 1,
         "checkpoint.keep": STEPS,
         "parallel.zero_stage": 2,
@@ -98,8 +98,8 @@ def test_averaged_checkpoint_can_be_sampled_and_inspected(trained, tmp_path, cap
 
 def test_resuming_with_other_ema_widths_is_rejected(trained):
     path, _ = trained
-    with pytest.raises(AssertionError, match=r"train.ema_sigma_rel is \[0.05, 0.1\] there and \[0.05\] here"):
-        finish(path, 1, "train.ema_sigma_rel=[0.05]")
+    with pytest.raises(AssertionError, match=r"ema.sigma_rel is \[0.05, 0.1\] there and \[0.05\] here"):
+        finish(path, 1, "ema.sigma_rel=[0.05]")
 
 
 def test_invalid_arguments_and_missing_snapshots_are_rejected(trained, tmp_path):

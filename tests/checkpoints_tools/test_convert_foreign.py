@@ -99,7 +99,7 @@ def test_the_old_class_name_is_resolved_by_the_norm_type(tmp_path, arch):
 
 def test_weights_are_unfolded_for_the_parametrization_given_by_set(tmp_path):
     folder = foreign(tmp_path / "theirs", "dit")
-    mup = ["mup.parametrization=mup", "mup.base_heads=1", "mup.output_multiplier=3", "model.base_head_dim=4"]
+    mup = ["mup.enabled=true", "mup.base_heads=1", "mup.output_multiplier=3", "model.base_head_dim=4"]
     convert(folder, tmp_path / "run", "--from", "diffusers", "--set", *mup)
     assert open_checkpoint(tmp_path / "run").manifest["multipliers"] == {"head.linear.weight": 3 / 4}
     assert difference(tmp_path / "run", folder) <= TOLERANCE

@@ -115,7 +115,7 @@ def test_the_number_of_heads_of_published_sizes_is_known(name, kind, depth, head
 
 def test_weights_are_unfolded_for_the_parametrization_given_by_set(tmp_path):
     theirs, _ = training_file(tmp_path / "x.pt", DiT)
-    mup = ["model.heads=2", "mup.parametrization=mup", "mup.base_heads=1", "mup.output_multiplier=3"]
+    mup = ["model.heads=2", "mup.enabled=true", "mup.base_heads=1", "mup.output_multiplier=3"]
     convert(tmp_path / "x.pt", tmp_path / "run", "--from", "dit", "--set", *mup, "model.base_head_dim=4")
     assert open_checkpoint(tmp_path / "run").manifest["multipliers"] == {"head.linear.weight": 3 / 4}
     assert difference(tmp_path / "run", theirs, ema=False) <= TOLERANCE

@@ -48,8 +48,8 @@ def one_line(capsys):
         ("parallel.tensor=3", ["model.heads=4", "parallel.tensor=3"]),
         ("parallel.zero_stage=4", ["parallel.zero_stage=4", "0, 1, 2, 3"]),
         ("parallel.pipeline=3", ["model.depth=2", "parallel.pipeline=3"]),
-        ("parallel.chunks=2", ["parallel.chunks=2", "parallel.pipeline"]),
-        ("parallel.blocks=[1,2]", ["parallel.blocks=[1, 2]", "model.depth=2"]),
+        ("parallel.virtual_stages=2", ["parallel.virtual_stages=2", "parallel.pipeline"]),
+        ("parallel.blocks_per_stage=[1,2]", ["parallel.blocks_per_stage=[1, 2]", "model.depth=2"]),
         ("train.compile=true train.recompute=selective", ["train.compile=true", "none or full"]),
         ("train.compile=true parallel.zero_stage=3", ["train.compile=true", "ZeRO 0, 1 or 2"]),
         ("train.recompute=some", ["train.recompute='some'", "selective"]),
@@ -57,7 +57,7 @@ def one_line(capsys):
         ("train.micro_batch=3", ["train.global_batch=8", "3"]),
         ("train.dtype=fp8", ["train.dtype='fp8'", "bf16"]),
         ("model.arch=vgg", ["model.arch='vgg'", "pixart"]),
-        ("objective.kind=ddpm", ["objective.kind='ddpm'", "rectified_flow"]),
+        ("objective.name=ddpm", ["objective.name='ddpm'", "rectified_flow"]),
         ("sampling.solver=ddim", ["sampling.solver='ddim'", "euler"]),
         ("data.path=/nowhere", ["/nowhere", "data_prep"]),
         ("data.path", ["data.path", "key=value"]),
@@ -171,8 +171,8 @@ def test_too_many_corrupt_samples_end_both_ranks(config, own_data, tmp_path):
     for shard in sorted(own_data.glob("*.tar")):
         data = shard.read_bytes()
         shard.write_bytes(data.replace(b"\x93NUMPY", b"\x93NUMPX", 40))
-    path = config(**{"data.path": str(own_data), "train.steps": 60, "data.max_bad_share": 0.005})
-    refused(path, "exceeds data.max_bad_share=0.005", ".tar", "is corrupt")
+    path = config(**{"data.path": str(own_data), "train.steps": 60, "data.max_bad_fraction": 0.005})
+    refused(path, "exceeds data.max_bad_fraction=0.005", ".tar", "is corrupt")
     assert not list((tmp_path / "run" / "checkpoints").iterdir())
 
 

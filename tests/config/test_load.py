@@ -13,7 +13,7 @@ import pytest
 import yaml
 
 from megatron_dit.config import Config, config_from_dict, load, load_config, save_config
-from megatron_dit.config.checks import Interval, hints_of
+from megatron_dit.config.keys import Interval, hints_of
 from megatron_dit.runtime.errors import UserError
 from megatron_dit.tuning.space import SweepConfig
 from tests.helpers.configs import small_dict, write_config
@@ -41,7 +41,7 @@ def rejected(path, *overrides):
     ("key", "text"),
     [
         *itertools.product(
-            ["train.steps", "model.depth", "seed", "parallel.bucket"],
+            ["train.steps", "model.depth", "seed", "parallel.reduce_bucket_size"],
             ["010", "0x10", "0o10", "0b1", "1_000", "1:30", "1e3", "2.0", "true", "null", "", "~", "'3'", "-0", "+3"],
         ),
         *itertools.product(
@@ -49,11 +49,11 @@ def rejected(path, *overrides):
             ["nan", ".nan", "inf", ".inf", "-.inf", "Infinity", "1e400", "1_0.0", "1:30.5", "true", "null", "'1'", "."],
         ),
         *itertools.product(
-            ["mup.zero_output", "train.compile"], ["yes", "no", "on", "off", "1", "0", "null", "'true'"]
+            ["init.zero_output", "train.compile"], ["yes", "no", "on", "off", "1", "0", "null", "'true'"]
         ),
         *itertools.product(["run_dir", "data.path"], ["null", "~", "true", "False", ""]),
-        ("mup.init_std.hidden", "nan"),
-        ("mup.zero_adaln", "no"),
+        ("init.std.hidden", "nan"),
+        ("init.zero_adaln", "no"),
         ("train.steps", "\u0663"),  # an Arabic digit, which Python's int accepts
     ],
 )
@@ -96,8 +96,8 @@ def test_override_values_may_contain_equals_signs_and_spaces(path):
         ("objective.shift=0", "positive"),
         ("model.mlp_ratio=0", "at least 1"),
         ("model.interpolation_scale=0", "positive"),
-        ("data.mix.b=1", "below 1"),
-        ("parallel.blocks=[1, 0]", "at least 1"),
+        ("data.mixture.b=1", "below 1"),
+        ("parallel.blocks_per_stage=[1, 0]", "at least 1"),
     ],
 )
 def test_numbers_out_of_range_are_rejected(path, override, words):
@@ -157,10 +157,10 @@ def test_interpolation_is_rejected_and_reveals_no_secret(path, monkeypatch, text
 def test_home_folder_is_expanded_in_every_path(path, monkeypatch):
     monkeypatch.setenv("HOME", "/home/somebody")
     keys = ("run_dir", "data.path", "data.cache", "data.text_encoder", "data.repa_encoder")
-    config = load_config(path, [*(f"{key}=~/x" for key in keys), "data.mix={~/a.b: 0.2}", "data.mix.~/c=0.1"])
+    config = load_config(path, [*(f"{key}=~/x" for key in keys), "data.mixture={~/a.b: 0.2}", "data.mixture.~/c=0.1"])
     assert (config.run_dir, config.data.path, config.data.cache) == ("/home/somebody/x",) * 3
     assert (config.data.text_encoder, config.data.repa_encoder) == ("/home/somebody/x",) * 2
-    assert config.data.mix == {"/home/somebody/a.b": 0.2, "/home/somebody/c": 0.1}
+    assert config.data.mixture == {"/home/somebody/a.b": 0.2, "/home/somebody/c": 0.1}
     values = {**asdict(config), "run_dir": "~/x"}  # values from a manifest are not expanded
     assert config_from_dict(values).run_dir == "~/x"
     monkeypatch.chdir(path.parent)
@@ -169,7 +169,7 @@ def test_home_folder_is_expanded_in_every_path(path, monkeypatch):
 
 
 def test_shell_variables_in_paths_are_rejected(path):
-    for override in ("run_dir=$SCRATCH/run", "data.path=$HOME/x", "data.mix.$HOME/y=0.2"):
+    for override in ("run_dir=$SCRATCH/run", "data.path=$HOME/x", "data.mixture.$HOME/y=0.2"):
         assert "$" in rejected(path, override)
     assert not Path("$SCRATCH").exists()
 
@@ -225,12 +225,12 @@ def test_byte_order_mark_is_ignored(path):
 @pytest.mark.parametrize(
     ("override", "words"),
     [
-        ("data.mix=[a]", "data.mix=[a]: expected a mapping"),
+        ("data.mixture=[a]", "data.mixture=[a]: expected a mapping"),
         ("model=3", "model=3: expected a section"),
         ("model.depth.x=3", "model.depth is a single value"),
-        ("train.ema_sigma_rel=0.1", "expected a list"),
-        ("train.ema_sigma_rel=[0.1", "not valid YAML"),
-        ("parallel.blocks=[true, 1]", "parallel.blocks[0]=true"),
+        ("ema.sigma_rel=0.1", "expected a list"),
+        ("ema.sigma_rel=[0.1", "not valid YAML"),
+        ("parallel.blocks_per_stage=[true, 1]", "parallel.blocks_per_stage[0]=true"),
         ("mup={base_heads: 2, base_heads: 4}", "given twice"),
         ('run_dir="a\\0b"', "NUL"),
         ("=3", "unknown key ''"),
@@ -242,15 +242,15 @@ def test_malformed_overrides_are_rejected(path, override, words):
 
 
 def test_sections_are_merged_and_other_values_replaced(path):
-    config = load_config(path, ["model={depth: 3}", "data.mix.a/b.c=0.2", "data.mix.d=0.1"])
+    config = load_config(path, ["model={depth: 3}", "data.mixture.a/b.c=0.2", "data.mixture.d=0.1"])
     assert (config.model.depth, config.model.heads) == (3, 4)
-    assert config.data.mix == {"a/b.c": 0.2, "d": 0.1}  # keys of a mapping may contain dots
-    assert load_config(path, ["data.mix={e: 0.3}"]).data.mix == {"e": 0.3}
+    assert config.data.mixture == {"a/b.c": 0.2, "d": 0.1}  # keys of a mapping may contain dots
+    assert load_config(path, ["data.mixture={e: 0.3}"]).data.mixture == {"e": 0.3}
 
 
 def test_saved_config_loads_unchanged(path, tmp_path):
-    odd = ["run_dir=/a b: c # 'd'/\u00e9", "data.mix={1e3: 0.1, 'null': 0.2, yes: 0.3}", "optimizer.lr=1e-5"]
-    config = load_config(path, [*odd, "mup.zero_adaln=false", "mup.init_std.hidden=0.02", "optimizer.eps=1e-12"])
+    odd = ["run_dir=/a b: c # 'd'/\u00e9", "data.mixture={1e3: 0.1, 'null': 0.2, yes: 0.3}", "optimizer.lr=1e-5"]
+    config = load_config(path, [*odd, "init.zero_adaln=false", "init.std.hidden=0.02", "optimizer.eps=1e-12"])
     save_config(config, tmp_path / "saved.yaml")
     assert load_config(tmp_path / "saved.yaml") == config
     assert config_from_dict(yaml.safe_load((tmp_path / "saved.yaml").read_text())) == config

@@ -92,7 +92,7 @@ def test_training_skips_unreadable_samples_and_keeps_the_order_of_the_others(
         return train_step(engine, batch, **named)
 
     monkeypatch.setattr(Engine, "train_step", watched)
-    options = {"data.path": str(broken), "data.max_bad_share": 0.5, "data.workers": workers, "train.log_every": 1}
+    options = {"data.path": str(broken), "data.max_bad_fraction": 0.5, "data.workers": workers, "train.log_every": 1}
     path = write_config(tmp_path, "mmdit", **options, **{"train.steps": STEPS, "train.global_batch": BATCH})
     if workers:  # workers read ahead, so the shard is deleted while the run is stopped
         assert run(["train", str(path), f"train.steps={missing_from}"]) == 0
@@ -124,7 +124,7 @@ def test_training_skips_unreadable_samples_and_keeps_the_order_of_the_others(
 
 
 @pytest.mark.parametrize(
-    ("missing", "message"), [(8, "none of the 8 samples of a step could be read"), (3, "data.max_bad_share=0.1")]
+    ("missing", "message"), [(8, "none of the 8 samples of a step could be read"), (3, "data.max_bad_fraction=0.1")]
 )
 def test_run_stops_with_a_one_line_error_if_too_many_samples_are_unreadable(
     tmp_path, monkeypatch, capsys, missing, message
@@ -194,7 +194,7 @@ def test_missing_shards_are_tolerated_at_start_up_to_the_maximum_fraction(tmp_pa
     assert run(["train", str(path)]) == 2
     assert "00003.tar is missing" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
-    assert run(["train", str(path), "data.max_bad_share=0.2"]) == 0
+    assert run(["train", str(path), "data.max_bad_fraction=0.2"]) == 0
     assert "1 shards cannot be read; skipping their 20 samples" in capsys.readouterr().out
 
 

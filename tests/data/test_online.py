@@ -106,10 +106,10 @@ def test_unreadable_sample_has_no_features_and_needs_no_forward_pass(folder, pas
 
 
 def test_text_encoder_options_are_checked_and_may_change_on_resume():
-    changed = small(**{"data.text_encoder": "elsewhere", "data.text_sharded": True})
+    changed = small(**{"data.text_encoder": "elsewhere", "data.shard_text_encoder": True})
     assert first_difference(small(), changed) is None
     with pytest.raises(UserError, match=r"data\.text_encoder"):
-        small(**{"data.text_sharded": True})
+        small(**{"data.shard_text_encoder": True})
 
 
 # --- sharded ----------------------------------------------------------------------------------------

@@ -150,14 +150,14 @@ def test_captions_are_chosen_in_proportion_to_their_weights(tmp_path):
 
 def test_mixture_of_datasets_with_different_encoders_is_rejected(made, tmp_path):
     other = make_folder(tmp_path / "other", [(SQUARE, 20)], text={**TEXT, "sha256": "another"})
-    config = config_on(made, **{"data.mix": {other.folder: 0.25}})
+    config = config_on(made, **{"data.mixture": {other.folder: 0.25}})
     with pytest.raises(UserError, match="different text encoder"):
         next(batches([made, other], config, 0, 0, 1))
 
 
 def test_mixture_yields_samples_of_both_datasets(made, tmp_path):
     other = make_folder(tmp_path / "other", [(SQUARE, 20)], first=1000)
-    config = config_on(made, **{"data.mix": {other.folder: 0.25}, "train.steps": 64})
+    config = config_on(made, **{"data.mixture": {other.folder: 0.25}, "train.steps": 64})
     numbers = [batch.latents[0, 0, 0, 0] >= 1000 for batch in batches([made, other], config, 0, 0, 1)]
     order = sample_order([made, other], config)
     assert numbers == [order.dataset(step)[0] == 1 for step in range(64)]

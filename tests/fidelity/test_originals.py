@@ -19,7 +19,7 @@ from checkpoints_tools.convert.published.uvit import rename as rename_uvit
 from megatron_dit.checkpoint.load import open_checkpoint, restore
 from megatron_dit.config import load_config
 from megatron_dit.data.batch import Batch
-from megatron_dit.models import build_unsharded
+from megatron_dit.models.build import build_unsharded
 from megatron_dit.models.common.condition import Condition
 from megatron_dit.models.param_specs import param_specs
 from megatron_dit.mup.authors import rename as rename_pixart
@@ -79,7 +79,7 @@ def test_config_values_are_read_from_the_checkpoint(pixart):
     optimizer = config.optimizer
     assert (optimizer.lr, optimizer.weight_decay, optimizer.eps) == (2**-10, 0.03, 1e-10)
     assert (optimizer.beta1, optimizer.beta2) == (0.9, 0.999)
-    assert (config.mup.init, config.mup.output_multiplier, config.mup.base_heads) == ("pixart-mup", 1.0, 1)
+    assert (config.init.preset, config.mup.output_multiplier, config.mup.base_heads) == ("pixart-mup", 1.0, 1)
     assert (config.model.text_tokens, config.model.train_null_caption) == (12, False)
     assert config.objective.normal_cdf == "tanh"
     assert open_checkpoint(pixart).manifest["multipliers"] == {"head.linear.weight": 0.5}

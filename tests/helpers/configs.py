@@ -26,13 +26,13 @@ def small_dict(arch: str = "mmdit", heads: int = 4, base_heads: int = 2, **overr
         "seed": 1,
         "model": {
             "arch": arch, "depth": 3 if arch == "uvit" else 2, "heads": heads, "head_dim": 8, "patch_size": 4,
-            "in_channels": 3, "sample_size": 16, **condition,
+            "in_channels": 3, "sample_size": 16, "learn_sigma": arch in ("dit", "pixart"), **condition,
         },
         "mup": {"base_heads": base_heads},
-        "objective": {"kind": "rectified_flow" if arch == "mmdit" else "ddpm"},
         "optimizer": {"lr": 2**-8, "weight_decay": 0.01, "grad_clip": 0.5, "warmup_steps": 3},
         "data": {"path": "unused"},
-        "train": {"steps": 10, "global_batch": 8, "micro_batch": 4, "log_every": 1, "ema_decay": 0.9},
+        "train": {"steps": 10, "global_batch": 8, "micro_batch": 4, "log_every": 1},
+        "ema": {"decay": 0.9},
     }  # fmt: skip
     for key, value in overrides.items():
         *sections, name = key.split(".")

@@ -7,7 +7,7 @@ import torch
 from diffusers import DiTTransformer2DModel, PixArtTransformer2DModel, SD3Transformer2DModel
 
 from megatron_dit.config import ModelConfig
-from megatron_dit.models import build_unsharded
+from megatron_dit.models.build import build_unsharded
 from megatron_dit.models.common.condition import Condition
 from megatron_dit.parallel.topology import connect
 from tests.models import diffusers_weights, plain_uvit

@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
 from megatron_dit.config import load_config
-from megatron_dit.models import build_unsharded
+from megatron_dit.models.build import build_unsharded
 from megatron_dit.models.common.condition import Condition
 from megatron_dit.models.flops import Flops, model_flops
 from megatron_dit.parallel.topology import connect

@@ -12,7 +12,7 @@ import yaml
 from torch import nn
 
 from megatron_dit.cli import run
-from megatron_dit.models import build_unsharded
+from megatron_dit.models.build import build_unsharded
 from megatron_dit.models.param_specs import param_specs
 from megatron_dit.mup.authors import to_ours
 from megatron_dit.mup.base_shapes import load_base_shapes, save_base_shapes
@@ -159,7 +159,7 @@ def test_mup_command_writes_table_and_base_shapes(tmp_path, capsys):
 
 
 def test_standard_parametrization_has_unit_multipliers():
-    config = small("mmdit", heads=8, base_heads=2, **{"mup.parametrization": "standard"})
+    config = small("mmdit", heads=8, base_heads=2, **{"mup.enabled": False})
     for param in param_specs(config).values():
         assert (param.multiplier, param.lr_multiplier, param.weight_decay_multiplier) == (1, 1, 1)
 

@@ -11,7 +11,7 @@ import torch
 
 from megatron_dit.cli import run
 from megatron_dit.config import ModelConfig
-from megatron_dit.models import build_unsharded
+from megatron_dit.models.build import build_unsharded
 from megatron_dit.models.param_specs import param_specs
 from megatron_dit.mup.initial_values import initial_value
 from tests.helpers.configs import ARCHITECTURES, small
@@ -41,7 +41,7 @@ def package_tensor(param, base_heads, config):
     ],
 )
 def test_presets_equal_the_initialization_of_mup(arch, preset, name, fill):
-    config = small(arch, heads=8, base_heads=2, **{"mup.init": preset})
+    config = small(arch, heads=8, base_heads=2, **{"init.preset": preset})
     param = param_specs(config)[name]
     theirs = package_tensor(param, 2, config)
     torch.manual_seed(0)
@@ -57,7 +57,7 @@ def test_presets_equal_the_initialization_of_mup(arch, preset, name, fill):
 @pytest.mark.parametrize("preset", ["pixart-mup", "pixart"])
 def test_patch_embedding_is_initialized_like_the_original_convolution(preset):
     """PixArt-α-μP initializes the kernel by mup's Xavier, PixArt-α by Xavier of the kernel viewed as a matrix."""
-    config = small("pixart", heads=32, base_heads=8, **{"mup.init": preset})
+    config = small("pixart", heads=32, base_heads=8, **{"init.preset": preset})
     param = param_specs(config)["patch_embed.weight"]
     patch = config.model.patch_size
     target, base, delta = (torch.nn.Conv2d(3, 8 * heads, patch, patch) for heads in (32, 8, 16))
@@ -76,11 +76,13 @@ def test_patch_embedding_is_initialized_like_the_original_convolution(preset):
 
 
 def test_presets_initialize_the_same_parameters_to_zero_as_the_originals():
-    zero = {name for name, p in param_specs(small("pixart", **{"mup.init": "pixart-mup"})).items() if p.init_std == 0}
+    zero = {
+        name for name, p in param_specs(small("pixart", **{"init.preset": "pixart-mup"})).items() if p.init_std == 0
+    }
     assert {"head.linear.weight", "blocks.0.cross_out.weight", "blocks.0.qkv.bias"} <= zero
     assert not {"blocks.0.modulation.table", "time_modulation.weight"} & zero
     for preset, starts in (("dit", True), ("dit-mup", False)):
-        params = param_specs(small("dit", **{"mup.init": preset}))
+        params = param_specs(small("dit", **{"init.preset": preset}))
         assert (params["blocks.0.modulation.weight"].init_std == 0) is starts
         assert params["head.linear.weight"].init_std == 0
 
@@ -88,10 +90,10 @@ def test_presets_initialize_the_same_parameters_to_zero_as_the_originals():
 @pytest.mark.parametrize("n", [1, 4])
 def test_init_std_sets_the_standard_deviation_of_each_role(n):
     options = {
-        "mup.init_std.input": 0.1,
-        "mup.init_std.hidden": 0.2,
-        "mup.init_std.vector": 0.3,
-        "mup.init_std.output": 0.4,
+        "init.std.input": 0.1,
+        "init.std.hidden": 0.2,
+        "init.std.vector": 0.3,
+        "init.std.output": 0.4,
     }
     params = param_specs(small("dit", heads=2 * n, base_heads=2, **options))
     assert params["patch_embed.weight"].init_std == 0.1
@@ -103,10 +105,10 @@ def test_init_std_sets_the_standard_deviation_of_each_role(n):
 
 
 def test_zero_output_and_zero_adaln_select_the_initialization():
-    params = param_specs(small("mmdit", heads=8, base_heads=2, **{"mup.zero_output": False, "mup.zero_adaln": False}))
+    params = param_specs(small("mmdit", heads=8, base_heads=2, **{"init.zero_output": False, "init.zero_adaln": False}))
     assert params["head.linear.weight"].init_std == pytest.approx(1 / math.sqrt(16))  # fan-in of the base model
     assert params["blocks.0.image.modulation.weight"].init_std == pytest.approx(1 / math.sqrt(64))
-    kept = param_specs(small("dit", **{"mup.init": "dit-mup", "mup.zero_adaln": True}))
+    kept = param_specs(small("dit", **{"init.preset": "dit-mup", "init.zero_adaln": True}))
     assert kept["blocks.0.modulation.weight"].init_std == 0
 
 
@@ -131,7 +133,7 @@ def test_attention_scale_is_proportional_to_one_over_head_dim():
     assert params["blocks.0.image.q_norm.gain"].role == "vector"
 
 
-def three_steps(arch, data, parametrization):
+def three_steps(arch, data, mup_enabled):
     """Return losses and all weights after three steps. Runs in a rank of the pool."""
     from megatron_dit.data.index import read_index
     from megatron_dit.data.stream import batches
@@ -142,7 +144,7 @@ def three_steps(arch, data, parametrization):
         arch,
         heads=2,
         base_heads=2,
-        **{"data.path": str(data), "mup.parametrization": parametrization, "train.steps": 3},
+        **{"data.path": str(data), "mup.enabled": mup_enabled, "train.steps": 3},
     )
     engine = Engine(config, build_topology(config))
     engine.initialise()
@@ -166,8 +168,8 @@ def test_invalid_options_are_rejected(tmp_path, capsys):
     path = tmp_path / "c.yaml"
     path.write_text(yaml.safe_dump(small_dict("dit")))
     for override, words in (
-        ("mup.init=kaiming", "mup.init='kaiming'"),
-        ("mup.init_std.hidden=-1", "mup.init_std.hidden=-1"),
+        ("init.preset=kaiming", "init.preset='kaiming'"),
+        ("init.std.hidden=-1", "init.std.hidden=-1"),
     ):
         assert run(["mup", str(path), override]) == 2
         assert words in capsys.readouterr().err

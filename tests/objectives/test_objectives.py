@@ -11,8 +11,8 @@ from diffusers.schedulers import DDPMScheduler, FlowMatchEulerDiscreteScheduler
 from megatron_dit.config import ObjectiveConfig
 from megatron_dit.objectives import NoiseDraw, ddpm, rectified_flow
 
-FLOW = ObjectiveConfig(kind="rectified_flow")
-DDPM = ObjectiveConfig(kind="ddpm")
+FLOW = ObjectiveConfig(name="rectified_flow")
+DDPM = ObjectiveConfig(name="ddpm")
 
 
 def draw(batch, seed=0):
@@ -25,7 +25,7 @@ def draw(batch, seed=0):
 def test_logit_of_t_has_the_configured_mean_and_std():
     """t has a logit-normal distribution."""
     u = (torch.arange(20000, dtype=torch.float64) + 0.5) / 20000
-    config = ObjectiveConfig(kind="rectified_flow", logit_mean=0.3, logit_std=1.2)
+    config = ObjectiveConfig(name="rectified_flow", logit_mean=0.3, logit_std=1.2)
     logit = torch.logit(rectified_flow.sample_t(u, config))
     assert float(logit.mean()) == pytest.approx(0.3, abs=1e-3)
     assert float(logit.std()) == pytest.approx(1.2, abs=2e-3)
@@ -95,7 +95,7 @@ def test_variational_term_at_first_step_is_the_nll_of_256_bins(cdf):
     bar = (1 - betas).cumprod(0)
     a = bar[0]
     x_t = a.sqrt() * x + (1 - a).sqrt() * noise
-    found = ddpm.variational_term(x, noise, t, epsilon, v, ObjectiveConfig(kind="ddpm", normal_cdf=cdf))
+    found = ddpm.variational_term(x, noise, t, epsilon, v, ObjectiveConfig(name="ddpm", normal_cdf=cdf))
     x0 = (x_t - (1 - a).sqrt() * epsilon) / a.sqrt()  # at the first step the posterior mean is x0
     following = (
         betas[1] * (1 - bar[0]) / (1 - bar[1])
@@ -121,7 +121,7 @@ def test_losses_at_small_t_equal_fp64(schedule):
     ends = (1e-4, 0.02) if schedule == "linear" else (0.00085**0.5, 0.012**0.5)
     betas = torch.linspace(*ends, 1000, dtype=torch.float64) ** (1 if schedule == "linear" else 2)
     bar = (1 - betas).cumprod(0)
-    config = ObjectiveConfig(kind="ddpm", beta_schedule=schedule)
+    config = ObjectiveConfig(name="ddpm", beta_schedule=schedule)
     g = torch.Generator().manual_seed(3)
     for step in range(10):
         x, out = torch.rand(2, 3, 8, 8, generator=g) * 2 - 1, torch.randn(2, 6, 8, 8, generator=g) * 0.5

@@ -19,9 +19,9 @@ STEPS, SKIPPED = 20, 4
 SETTINGS = {"heads": 8, "base_heads": 2, "optimizer.eps": 1e-5, "optimizer.beta2": 0.99}
 TOLERANCE = 1e-5
 NONE = {}
-DEEPSPEED = {"optimizer.fused": "deepspeed"}
+DEEPSPEED = {"optimizer.implementation": "deepspeed"}
 OFFLOAD = {"optimizer.offload": True}
-COUNTS_IN_GROUP = {"optimizer.fused": "apex"}  # a stand-in, see below
+COUNTS_IN_GROUP = {"optimizer.implementation": "apex"}  # a stand-in, see below
 LIBRARIES = [*adamw.AVAILABLE, "offload"]
 
 
@@ -159,7 +159,7 @@ def train(layout, first, steps, folder, source):
     from megatron_dit.checkpoint.writer import save
 
     config = small("mmdit", **SETTINGS, **layout)
-    engine = (with_stand_in if config.optimizer.fused == "apex" else start)(config)
+    engine = (with_stand_in if config.optimizer.implementation == "apex" else start)(config)
     if source:
         restore(engine, newest(Path(source))[0])
     for step in range(first, steps):

@@ -107,7 +107,7 @@ def test_combination_is_the_least_squares_solution_for_the_profiles():
 # --- in the engine ----------------------------------------------------------------------------------
 
 STEPS, SKIPPED = 12, 5
-SETTINGS = {"train.ema_sigma_rel": WIDTHS, "optimizer.eps": 1e-5}
+SETTINGS = {"ema.sigma_rel": WIDTHS, "optimizer.eps": 1e-5}
 
 
 def train(layout, folder):
@@ -195,12 +195,12 @@ def test_averages_are_bit_equal_after_resuming_in_other_layouts(pool, tmp_path):
 @pytest.mark.parametrize(
     ("keys", "message"),
     [
-        ({"train.ema_sigma_rel": [0.05, 0.3]}, r"train.ema_sigma_rel=0.3: expected numbers in \[0.0001, 0.2886\]"),
-        ({"train.ema_sigma_rel": [1e-200]}, "train.ema_sigma_rel=1e-200: expected numbers in"),
-        ({"train.ema_sigma_rel": [0.0]}, "expected numbers in"),
-        ({"train.ema_sigma_rel": [0.1, 0.1]}, "expected different numbers"),
-        ({"checkpoint.ema_every": 5}, "train.ema_sigma_rel: set it"),
-        ({"checkpoint.ema_every": -1, "train.ema_sigma_rel": [0.1]}, "expected at least 0"),
+        ({"ema.sigma_rel": [0.05, 0.3]}, r"ema.sigma_rel=0.3: expected numbers in \[0.0001, 0.2886\]"),
+        ({"ema.sigma_rel": [1e-200]}, "ema.sigma_rel=1e-200: expected numbers in"),
+        ({"ema.sigma_rel": [0.0]}, "expected numbers in"),
+        ({"ema.sigma_rel": [0.1, 0.1]}, "expected different numbers"),
+        ({"ema.snapshot_every": 5}, "ema.sigma_rel: set it"),
+        ({"ema.snapshot_every": -1, "ema.sigma_rel": [0.1]}, "expected at least 0"),
     ],
 )
 def test_invalid_ema_settings_are_rejected(keys, message):

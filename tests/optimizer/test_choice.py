@@ -25,9 +25,9 @@ def test_without_a_gpu_auto_is_torch_and_gpu_libraries_are_rejected():
     assert choose(config_of()).title == "torch.optim.AdamW(fused=True)"
     for name in ("apex", "te"):
         with pytest.raises(UserError) as error:
-            choose(config_of(fused=name))
+            choose(config_of(implementation=name))
         message = str(error.value)
-        assert f"optimizer.fused='{name}'" in message
+        assert f"optimizer.implementation='{name}'" in message
         assert "GPUs only" in message
         assert message.endswith("torch")
         assert "\n" not in message
@@ -52,7 +52,7 @@ def test_auto_selects_the_first_available_that_needs_no_compiling(monkeypatch):
     kinds = {"apex": stub("no module"), "deepspeed": compiles, "te": available, "torch": later}
     monkeypatch.setattr(adamw, "AVAILABLE", kinds)
     assert choose(config_of()) is available
-    assert choose(config_of(fused="deepspeed")) is compiles
+    assert choose(config_of(implementation="deepspeed")) is compiles
 
 
 def test_missing_compiler_is_reported(monkeypatch):
@@ -64,9 +64,9 @@ def test_missing_compiler_is_reported(monkeypatch):
 
 def test_invalid_optimizer_settings_are_rejected():
     with pytest.raises(UserError, match="expected one of auto, apex, te, deepspeed, torch"):
-        config_of(fused="fast")
+        config_of(implementation="fast")
     with pytest.raises(UserError, match="uses its own AdamW"):
-        small("mmdit", **{"parallel.zero_stage": 1, "optimizer.offload": True, "optimizer.fused": "torch"})
+        small("mmdit", **{"parallel.zero_stage": 1, "optimizer.offload": True, "optimizer.implementation": "torch"})
     with pytest.raises(UserError, match=r"optimizer.offload=true with parallel.zero_stage=0"):
         config_of(offload=True)
 
@@ -86,7 +86,7 @@ def lacks_on_one_rank(config):
 
 
 def test_all_ranks_raise_if_one_lacks_the_implementation(pool):
-    for outcome in pool.outcomes(2, lacks_on_one_rank, small("mmdit", **{"optimizer.fused": "apex"})):
+    for outcome in pool.outcomes(2, lacks_on_one_rank, small("mmdit", **{"optimizer.implementation": "apex"})):
         assert "apex.optimizers.FusedAdam is not available" in outcome.user_error
 
 
@@ -94,7 +94,7 @@ def test_run_prints_its_implementation_and_may_resume_with_another(compiled, dat
     values = {"data.path": str(dataset), "run_dir": str(tmp_path / "run"), "train.steps": 2}
     path, metrics = tmp_path / "config.yaml", tmp_path / "figures.json"
     path.write_text(yaml.safe_dump(small_dict("mmdit", **values)))
-    out = finish(path, 1, "optimizer.fused=deepspeed", "--json", str(metrics))
+    out = finish(path, 1, "optimizer.implementation=deepspeed", "--json", str(metrics))
     assert "optimizer: deepspeed.ops.adam.FusedAdam" in out
     assert json.loads(metrics.read_text())["optimizer"] == "deepspeed.ops.adam.FusedAdam"
     out = finish(path, 2, "train.steps=4", "optimizer.offload=true", "parallel.zero_stage=2")

@@ -83,7 +83,7 @@ def test_layout_equals_one_process(pool, dataset, tmp_path, reference, deep_refe
 @pytest.mark.parametrize("arch", ["mmdit", "uvit"])
 def test_uneven_blocks_equal_one_process(pool, dataset, tmp_path, deep_reference, arch):
     config = {**deep(arch), "parallel.pipeline": 2, "train.micro_batch": 2}
-    config["parallel.blocks"] = [1, config["model.depth"] - 1]
+    config["parallel.blocks_per_stage"] = [1, config["model.depth"] - 1]
     found = pool.run(2, traced, arch, dataset, tmp_path, config)[0]
     result = verify.compare("uneven", found, deep_reference[arch])
     assert result.good, result

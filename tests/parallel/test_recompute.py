@@ -7,7 +7,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from megatron_dit.config import ParallelConfig
-from megatron_dit.models import build
+from megatron_dit.models.build import build
 from megatron_dit.models.common.condition import Condition
 from megatron_dit.parallel.layers import Backend
 from megatron_dit.parallel.topology import SOLO, connect

@@ -89,7 +89,7 @@ def make_all():
     import torch.distributed as dist
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
-    from megatron_dit.models import build
+    from megatron_dit.models.build import build
     from megatron_dit.models.param_specs import param_specs
     from megatron_dit.parallel.te import TeBackend
     from megatron_dit.parallel.topology import Topology
@@ -126,7 +126,7 @@ def test_parameters_equal_those_of_the_local_backend(made, arch, ranks):
     local, te = made[arch, ranks]
     assert te.parameters == local.parameters
     assert te.buffers == local.buffers
-    assert te.filled == local.filled == []  # only mup.init sets values
+    assert te.filled == local.filled == []  # only mup.initial_values sets values
     assert te.hidden.keys() == local.hidden.keys()
     assert set(local.hidden.values()) == {"megatron_dit.parallel.layers"}
     assert set(te.hidden.values()) == {"megatron_dit.parallel.te"}

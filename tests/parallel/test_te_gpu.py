@@ -44,7 +44,7 @@ def last_pass(config, backend, count):
 
     Delayed scaling takes its scales from the passes before.
     """
-    from megatron_dit.models import build
+    from megatron_dit.models.build import build
     from megatron_dit.models.param_specs import param_specs
     from megatron_dit.mup.initial_values import initial_value
     from megatron_dit.mup.multipliers import forward_multipliers, set_multipliers

@@ -46,7 +46,7 @@ def local_sizes(options):
 @pytest.mark.parametrize("rank", [0, WORLD - 1])
 def test_memory_equals_closed_form_for_zero_3_with_tensor_parallelism_in_bf16(tmp_path, rank):
     options = {"parallel.tensor": 2, "parallel.zero_stage": 3, "train.dtype": "bf16", "train.micro_batch": 1}
-    options["train.ema_sigma_rel"] = [0.05, 0.1]
+    options["ema.sigma_rel"] = [0.05, 0.1]
     found = share(tmp_path, rank, **options)
     elements = sum(math.ceil(size / 8) for _, size in local_sizes(options))
     expected = {"weights": 2, "gradients": 4, "masters": 4, "moments": 8, "ema": 12}

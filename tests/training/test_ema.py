@@ -15,7 +15,7 @@ from tests.training.test_engine import batch, start
 
 STEPS = 50
 # Adam turns rounding errors of gradients near zero into updates of full size, unless eps is larger than the gradients.
-OPTIONS = {"optimizer.eps": 1e-3, "train.ema_decay": 0.95}
+OPTIONS = {"optimizer.eps": 1e-3, "ema.decay": 0.95}
 QUICK = ("dp2-zero1", "dp2-zero3", "tp2-sp", "pp2", "dp2-pp2-zero1")  # the other layouts run with -m slow
 SHARDED = [name for name, layout in LAYOUTS.items() if layout.ranks > 1 or layout.recompute != "none"]
 

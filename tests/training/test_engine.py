@@ -156,7 +156,7 @@ def plain_pytorch(steps):
         plain.backward(batch(config, SOLO, step))
         norms.append(plain.update(step))
         for name, p in plain.weights.items():
-            ema[name] = config.train.ema_decay * ema[name] + (1 - config.train.ema_decay) * p.detach()
+            ema[name] = config.ema.decay * ema[name] + (1 - config.ema.decay) * p.detach()
     return norms, {name: p.detach() for name, p in plain.weights.items()}, ema
 
 

@@ -79,7 +79,7 @@ def activations(layout):
 def test_activations_do_not_depend_on_the_pipeline(pool):
     (expected,) = pool.run(1, activations, {"train.micro_batch": 8})
     for chunks in (1, 2):
-        layout = {"parallel.pipeline": 2, "parallel.chunks": chunks, "train.micro_batch": 2}
+        layout = {"parallel.pipeline": 2, "parallel.virtual_stages": chunks, "train.micro_batch": 2}
         assert pool.run(2, activations, layout)[1] == pytest.approx(expected, rel=1e-5)
     assert len(expected) == 5 + 2  # blocks, tokens, output
 

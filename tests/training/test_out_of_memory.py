@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from megatron_dit.cli import run
-from megatron_dit.models import build_unsharded
+from megatron_dit.models.build import build_unsharded
 from megatron_dit.runtime.errors import OwnError, UserError
 from megatron_dit.training import memory
 from megatron_dit.training.memory import explain_out_of_memory

@@ -15,7 +15,7 @@ def write_sweep(folder, data, space, arch="mmdit", base=None, **options):
     tiny = {"model.depth": 1, "train.steps": 6, "train.global_batch": 4, "optimizer.warmup_steps": 0}
     tiny |= {"checkpoint.every": 2, "data.path": str(data), "train.threads": 1}
     (folder / "base.yaml").write_text(yaml.safe_dump(small_dict(arch, **{**tiny, **(base or {})})))
-    values = {"run_dir": str(folder / "sweep"), "config": str(folder / "base.yaml"), "space": space, **options}
+    values = {"run_dir": str(folder / "sweep"), "base_config": str(folder / "base.yaml"), "space": space, **options}
     path = folder / "search.yaml"
     path.write_text(yaml.safe_dump(values))
     return path

@@ -122,7 +122,7 @@ def sizes_of(rows):
 
 def test_command_reports_failure_and_rejects_invalid_flags(dataset, tmp_path, capsys):
     config, plot, results = tmp_path / "config.yaml", tmp_path / "cc.png", tmp_path / "cc.json"
-    settings = {"data.path": str(dataset), "mup.parametrization": "standard", "model.head_dim": 32}
+    settings = {"data.path": str(dataset), "mup.enabled": False, "model.head_dim": 32}
     config.write_text(yaml.safe_dump(small_dict("mmdit", heads=2, base_heads=2, **settings)))
     words = ["coord-check", str(config), "--seeds", "1", "--steps", "2", "--heads", "2,4,8"]
     assert run([*words, "--out", str(plot), "--json", str(results)]) == 1

@@ -128,10 +128,10 @@ def test_corrupt_result_is_renamed_and_its_trial_runs_again(finished, capsys, co
 @pytest.mark.parametrize(
     ("key", "values"),
     [
-        ("train.ema_sigma_rel", [[0.05], [0.1], [0.05, 0.1]]),
-        ("data.mix", [{"/a/b.c": 0.1}, {"/a/b.c": 0.2, "/d": 0.1}]),
-        ("mup.zero_adaln", [None, True, False]),
-        ("mup.init_std.hidden", [None, 0.02]),
+        ("ema.sigma_rel", [[0.05], [0.1], [0.05, 0.1]]),
+        ("data.mixture", [{"/a/b.c": 0.1}, {"/a/b.c": 0.2, "/d": 0.1}]),
+        ("init.zero_adaln", [None, True, False]),
+        ("init.std.hidden", [None, 0.02]),
         ("optimizer.schedule", ["constant", "cosine"]),
         ("data.text_encoder", ["/models" + "/x" * 150, "a/b [red] $1$ %s {}"]),
         ("optimizer.lr", [1, 0.5]),  # an integer is accepted for a float key

@@ -176,7 +176,7 @@ def test_two_processes_on_one_sweep_run_every_trial_once(dataset, tmp_path):
 @pytest.mark.slow
 def test_median_pruning_stops_trials_with_a_high_loss(dataset, tmp_path):
     space = {"seed": {"choice": [0, 1, 2, 3, 4]}, "optimizer.lr": {"choice": [2**-7, 2**-20]}}
-    path = write_sweep(tmp_path, dataset, space, base={"train.steps": 60, "train.log_every": 10}, stop_early=True)
+    path = write_sweep(tmp_path, dataset, space, base={"train.steps": 60, "train.log_every": 10}, median_pruning=True)
     config = load(SweepConfig, path)
     sweep = Sweep(config)
     good = [n for n in range(config.count) if sweep.files(n).params["optimizer.lr"] == 2**-7]

@@ -78,7 +78,7 @@ def test_transfer_writes_the_target_with_its_groups_and_cost(planted, tmp_path, 
 
 
 def size_of(path):
-    from megatron_dit.models import build_unsharded
+    from megatron_dit.models.build import build_unsharded
 
     return sum(p.numel() for p in build_unsharded(load_config(path).model).parameters())
 
@@ -112,7 +112,7 @@ def test_invalid_sweep_folders_and_targets_are_rejected(planted, tmp_path, datas
 
     assert_rejected("is not a sweep folder", tmp_path / "none", target(tmp_path))
     assert_rejected("base width", planted.folder, target(tmp_path, **{"mup.base_heads": 4}))
-    assert_rejected("mup.parametrization", planted.folder, target(tmp_path, **{"mup.parametrization": "standard"}))
+    assert_rejected("mup.enabled", planted.folder, target(tmp_path, **{"mup.enabled": False}))
     assert_rejected("mup.output_multiplier", planted.folder, target(tmp_path, **{"mup.output_multiplier": 2.0}))
     (tmp_path / "bad").mkdir()
     empty = write_sweep(tmp_path / "bad", dataset, {"optimizer.lr": {"log2": [-8, -7]}})

@@ -40,8 +40,8 @@ class Format:
     rename: Callable[[str, ModelConfig], str | None]
     # Converts in place the weights, already under our names, whose layout differs from ours; returns lines to print.
     adapt: Callable[[Published, Weights, ModelConfig], list[str]]
-    # Value of ``mup.init`` if the project trains under μP, else None. Under μP weights are imported unchanged, and the
-    # run needs a base width.
+    # Value of ``init.preset`` if the project trains under μP, else None. Under μP weights are imported unchanged, and
+    # the run needs a base width.
     mup: str | None = None
     refused: Mapping[str, str] = field(default_factory=dict)  # name prefix -> why files with such names are rejected
     objective: Mapping[str, str] = field(default_factory=dict)  # config keys of the objective the project trains with

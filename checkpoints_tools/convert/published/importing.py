@@ -18,8 +18,9 @@ from checkpoints_tools.convert.published.recipe import Recipe, recipe_of
 from checkpoints_tools.convert.published.torch_files import Published, Weights, read_published
 from checkpoints_tools.convert.published.uvit import UVIT
 from checkpoints_tools.convert.run import Import, config_of, data_of, fresh, write_run
-from megatron_dit.config import OBJECTIVE_OF, Config
+from megatron_dit.config import Config
 from megatron_dit.models.param_specs import param_specs
+from megatron_dit.models.registry import spec_of
 from megatron_dit.mup.rules import Param
 from megatron_dit.runtime.errors import UserError
 
@@ -69,9 +70,10 @@ def _config(form: Format, file: Published, given: Given, asked: Import) -> Confi
     form.model(file, given, patch)  # rejects other architectures before their parametrization is checked
     _check_parametrization(form, file, recipe)
     model = model_of(form, file, given)
-    values = fresh(model, {"kind": OBJECTIVE_OF[form.arch], **form.objective})
+    values = fresh(model, {"name": spec_of(form.arch).objectives[0], **form.objective})
     if form.mup:
-        values["mup"] = {"parametrization": "mup", "init": form.mup}
+        values["mup"] = {"enabled": True}
+        values["init"] = {"preset": form.mup}
         for name, section, key in (("logstd", "mup", "output_multiplier"), ("loglr", "optimizer", "lr")):
             exponent = getattr(file.args, name, None)
             if isinstance(exponent, int | float):

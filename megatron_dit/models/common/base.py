@@ -37,7 +37,7 @@ class DiffusionTransformer(nn.Module, ABC):
         self.blocks = nn.ModuleDict({str(i): self.build_block(i) for i in numbers})
         if self.has_head:
             self.build_head()
-        self.projector = Projector(backend, config) if config.repa_block - 1 in numbers else None
+        self.projector = Projector(backend, config) if (config.repa_block or 0) - 1 in numbers else None
 
     @abstractmethod
     def build_embedders(self) -> None: ...

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from megatron_dit.config import ModelConfig
 from megatron_dit.models.common.positions import timestep_features
+from megatron_dit.mup.init_rules import InitKind
 from megatron_dit.parallel.layers import Backend, set_init
 
 Intermediates = dict[str, Tensor]  # named intermediates, filled when the caller passes a dict
@@ -71,7 +72,7 @@ class LabelEmbedder(nn.Module):
         super().__init__()
         self.classes = classes
         self.table = nn.Parameter(torch.empty(classes + 1, width))
-        set_init(self.table, "table")
+        set_init(self.table, InitKind.TABLE)
 
     def forward(self, label: Tensor, dropped: Tensor) -> Tensor:
         return F.embedding(torch.where(dropped, self.classes, label), self.table)
@@ -83,8 +84,8 @@ class ModulatedHead(nn.Module):
     def __init__(self, backend: Backend, config: ModelConfig) -> None:
         super().__init__()
         self.backend = backend
-        self.modulation = backend.column_gathered(config.width, 2 * config.width, init="adaln")
-        self.linear = backend.linear(config.width, config.patch_size**2 * config.out_channels, init="readout")
+        self.modulation = backend.column_gathered(config.width, 2 * config.width, init=InitKind.ADALN)
+        self.linear = backend.linear(config.width, config.patch_size**2 * config.out_channels, init=InitKind.READOUT)
 
     def forward(self, x: Tensor, c: Tensor) -> Tensor:
         shift, scale = self.modulation(c).chunk(2, dim=-1)
@@ -96,6 +97,8 @@ class Projector(nn.Module):
 
     def __init__(self, backend: Backend, config: ModelConfig) -> None:
         super().__init__()
+        assert config.repa_block
+        assert config.repa_dim
         self.backend, self.after = backend, config.repa_block - 1
         self.fc1 = backend.column(config.width, 2 * config.width)
         self.fc2 = backend.row(2 * config.width, 2 * config.width)

@@ -18,6 +18,7 @@ from megatron_dit.models.common.modules import (
     split_heads,
 )
 from megatron_dit.models.common.positions import interpolated_grid, patchify, unpatchify
+from megatron_dit.mup.init_rules import InitKind
 from megatron_dit.parallel.layers import Backend
 
 
@@ -28,7 +29,7 @@ class DiTBlock(nn.Module):
         super().__init__()
         width, self.head_dim = config.width, config.head_dim
         self.backend, self.scale = backend, config.attention_scale
-        self.modulation = backend.column_gathered(width, 6 * width, init="adaln")
+        self.modulation = backend.column_gathered(width, 6 * width, init=InitKind.ADALN)
         self.qkv = backend.column(width, 3 * width, fused_parts=3)
         self.out = backend.row(width, width)
         self.mlp = Mlp(backend, width, config.mlp_ratio * width)
@@ -79,3 +80,6 @@ class DiT(DiffusionTransformer):
 
     def state_lengths(self, i: int, patches: int) -> list[int]:
         return [self.backend.tokens_per_rank(patches), 1]
+
+
+MODEL = DiT

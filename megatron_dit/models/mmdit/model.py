@@ -22,6 +22,7 @@ from megatron_dit.models.common.modules import (
     split_heads,
 )
 from megatron_dit.models.common.positions import centred_positions, patchify, position_grid, unpatchify
+from megatron_dit.mup.init_rules import InitKind
 from megatron_dit.parallel.layers import Backend
 
 
@@ -37,7 +38,7 @@ class Stream(nn.Module):
         width, self.head_dim = config.width, config.head_dim
         self.backend = backend
         self.parts = 2 if is_final_block else 6
-        self.modulation = backend.column_gathered(width, self.parts * width, init="adaln")
+        self.modulation = backend.column_gathered(width, self.parts * width, init=InitKind.ADALN)
         self.qkv = backend.column(width, 3 * width, fused_parts=3)
         self.q_norm, self.k_norm = backend.head_norm(self.head_dim), backend.head_norm(self.head_dim)
         if not is_final_block:
@@ -134,3 +135,6 @@ class MMDiT(DiffusionTransformer):
         table = config.position_size or base
         rows, columns = (centred_positions(side // config.patch_size, base, table, x.device) for side in x.shape[-2:])
         return position_grid(rows, columns, config.width).to(x.dtype)
+
+
+MODEL = MMDiT

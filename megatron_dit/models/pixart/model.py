@@ -19,6 +19,7 @@ from megatron_dit.models.common.modules import (
     split_heads,
 )
 from megatron_dit.models.common.positions import interpolated_grid, patchify, unpatchify
+from megatron_dit.mup.init_rules import InitKind
 from megatron_dit.parallel.layers import Backend, set_init
 
 
@@ -29,7 +30,7 @@ class ModulationTable(nn.Module):
         super().__init__()
         self.backend = backend
         self.table = nn.Parameter(torch.empty(parts, width))
-        set_init(self.table, "table")
+        set_init(self.table, InitKind.TABLE)
 
     def forward(self, t: Tensor) -> tuple[Tensor, ...]:
         """Return ``parts`` vectors (B, D) for t (parts, B, D) or (1, B, D)."""
@@ -48,7 +49,7 @@ class PixArtBlock(nn.Module):
         self.out = backend.row(width, width)
         self.cross_q = backend.column(width, width)
         self.cross_kv = backend.column(width, 2 * width, fused_parts=2, sharded_input=False)
-        self.cross_out = backend.row(width, width, init="zero")
+        self.cross_out = backend.row(width, width, init=InitKind.ZERO)
         self.mlp = Mlp(backend, width, config.mlp_ratio * width)
 
     def forward(self, x: Tensor, text: Tensor, t: Tensor, mask: Tensor) -> Tensor:
@@ -70,7 +71,7 @@ class Head(nn.Module):
         super().__init__()
         self.backend = backend
         self.modulation = ModulationTable(backend, 2, config.width)
-        self.linear = backend.linear(config.width, config.patch_size**2 * config.out_channels, init="readout")
+        self.linear = backend.linear(config.width, config.patch_size**2 * config.out_channels, init=InitKind.READOUT)
 
     def forward(self, x: Tensor, t: Tensor) -> Tensor:
         """x (S, B, D), t (1, B, D)."""
@@ -88,7 +89,7 @@ class NullCaption(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.table = nn.Parameter(torch.empty(config.text_tokens, config.text_dim))
-        set_init(self.table, "fan_in", trained=config.train_null_caption)
+        set_init(self.table, InitKind.FAN_IN, trained=config.train_null_caption)
         self.trained = config.train_null_caption
 
     def forward(self, text: Tensor, dropped: Tensor) -> Tensor:
@@ -142,3 +143,6 @@ class PixArt(DiffusionTransformer):
 
     def state_lengths(self, i: int, patches: int) -> list[int]:
         return [self.backend.tokens_per_rank(patches), self.config.text_tokens, 6, 1]
+
+
+MODEL = PixArt

@@ -10,6 +10,8 @@ from megatron_dit.models.common.base import DiffusionTransformer, State
 from megatron_dit.models.common.condition import Condition
 from megatron_dit.models.common.modules import Intermediates, LabelEmbedder, Mlp, split_heads
 from megatron_dit.models.common.positions import patchify, timestep_features, unpatchify
+from megatron_dit.models.uvit.spec import sequence_length
+from megatron_dit.mup.init_rules import InitKind
 from megatron_dit.parallel.layers import Backend, set_init
 
 
@@ -43,7 +45,7 @@ class Head(nn.Module):
         super().__init__()
         self.backend, self.config = backend, config
         self.norm = backend.layer_norm(config.width)
-        self.linear = backend.linear(config.width, config.patch_size**2 * config.out_channels, init="readout")
+        self.linear = backend.linear(config.width, config.patch_size**2 * config.out_channels, init=InitKind.READOUT)
         self.conv = backend.conv(config.out_channels, config.out_channels, 3)
 
     def forward(self, x: Tensor, patches: int, height: int, width: int) -> Tensor:
@@ -67,8 +69,8 @@ class UViT(DiffusionTransformer):
             self.label_embed = LabelEmbedder(config.num_classes, width)
         else:
             self.text_embed = backend.linear(config.text_dim, width)
-        self.positions = nn.Parameter(torch.empty(config.tokens, width))
-        set_init(self.positions, "table")
+        self.positions = nn.Parameter(torch.empty(sequence_length(config), width))
+        set_init(self.positions, InitKind.TABLE)
 
     def build_block(self, i: int) -> nn.Module:
         return UViTBlock(self.backend, self.config, skip=i > self.half)
@@ -103,7 +105,7 @@ class UViT(DiffusionTransformer):
 
     def state_lengths(self, i: int, patches: int) -> list[int]:
         skips = i if i <= self.half else self.config.depth - 1 - i
-        return [self.backend.tokens_per_rank(self.config.tokens)] * (1 + skips)
+        return [self.backend.tokens_per_rank(sequence_length(self.config))] * (1 + skips)
 
     def _condition(self, condition: Condition) -> Tensor:
         """Return the condition's tokens: (1, B, D) for a label, (T, B, D) for text."""
@@ -113,3 +115,6 @@ class UViT(DiffusionTransformer):
         text, mask = condition.text_and_mask()
         text = text * (mask & ~condition.dropped[:, None]).to(text.dtype)[..., None]
         return self.text_embed(text.transpose(0, 1))
+
+
+MODEL = UViT

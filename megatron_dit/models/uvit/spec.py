@@ -12,6 +12,13 @@ if TYPE_CHECKING:
     from megatron_dit.config import ModelConfig
 
 
+def sequence_length(config: ModelConfig, patches: int | None = None) -> int:
+    """Return the number of tokens: time, condition and ``patches`` (default: those of ``sample_size``)."""
+    if patches is None:
+        patches = (config.sample_size // config.patch_size) ** 2
+    return 1 + (1 if config.num_classes else config.text_tokens) + patches
+
+
 class UViTSpec(ArchitectureSpec):
     name = "uvit"
     title = "U-ViT"
@@ -31,13 +38,14 @@ class UViTSpec(ArchitectureSpec):
         return config.num_classes > 0
 
     def sequences(self, config: ModelConfig, patches: int) -> dict[str, TokenSequence]:
-        condition = 1 if config.num_classes else config.text_tokens
-        return {"token": TokenSequence(1 + condition + patches)}
+        return {"joint": TokenSequence(sequence_length(config, patches))}
 
     def check(self, config: ModelConfig) -> None:
         super().check(config)
         if config.depth % 2 == 0:
-            raise UserError(f"model.depth={config.depth}: expected an odd number for uvit, whose middle block has no skip")
+            raise UserError(
+                f"model.depth={config.depth}: expected an odd number for uvit, whose middle block has no skip"
+            )
 
 
 SPEC = UViTSpec()
