@@ -68,7 +68,7 @@ class TrainConfig(Section):
         )
         check(
             self.fp8 == "none" or self.dtype == "bf16",
-            f"train.fp8={self.fp8} and train.dtype={self.dtype}: expected train.dtype=bf16 for all other operations",
+            f"train.fp8={self.fp8} and train.dtype={self.dtype}: other operations must be bf16, set train.dtype=bf16",
         )
 
 

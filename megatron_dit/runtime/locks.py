@@ -198,7 +198,7 @@ def _alive(path: Path, holder: dict[str, Any], locked: bool, say: Callable[[str]
             return False
         if holder.get("host") == here["host"] and not Path(f"/proc/{holder.get('pid')}").exists():
             return False
-    say(f"{path} is held by {_describe(holder)}; waiting {SILENCE_SECONDS:.0f} s for its heartbeat")
+    say(f"{path} was taken by {_describe(holder)}; waiting {SILENCE_SECONDS:.0f} s for its heartbeat")
     until = time.monotonic() + SILENCE_SECONDS
     while time.monotonic() < until:
         time.sleep(min(1.0, HEARTBEAT_SECONDS / 4))

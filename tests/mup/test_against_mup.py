@@ -144,7 +144,7 @@ def test_malformed_base_shape_files_are_rejected(content, tmp_path):
 
 
 def test_mup_command_writes_table_and_base_shapes(tmp_path, capsys):
-    config, rows_file, shapes = (tmp_path / name for name in ("config.yaml", "figures.json", "x.bsh"))
+    config, rows_file, shapes = (tmp_path / name for name in ("config.yaml", "rows.json", "x.bsh"))
     config.write_text(yaml.safe_dump(small_dict("pixart", heads=8, base_heads=2)))
     assert run(["mup", str(config), "--json", str(rows_file), "--save", str(shapes)]) == 0
     rows = {row["name"]: row for row in json.loads(rows_file.read_text())}

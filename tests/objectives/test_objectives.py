@@ -97,9 +97,8 @@ def test_variational_term_at_first_step_is_the_nll_of_256_bins(cdf):
     x_t = a.sqrt() * x + (1 - a).sqrt() * noise
     found = ddpm.variational_term(x, noise, t, epsilon, v, ObjectiveConfig(name="ddpm", normal_cdf=cdf))
     x0 = (x_t - (1 - a).sqrt() * epsilon) / a.sqrt()  # at the first step the posterior mean is x0
-    following = (
-        betas[1] * (1 - bar[0]) / (1 - bar[1])
-    )  # v = 0: the log variance is halfway between those of beta and this
+    # v = 0: the log variance is halfway between those of beta and of the second step's posterior
+    following = betas[1] * (1 - bar[0]) / (1 - bar[1])
     std = torch.exp(0.25 * (betas[0].log() + following.log()))
 
     def normal(z):
@@ -110,9 +109,8 @@ def test_variational_term_at_first_step_is_the_nll_of_256_bins(cdf):
     upper = torch.where(x > 0.999, 1.0, normal((x + 1 / 255 - x0) / std))
     lower = torch.where(x < -0.999, 0.0, normal((x - 1 / 255 - x0) / std))
     expected = -(upper - lower).clamp_min(1e-12).log2().flatten(1).mean(1)
-    torch.testing.assert_close(
-        found, expected, rtol=1e-7, atol=1e-12
-    )  # the direct difference is less accurate far in the tail
+    # The direct difference is less accurate far in the tail.
+    torch.testing.assert_close(found, expected, rtol=1e-7, atol=1e-12)
 
 
 @pytest.mark.parametrize("schedule", ["linear", "scaled_linear"])

@@ -92,7 +92,7 @@ def test_all_ranks_raise_if_one_lacks_the_implementation(pool):
 
 def test_run_prints_its_implementation_and_may_resume_with_another(compiled, dataset, tmp_path):
     values = {"data.path": str(dataset), "run_dir": str(tmp_path / "run"), "train.steps": 2}
-    path, metrics = tmp_path / "config.yaml", tmp_path / "figures.json"
+    path, metrics = tmp_path / "config.yaml", tmp_path / "metrics.json"
     path.write_text(yaml.safe_dump(small_dict("mmdit", **values)))
     out = finish(path, 1, "optimizer.implementation=deepspeed", "--json", str(metrics))
     assert "optimizer: deepspeed.ops.adam.FusedAdam" in out

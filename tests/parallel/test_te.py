@@ -101,10 +101,8 @@ def make_all():
         for topology in (SOLO, pair):
             config = small(arch, **{"parallel.tensor": topology.world, "parallel.sequence": topology is pair})
             local = build(config.model, Backend(config.model, config.parallel, topology))
-            result[arch, topology.world] = (
-                properties_of(local),
-                properties_of(build(config.model, TeBackend(config, topology))),
-            )
+            te = build(config.model, TeBackend(config, topology))
+            result[arch, topology.world] = properties_of(local), properties_of(te)
         config = small(arch)
         result[arch, "roles"] = (
             param_specs(config),

@@ -38,7 +38,7 @@ def fast(monkeypatch):
     monkeypatch.setattr(locks, "SILENCE_SECONDS", 1.0)
 
 
-def refused(path, **kwargs):
+def lock_error(path, **kwargs):
     with pytest.raises(UserError) as caught:
         RunLock(path, **kwargs)
     return str(caught.value)
@@ -51,7 +51,7 @@ def silent(line):
 def test_error_names_the_holder_and_sigkill_releases_the_lock_immediately(tmp_path):
     path = tmp_path / "run.lock"
     process, pid = hold(path)
-    message = refused(path, say=silent)
+    message = lock_error(path, say=silent)
     assert f"run_dir={tmp_path} is in use by process {pid} on host {os.uname().nodename}, started 20" in message
     process.send_signal(signal.SIGKILL)
     process.wait()
@@ -82,7 +82,7 @@ def test_lock_of_another_machine_is_stale_only_without_heartbeat(tmp_path, fast,
         holder = RunLock(there)
     path.symlink_to(there)
     monkeypatch.setattr(locks, "try_lock", lambda path: locks.FileLock(os.open(path, os.O_RDWR), supported=True))
-    assert "is in use by process 7 on host far" in refused(path, say=printed.append)
+    assert "is in use by process 7 on host far" in lock_error(path, say=printed.append)
     assert "waiting" in printed[0]
     holder._ended.set()  # simulate SIGKILL: no more heartbeats, file unchanged
     holder._heart.join()
@@ -98,7 +98,7 @@ def test_run_lock_works_on_a_file_system_without_flock(tmp_path, fast, monkeypat
     monkeypatch.setattr("megatron_dit.runtime.locks.fcntl.flock", flock)
     path = tmp_path / "run.lock"
     with RunLock(path):
-        assert "is in use by process" in refused(path, say=lambda line: None)
+        assert "is in use by process" in lock_error(path, say=lambda line: None)
     RunLock(path, say=silent).release()
     ended = subprocess.Popen(["true"])
     ended.wait()
