@@ -118,7 +118,8 @@ def verify(path: str, overrides: Sequence[str], names: Sequence[str] | None, ste
     traces: dict[str, Trace] = {}
     with tempfile.TemporaryDirectory() as scratch, ProgressBar("verify", len(layouts)) as bar:
         for name, (layout, config) in layouts.items():
-            traces[name] = Trace(**run_layout(Path(scratch) / name, name, layout, config, {}))
+            result = run_layout(Path(scratch) / name, name, layout, config, {})
+            traces[name] = Trace(**result)
             bar.advance(name)
     reference = traces.pop(SINGLE)
     results = [compare(name, trace, reference) for name, trace in traces.items()]

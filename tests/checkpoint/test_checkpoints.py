@@ -125,7 +125,7 @@ def test_checkpoint_with_other_mup_multipliers_is_refused(saved):
     config = small("mmdit", **{"mup.base_heads": 4})
     reader = CheckpointReader(step_folder(saved["mmdit"], 2))
     reader.check_mup(param_specs(small("mmdit")))
-    with pytest.raises(UserError, match=r"was trained with lr x 0\.5 on .*, but the config's μP rules give x 1;"):
+    with pytest.raises(UserError, match=r"was trained with lr x 0\.5 for .*, but the config's μP rules give x 1;"):
         reader.check_mup(param_specs(config))
 
 
