@@ -192,9 +192,8 @@ class Sweep:
     def run(self, only: int | None = None) -> list[Result]:
         """Run all trials, or trial ``only``, that have no result yet, and return the results sorted by number."""
         context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(
-            ["megatron_dit.sweep.trial", "megatron_dit.engine"]
-        )  # importing them takes seconds
+        # Importing these modules takes seconds, so import them once for all trials.
+        context.set_forkserver_preload(["megatron_dit.sweep.trial", "megatron_dit.engine"])
         numbers = range(self.config.count) if only is None else [only]
         results = {n: result for n in numbers if (result := self._stored(n)) is not None}
         for result in results.values():
