@@ -192,9 +192,8 @@ class Sweep:
     def run(self, only: int | None = None) -> list[Result]:
         """Run all trials, or trial ``only``, that have no result yet, and return the results sorted by number."""
         context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(
-            ["megatron_dit.tuning.trial", "megatron_dit.training.engine"]
-        )  # importing them takes seconds
+        # Importing these modules takes seconds, so import them once for all trials.
+        context.set_forkserver_preload(["megatron_dit.tuning.trial", "megatron_dit.training.engine"])
         numbers = range(self.config.count) if only is None else [only]
         results = {n: result for n in numbers if (result := self._stored(n)) is not None}
         for result in results.values():
@@ -217,7 +216,7 @@ class Sweep:
         return [results[number] for number in sorted(results)]
 
     def _until_done(self, context: Any, numbers: list[int], running: list[Running]) -> Iterator[Result]:
-        """Run the trials, ``parallel`` at a time, and yield each result. ``running`` lists the running trials."""
+        """Run the trials, ``concurrent_trials`` at a time, and yield each result. ``running`` lists the running trials."""
         waiting = deque(numbers)
         held_until: dict[int, float] = {}
         while waiting or running:
@@ -281,7 +280,7 @@ class Sweep:
         return result
 
     def _devices(self, slot: int) -> str | None:
-        """Return CUDA_VISIBLE_DEVICES for a slot: ``procs`` GPUs that no other slot uses; None without GPUs."""
+        """Return CUDA_VISIBLE_DEVICES for a slot: ``ranks_per_trial`` GPUs that no other slot uses; None without GPUs."""
         if torch.cuda.device_count() == 0:
             return None
         return ",".join(
@@ -314,7 +313,7 @@ class Sweep:
             self._study.tell(result.number, state=TrialState.PRUNED if pruned else TrialState.FAIL)
 
     def _watch(self, trial: Running) -> None:
-        """If ``stop_early`` is set, report the losses so far to Optuna, and stop the trial if the pruner says so."""
+        """If ``median_pruning`` is set, report the losses so far to Optuna, and stop the trial if the pruner says so."""
         if not self.config.median_pruning:
             return
         lines = [line for line in read_metrics(trial.files.folder) if line["step"] > trial.reported]

@@ -146,11 +146,7 @@ def classify(files: TrialFiles, last: float, reason: str, seconds: float) -> Res
             first = lines[0]["loss"]
             state = "complete" if first is None or mean <= first else "diverged"
             loss = mean if state == "complete" else None
-            reason = (
-                reason
-                if state == "complete"
-                else f"its final loss {mean:.4g} is above the untrained model's {first:.4g}"
-            )
+            reason = reason if state == "complete" else f"final loss {mean:.4g} is above the untrained {first:.4g}"
     samples = steps * config.train.global_batch
     return Result(files.number, files.params, state, loss, reason, steps, samples, seconds)
 

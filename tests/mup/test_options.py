@@ -126,7 +126,7 @@ def test_attention_scale_is_proportional_to_one_over_head_dim():
             sample_size=8, num_classes=4,
         ).attention_scale  # fmt: skip
 
-    assert scale(64, 0) == scale(64, 64) == 1 / 8
+    assert scale(64, None) == scale(64, 64) == 1 / 8
     assert scale(128, 64) == pytest.approx(1 / 16)  # mup's sqrt(d_base) / d
     params = param_specs(small("mmdit", heads=2, base_heads=2, **{"model.head_dim": 32, "model.base_head_dim": 8}))
     assert params["blocks.0.image.qkv.weight"].width_multiplier == 4
@@ -154,8 +154,8 @@ def three_steps(arch, data, mup_enabled):
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 def test_mup_at_base_width_is_bit_equal_to_standard_parametrization(pool, dataset, arch):
-    (mup_run,) = pool.run(1, three_steps, arch, dataset, "mup")
-    (plain_run,) = pool.run(1, three_steps, arch, dataset, "standard")
+    (mup_run,) = pool.run(1, three_steps, arch, dataset, True)
+    (plain_run,) = pool.run(1, three_steps, arch, dataset, False)
     assert mup_run[0] == plain_run[0]
     assert all(torch.equal(value, plain_run[1][name]) for name, value in mup_run[1].items())
 

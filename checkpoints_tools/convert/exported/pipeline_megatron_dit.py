@@ -27,7 +27,7 @@ class MegatronDiTPipeline(DiffusionPipeline):
     """
 
     model_cpu_offload_seq = "text_encoder->text_encoder_3->transformer->vae"
-    _optional_components = ["vae", "tokenizer", "text_encoder", "tokenizer_3", "text_encoder_3"]  # noqa: RUF012
+    _optional_components = ["vae", "tokenizer", "text_encoder", "tokenizer_3", "text_encoder_3"]
 
     def __init__(
         self,
