@@ -23,9 +23,9 @@ mkdir -p "$RUNS"
 # blocks that fit (24 bytes per parameter in the optimizer step: 121 GiB); dit-xl2 0.67B; pixart 0.61B.
 config_of() {
     case $1 in
-    mmdit-2b) echo configs/mmdit/18b.yaml model.heads=27 model.repa_block=0 model.repa_dim=0 \
+    mmdit-2b) echo configs/mmdit/18b.yaml model.heads=27 model.repa_block=null model.repa_dim=null \
         train.global_batch=128 train.micro_batch=32 ;;
-    mmdit-18b) echo configs/mmdit/18b.yaml model.depth=6 model.repa_block=0 model.repa_dim=0 \
+    mmdit-18b) echo configs/mmdit/18b.yaml model.depth=6 model.repa_block=null model.repa_dim=null \
         train.global_batch=64 train.micro_batch=16 ;;
     dit-xl2) echo configs/dit/xl2-mup.yaml train.global_batch=64 train.micro_batch=64 ;;
     pixart) echo configs/pixart/target.yaml train.global_batch=64 train.micro_batch=64 ;;

@@ -35,7 +35,7 @@ def open_source(
     if "://" in spec and not os.path.lexists(spec):
         raise UserError(f"source {spec!r} is a URL; download its tars and give their paths")
     folder = Path(spec)
-    if not os.path.isdir(spec):  # Path.is_dir raises for a list of tars longer than a path
+    if not os.path.isdir(spec):  # noqa: PTH112 - Path.is_dir raises for a list of tars longer than a path
         if table or classes:
             raise UserError(
                 f"source {spec!r} is not a folder; {'--table requires' if table else '--class-folders requires'} one"

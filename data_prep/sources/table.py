@@ -102,6 +102,6 @@ class Table:
         pieces = re.split(rf"[\r\n{delimiter}]", cell)
         names = (piece.strip(' "') for piece in pieces)
         return any(
-            name.rpartition(".")[2].lower() in PICTURES and os.path.isfile(self._root / name)  # any text
+            name.rpartition(".")[2].lower() in PICTURES and os.path.isfile(self._root / name)  # noqa: PTH113 - names may be any text
             for name in names
         )

@@ -25,7 +25,7 @@ def check_baseline(model: ModelConfig) -> None:
     if model.arch not in MODELS:
         raise UserError(f"--diffusers does not support model.arch={model.arch}; expected one of {', '.join(MODELS)}")
     if model.repa_block:
-        raise UserError("--diffusers does not support REPA; set model.repa_block=0 model.repa_dim=0")
+        raise UserError("--diffusers does not support REPA; set model.repa_block=null model.repa_dim=null")
     if model.mlp_ratio != MLP_RATIO:
         raise UserError(
             f"--diffusers does not support model.mlp_ratio={model.mlp_ratio}; set model.mlp_ratio={MLP_RATIO}, the "

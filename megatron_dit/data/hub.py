@@ -109,7 +109,7 @@ def source_of(name: str) -> Source:
 
 def _absolute(path: str) -> Path:
     """Make a path absolute without resolving symbolic links, because siblings are looked up next to the link."""
-    return Path(os.path.abspath(path))
+    return Path(os.path.abspath(path))  # noqa: PTH100
 
 
 def locate(kind: Kind, name: str) -> Source:

@@ -100,9 +100,10 @@ def _count_model(config: ModelConfig, height: int, width: int) -> ModelFlops:
         # Blocks with the same weights and inputs have the same FLOPs.
         kind = tuple(p.shape for p in block.parameters()), tuple(value.shape for value in state)
         if kind not in counted:
-            counted[kind] = _count(lambda state, i=i: model.run_block(i, state, condition), state)
-        state, flops = counted[kind]
-        blocks.append(flops)
+            counted[kind] = _count(lambda state, i=i: model.run_block(i, state, condition), state)[1]
+        blocks.append(counted[kind])
+        with torch.no_grad():
+            state = model.run_block(i, state, condition)
         if i + 1 == config.repa_block and model.projector is not None:
             projector = _count(functools.partial(_project, model.projector, i, patches), state[:1])[1]
     head = _count(lambda state: (model.readout(state, height, width),), state)[1]

@@ -191,7 +191,7 @@ _stderr = threading.Lock()
 @contextlib.contextmanager
 def _without_stderr() -> Iterator[None]:
     """Discard what C++ code prints to standard error."""
-    with _stderr, open(os.devnull, "w") as null:
+    with _stderr, open(os.devnull, "w") as null:  # noqa: PTH123
         sys.stderr.flush()
         before = os.dup(2)
         os.dup2(null.fileno(), 2)

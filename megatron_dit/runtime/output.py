@@ -60,7 +60,7 @@ def guard_output() -> None:
             os.open(os.devnull, os.O_RDWR)  # gets the lowest free descriptor
             os.set_inheritable(descriptor, True)
     for descriptor, name, title in ((1, "stdout", "standard output"), (2, "stderr", "standard error")):
-        stream = getattr(sys, name) or open(descriptor, "w", closefd=False)
+        stream = getattr(sys, name) or open(descriptor, "w", closefd=False)  # noqa: SIM115
         if not isinstance(stream, GuardedStream):
             setattr(sys, name, cast(TextIO, GuardedStream(stream, title, drop=name == "stderr")))
 

@@ -35,7 +35,7 @@ def user_path(path: str, name: str) -> str:
     if path.startswith("./") and str(Path(path)).startswith("~"):
         return str(Path(path).absolute())  # pathlib drops the "./", which lets a folder be named "~x"
     # Path.expanduser raises for unknown users.
-    expanded = path if "://" in path else os.path.expanduser(path)
+    expanded = path if "://" in path else os.path.expanduser(path)  # noqa: PTH111
     if expanded.startswith("~"):
         user = expanded.partition("/")[0]
         raise UserError(f"{name}={path}: no home folder found for {user}; write ./{user} for a folder with that name")

@@ -216,7 +216,7 @@ class Sweep:
         return [results[number] for number in sorted(results)]
 
     def _until_done(self, context: Any, numbers: list[int], running: list[Running]) -> Iterator[Result]:
-        """Run the trials, ``concurrent_trials`` at a time, and yield each result. ``running`` lists the running trials."""
+        """Run ``concurrent_trials`` trials at a time and yield each result. ``running`` lists the running ones."""
         waiting = deque(numbers)
         held_until: dict[int, float] = {}
         while waiting or running:
@@ -280,7 +280,7 @@ class Sweep:
         return result
 
     def _devices(self, slot: int) -> str | None:
-        """Return CUDA_VISIBLE_DEVICES for a slot: ``ranks_per_trial`` GPUs that no other slot uses; None without GPUs."""
+        """Return CUDA_VISIBLE_DEVICES of a slot: ``ranks_per_trial`` GPUs of its own; None without GPUs."""
         if torch.cuda.device_count() == 0:
             return None
         return ",".join(
@@ -313,7 +313,7 @@ class Sweep:
             self._study.tell(result.number, state=TrialState.PRUNED if pruned else TrialState.FAIL)
 
     def _watch(self, trial: Running) -> None:
-        """If ``median_pruning`` is set, report the losses so far to Optuna, and stop the trial if the pruner says so."""
+        """With ``median_pruning``, report the losses so far to Optuna and stop the trial if the pruner decides so."""
         if not self.config.median_pruning:
             return
         lines = [line for line in read_metrics(trial.files.folder) if line["step"] > trial.reported]

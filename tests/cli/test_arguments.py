@@ -204,7 +204,7 @@ def test_tilde_in_output_paths_is_expanded(config, tmp_path, monkeypatch, capsys
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     assert run(["mup", config, "--json", "~/x.json", "--save", "~/x.bsh"]) == 0
     assert {path.name for path in (tmp_path / "home").iterdir()} == {"x.json", "x.bsh"}
-    assert run(["mup", config, "mup.base_heads=0", "mup.base_shapes=~/x.bsh"]) == 0
+    assert run(["mup", config, "mup.base_heads=null", "mup.base_shapes=~/x.bsh"]) == 0
     assert not Path("~").exists()
     assert run(["mup", config, "--json", "/dev/null"]) == 0
     assert Path("/dev/null").is_char_device()

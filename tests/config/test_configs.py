@@ -11,7 +11,7 @@ from megatron_dit.config import load, load_config
 from megatron_dit.models.param_specs import param_specs
 from megatron_dit.tuning.space import SweepConfig
 
-CONFIGS = Path(__file__).parents[1] / "configs"
+CONFIGS = Path(__file__).parents[2] / "configs"
 
 # (exact number of parameters, number in the paper)
 SIZES = {

@@ -272,17 +272,17 @@ def test_sweep_configs_follow_the_same_rules(path, tmp_path):
     sweep = tmp_path / "sweep.yaml"
 
     def error_of(text):
-        sweep.write_text(f"run_dir: {tmp_path}/s\nconfig: {path}\n{text}\n")
+        sweep.write_text(f"run_dir: {tmp_path}/s\nbase_config: {path}\n{text}\n")
         with pytest.raises(UserError) as caught:
             load(SweepConfig, sweep)
         return str(caught.value)
 
     space = "space: {optimizer.lr: {log2: [-9, -8]}}\n"
     assert "space.optimizer.lr=[1e-4, 1e-3]: expected a section" in error_of("space: {optimizer.lr: [1e-4, 1e-3]}")
-    assert "last=nan" in error_of(f"{space}last: nan")
+    assert "final_fraction=nan" in error_of(f"{space}final_fraction: nan")
     assert "seed=010" in error_of(f"{space}seed: 010")
     assert "seed=4096" in error_of(f"{space}seed: 4096")  # the sampler's seed plus the trial number must fit in 32 bits
-    assert "parallel=1e1" in error_of(f"{space}parallel: 1e1")
+    assert "concurrent_trials=1e1" in error_of(f"{space}concurrent_trials: 1e1")
     assert "log2" in error_of("space: {optimizer.lr: {log2: [-9, 2000]}}")
     assert "optimizer.beta1=1.5" in error_of(
         "sampler: random\ntrials: 3\nspace: {optimizer.beta1: {uniform: [0.5, 1.5]}}"

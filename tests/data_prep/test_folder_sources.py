@@ -180,7 +180,7 @@ def test_file_name_that_is_not_utf8_is_read(fill):
     folder = fill({})
     folder.mkdir()
     for kind, data in ((b"png", PNG), (b"txt", b"words")):
-        with open(os.fsencode(folder) + b"/caf\xe9." + kind, "wb") as file:
+        with open(os.fsencode(folder) + b"/caf\xe9." + kind, "wb") as file:  # noqa: PTH123
             file.write(data)
     assert [item.name for item in scan(open_source(str(folder)))] == ["caf?.png"]
 

@@ -17,7 +17,7 @@ from megatron_dit.checkpoint.load import open_checkpoint
 from tests.helpers.configs import small_dict
 
 BIN = Path(sys.executable).parent
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 
 def launched(words, folder):

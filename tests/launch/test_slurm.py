@@ -103,7 +103,7 @@ def test_srun_trains_and_reports_an_invalid_config_once(slurm, dataset, tmp_path
 def test_sweep_sbatch_runs_trials_as_a_job_array(slurm, dataset, tmp_path):
     """Runs launch/sweep.sbatch without changes."""
     path = write_sweep(tmp_path, dataset, {"optimizer.lr": {"log2": [-9, -8]}})
-    script = Path(__file__).parents[1] / "launch" / "sweep.sbatch"
+    script = Path(__file__).parents[2] / "launch" / "sweep.sbatch"
     words = ["sbatch", "--wait", "--array=0-1", f"--output={tmp_path}/%a.log", str(script), str(path)]
     env = {**slurm, "PYTHON": sys.executable}
     done = subprocess.run(words, capture_output=True, text=True, timeout=200, check=False, env=env)
@@ -117,7 +117,7 @@ def test_train_sbatch_trains_on_two_nodes(slurm, dataset, tmp_path):
     config = tmp_path / "config.yaml"
     values = small_dict("mmdit", **{"data.path": str(dataset), "run_dir": str(tmp_path / "run"), "train.steps": 3})
     config.write_text(yaml.safe_dump(values))
-    script = Path(__file__).parents[1] / "launch" / "train.sbatch"
+    script = Path(__file__).parents[2] / "launch" / "train.sbatch"
     flags = ["--wait", "--nodes=2", "--ntasks-per-node=1", "--gpus-per-node=0", f"--output={tmp_path}/log"]
     words = ["sbatch", *flags, str(script), str(config), "parallel.pipeline=2", "train.micro_batch=2"]
     address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}  # n0 and n1 are not host names

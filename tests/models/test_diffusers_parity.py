@@ -107,8 +107,8 @@ def test_mmdit_zeroes_masked_and_dropped_text():
 def test_pixart_equals_diffusers(height, width, masked):
     connect()
     config = ModelConfig(
-        arch="pixart", depth=3, heads=4, head_dim=8, patch_size=2, in_channels=4, sample_size=8, text_dim=12,
-        text_tokens=5, interpolation_scale=2.0, train_null_caption=masked,
+        arch="pixart", learn_sigma=True, depth=3, heads=4, head_dim=8, patch_size=2, in_channels=4, sample_size=8,
+        text_dim=12, text_tokens=5, interpolation_scale=2.0, train_null_caption=masked,
     )  # fmt: skip
     ours = build_unsharded(config)
     randomise(ours, seed=1)
@@ -139,7 +139,8 @@ def test_pixart_equals_diffusers(height, width, masked):
 def test_dit_equals_diffusers():
     connect()
     config = ModelConfig(
-        arch="dit", depth=3, heads=4, head_dim=8, patch_size=2, in_channels=4, sample_size=8, num_classes=10,
+        arch="dit", learn_sigma=True, depth=3, heads=4, head_dim=8, patch_size=2, in_channels=4, sample_size=8,
+        num_classes=10,
     )  # fmt: skip
     ours = build_unsharded(config)
     randomise(ours, seed=1)

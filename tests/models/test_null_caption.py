@@ -61,5 +61,5 @@ def test_train_null_caption_trains_the_null_caption(pool, dataset):
 def test_train_null_caption_is_refused_for_other_architectures():
     from megatron_dit.runtime.errors import UserError
 
-    with pytest.raises(UserError, match=r"model\.train_null_caption=true: mmdit has no null caption"):
+    with pytest.raises(UserError, match=r"model\.train_null_caption=True: mmdit has no such option"):
         small("mmdit", **{"model.train_null_caption": True})

@@ -83,7 +83,7 @@ def test_base_shape_files_are_exchangeable_with_mup(arch, tmp_path):
     groups = mup.MuAdamW(fresh.parameters(), lr=options.lr, weight_decay=options.weight_decay).param_groups
     assert package_table(groups, fresh) == expected
 
-    from_file = small(arch, heads=8, base_heads=0, **{"mup.base_shapes": str(theirs)})
+    from_file = small(arch, heads=8, base_heads=None, **{"mup.base_shapes": str(theirs)})
     found = param_specs(from_file)
     for name, param in params.items():
         assert (found[name].base, found[name].role) == (param.base, param.role)
@@ -95,7 +95,7 @@ def test_base_shape_files_are_exchangeable_with_mup(arch, tmp_path):
     [
         ("missing", "does not exist"),
         ("depth", "blocks.1.text.out.weight"),
-        ("dims", "patch_embed.weight has base [16]"),
+        ("dims", "patch_embed.weight has base shape [16]"),
         ("extra", "has surplus.weight"),
         ("text", "is not a valid base-shape file"),
     ],
@@ -111,7 +111,7 @@ def test_base_shape_files_that_do_not_fit_are_rejected(defect, words, tmp_path):
         save_base_shapes(base, path)
     if defect == "text":
         path.write_text("not: [a, b")
-    config = small("mmdit", base_heads=0, **{"mup.base_shapes": str(path), **overrides})
+    config = small("mmdit", base_heads=None, **{"mup.base_shapes": str(path), **overrides})
     with pytest.raises(UserError, match=re.escape(words)):
         param_specs(config)
 
@@ -155,7 +155,7 @@ def test_mup_command_writes_table_and_base_shapes(tmp_path, capsys):
     assert "all: " in capsys.readouterr().out
     assert run(["mup", str(config), f"mup.base_shapes={shapes}"]) == 2
     assert "set exactly one of the two" in capsys.readouterr().err
-    assert run(["mup", str(config), "mup.base_heads=0", f"mup.base_shapes={shapes}"]) == 0
+    assert run(["mup", str(config), "mup.base_heads=null", f"mup.base_shapes={shapes}"]) == 0
 
 
 def test_standard_parametrization_has_unit_multipliers():
@@ -167,7 +167,7 @@ def test_standard_parametrization_has_unit_multipliers():
 @pytest.mark.parametrize("arch", ["dit", "pixart"])
 def test_original_base_shapes_give_the_groups_of_mup(arch, tmp_path):
     """The file is written by the package from a plain model with the original parameter names."""
-    config = small(arch, heads=8, base_heads=0, **{"mup.base_shapes": str(tmp_path / "authors.bsh")})
+    config = small(arch, heads=8, base_heads=None, **{"mup.base_shapes": str(tmp_path / "authors.bsh")})
     base, delta, target = (PLAIN[arch](config.model, heads) for heads in (2, 4, 8))
     mup.make_base_shapes(base, delta, str(tmp_path / "authors.bsh"))
     mup.set_base_shapes(target, str(tmp_path / "authors.bsh"))
@@ -198,7 +198,7 @@ def test_plain_models_have_as_many_parameters_as_the_published_files(tmp_path):
 
 
 def test_original_base_shapes_of_another_depth_are_rejected_by_name(tmp_path):
-    config = small("dit", heads=8, base_heads=0, **{"mup.base_shapes": str(tmp_path / "a.bsh"), "model.depth": 3})
+    config = small("dit", heads=8, base_heads=None, **{"mup.base_shapes": str(tmp_path / "a.bsh"), "model.depth": 3})
     shallow = small("dit").model
     mup.make_base_shapes(PLAIN["dit"](shallow, 2), PLAIN["dit"](shallow, 4), str(tmp_path / "a.bsh"))
     with pytest.raises(UserError, match=re.escape("has no blocks.2.modulation.weight")):

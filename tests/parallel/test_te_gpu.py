@@ -157,7 +157,7 @@ def final_loss(overrides):
     from tests.training.test_engine import start
 
     data = ["model.in_channels=3", "model.sample_size=16", "model.text_dim=64", "model.text_tokens=16"]
-    no_repa = ["model.repa_block=0", "model.repa_dim=0"]
+    no_repa = ["model.repa_block=null", "model.repa_dim=null"]
     schedule = ["train.steps=500", "train.global_batch=256", "train.micro_batch=256", "optimizer.warmup_steps=50"]
     config = load_config(PROXY, [*data, *no_repa, *schedule, "optimizer.schedule=cosine", "data.workers=0", *overrides])
     connect()

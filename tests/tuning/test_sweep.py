@@ -26,7 +26,7 @@ def results_in(folder):
 
 def test_killed_sweep_resumes_without_repeating_trials_or_steps(dataset, tmp_path):
     space = {"optimizer.lr": {"log2": [-10, -7]}, "seed": {"choice": [0, 1, 2]}}
-    path = write_sweep(tmp_path, dataset, space, parallel=2, base={"train.steps": 12})
+    path = write_sweep(tmp_path, dataset, space, concurrent_trials=2, base={"train.steps": 12})
     folder = tmp_path / "sweep"
     finished = {}
     for at_least in (3, 7):
@@ -64,7 +64,7 @@ def metrics(folder, name):
 def test_diverged_and_crashed_trials_are_stored_as_results(dataset, tmp_path, capsys):
     """lr 2^3 diverges; a micro-batch that does not divide the batch is an invalid config, which counts as a crash."""
     space = {"optimizer.lr": {"choice": [2**-8, 8.0]}, "train.micro_batch": {"choice": [2, 3]}}
-    path = write_sweep(tmp_path, dataset, space, base={"train.steps": 20}, parallel=2)
+    path = write_sweep(tmp_path, dataset, space, base={"train.steps": 20}, concurrent_trials=2)
     figures = tmp_path / "figures.json"
     assert run(["sweep", str(path), "--json", str(figures)]) == 0
     found = {
