@@ -16,7 +16,7 @@ from megatron_dit.cli import run as command_line
 from megatron_dit.optimizer.averages import gamma_of
 from megatron_dit.runtime.errors import UserError
 from tests.helpers.configs import small_dict
-from tests.optimizer.test_averages import shares
+from tests.optimizer.test_averages import step_weights
 from tests.training.test_resume import finish
 
 STEPS = 24
@@ -77,7 +77,7 @@ def test_average_with_a_new_width_is_close_to_the_exact_average_of_all_steps(tra
     out = open_checkpoint(tmp_path / "out")
     error = distance = 0.0
     for name in out.manifest["params"]:
-        weighed = zip(shares(gamma_of(0.08), STEPS, STEPS), steps, strict=True)
+        weighed = zip(step_weights(gamma_of(0.08), STEPS, STEPS), steps, strict=True)
         expected = sum(float(share) * reader.full("master", name).double() for share, reader in weighed)
         error += float((out.full("ema", name) - expected).square().sum())
         distance += float((steps[-1].full("ema_0", name) - steps[-1].full("ema_1", name)).square().sum())
@@ -105,7 +105,7 @@ def test_resuming_with_other_ema_widths_is_rejected(trained):
 def test_invalid_arguments_and_missing_snapshots_are_rejected(trained, tmp_path):
     _, run = trained
     for width, step, out, message in [
-        (0.3, None, "out", r"--sigma-rel=0.3: expected numbers in"),
+        (0.3, None, "out", r"--sigma-rel=0.3: expected at least 0.0001"),
         (0.08, 5, "out", "--step 5: no snapshot of this step; choose one of 4, 8, 12"),
         (0.08, None, "", "already exists: give a folder that does not exist"),
     ]:

@@ -39,7 +39,7 @@ def options(draw, arch):
         "heads": base * multiplier,
         "base_heads": base,
         "model.head_dim": head_dim,
-        "model.base_head_dim": draw(st.sampled_from([0, 4, head_dim])),
+        "model.base_head_dim": draw(st.sampled_from([None, 4, head_dim])),
         "model.depth": draw(st.sampled_from([1, 3])),
         "model.patch_size": patch,
         "model.sample_size": patch * draw(st.integers(2, 4)),
