@@ -192,7 +192,7 @@ def test_a_legacy_pickle_larger_than_weights_need_is_rejected(tmp_path, capsys):
 def test_the_error_names_the_type_of_the_file_and_does_not_advise_unsafe_loading(tmp_path, capsys, data, kind, size):
     (tmp_path / "x.pt").write_bytes(data + bytes(size))
     line = refused(capsys, tmp_path / "x.pt", "dit")
-    assert ("is zeros" if size and not data else kind) in line
+    assert ("is filled with zeros" if size and not data else kind) in line
     assert "weights_only" not in line
 
 

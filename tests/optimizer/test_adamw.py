@@ -11,7 +11,7 @@ from megatron_dit.parallel.topology import SOLO
 from tests.helpers.configs import small
 from tests.helpers.plain import Plain
 from tests.optimizer.conftest import skip_if_absent
-from tests.training.test_engine import POISONED, batch, nan_if_nonfinite, start
+from tests.training.test_engine import SKIP_OUTCOMES, batch, nan_if_nonfinite, start
 
 STEPS, SKIPPED = 20, 4
 # eps is above the rounding errors of gradients, which Adam would otherwise turn into updates of full size. With this
@@ -142,7 +142,7 @@ def with_stand_in(config):
         result["zero_optimization"]["sub_group_size"] = 2000
         return result
 
-    stand_in = adamw.AdamW("stand-in", CountsInGroup, lambda: None)
+    stand_in = adamw.AdamWImplementation("stand-in", CountsInGroup, lambda: None)
     real, made = adamw.AVAILABLE["apex"], engine_module.deepspeed_config
     try:
         adamw.AVAILABLE["apex"], engine_module.deepspeed_config = stand_in, small_sub_groups
@@ -228,4 +228,4 @@ def test_run_resumes_in_other_stages_with_other_libraries(pool, compiled, expect
 def test_non_finite_steps_do_not_count_as_updates(pool, compiled, stage, library, dtype):
     layout = {"parallel.zero_stage": stage, "train.dtype": dtype, **library}
     for outcomes in pool.run(2, nan_if_nonfinite, layout):
-        assert outcomes == POISONED
+        assert outcomes == SKIP_OUTCOMES
