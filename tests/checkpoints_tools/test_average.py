@@ -16,7 +16,7 @@ from megatron_dit.cli import run as command_line
 from megatron_dit.optimizer.averages import gamma_of
 from megatron_dit.runtime.errors import UserError
 from tests.helpers.configs import small_dict
-from tests.optimizer.test_averages import shares
+from tests.optimizer.test_averages import step_weights
 from tests.training.test_resume import finish
 
 STEPS = 24
@@ -77,7 +77,7 @@ def test_average_with_a_new_width_is_close_to_the_exact_average_of_all_steps(tra
     out = open_checkpoint(tmp_path / "out")
     error = distance = 0.0
     for name in out.manifest["params"]:
-        weighed = zip(shares(gamma_of(0.08), STEPS, STEPS), steps, strict=True)
+        weighed = zip(step_weights(gamma_of(0.08), STEPS, STEPS), steps, strict=True)
         expected = sum(float(share) * reader.full("master", name).double() for share, reader in weighed)
         error += float((out.full("ema", name) - expected).square().sum())
         distance += float((steps[-1].full("ema_0", name) - steps[-1].full("ema_1", name)).square().sum())

@@ -42,7 +42,7 @@ class Plain:
         """Accumulate gradients of the mean loss over ``batch``; return the intermediate outputs of the forward pass."""
         intermediates = {}
         options, draw = self.config.objective, NoiseDraw(batch.u, batch.noise)
-        objective = OBJECTIVES[options.kind]
+        objective = OBJECTIVES[options.name]
         prediction = self.model(*objective.perturb(batch.latents, draw, options), batch.condition, intermediates)
         objective.loss(prediction, batch.latents, draw, options).mean().backward()
         return intermediates

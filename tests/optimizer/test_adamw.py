@@ -11,7 +11,7 @@ from megatron_dit.parallel.topology import SOLO
 from tests.helpers.configs import small
 from tests.helpers.plain import Plain
 from tests.optimizer.conftest import skip_if_absent
-from tests.training.test_engine import POISONED, batch, nan_if_nonfinite, start
+from tests.training.test_engine import SKIP_OUTCOMES, batch, run_non_finite_steps, start
 
 STEPS, SKIPPED = 20, 4
 # eps is above the rounding errors of gradients, which Adam would otherwise turn into updates of full size. With this
@@ -227,5 +227,5 @@ def test_run_resumes_in_other_stages_with_other_libraries(pool, compiled, expect
 @pytest.mark.parametrize(("stage", "library"), [(0, DEEPSPEED), *[(stage, OFFLOAD) for stage in (1, 2, 3)]])
 def test_non_finite_steps_do_not_count_as_updates(pool, compiled, stage, library, dtype):
     layout = {"parallel.zero_stage": stage, "train.dtype": dtype, **library}
-    for outcomes in pool.run(2, nan_if_nonfinite, layout):
-        assert outcomes == POISONED
+    for outcomes in pool.run(2, run_non_finite_steps, layout):
+        assert outcomes == SKIP_OUTCOMES
