@@ -11,8 +11,8 @@ import pytest
 from PIL import Image
 
 from data_prep.__main__ import main as data_prep
-from tests.data_prep.heap import LIMITS, cases
-from tests.data_prep.photos import noise, png, read_samples, write_tar
+from tests.helpers.image_tars import noise, png, read_samples, write_tar
+from tests.helpers.unusual_images import LIMITS, cases
 
 EMOJI = Path(__file__).parents[3] / "shared" / "data" / "emoji64"
 

@@ -10,7 +10,7 @@ from megatron_dit.mup.initial_values import initial_value
 from megatron_dit.mup.multipliers import forward_multipliers, set_multipliers
 from megatron_dit.objectives import OBJECTIVES, NoiseDraw
 from megatron_dit.parallel.topology import connect
-from tests.mup.test_against_mup import package_groups
+from tests.helpers.mup_groups import package_groups
 
 
 class Plain:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-from dataclasses import replace
 
 import mup
 import pytest
@@ -19,30 +18,8 @@ from megatron_dit.mup.base_shapes import load_base_shapes, save_base_shapes
 from megatron_dit.mup.groups import optimizer_groups
 from megatron_dit.runtime.errors import UserError
 from tests.helpers.configs import ARCHITECTURES, small, small_dict
-from tests.mup.plain_models import PLAIN
-
-
-def table(groups, names):
-    return {names[id(p)]: (g["lr"], g["weight_decay"]) for g in groups for p in g["params"]}
-
-
-def package_table(groups, model):
-    """Like :func:`table`, but with lr and decay 0 for the null caption, which is a buffer in the original."""
-    found = table(groups, {id(p): name for name, p in model.named_parameters()})
-    return found | ({"null_caption.table": (0.0, 0.0)} if "null_caption.table" in found else {})
-
-
-def package_groups(config):
-    """Return ({name: (lr, weight decay)} of mup.MuAdamW, model), with base shapes from our base and delta models."""
-    base_heads = config.mup.base_heads
-    target, base, delta = (
-        build_unsharded(replace(config.model, heads=h)) for h in (config.model.heads, base_heads, 2 * base_heads)
-    )
-    # do_assert=False: our readouts get their multiplier from the μP table instead of being a mup.MuReadout.
-    mup.set_base_shapes(target, base, delta=delta, rescale_params=False, do_assert=False)
-    options = config.optimizer
-    groups = mup.MuAdamW(target.parameters(), lr=options.lr, weight_decay=options.weight_decay).param_groups
-    return package_table(groups, target), target
+from tests.helpers.mup_groups import package_groups, package_table, table
+from tests.helpers.plain_mup_models import PLAIN
 
 
 @pytest.mark.parametrize("multiplier", [1, 2, 4])

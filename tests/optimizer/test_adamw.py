@@ -9,9 +9,9 @@ from torch.optim.adamw import adamw as functional_adamw
 from megatron_dit.optimizer import AdamWithEma, adamw
 from megatron_dit.parallel.topology import SOLO
 from tests.helpers.configs import small
+from tests.helpers.engine import SKIP_OUTCOMES, batch, run_non_finite_steps, start
+from tests.helpers.optimizers import skip_if_absent
 from tests.helpers.plain import Plain
-from tests.optimizer.conftest import skip_if_absent
-from tests.training.test_engine import SKIP_OUTCOMES, batch, run_non_finite_steps, start
 
 STEPS, SKIPPED = 20, 4
 # eps is above the rounding errors of gradients, which Adam would otherwise turn into updates of full size. With this

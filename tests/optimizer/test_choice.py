@@ -13,7 +13,7 @@ import yaml
 from megatron_dit.optimizer import adamw, choose
 from megatron_dit.runtime.errors import UserError
 from tests.helpers.configs import small, small_dict
-from tests.training.test_resume import finish
+from tests.helpers.runs import finish_run
 
 
 def config_of(**keys):
@@ -94,9 +94,9 @@ def test_run_prints_its_implementation_and_may_resume_with_another(compiled, dat
     values = {"data.path": str(dataset), "run_dir": str(tmp_path / "run"), "train.steps": 2}
     path, metrics = tmp_path / "config.yaml", tmp_path / "metrics.json"
     path.write_text(yaml.safe_dump(small_dict("mmdit", **values)))
-    out = finish(path, 1, "optimizer.implementation=deepspeed", "--json", str(metrics))
+    out = finish_run(path, 1, "optimizer.implementation=deepspeed", "--json", str(metrics))
     assert "optimizer: deepspeed.ops.adam.FusedAdam" in out
     assert json.loads(metrics.read_text())["optimizer"] == "deepspeed.ops.adam.FusedAdam"
-    out = finish(path, 2, "train.steps=4", "optimizer.offload=true", "parallel.zero_stage=2")
+    out = finish_run(path, 2, "train.steps=4", "optimizer.offload=true", "parallel.zero_stage=2")
     assert "resumed" in out
     assert "optimizer: deepspeed.ops.adam.DeepSpeedCPUAdam" in out

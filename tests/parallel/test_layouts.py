@@ -2,23 +2,18 @@
 
 from __future__ import annotations
 
-import zlib
 from pathlib import Path
 
 import pytest
-import yaml
 
 from megatron_dit import verify
 from megatron_dit.verify import LAYOUTS, REFERENCE, Layout
 from tests.helpers.configs import ARCHITECTURES, small
+from tests.helpers.traces import SEED, STEPS, trace
 
 KINDS = [*ARCHITECTURES, "uvit-class"]
 
 
-# With other seeds the variational term of a batch of eight may be ill-conditioned: then even the gradient norms of a
-# single process with and without gradient accumulation differ by 1e-4.
-SEED = 2
-STEPS = 6
 # These cover all layers that are sharded; the other combinations run with -m slow.
 OFTEN = {(arch, name) for arch in ARCHITECTURES for name in ("dp2-zero3", "pp2-interleaved", "tp2-sp")}
 CASES = [
@@ -31,24 +26,6 @@ CASES = [
 def deep(arch):
     """Return overrides with enough blocks for four virtual stages."""
     return {"model.depth": 5 if arch.startswith("uvit") else 4, "optimizer.warmup_steps": 30}
-
-
-def trace(arch, layout, data, scratch, fault=None, **overrides):
-    """Return the first steps of a layout, with the Backend method ``fault`` disabled if given. Runs in the pool."""
-    overrides = {"data.path": str(data), "seed": SEED, "train.steps": STEPS, **overrides}
-    values = dict(item.split("=") for item in layout.overrides(small(arch, **overrides)))
-    config = small(arch, **{**overrides, **{k: yaml.safe_load(v) for k, v in values.items()}})
-    folder = Path(scratch) / f"{arch}-{zlib.crc32(repr(layout).encode())}-{fault}"
-    if fault is None:
-        return verify.first_steps(config, folder)
-    from megatron_dit.parallel.layers import Backend
-
-    right = getattr(Backend, fault)
-    setattr(Backend, fault, lambda self, x: x)
-    try:
-        return verify.first_steps(config, folder)
-    finally:
-        setattr(Backend, fault, right)
 
 
 def traced(arch, data, scratch, overrides):

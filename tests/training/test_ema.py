@@ -10,8 +10,8 @@ import yaml
 from megatron_dit.parallel.topology import SOLO
 from megatron_dit.verify import LAYOUTS, Layout
 from tests.helpers.configs import ARCHITECTURES, small
+from tests.helpers.engine import batch, start
 from tests.helpers.plain import Plain
-from tests.training.test_engine import batch, start
 
 STEPS = 50
 # Adam turns rounding errors of gradients near zero into updates of full size, unless eps is larger than the gradients.

@@ -6,8 +6,6 @@ import json
 import random
 import shutil
 import signal
-import subprocess
-import sys
 import time
 
 import pytest
@@ -17,6 +15,7 @@ import yaml
 from benchmarks.kill_and_resume import command_of, differences, kill_repeatedly, undisturbed
 from megatron_dit.checkpoint.load import open_checkpoint
 from tests.helpers.configs import small_dict
+from tests.helpers.runs import finish_run, start_run
 
 STEPS = 30
 
@@ -35,18 +34,6 @@ def write(folder, dataset, name, **overrides):
     return path
 
 
-def start(path, ranks, *overrides):
-    command = [sys.executable, "-m", "megatron_dit", "train", str(path), *overrides, "--procs", str(ranks)]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-
-
-def finish(path, ranks, *overrides):
-    process = start(path, ranks, *overrides)
-    out, _ = process.communicate(timeout=240)
-    assert process.returncode == 0, out
-    return out
-
-
 def logged_steps(run):
     path = run / "metrics.jsonl"
     return len(path.read_text().splitlines()) if path.exists() else 0
@@ -54,7 +41,7 @@ def logged_steps(run):
 
 def signal_at(path, ranks, run, step, number):
     """Start a run and signal the launcher once ``step`` steps are logged; return (output, exit status)."""
-    process = start(path, ranks)
+    process = start_run(path, ranks)
     deadline = time.monotonic() + 120
     while logged_steps(run) < step:
         assert process.poll() is None, process.communicate()[0]
@@ -97,27 +84,27 @@ def test_sigkill_at_random_moments_changes_no_bit(dataset, tmp_path, ranks, layo
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
 def test_run_saves_and_stops_after_a_signal(dataset, tmp_path, number):
-    finish(write(tmp_path, dataset, "uninterrupted"), 2)
+    finish_run(write(tmp_path, dataset, "uninterrupted"), 2)
     path, run = write(tmp_path, dataset, "stopped", **{"checkpoint.every": 1000}), tmp_path / "stopped"
     out, status = signal_at(path, 2, run, 5, number)
     assert status == 0, out
     assert "saved at step" in out
     assert 5 <= open_checkpoint(run).step < STEPS
-    finish(path, 2)
+    finish_run(path, 2)
     equal(states(tmp_path / "uninterrupted"), states(run))
 
 
 def test_run_resumed_in_other_layouts_equals_an_uninterrupted_process(dataset, tmp_path):
     """Train ten steps on two ZeRO-3 ranks, ten with tensor parallelism, and ten in a single process."""
-    finish(write(tmp_path, dataset, "uninterrupted"), 1)
+    finish_run(write(tmp_path, dataset, "uninterrupted"), 1)
     path = write(tmp_path, dataset, "moved", **{"checkpoint.every": 10, "checkpoint.keep": 5})
     run = tmp_path / "moved"
-    finish(path, 2, "parallel.zero_stage=3")
+    finish_run(path, 2, "parallel.zero_stage=3")
     for step in (20, 30):
         shutil.rmtree(run / "checkpoints" / f"step_{step:08d}")
-    finish(path, 2, "parallel.tensor=2", "parallel.sequence=true")
+    finish_run(path, 2, "parallel.tensor=2", "parallel.sequence=true")
     shutil.rmtree(run / "checkpoints" / "step_00000030")
-    finish(path, 1)
+    finish_run(path, 1)
     (step, found), (_, expected) = states(run), states(tmp_path / "uninterrupted")
     assert step == STEPS
     for key, value in expected.items():
