@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 from unittest import mock
 
@@ -38,10 +39,16 @@ def restore_process_state():
 
 
 @pytest.fixture(scope="session")
-def dataset(tmp_path_factory):
-    """Folder with 600 toy images in four shards."""
-    folder = tmp_path_factory.mktemp("data") / "scenes"
-    demo(folder, 600, seed=0, per_shard=150)
+def dataset(tmp_path_factory, worker_id):
+    """Folder with 600 toy images in four shards, which all pytest-xdist workers share. Tests must not modify it."""
+    root = tmp_path_factory.getbasetemp()
+    root = root if worker_id == "master" else root.parent
+    folder = root / "scenes"
+    with (root / "scenes.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # released when the file is closed
+        if not folder.exists():
+            demo(root / "scenes.part", 600, seed=0, per_shard=150)
+            (root / "scenes.part").rename(folder)
     return folder
 
 
