@@ -15,11 +15,11 @@ from data_prep.sources import Caption, Record, Rejected, open_source
 from data_prep.sources.record import IMAGE_BYTES, TEXT_BYTES
 from megatron_dit.runtime.errors import UserError
 from tests.helpers.image_files import photo, written
+from tests.helpers.image_tars import write_img2dataset_tar
 from tests.helpers.sources import header, kept, reasons, scan, scan_in_little_memory, write_tar
 from tests.helpers.unusual_images import bad_pictures
 
 PNG = written(photo())
-EMOJI = Path(__file__).parents[3] / "shared" / "data" / "emoji64"
 
 
 def test_tar_yields_images_captions_and_json(tmp_path):
@@ -390,11 +390,9 @@ def test_invalid_tar_sources_are_rejected(tmp_path, monkeypatch, spec, named, me
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.skipif(not EMOJI.is_dir(), reason="shared/data/emoji64 is not available")
-def test_every_image_of_a_real_tar_is_accepted():
-    path = EMOJI / "00000.tar"
-    with tarfile.open(path) as tar:
-        pictures = [name for name in tar.getnames() if name.endswith(".png")]
-    found = [item for item, _ in open_source(str(path)).scan(0)]
-    assert all(isinstance(item, Record) and item.captions for item in found)
-    assert [item.name for item in found] == [f"00000.tar/{name.removesuffix('.png')}" for name in pictures]
+def test_every_image_of_an_img2dataset_tar_is_accepted(tmp_path):
+    captions = write_img2dataset_tar(tmp_path / "00000.tar", 300)
+    found = [item for item, _ in open_source(str(tmp_path / "00000.tar")).scan(0)]
+    assert all(isinstance(item, Record) for item in found)
+    assert [item.captions for item in found] == [(Caption(caption, 1.0),) for caption in captions]
+    assert [item.name for item in found] == [f"00000.tar/{number:09d}" for number in range(300)]

@@ -167,11 +167,17 @@ def test_original_base_shapes_give_the_groups_of_mup(arch, tmp_path):
     assert params["head.linear.weight"].multiplier == 1 / target.final_layer.linear.width_mult() == 1 / 4
 
 
-def test_plain_models_have_as_many_parameters_as_the_published_files(tmp_path):
-    """The published files have 292 (DiT-μP) and 435 (PixArt-α-μP) entries (depth 28, width 288)."""
-    for arch, count in (("dit", 292), ("pixart", 435)):
-        config = small(arch, heads=8, base_heads=4, **{"model.depth": 28})
-        assert len(list(PLAIN[arch](config.model, 4).named_parameters())) == count
+# (architecture, entries of the published file, entries in addition to our parameters)
+@pytest.mark.parametrize(("arch", "entries", "surplus"), [("dit", 292, 1), ("pixart", 435, -1)])
+def test_original_base_shapes_of_the_published_depth_are_read_completely(arch, entries, surplus, tmp_path):
+    """The published models have depth 28. DiT-μP lists its fixed positions, and PixArt-α-μP not its null caption."""
+    path = tmp_path / "authors.bsh"
+    config = small(arch, heads=8, base_heads=None, **{"mup.base_shapes": str(path), "model.depth": 28})
+    mup.make_base_shapes(PLAIN[arch](config.model, 4), PLAIN[arch](config.model, 8), str(path))
+    assert len(yaml.safe_load(path.read_text())) == entries
+    params = param_specs(config)
+    assert len(params) == entries - surplus
+    assert {param.width_multiplier for param in params.values()} == {1, 2}
 
 
 def test_original_base_shapes_of_another_depth_are_rejected_by_name(tmp_path):
