@@ -17,13 +17,13 @@ from megatron_dit.optimizer.averages import gamma_of
 from megatron_dit.runtime.errors import UserError
 from tests.helpers.averages import step_weights
 from tests.helpers.configs import small_dict
-from tests.helpers.runs import finish_run
+from tests.helpers.runs import finish_run, train_in_pool
 
 STEPS = 24
 
 
 @pytest.fixture(scope="module")
-def trained(dataset, tmp_path_factory):
+def trained(pool, dataset, tmp_path_factory):
     """A run on two ZeRO-2 ranks with a checkpoint of every step, and snapshots every 4 steps and at the last step."""
     folder = tmp_path_factory.mktemp("ema")
     values = {
@@ -38,8 +38,8 @@ def trained(dataset, tmp_path_factory):
     }
     path = folder / "config.yaml"
     path.write_text(yaml.safe_dump(small_dict("mmdit", **values)))
-    finish_run(path, 2)
-    finish_run(path, 2, f"train.steps={STEPS}", "checkpoint.keep=24")
+    train_in_pool(pool, 2, path)
+    train_in_pool(pool, 2, path, f"train.steps={STEPS}", "checkpoint.keep=24")
     return path, folder / "run"
 
 

@@ -1,4 +1,4 @@
-"""Train by the command line in separate processes."""
+"""Train by the command line, in separate processes or in the ranks of the pool."""
 
 from __future__ import annotations
 
@@ -16,6 +16,17 @@ def finish_run(path, ranks, *overrides):
     out, _ = process.communicate(timeout=240)
     assert process.returncode == 0, out
     return out
+
+
+def train_in_pool(pool, ranks, path, *overrides):
+    """Train in the pool's ranks, as under torchrun. Unlike new processes they have already imported everything."""
+    assert pool.run(ranks, _command, ["train", str(path), *overrides]) == [0] * ranks
+
+
+def _command(words):
+    from megatron_dit.cli import run
+
+    return run(words)
 
 
 def two_ranks(*arguments):
