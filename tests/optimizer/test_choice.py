@@ -57,7 +57,7 @@ def test_auto_selects_the_first_available_that_needs_no_compiling(monkeypatch):
 
 def test_missing_compiler_is_reported(monkeypatch):
     monkeypatch.setattr(adamw, "PROGRAMS", "")
-    for keys in ({"fused": "deepspeed"}, {"offload": True}):
+    for keys in ({"implementation": "deepspeed"}, {"offload": True}):
         with pytest.raises(UserError, match="ninja is not on PATH"):
             choose(replace(config_of(), **keys))
 
