@@ -17,33 +17,10 @@ from megatron_dit.checkpoint.reader import CheckpointReader
 from megatron_dit.models.param_specs import param_specs
 from megatron_dit.parallel.sharding import cut, unshard
 from megatron_dit.runtime.errors import UserError
-from tests.checkpoint.made import checkpoint
+from tests.helpers.checkpoints import checkpoint
 from tests.helpers.configs import small
-from tests.training.test_engine import batch, start
-
-LAYOUTS = {
-    "one": (1, {}),
-    "dp2-zero0": (2, {}),
-    "dp2-zero1-bf16": (2, {"parallel.zero_stage": 1, "train.dtype": "bf16"}),
-    "dp2-zero2": (2, {"parallel.zero_stage": 2}),
-    "dp2-zero3": (2, {"parallel.zero_stage": 3}),
-    "tp2-sp": (2, {"parallel.tensor": 2, "parallel.sequence": True}),
-    "tp2-pp2": (4, {"parallel.tensor": 2, "parallel.pipeline": 2, "train.micro_batch": 2}),
-    "dp2-pp2-zero1": (4, {"parallel.pipeline": 2, "parallel.zero_stage": 1, "train.micro_batch": 2}),
-    "dp2-tp2-zero3": (4, {"parallel.tensor": 2, "parallel.zero_stage": 3}),
-}
-
-
-def save_after(arch, layout, folder):
-    from pathlib import Path
-
-    from megatron_dit.checkpoint.writer import save
-
-    config = small(arch, **layout)
-    engine = start(config)
-    for step in range(2):
-        engine.train_step(batch(config, engine.topology, step))
-    save(engine, Path(folder))
+from tests.helpers.engine import start
+from tests.helpers.trained_checkpoints import LAYOUTS, save_after
 
 
 def load_and_save_again(arch, layout, source, folder):

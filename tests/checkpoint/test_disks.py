@@ -11,6 +11,7 @@ import pytest
 
 from megatron_dit.checkpoint.listing import checkpoints
 from megatron_dit.checkpoint.load import open_checkpoint
+from megatron_dit.cli import run
 from megatron_dit.models.param_specs import param_specs
 from tests.helpers.configs import small, write_config
 
@@ -84,7 +85,7 @@ def test_full_disk_is_reported_and_earlier_checkpoints_are_kept(disk):
 
 def test_read_only_folder_is_reported_on_one_line(disk):
     config, folder, _ = disk
-    subprocess.run(train(config, "train.steps=4").split(), check=True, capture_output=True)
+    assert run(["train", str(config), "train.steps=4"]) == 0
     out = run_in_namespace(f"""
         mount --bind {folder} {folder}
         mount -o remount,bind,ro {folder}

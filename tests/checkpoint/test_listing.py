@@ -13,7 +13,7 @@ from megatron_dit.checkpoint.load import newest, open_checkpoint
 from megatron_dit.checkpoint.writer import set_aside
 from megatron_dit.cli import run as command_line
 from megatron_dit.training.checkpointing import CheckpointSchedule
-from tests.checkpoint.made import STRAYS, checkpoint, contents, flip, run_of
+from tests.helpers.checkpoints import STRAYS, checkpoint, contents, flip, run_of
 from tests.helpers.configs import write_config
 
 

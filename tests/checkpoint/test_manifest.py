@@ -19,7 +19,7 @@ from megatron_dit.checkpoint.manifest import Incomplete
 from megatron_dit.checkpoint.reader import CheckpointReader
 from megatron_dit.runtime.errors import UserError
 from megatron_dit.sampling.generate import load_model
-from tests.checkpoint.made import checkpoint, edit, run_of
+from tests.helpers.checkpoints import checkpoint, edit, run_of
 from tests.helpers.configs import small
 
 RANK = "rank_00000.safetensors"

@@ -17,7 +17,7 @@ from megatron_dit.checkpoint.manifest import Incomplete
 from megatron_dit.checkpoint.reader import CheckpointReader
 from megatron_dit.cli import run
 from tests.helpers.configs import small, write_config
-from tests.training.test_engine import batch, start
+from tests.helpers.engine import batch, start
 
 
 def states(folder, step):

@@ -15,15 +15,15 @@ from megatron_dit.checkpoint.load import open_checkpoint
 from megatron_dit.cli import run as command_line
 from megatron_dit.optimizer.averages import gamma_of
 from megatron_dit.runtime.errors import UserError
+from tests.helpers.averages import step_weights
 from tests.helpers.configs import small_dict
-from tests.optimizer.test_averages import step_weights
-from tests.training.test_resume import finish
+from tests.helpers.runs import finish_run, train_in_pool
 
 STEPS = 24
 
 
 @pytest.fixture(scope="module")
-def trained(dataset, tmp_path_factory):
+def trained(pool, dataset, tmp_path_factory):
     """A run on two ZeRO-2 ranks with a checkpoint of every step, and snapshots every 4 steps and at the last step."""
     folder = tmp_path_factory.mktemp("ema")
     values = {
@@ -38,8 +38,8 @@ def trained(dataset, tmp_path_factory):
     }
     path = folder / "config.yaml"
     path.write_text(yaml.safe_dump(small_dict("mmdit", **values)))
-    finish(path, 2)
-    finish(path, 2, f"train.steps={STEPS}", "checkpoint.keep=24")
+    train_in_pool(pool, 2, path)
+    train_in_pool(pool, 2, path, f"train.steps={STEPS}", "checkpoint.keep=24")
     return path, folder / "run"
 
 
@@ -99,7 +99,7 @@ def test_averaged_checkpoint_can_be_sampled_and_inspected(trained, tmp_path, cap
 def test_resuming_with_other_ema_widths_is_rejected(trained):
     path, _ = trained
     with pytest.raises(AssertionError, match=r"ema.sigma_rel is \[0.05, 0.1\] there and \[0.05\] here"):
-        finish(path, 1, "ema.sigma_rel=[0.05]")
+        finish_run(path, 1, "ema.sigma_rel=[0.05]")
 
 
 def test_invalid_arguments_and_missing_snapshots_are_rejected(trained, tmp_path):

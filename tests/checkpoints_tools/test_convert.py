@@ -10,7 +10,8 @@ import torch
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
-from tests.checkpoints_tools.made import (
+from tests.helpers.configs import ARCHITECTURES
+from tests.helpers.conversion import (
     TOLERANCE,
     convert,
     difference,
@@ -20,7 +21,6 @@ from tests.checkpoints_tools.made import (
     write_alone,
     write_checkpoint,
 )
-from tests.helpers.configs import ARCHITECTURES
 
 LAYOUTS = {
     "dp2-zero3": (2, {"parallel.zero_stage": 3}),
@@ -141,7 +141,7 @@ def test_recorded_factors_match_the_multipliers_and_are_reported_in_the_card(exp
 
 def test_rounding_differences_are_ignored_for_weights_saved_by_another_program(exported, tmp_path):
     """The factors are still removed, but only up to rounding."""
-    from tests.checkpoints_tools.made import their_model
+    from tests.helpers.conversion import their_model
 
     arch = json.loads((exported / "out" / "megatron_dit.json").read_text())["config"]["model"]["arch"]
     for path in (exported / "out").iterdir():

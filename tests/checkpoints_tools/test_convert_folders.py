@@ -16,10 +16,10 @@ from checkpoints_tools.convert.tensors import unwrapped
 from data_prep.tiny_t5 import build_tiny_t5
 from megatron_dit.checkpoint.load import open_checkpoint
 from megatron_dit.runtime.errors import UserError
-from tests.checkpoints_tools.made import TOLERANCE, convert, difference, equal, tensors, write_alone
-from tests.checkpoints_tools.test_convert_foreign import foreign, refused
-from tests.data.made import make_folder
-from tests.data.test_pretrained import PAGE, POINTER
+from tests.helpers.conversion import TOLERANCE, convert, difference, equal, tensors, write_alone
+from tests.helpers.datasets import make_folder
+from tests.helpers.foreign_models import foreign, refused
+from tests.helpers.wrong_files import PAGE, POINTER
 
 SINGLE = "diffusion_pytorch_model.safetensors"
 

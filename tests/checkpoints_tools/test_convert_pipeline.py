@@ -18,8 +18,8 @@ from data_prep.tiny_t5 import build_tiny_t5
 from megatron_dit.data.encoder_hash import weights_sha256
 from megatron_dit.data.index import read_index, write_index
 from megatron_dit.sampling.generate import Sampler, noise_of
-from tests.checkpoints_tools.made import convert, write_alone
-from tests.data.made import TEXT, make_folder
+from tests.helpers.conversion import convert, write_alone
+from tests.helpers.datasets import TEXT, make_folder
 
 PROMPTS = ["a red circle", "two blue squares and one green triangle"]
 LABELS = [3, 17]

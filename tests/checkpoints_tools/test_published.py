@@ -17,9 +17,9 @@ from megatron_dit.checkpoint.load import open_checkpoint
 from megatron_dit.cli import run
 from megatron_dit.config import load_config
 from megatron_dit.models.param_specs import param_specs
-from tests.checkpoints_tools.made import TOLERANCE, convert, inputs, our_model, tensors
-from tests.data.made import make_folder
-from tests.models.published import DiT, PixArt, UViT, dit_mup, randomise
+from tests.helpers.conversion import TOLERANCE, convert, inputs, our_model, tensors
+from tests.helpers.datasets import make_folder
+from tests.helpers.published_models import DiT, PixArt, UViT, dit_mup, randomise
 
 
 @torch.no_grad()

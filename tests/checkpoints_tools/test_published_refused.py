@@ -15,8 +15,8 @@ import torch
 
 from checkpoints_tools.__main__ import main
 from checkpoints_tools.convert.published.torch_files import read_published
-from tests.checkpoints_tools.made import convert, our_model
-from tests.models.published import DiT, PixArt, UViT, dit_mup, randomise
+from tests.helpers.conversion import convert, our_model
+from tests.helpers.published_models import DiT, PixArt, UViT, dit_mup, randomise
 
 
 class Payload:

@@ -15,9 +15,9 @@ from megatron_dit.checkpoint.listing import checkpoints
 from megatron_dit.checkpoint.load import open_checkpoint
 from megatron_dit.cli import run as command_line
 from megatron_dit.models.param_specs import param_specs
-from tests.checkpoint.made import run_of
-from tests.checkpoint.test_checkpoints import LAYOUTS, save_after
+from tests.helpers.checkpoints import run_of
 from tests.helpers.configs import small, small_dict, write_config
+from tests.helpers.trained_checkpoints import LAYOUTS, save_after
 
 
 def everything(reader):

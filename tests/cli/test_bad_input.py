@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -13,8 +11,9 @@ import yaml
 
 from megatron_dit.cli import run
 from megatron_dit.data.tar import npy
-from tests.data.made import TEXT, make_folder
 from tests.helpers.configs import write_config
+from tests.helpers.datasets import TEXT, make_folder
+from tests.helpers.runs import refused
 
 
 @pytest.fixture
@@ -112,23 +111,6 @@ def test_number_of_ranks_that_does_not_fit_the_config_is_rejected(config, capsys
 
 
 # --- on two ranks -----------------------------------------------------------------------------------
-
-
-def two_ranks(*arguments):
-    """Train on two ranks; return the exit status and the lines of standard error. A hang fails after the timeout."""
-    command = [sys.executable, "-m", "megatron_dit", "train", *arguments, "--procs", "2"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
-    return done.returncode, done.stderr.strip().splitlines()
-
-
-def refused(path, *words, overrides=()):
-    status, lines = two_ranks(str(path), *overrides)
-    ours = [line for line in lines if line.startswith("error: ")]
-    assert status == 2, lines
-    assert len(ours) == 1, lines
-    assert not any("Traceback" in line for line in lines), lines
-    for word in words:
-        assert word in ours[0], ours[0]
 
 
 @pytest.fixture

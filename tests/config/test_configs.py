@@ -31,6 +31,10 @@ SIZES = {
 }
 
 
+# Numbers of trials: products of the sizes of the grids in the files, or the number of random trials.
+TRIALS = {"quickstart-sweep": 2 * 6, "dit/sweep": 15, "pixart/sweep": 5, "mmdit/sweep": 80}
+
+
 def files(kind):
     names = sorted(str(path.relative_to(CONFIGS).with_suffix("")) for path in CONFIGS.rglob("*.yaml"))
     return [name for name in names if ("sweep" in name) == (kind == "sweep")]
@@ -55,7 +59,10 @@ def test_config_loads_has_its_published_size_and_a_complete_header(name):
         assert any(word in line for line in head), f"{name} has no {word}"
 
 
-@pytest.mark.parametrize("name", files("sweep"))
+def test_every_sweep_has_an_expected_number_of_trials():
+    assert set(files("sweep")) == set(TRIALS)
+
+
+@pytest.mark.parametrize("name", TRIALS)
 def test_sweep_config_loads_and_has_its_number_of_trials(name):
-    config = load(SweepConfig, CONFIGS / f"{name}.yaml")
-    assert config.count == {"dit/sweep": 15, "pixart/sweep": 5, "mmdit/sweep": 80}.get(name, config.count)
+    assert load(SweepConfig, CONFIGS / f"{name}.yaml").count == TRIALS[name]

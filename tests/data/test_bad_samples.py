@@ -19,8 +19,8 @@ from megatron_dit.cli import run
 from megatron_dit.data.stream import batches, read_data, sample_order
 from megatron_dit.data.tar import npy
 from megatron_dit.training.engine import Engine
-from tests.data.made import make_folder
 from tests.helpers.configs import small, write_config
+from tests.helpers.datasets import make_folder
 
 SIDE = (16, 16)
 STEPS, BATCH = 40, 8
@@ -155,7 +155,7 @@ def test_run_stops_with_a_one_line_error_if_too_many_samples_are_unreadable(
 def step_with_unreadable(bad):
     """Return (loss, gradient norm, counts) of a step with eight samples, of which those in ``bad`` are unreadable."""
     from megatron_dit.parallel.topology import build_topology
-    from tests.training.test_engine import batch
+    from tests.helpers.engine import batch
 
     config = small("mmdit", **{"train.global_batch": 8, "train.micro_batch": 2})
     engine = Engine(config, build_topology(config))

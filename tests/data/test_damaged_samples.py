@@ -21,8 +21,8 @@ from megatron_dit.data.shard_cache import Cache
 from megatron_dit.data.tar import BadSample, ShardReader, npy, parse_array, sha256_of, table_dtype
 from megatron_dit.models.common.condition import Condition
 from megatron_dit.runtime.errors import UserError
-from tests.data.made import make_folder
 from tests.helpers.configs import small
+from tests.helpers.datasets import make_folder
 
 SIDE = (16, 16)
 

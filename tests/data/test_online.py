@@ -132,7 +132,7 @@ def sharded_while_training(folder, dtype, layout):
     import torch.distributed as dist
     from transformers import T5EncoderModel
 
-    from tests.training.test_engine import batch, start
+    from tests.helpers.engine import batch, start
 
     engine = None if layout is None else start(small(**layout))
     text = OnlineText(described(folder, dtype), folder, sharded=True)
@@ -150,7 +150,7 @@ def sharded_while_training(folder, dtype, layout):
 
 
 def training_alone(layout):
-    from tests.training.test_engine import batch, start
+    from tests.helpers.engine import batch, start
 
     engine = start(small(**layout))
     return [engine.train_step(batch(engine.config, engine.topology, step)).loss for step in range(4)]

@@ -28,9 +28,8 @@ from megatron_dit.data.encoder_hash import weights_sha256
 from megatron_dit.data.text import TextEncoder
 from megatron_dit.data.vision import VisionEncoder
 from megatron_dit.runtime.errors import UserError
+from tests.helpers.wrong_files import PAGE, POINTER
 
-POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 12345\n"
-PAGE = "<!DOCTYPE html><html>Sign in</html>"
 SAFETENSORS = {"t5": "model.safetensors", "dino": "model.safetensors", "vae": "diffusion_pytorch_model.safetensors"}
 LOAD = {
     "t5": lambda path: TextEncoder(str(path), 8).model,

@@ -16,8 +16,8 @@ from megatron_dit.data.shard_cache import Cache
 from megatron_dit.data.stream import batches
 from megatron_dit.data.tar import BadSample, sha256_of
 from megatron_dit.runtime.errors import UserError
-from tests.data.made import make_folder
 from tests.helpers.configs import small
+from tests.helpers.datasets import make_folder
 
 SIDE = (16, 16)
 

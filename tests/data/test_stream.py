@@ -15,8 +15,8 @@ from megatron_dit.data.stream import batches, sample_order
 from megatron_dit.data.tar import npy
 from megatron_dit.models.common.condition import Condition
 from megatron_dit.runtime.errors import UserError
-from tests.data.made import TEXT, make_folder
 from tests.helpers.configs import small
+from tests.helpers.datasets import TEXT, make_folder
 
 SQUARE, WIDE = (16, 16), (8, 16)
 

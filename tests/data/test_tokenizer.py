@@ -14,7 +14,7 @@ from data_prep.__main__ import main as data_prep
 from data_prep.tiny_t5 import build_tiny_t5
 from megatron_dit.data.text import TextEncoder
 from megatron_dit.runtime.errors import UserError
-from tests.data_prep.photos import noise, png, read_samples, write_tar
+from tests.helpers.image_tars import noise, png, read_samples, write_tar
 
 CAPTIONS = [
     "a red circle at the top left",

@@ -15,7 +15,7 @@ from webdataset.compat import WebDataset
 from megatron_dit.data.index import broken_shards, read_index
 from megatron_dit.data.tar import MEMBERS, BadSample, ShardReader, npy, parse_array, write_shard
 from megatron_dit.runtime.errors import UserError
-from tests.data.made import make_folder, sample
+from tests.helpers.datasets import make_folder, sample
 
 SIDE = (4, 4)
 

@@ -7,8 +7,8 @@ import pytest
 
 from data_prep.sources import Caption, Record, open_source
 from megatron_dit.runtime.errors import UserError
-from tests.data_prep.heap import photo, written
-from tests.data_prep.test_sources import kept, reasons, scan
+from tests.helpers.image_files import photo, written
+from tests.helpers.sources import kept, reasons, scan
 
 
 @pytest.fixture

@@ -4,17 +4,14 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
 from data_prep.__main__ import main as data_prep
-from tests.data_prep.heap import LIMITS, cases
-from tests.data_prep.photos import noise, png, read_samples, write_tar
-
-EMOJI = Path(__file__).parents[3] / "shared" / "data" / "emoji64"
+from tests.helpers.image_tars import noise, png, read_samples, write_img2dataset_tar, write_tar
+from tests.helpers.unusual_images import LIMITS, cases
 
 
 @pytest.fixture
@@ -111,17 +108,12 @@ def test_every_unusable_image_is_counted(tmp_path, capsys):
     assert f"rejected {len(all_cases) - len(kept)} (truncated: " in out
 
 
-@pytest.mark.skipif(not EMOJI.is_dir(), reason="shared/data/emoji64 is not available")
-def test_every_image_of_a_real_tar_is_encoded_or_rejected(tmp_path):
-    """Every image of a real tar is either encoded or listed as rejected."""
-    import tarfile
-
-    path = sorted(EMOJI.glob("*.tar"))[0]
-    assert data_prep(["encode", str(path), str(tmp_path / "out"), "--size", "16"]) == 0
+def test_every_image_of_an_img2dataset_tar_is_encoded(tmp_path):
+    captions = write_img2dataset_tar(tmp_path / "00000.tar", 300)
+    assert data_prep(["encode", str(tmp_path / "00000.tar"), str(tmp_path / "out"), "--size", "16"]) == 0
     index, samples = read_samples(tmp_path / "out")
-    with tarfile.open(path) as tar:
-        captions = [tar.extractfile(member).read().decode() for member in tar if member.name.endswith(".txt")]
-    rejected = (tmp_path / "out" / "rejected.jsonl").read_text().splitlines()
-    assert index.samples + len(rejected) == len(captions)
-    assert {sample["txt"] for sample in samples.values()} <= {caption.strip() for caption in captions}
-    assert index.samples > 0.9 * len(captions)
+    assert index.samples == len(captions)
+    assert [sample["txt"] for sample in samples.values()] == captions
+    assert [sample["json"]["key"] for sample in samples.values()] == [f"{number:09d}" for number in range(300)]
+    assert {record.bucket for record in index.shards} == {(16, 16)}
+    assert (tmp_path / "out" / "rejected.jsonl").read_text() == ""

@@ -13,7 +13,7 @@ from transformers import AutoTokenizer, Dinov2Config, Dinov2Model, T5EncoderMode
 from data_prep.__main__ import main as data_prep
 from data_prep.tiny_t5 import build_tiny_t5
 from megatron_dit.data.vision import MEAN, STD
-from tests.data_prep.photos import noise, png, read_samples, write_tar
+from tests.helpers.image_tars import noise, png, read_samples, write_tar
 
 # These are the sizes of the buckets, so that the encoders receive exactly these pixels.
 SIDES = [(16, 16), (12, 24), (24, 12), (16, 16), (12, 24)]

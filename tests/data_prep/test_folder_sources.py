@@ -15,8 +15,8 @@ import pytest
 from data_prep.sources import Caption, open_source
 from data_prep.sources.record import PER_UNIT
 from megatron_dit.runtime.errors import UserError
-from tests.data_prep.heap import photo, written
-from tests.data_prep.test_sources import kept, reasons, scan, scan_in_little_memory
+from tests.helpers.image_files import photo, written
+from tests.helpers.sources import kept, reasons, scan, scan_in_little_memory
 
 PNG = written(photo())
 

@@ -18,7 +18,7 @@ from data_prep.__main__ import main as data_prep
 from data_prep.plan import Part, plan_shards
 from data_prep.sources import open_source
 from megatron_dit.data.index import read_index
-from tests.data_prep.photos import folder_bytes, noise, png, read_samples, write_tar
+from tests.helpers.image_tars import folder_bytes, noise, png, read_samples, write_tar
 
 UNITS, PER_UNIT = 16, 10
 # Processes forked from a server with all modules imported start the real command without delay.

@@ -11,7 +11,8 @@ from PIL import Image, ImageFile
 
 from data_prep.pictures import Buckets, Limits, Unusable, decode, fit
 from megatron_dit.runtime.errors import UserError
-from tests.data_prep.heap import LIMITS, cases, photo, png, written
+from tests.helpers.image_files import photo, png, written
+from tests.helpers.unusual_images import LIMITS, cases
 
 CASES = cases()
 KEPT = [name for name, case in CASES.items() if not case.reason]
@@ -63,7 +64,7 @@ def test_image_exactly_at_the_limits_is_accepted():
 
 def test_decoding_does_not_change_pil_settings_or_print_warnings():
     code = (
-        "from tests.data_prep.heap import LIMITS, cases\n"
+        "from tests.helpers.unusual_images import LIMITS, cases\n"
         "from data_prep.pictures import Limits, Unusable, decode\n"
         "from PIL import Image\n"
         "most = Image.MAX_IMAGE_PIXELS\n"

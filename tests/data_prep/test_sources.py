@@ -6,7 +6,6 @@ import gzip
 import io
 import json
 import tarfile
-import tracemalloc
 import unicodedata
 from pathlib import Path
 
@@ -15,53 +14,12 @@ import pytest
 from data_prep.sources import Caption, Record, Rejected, open_source
 from data_prep.sources.record import IMAGE_BYTES, TEXT_BYTES
 from megatron_dit.runtime.errors import UserError
-from tests.data_prep.heap import bad_pictures, photo, written
+from tests.helpers.image_files import photo, written
+from tests.helpers.image_tars import write_img2dataset_tar
+from tests.helpers.sources import header, kept, reasons, scan, scan_in_little_memory, write_tar
+from tests.helpers.unusual_images import bad_pictures
 
 PNG = written(photo())
-EMOJI = Path(__file__).parents[3] / "shared" / "data" / "emoji64"
-
-
-def write_tar(path, members, **settings):
-    """Write a tar of members, given by name, or as (name, bytes) pairs if a name occurs twice."""
-    with tarfile.open(path, "w", **settings) as tar:
-        for name, data in members.items() if isinstance(members, dict) else members:
-            member = tarfile.TarInfo(name)
-            member.size = len(data)
-            tar.addfile(member, io.BytesIO(data))
-    return str(path)
-
-
-def scan(source):
-    """Return the records and rejections of all units, checking that records survive JSON and can be read again."""
-    found = []
-    for unit in range(source.units):
-        for item, data in source.scan(unit):
-            found.append(item)
-            if isinstance(item, Record):
-                again = Record.from_dict(json.loads(json.dumps(item.as_dict())))
-                assert again == item
-                assert source.read(again) == data
-            else:
-                assert data is None
-    return found
-
-
-def scan_in_little_memory(source):
-    tracemalloc.start()
-    try:
-        found = scan(source)
-        assert tracemalloc.get_traced_memory()[1] < 20 * 2**20
-    finally:
-        tracemalloc.stop()
-    return found
-
-
-def reasons(found):
-    return {item.name: item.reason for item in found if isinstance(item, Rejected)}
-
-
-def kept(found):
-    return {item.name: item for item in found if isinstance(item, Record)}
 
 
 def test_tar_yields_images_captions_and_json(tmp_path):
@@ -254,18 +212,6 @@ def test_key_with_two_captions_is_rejected(tmp_path):
     assert (list(kept(found)), reasons(found)) == (["a.tar/b"], {"a.tar/a": "two .txt members with the same key"})
 
 
-def header(name, size=0, kind=tarfile.REGTYPE, claim=None):
-    """Return a tar header, with the size replaced by ``claim``, in base 256, if given."""
-    member = tarfile.TarInfo(name)
-    member.size, member.type = size, kind
-    data = bytearray(member.tobuf(tarfile.GNU_FORMAT))
-    if claim is not None:
-        data[124:136] = (b"\xff" if claim < 0 else b"\x80") + claim.to_bytes(11, "big", signed=True)
-        data[148:156] = b"        "
-        data[148:156] = b"%06o\0 " % sum(data)
-    return bytes(data)
-
-
 GIB = 2**30
 MALICIOUS = {
     "claims 100 GB": header("bad.png", claim=100 * GIB),
@@ -444,11 +390,9 @@ def test_invalid_tar_sources_are_rejected(tmp_path, monkeypatch, spec, named, me
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.skipif(not EMOJI.is_dir(), reason="shared/data/emoji64 is not available")
-def test_every_image_of_a_real_tar_is_accepted():
-    path = EMOJI / "00000.tar"
-    with tarfile.open(path) as tar:
-        pictures = [name for name in tar.getnames() if name.endswith(".png")]
-    found = [item for item, _ in open_source(str(path)).scan(0)]
-    assert all(isinstance(item, Record) and item.captions for item in found)
-    assert [item.name for item in found] == [f"00000.tar/{name.removesuffix('.png')}" for name in pictures]
+def test_every_image_of_an_img2dataset_tar_is_accepted(tmp_path):
+    captions = write_img2dataset_tar(tmp_path / "00000.tar", 300)
+    found = [item for item, _ in open_source(str(tmp_path / "00000.tar")).scan(0)]
+    assert all(isinstance(item, Record) for item in found)
+    assert [item.captions for item in found] == [(Caption(caption, 1.0),) for caption in captions]
+    assert [item.name for item in found] == [f"00000.tar/{number:09d}" for number in range(300)]

@@ -14,7 +14,7 @@ from data_prep.__main__ import main as data_prep
 from megatron_dit.data.encoder_hash import weights_sha256
 from megatron_dit.data.index import Index, write_index
 from megatron_dit.data.tar import npy
-from tests.data.made import make_folder
+from tests.helpers.datasets import make_folder
 
 WIDE, TALL = (4, 8), (8, 4)
 

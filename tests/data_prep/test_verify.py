@@ -15,8 +15,8 @@ import pytest
 from data_prep.__main__ import main as data_prep
 from megatron_dit.data.index import Index, read_index, write_index
 from megatron_dit.data.tar import npy, write_shard
-from tests.data.made import make_folder, sample
-from tests.data_prep.test_sources import header
+from tests.helpers.datasets import make_folder, sample
+from tests.helpers.sources import header
 
 SIDE = (4, 4)
 

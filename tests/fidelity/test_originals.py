@@ -26,7 +26,7 @@ from megatron_dit.mup.authors import rename as rename_pixart
 from megatron_dit.mup.groups import optimizer_groups
 from megatron_dit.parallel.topology import build_topology, connect
 from megatron_dit.training.engine import Engine
-from tests.checkpoints_tools.made import convert, our_model
+from tests.helpers.conversion import convert, our_model
 
 FOLDER = Path(__file__).parent
 PIXART, UVIT = FOLDER / "pixart-mup-n2", FOLDER / "uvit"

@@ -26,7 +26,6 @@ def _serve(rank, tasks, results):
     os.environ.update(OMP_NUM_THREADS="1", DS_ACCELERATOR="cpu", LOCAL_RANK=str(rank), MASTER_ADDR="127.0.0.1")
     import torch
 
-    torch.set_num_threads(1)
     import megatron_dit.training.engine
     from megatron_dit.parallel.topology import connect
     from megatron_dit.runtime.errors import UserError
@@ -39,6 +38,7 @@ def _serve(rank, tasks, results):
             return
         function, args, kwargs, world, port = task
         os.environ.update(RANK=str(rank), WORLD_SIZE=str(world), MASTER_PORT=str(port))
+        torch.set_num_threads(1)  # a run may have changed it
         try:
             connect()
             results.put((rank, function(*args, **kwargs)))

@@ -10,7 +10,7 @@ from megatron_dit.mup.initial_values import initial_value
 from megatron_dit.mup.multipliers import forward_multipliers, set_multipliers
 from megatron_dit.objectives import OBJECTIVES, NoiseDraw
 from megatron_dit.parallel.topology import connect
-from tests.mup.test_against_mup import package_groups
+from tests.helpers.mup_groups import package_groups
 
 
 class Plain:
@@ -42,7 +42,7 @@ class Plain:
         """Accumulate gradients of the mean loss over ``batch``; return the intermediate outputs of the forward pass."""
         intermediates = {}
         options, draw = self.config.objective, NoiseDraw(batch.u, batch.noise)
-        objective = OBJECTIVES[options.kind]
+        objective = OBJECTIVES[options.name]
         prediction = self.model(*objective.perturb(batch.latents, draw, options), batch.condition, intermediates)
         objective.loss(prediction, batch.latents, draw, options).mean().backward()
         return intermediates

@@ -15,13 +15,14 @@ import yaml
 
 from megatron_dit.checkpoint.load import open_checkpoint
 from tests.helpers.configs import small_dict
+from tests.helpers.ports import free_port
 
 BIN = Path(sys.executable).parent
 ROOT = Path(__file__).parents[2]
 
 
 def launched(words, folder):
-    env = {**os.environ, "MASTER_PORT": "29872", "PATH": f"{BIN}:{os.environ['PATH']}", "HOME": str(folder)}
+    env = {**os.environ, "MASTER_PORT": str(free_port()), "PATH": f"{BIN}:{os.environ['PATH']}", "HOME": str(folder)}
     done = subprocess.run(words, capture_output=True, text=True, timeout=240, check=False, env=env)
     assert done.returncode == 0, done.stdout + done.stderr
 
@@ -43,8 +44,8 @@ def test_launchers_give_the_same_weights(dataset, tmp_path):
     hosts.write_text("localhost slots=2\n")
     starts = {
         "procs": [sys.executable, "-m", "megatron_dit", *words("procs"), "--procs", "2"],
-        "torchrun": [str(BIN / "torchrun"), "--nproc-per-node=2", "--master-port=29871", "--module", "megatron_dit",
-                     *words("torchrun")],
+        "torchrun": [str(BIN / "torchrun"), "--nproc-per-node=2", f"--master-port={free_port()}", "--module",
+                     "megatron_dit", *words("torchrun")],
         "deepspeed": [str(ROOT / "launch/train.sh"), str(hosts), *words("deepspeed")[1:]],
     }  # fmt: skip
     for command in starts.values():

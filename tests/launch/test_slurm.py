@@ -17,7 +17,7 @@ from megatron_dit.checkpoint.load import open_checkpoint
 from megatron_dit.tuning.transfer import read_sweep
 from tests.helpers.configs import small_dict
 from tests.helpers.ports import free_port
-from tests.tuning.helpers import write_sweep
+from tests.helpers.sweeps import write_sweep
 
 NEEDED = ("srun", "slurmctld", "slurmd", "munged", "mungekey")
 missing = [name for name in NEEDED if shutil.which(name) is None]

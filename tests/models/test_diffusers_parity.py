@@ -10,7 +10,7 @@ from megatron_dit.config import ModelConfig
 from megatron_dit.models.build import build_unsharded
 from megatron_dit.models.common.condition import Condition
 from megatron_dit.parallel.topology import connect
-from tests.models import diffusers_weights, plain_uvit
+from tests.helpers import diffusers_weights, plain_uvit
 
 TOLERANCE = 1e-5
 

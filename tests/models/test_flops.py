@@ -11,7 +11,7 @@ from megatron_dit.config import load_config
 from megatron_dit.models.flops import Flops, model_flops
 from megatron_dit.parallel.topology import connect
 from tests.helpers.configs import ARCHITECTURES, small
-from tests.models.flop_formulas import model_parts
+from tests.helpers.flop_formulas import model_parts
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 KINDS = [*ARCHITECTURES, "uvit-class"]

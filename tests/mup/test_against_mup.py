@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-from dataclasses import replace
 
 import mup
 import pytest
@@ -19,30 +18,8 @@ from megatron_dit.mup.base_shapes import load_base_shapes, save_base_shapes
 from megatron_dit.mup.groups import optimizer_groups
 from megatron_dit.runtime.errors import UserError
 from tests.helpers.configs import ARCHITECTURES, small, small_dict
-from tests.mup.plain_models import PLAIN
-
-
-def table(groups, names):
-    return {names[id(p)]: (g["lr"], g["weight_decay"]) for g in groups for p in g["params"]}
-
-
-def package_table(groups, model):
-    """Like :func:`table`, but with lr and decay 0 for the null caption, which is a buffer in the original."""
-    found = table(groups, {id(p): name for name, p in model.named_parameters()})
-    return found | ({"null_caption.table": (0.0, 0.0)} if "null_caption.table" in found else {})
-
-
-def package_groups(config):
-    """Return ({name: (lr, weight decay)} of mup.MuAdamW, model), with base shapes from our base and delta models."""
-    base_heads = config.mup.base_heads
-    target, base, delta = (
-        build_unsharded(replace(config.model, heads=h)) for h in (config.model.heads, base_heads, 2 * base_heads)
-    )
-    # do_assert=False: our readouts get their multiplier from the μP table instead of being a mup.MuReadout.
-    mup.set_base_shapes(target, base, delta=delta, rescale_params=False, do_assert=False)
-    options = config.optimizer
-    groups = mup.MuAdamW(target.parameters(), lr=options.lr, weight_decay=options.weight_decay).param_groups
-    return package_table(groups, target), target
+from tests.helpers.mup_groups import package_groups, package_table, table
+from tests.helpers.plain_mup_models import PLAIN
 
 
 @pytest.mark.parametrize("multiplier", [1, 2, 4])
@@ -190,11 +167,17 @@ def test_original_base_shapes_give_the_groups_of_mup(arch, tmp_path):
     assert params["head.linear.weight"].multiplier == 1 / target.final_layer.linear.width_mult() == 1 / 4
 
 
-def test_plain_models_have_as_many_parameters_as_the_published_files(tmp_path):
-    """The published files have 292 (DiT-μP) and 435 (PixArt-α-μP) entries (depth 28, width 288)."""
-    for arch, count in (("dit", 292), ("pixart", 435)):
-        config = small(arch, heads=8, base_heads=4, **{"model.depth": 28})
-        assert len(list(PLAIN[arch](config.model, 4).named_parameters())) == count
+# (architecture, entries of the published file, entries in addition to our parameters)
+@pytest.mark.parametrize(("arch", "entries", "surplus"), [("dit", 292, 1), ("pixart", 435, -1)])
+def test_original_base_shapes_of_the_published_depth_are_read_completely(arch, entries, surplus, tmp_path):
+    """The published models have depth 28. DiT-μP lists its fixed positions, and PixArt-α-μP not its null caption."""
+    path = tmp_path / "authors.bsh"
+    config = small(arch, heads=8, base_heads=None, **{"mup.base_shapes": str(path), "model.depth": 28})
+    mup.make_base_shapes(PLAIN[arch](config.model, 4), PLAIN[arch](config.model, 8), str(path))
+    assert len(yaml.safe_load(path.read_text())) == entries
+    params = param_specs(config)
+    assert len(params) == entries - surplus
+    assert {param.width_multiplier for param in params.values()} == {1, 2}
 
 
 def test_original_base_shapes_of_another_depth_are_rejected_by_name(tmp_path):

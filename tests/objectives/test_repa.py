@@ -22,7 +22,7 @@ from megatron_dit.mup.groups import optimizer_groups
 from megatron_dit.objectives.repa import alignment_loss
 from megatron_dit.verify import LAYOUTS, REFERENCE
 from tests.helpers.configs import ARCHITECTURES, small, small_dict
-from tests.mup.test_against_mup import package_groups, table
+from tests.helpers.mup_groups import package_groups, table
 
 REPA = {"model.repa_block": 1, "model.repa_dim": 24}
 

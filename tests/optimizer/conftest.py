@@ -6,12 +6,7 @@ import pytest
 import torch
 
 from megatron_dit.optimizer import adamw
-
-
-def skip_if_absent(kind):
-    reason = kind.absent()
-    if reason:
-        pytest.skip(f"{kind.title} is not available: {reason}")
+from tests.helpers.optimizers import skip_if_absent
 
 
 @pytest.fixture(scope="session")

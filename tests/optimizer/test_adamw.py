@@ -9,9 +9,9 @@ from torch.optim.adamw import adamw as functional_adamw
 from megatron_dit.optimizer import AdamWithEma, adamw
 from megatron_dit.parallel.topology import SOLO
 from tests.helpers.configs import small
+from tests.helpers.engine import SKIP_OUTCOMES, batch, run_non_finite_steps, start
+from tests.helpers.optimizers import skip_if_absent
 from tests.helpers.plain import Plain
-from tests.optimizer.conftest import skip_if_absent
-from tests.training.test_engine import SKIP_OUTCOMES, batch, nan_if_nonfinite, start
 
 STEPS, SKIPPED = 20, 4
 # eps is above the rounding errors of gradients, which Adam would otherwise turn into updates of full size. With this
@@ -142,7 +142,7 @@ def with_stand_in(config):
         result["zero_optimization"]["sub_group_size"] = 2000
         return result
 
-    stand_in = adamw.AdamWImplementation("stand-in", CountsInGroup, lambda: None)
+    stand_in = adamw.AdamW("stand-in", CountsInGroup, lambda: None)
     real, made = adamw.AVAILABLE["apex"], engine_module.deepspeed_config
     try:
         adamw.AVAILABLE["apex"], engine_module.deepspeed_config = stand_in, small_sub_groups
@@ -227,5 +227,5 @@ def test_run_resumes_in_other_stages_with_other_libraries(pool, compiled, expect
 @pytest.mark.parametrize(("stage", "library"), [(0, DEEPSPEED), *[(stage, OFFLOAD) for stage in (1, 2, 3)]])
 def test_non_finite_steps_do_not_count_as_updates(pool, compiled, stage, library, dtype):
     layout = {"parallel.zero_stage": stage, "train.dtype": dtype, **library}
-    for outcomes in pool.run(2, nan_if_nonfinite, layout):
+    for outcomes in pool.run(2, run_non_finite_steps, layout):
         assert outcomes == SKIP_OUTCOMES

@@ -8,17 +8,12 @@ import torch
 
 from megatron_dit.optimizer.averages import Profile, combination, gamma_of, power_decay
 from megatron_dit.runtime.errors import UserError
+from tests.helpers.averages import step_weights
 from tests.helpers.configs import small
-from tests.training.test_engine import batch, start
+from tests.helpers.engine import batch, start
 
 WIDTHS = [0.05, 0.1]
 AGE = 200
-
-
-def step_weights(gamma, age, steps=AGE):
-    """Return the weight of each step in the average at step ``age``: the integral of the profile over the step."""
-    edges = np.minimum(np.arange(steps + 1.0), age) ** (gamma + 1) / float(age) ** (gamma + 1)
-    return np.diff(edges)
 
 
 @pytest.mark.parametrize(("width", "gamma"), [(0.05, 16.97), (0.1, 6.94), (12**-0.5, 0.0)])

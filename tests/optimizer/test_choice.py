@@ -13,7 +13,7 @@ import yaml
 from megatron_dit.optimizer import adamw, choose
 from megatron_dit.runtime.errors import UserError
 from tests.helpers.configs import small, small_dict
-from tests.training.test_resume import finish
+from tests.helpers.runs import finish_run
 
 
 def config_of(**keys):
@@ -44,7 +44,7 @@ def test_unrelated_package_named_apex_is_not_imported(monkeypatch, tmp_path):
 
 def test_auto_selects_the_first_available_that_needs_no_compiling(monkeypatch):
     def stub(absent, **keywords):
-        return adamw.AdamWImplementation("stub", lambda groups: None, lambda: absent, **keywords)
+        return adamw.AdamW("stub", lambda groups: None, lambda: absent, **keywords)
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     compiles = stub(None, automatic=lambda: False)
@@ -56,8 +56,8 @@ def test_auto_selects_the_first_available_that_needs_no_compiling(monkeypatch):
 
 
 def test_missing_compiler_is_reported(monkeypatch):
-    monkeypatch.setattr(adamw, "build_path", lambda: "")
-    for keys in ({"fused": "deepspeed"}, {"offload": True}):
+    monkeypatch.setattr(adamw, "PROGRAMS", "")
+    for keys in ({"implementation": "deepspeed"}, {"offload": True}):
         with pytest.raises(UserError, match="ninja is not on PATH"):
             choose(replace(config_of(), **keys))
 
@@ -82,7 +82,7 @@ def lacks_on_one_rank(config):
     try:
         Engine(config, build_topology(config))
     finally:
-        adamw.AVAILABLE["apex"] = adamw.AdamWImplementation("apex.optimizers.FusedAdam", adamw._apex, adamw._absent_apex)
+        adamw.AVAILABLE["apex"] = adamw.AdamW("apex.optimizers.FusedAdam", adamw._apex, adamw._absent_apex)
 
 
 def test_all_ranks_raise_if_one_lacks_the_implementation(pool):
@@ -94,9 +94,9 @@ def test_run_prints_its_implementation_and_may_resume_with_another(compiled, dat
     values = {"data.path": str(dataset), "run_dir": str(tmp_path / "run"), "train.steps": 2}
     path, metrics = tmp_path / "config.yaml", tmp_path / "metrics.json"
     path.write_text(yaml.safe_dump(small_dict("mmdit", **values)))
-    out = finish(path, 1, "optimizer.implementation=deepspeed", "--json", str(metrics))
+    out = finish_run(path, 1, "optimizer.implementation=deepspeed", "--json", str(metrics))
     assert "optimizer: deepspeed.ops.adam.FusedAdam" in out
     assert json.loads(metrics.read_text())["optimizer"] == "deepspeed.ops.adam.FusedAdam"
-    out = finish(path, 2, "train.steps=4", "optimizer.offload=true", "parallel.zero_stage=2")
+    out = finish_run(path, 2, "train.steps=4", "optimizer.offload=true", "parallel.zero_stage=2")
     assert "resumed" in out
     assert "optimizer: deepspeed.ops.adam.DeepSpeedCPUAdam" in out

@@ -19,8 +19,8 @@ from megatron_dit.runtime.errors import UserError
 from megatron_dit.verify import REFERENCE, Layout
 from tests.helpers.child import in_child
 from tests.helpers.configs import ARCHITECTURES, small
-from tests.parallel.te_on_cpu import te_on_cpu
-from tests.parallel.test_layouts import trace
+from tests.helpers.te_on_cpu import te_on_cpu
+from tests.helpers.traces import trace
 
 KINDS = [*ARCHITECTURES, "uvit-class"]
 FP8 = {"train.dtype": "bf16", "train.fp8": "current"}

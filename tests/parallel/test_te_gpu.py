@@ -51,7 +51,7 @@ def last_pass(config, backend, count):
     from megatron_dit.parallel.topology import SOLO
     from megatron_dit.runtime.device import device
     from megatron_dit.verify import disturbed
-    from tests.training.test_engine import batch
+    from tests.helpers.engine import batch
 
     params = param_specs(config)
     with torch.device(device()):
@@ -128,7 +128,7 @@ def test_fp8_is_close_to_bf16_but_not_equal(arch):
 def steps(config, count):
     """Return losses and gradient norms of the first ``count`` steps on random batches."""
     from megatron_dit.parallel.topology import connect
-    from tests.training.test_engine import batch, start
+    from tests.helpers.engine import batch, start
 
     connect()
     engine = start(config)
@@ -154,7 +154,7 @@ def final_loss(overrides):
     from megatron_dit.data.index import read_index
     from megatron_dit.data.stream import batches
     from megatron_dit.parallel.topology import connect
-    from tests.training.test_engine import start
+    from tests.helpers.engine import start
 
     data = ["model.in_channels=3", "model.sample_size=16", "model.text_dim=64", "model.text_tokens=16"]
     no_repa = ["model.repa_block=null", "model.repa_dim=null"]

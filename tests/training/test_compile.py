@@ -7,7 +7,7 @@ import shutil
 import pytest
 
 from tests.helpers.configs import small
-from tests.training.test_engine import batch, start
+from tests.helpers.engine import batch, start
 
 
 def losses(compiled):

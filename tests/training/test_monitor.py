@@ -10,8 +10,8 @@ import pytest
 from megatron_dit.parallel.topology import SOLO
 from megatron_dit.training.monitor import SpikeDetector
 from tests.helpers.configs import small
+from tests.helpers.engine import batch, start
 from tests.helpers.plain import Plain
-from tests.training.test_engine import batch, start
 
 OPTIONS = {"model.depth": 2, "optimizer.weight_decay": 0.1, "optimizer.eps": 1e-4}
 STEPS = 3

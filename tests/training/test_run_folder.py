@@ -12,8 +12,8 @@ from megatron_dit.cli import run
 from megatron_dit.runtime.errors import UserError
 from megatron_dit.runtime.locks import RunLock
 from megatron_dit.training.run_folder import LOCK, RunFolder
-from tests.cli.test_bad_input import refused
 from tests.helpers.configs import small, write_config
+from tests.helpers.runs import refused
 
 HOLDER = f"is in use by process {os.getpid()} on host {socket.gethostname()}, started "
 

@@ -13,7 +13,7 @@ from megatron_dit.tuning import report
 from megatron_dit.tuning.space import SweepConfig
 from megatron_dit.tuning.study import Sweep
 from megatron_dit.tuning.transfer import read_sweep
-from tests.tuning.helpers import plant, write_sweep
+from tests.helpers.sweeps import plant, write_sweep
 
 LRS = {"optimizer.lr": {"log2": [-9, -8]}}
 

@@ -17,7 +17,7 @@ from megatron_dit.config import load
 from megatron_dit.runtime.errors import UserError
 from megatron_dit.tuning.space import SweepConfig
 from megatron_dit.tuning.study import Sweep
-from tests.tuning.helpers import write_sweep
+from tests.helpers.sweeps import write_sweep
 
 
 def results_in(folder):

@@ -14,8 +14,8 @@ from megatron_dit.config import load_config
 from megatron_dit.tuning import report
 from megatron_dit.tuning.transfer import Cost, read_sweep
 from tests.helpers.configs import small, small_dict
-from tests.mup.test_against_mup import package_groups
-from tests.tuning.helpers import plant, write_sweep
+from tests.helpers.mup_groups import package_groups
+from tests.helpers.sweeps import plant, write_sweep
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 

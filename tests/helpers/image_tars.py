@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageDraw
 from webdataset.writer import TarWriter
 
 from megatron_dit.data.index import read_index
@@ -20,7 +20,7 @@ def noise(height=8, width=8, seed=0):
 
 def png(picture):
     buffer = io.BytesIO()
-    Image.fromarray(picture).save(buffer, "PNG")
+    (picture if isinstance(picture, Image.Image) else Image.fromarray(picture)).save(buffer, "PNG")
     return buffer.getvalue()
 
 
@@ -30,6 +30,28 @@ def write_tar(path, samples):
         for number, members in enumerate(samples):
             writer.write({"__key__": f"{number:04d}", **members})
     return str(path)
+
+
+COLOURS, SHAPES = ("red", "green", "blue", "orange", "purple"), ("ellipse", "rectangle", "rounded_rectangle")
+
+
+def write_img2dataset_tar(path, count):
+    """Write a tar as img2dataset does: ``count`` RGB images of 64 x 64 pixels with a .txt and a .json; return captions.
+
+    Keys have nine digits, and a sample's members are in alphabetical order.
+    """
+    captions = []
+    with TarWriter(str(path)) as writer:
+        for number in range(count):
+            colour, shape = COLOURS[number % 5], SHAPES[number % 3]
+            picture = Image.new("RGB", (64, 64), "white")
+            left, top = number % 30, number * 7 % 30
+            getattr(ImageDraw.Draw(picture), shape)((left, top, left + 30, top + 25), fill=colour, outline="black")
+            key, caption = f"{number:09d}", f"{colour} {shape.replace('_', ' ')} number {number}"
+            meta = {"key": key, "caption": caption, "width": 64, "height": 64}
+            writer.write({"__key__": key, "json": json.dumps(meta), "png": png(picture), "txt": caption})
+            captions.append(caption)
+    return captions
 
 
 def read_samples(folder):

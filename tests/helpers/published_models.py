@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from tests.models.plain_uvit import sinusoids
+from tests.helpers.plain_uvit import sinusoids
 
 
 def positions(dim, side, scale=1.0):
