@@ -48,8 +48,8 @@ def lines(script):
 def head_lines(config):
     """Return the words of each command of our programs in the comments at the top of a config file."""
     head = "".join(line for line in (ROOT / config).read_text().splitlines(True) if line.startswith("#"))
-    text = re.sub(r"\\\n#", " ", head)
-    commands = re.findall(r"((?:megatron-dit|python -m \w+|torchrun|sbatch) [^\n]*)", text)
+    text = re.sub(r"\\\n# *", "", head)
+    commands = re.findall(r"^# +(?:[A-Z]\w+: +)?\(?((?:megatron-dit|python|torchrun|sbatch) [^\n]*)", text, re.MULTILINE)
     return [words for command in commands for words in lines(re.split(r" {3,}\S|\)$", command)[0])]
 
 

@@ -38,7 +38,7 @@ class Layout:
             f"parallel.sequence={str(self.sequence).lower()}",
             f"parallel.pipeline={self.pipeline}",
             f"parallel.virtual_stages={self.chunks}",
-            "parallel.blocks_per_stage=[]",
+            "parallel.blocks_per_stage=null",
             f"parallel.zero_stage={self.zero}",
             f"train.recompute={self.recompute}",
             "train.recompute_blocks=null",
