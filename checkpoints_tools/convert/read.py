@@ -146,9 +146,11 @@ def find_counterpart(class_name: str) -> tuple[str, DiffusersCounterpart] | None
 
 
 def _class_name(settings: Settings) -> str:
-    name = str(settings.get("_class_name"))
-    old = {each.old_norm_type: each.class_name for each in counterparts().values()}
-    return old.get(settings.get("norm_type"), name) if name == "Transformer2DModel" else name
+    name, norm_type = str(settings.get("_class_name")), settings.get("norm_type")
+    if name != "Transformer2DModel" or norm_type is None:
+        return name
+    old = (each for each in counterparts().values() if each.old_norm_type == norm_type)
+    return next((each.class_name for each in old), name)
 
 
 def _with_defaults(settings: Settings) -> Settings:
