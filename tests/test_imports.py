@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from megatron_dit.models.registry import ARCHITECTURES
+
 ROOT = Path(__file__).parents[1]
 
 # Lowest first: a package may import only packages before it in this list.
@@ -14,6 +16,7 @@ PACKAGES = [
     "runtime", "config", "mup", "parallel", "models", "objectives", "optimizer", "data", "checkpoint", "training",
     "sampling", "evaluation", "tuning", "planning", "verify", "bench", "cli", "__main__",
 ]  # fmt: skip
+PROGRAMS = ("megatron_dit", "data_prep", "checkpoints_tools")
 LEVEL = {package: level for level, package in enumerate(PACKAGES)}
 # The config describes architectures by their torch-free specs.
 EXCEPTIONS = {("config", "megatron_dit.models.registry"), ("config", "megatron_dit.models.spec")}
@@ -92,3 +95,35 @@ def test_package_files_have_no_side_effects(path):
         assert docstring or isinstance(
             node, ast.Import | ast.ImportFrom | ast.FunctionDef | ast.Assign | ast.AnnAssign | ast.If
         ), f"{path}, line {node.lineno}: a statement that runs on import"
+
+
+def string_literals(path):
+    """Yield (line, value) of the strings in a file, and of the names of keyword arguments, which are strings too."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Constant) and isinstance(node.value, str):
+            yield node.lineno, node.value
+        elif isinstance(node, ast.keyword) and node.arg is not None:
+            yield node.value.lineno, node.arg
+
+
+def test_names_of_architectures_appear_only_in_their_folders_and_in_the_registry():
+    models = ROOT / "megatron_dit" / "models"
+    folders = {path.parent.name for path in models.glob("*/spec.py")}
+    assert folders == set(ARCHITECTURES)
+    registry = []
+    for path in sorted(path for root in PROGRAMS for path in (ROOT / root).rglob("*.py")):
+        for line, value in string_literals(path):
+            if value in folders and path == models / "registry.py":
+                registry.append((line, value))
+            elif value in folders:
+                assert path.is_relative_to(models / value), f"{path}, line {line}: {value!r}"
+    assert sorted(value for _, value in registry) == sorted(folders)
+    assert len({line for line, _ in registry}) == 1
+
+
+@pytest.mark.parametrize(
+    "source", ["f('dit')", "{'dit': 1}", "x == 'dit'", "dict(dit=1)", "match x:\n    case 'dit': pass", "f'{x}dit'"]
+)
+def test_names_of_architectures_are_found_in_any_expression(source, tmp_path):
+    (tmp_path / "x.py").write_text(source)
+    assert "dit" in [value for _, value in string_literals(tmp_path / "x.py")]

@@ -9,11 +9,9 @@ from typing import Any
 
 import yaml
 
-from checkpoints_tools.convert.export import NULL_FILE, Export
+from checkpoints_tools.convert.export import Export
 from checkpoints_tools.convert.pipeline import OURS, Parts, stock_class
 from megatron_dit.runtime.text import printable
-
-TITLES = {"dit": "DiT", "mmdit": "MMDiT", "pixart": "PixArt-α", "uvit": "U-ViT"}
 
 
 def card(export: Export, parts: Parts | None) -> str:
@@ -23,7 +21,7 @@ def card(export: Export, parts: Parts | None) -> str:
     usage = _model_usage(export) if parts is None else _pipeline_usage(export, parts)
     step, batch = export.reader.step, config.train.global_batch
     facts = {
-        "architecture": f"{TITLES[model.arch]}, {model.depth} blocks, width {model.width}, {model.heads} heads",
+        "architecture": f"{model.spec.title}, {model.depth} blocks, width {model.width}, {model.heads} heads",
         "class": export.counterpart.class_name,
         "parameters": f"{export.parameters:,}",
         "weights": f"{'EMA' if export.weights == 'ema' else 'raw'}, stored in {export.dtype}",
@@ -41,7 +39,7 @@ def card(export: Export, parts: Parts | None) -> str:
             f"pipeline_tag: {'text-to-image' if model.text_dim else 'unconditional-image-generation'}",
             "---",
             "",
-            f"# {TITLES[model.arch]} with {export.parameters / 1e6:,.1f}M parameters",
+            f"# {model.spec.title} with {export.parameters / 1e6:,.1f}M parameters",
             "",
             *_table("property", "value", facts),
             "",
@@ -103,27 +101,19 @@ def _code(*lines: str) -> str:
 
 
 def _model_usage(export: Export) -> str:
-    name = export.counterpart.class_name
-    lines = {
-        "uvit": ["from uvit_transformer_2d import UViTTransformer2DModel  # a file in this folder"],
-    }.get(export.config.model.arch, [f"from diffusers import {name}"])
-    lines += ["", f'transformer = {name}.from_pretrained("THIS FOLDER")']
-    if export.config.model.arch == "dit":
-        lines += [
-            "for block in transformer.transformer_blocks:  # as in the original DiT; diffusers hard-codes 1",
-            "    block.norm1.emb.time_proj.downscale_freq_shift = 0",
-        ]
-    text = {
-        "dit": f"Images must be square. Label {export.config.model.num_classes} means no class.",
-        "pixart": f"`{NULL_FILE}` contains the null caption. Pass it together with the mask of the caption.",
-        "mmdit": "Text features are zero at padding positions and all zeros for no text. The pooled text is all zeros.",
-        "uvit": "Text features are zero at padding positions and all zeros for no text. The last label means no class.",
-    }[export.config.model.arch]
-    return f"{_code(*lines)}\n\n{text}"
+    counterpart = export.counterpart
+    name, comment = counterpart.class_name, "  # a file in this folder" if counterpart.source_file else ""
+    code = [
+        f"from {counterpart.module} import {name}{comment}",
+        "",
+        f'transformer = {name}.from_pretrained("THIS FOLDER")',
+        *counterpart.code_after_loading,
+    ]
+    return f"{_code(*code)}\n\n{counterpart.input_notes(export.config.model)}"
 
 
 def _pipeline_usage(export: Export, parts: Parts) -> str:
-    model, sampling = export.config.model, export.config.sampling
+    model, sampling, counterpart = export.config.model, export.config.sampling, export.counterpart
     stock = stock_class(export, parts)
     custom = f', custom_pipeline="{OURS[0]}"' if stock else ""
     inputs = '"a red circle"' if model.text_dim else "class_labels=[1, 2]"
@@ -135,59 +125,15 @@ def _pipeline_usage(export: Export, parts: Parts) -> str:
     ]
     text = (
         f"`trust_remote_code=True` lets diffusers run `{OURS[0]}.py` from this folder"
-        + (" and `transformer/uvit_transformer_2d.py`" if model.arch == "uvit" else "")
+        + (f" and `transformer/{counterpart.source_file.name}`" if counterpart.source_file else "")
         + ", which samples as the training code does. Defaults: "
         + f"{sampling.steps} steps and guidance scale {sampling.guidance:g}."
     )
     usage = f"{_code(*lines)}\n\n{text}"
     if stock is None:
         return usage
-    more = _PIXART if model.arch == "pixart" else _MMDIT
     values = {"tokens": model.text_tokens, "steps": sampling.steps, "guidance": f"{sampling.guidance:g}"}
-    plain = f"With diffusers' `{stock}`, which runs no code from this folder:\n\n{more.format(**values)}"
+    plain = (
+        f"With diffusers' `{stock}`, which runs no code from this folder:\n\n{counterpart.stock_usage.format(**values)}"
+    )
     return f"{plain}\n\nOr in one call, with the code in this folder:\n\n{usage}"
-
-
-_PIXART = """```python
-import torch
-from diffusers import DiffusionPipeline
-from safetensors.torch import load_file
-
-pipe = DiffusionPipeline.from_pretrained("THIS FOLDER")
-tokens = pipe.tokenizer(
-    ["a red circle"], padding="max_length", truncation=True, max_length={tokens}, return_tensors="pt"
-)
-text = pipe.text_encoder(**tokens).last_hidden_state
-null = load_file("THIS FOLDER/transformer/null_caption.safetensors")["null_caption"].expand_as(text)
-images = pipe(
-    prompt_embeds=text,
-    prompt_attention_mask=tokens.attention_mask,
-    negative_prompt=None,
-    negative_prompt_embeds=null,
-    negative_prompt_attention_mask=tokens.attention_mask,
-    num_inference_steps={steps},
-    guidance_scale={guidance},
-    use_resolution_binning=False,
-).images
-```"""
-
-_MMDIT = """```python
-import torch
-from diffusers import DiffusionPipeline
-
-clip = dict.fromkeys(["text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2"])
-pipe = DiffusionPipeline.from_pretrained("THIS FOLDER", **clip)
-tokens = pipe.tokenizer_3(
-    ["a red circle"], padding="max_length", truncation=True, max_length={tokens}, return_tensors="pt"
-)
-text = pipe.text_encoder_3(**tokens).last_hidden_state * tokens.attention_mask[..., None]
-pooled = torch.zeros(len(text), pipe.transformer.config.pooled_projection_dim)
-images = pipe(
-    prompt_embeds=text,
-    negative_prompt_embeds=torch.zeros_like(text),
-    pooled_prompt_embeds=pooled,
-    negative_pooled_prompt_embeds=pooled,
-    num_inference_steps={steps},
-    guidance_scale={guidance},
-).images
-```"""

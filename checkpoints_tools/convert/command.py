@@ -4,28 +4,23 @@ from __future__ import annotations
 
 import argparse
 import re
-from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 from checkpoints_tools.convert.card import card
 from checkpoints_tools.convert.export import WEIGHTS, Export, write_model
 from checkpoints_tools.convert.importing import from_diffusers
+from checkpoints_tools.convert.original.importing import from_original
 from checkpoints_tools.convert.pipeline import find_index, find_parts, tokens_of, write_pipeline
-from checkpoints_tools.convert.published.importing import FORMATS, from_published
 from checkpoints_tools.convert.run import Import
 from checkpoints_tools.write import aside, new_folder
 from megatron_dit.checkpoint.load import check_model, open_checkpoint
 from megatron_dit.cli import add_command
 from megatron_dit.cli.common import file_path, input_path, write_json
 from megatron_dit.data.text import DTYPES
+from megatron_dit.models.registry import formats
 from megatron_dit.runtime.errors import UserError
 from megatron_dit.runtime.text import printable
 
-IMPORTERS: dict[str, Callable[[Import], list[str]]] = {
-    "diffusers": from_diffusers,
-    **{name: partial(from_published, form) for name, form in FORMATS.items()},
-}
 UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 
 
@@ -41,7 +36,7 @@ def add_convert(commands: Any) -> None:
     )
     command.add_argument("out", type=file_path("out"), help="the folder to write; it must not exist")
     command.add_argument("--to", choices=["diffusers"], help="format to export to")
-    command.add_argument("--from", dest="source_format", choices=list(IMPORTERS), help="format to import from")
+    command.add_argument("--from", dest="source_format", choices=_source_formats(), help="format to import from")
     export = command.add_argument_group("with --to")
     export.add_argument("--weights", choices=list(WEIGHTS), help="EMA weights or raw weights (default: ema)")
     export.add_argument("--dtype", choices=list(DTYPES), help="precision of the exported weights (default: fp32)")
@@ -71,7 +66,7 @@ def add_convert(commands: Any) -> None:
         "--base-shapes",
         type=file_path("--base-shapes"),
         metavar="F.bsh",
-        help="base shapes of a dit-mup or pixart-mup model, saved by the package mup",
+        help="base shapes of a model trained under μP, saved by the package mup",
     )
     imported.add_argument(
         "--variant", metavar="NAME", help="variant of the weights in a diffusers folder, such as fp16"
@@ -81,7 +76,7 @@ def add_convert(commands: Any) -> None:
 
 def _convert(parsed: argparse.Namespace) -> int:
     if bool(parsed.to) == bool(parsed.source_format):
-        raise UserError(f"give exactly one of --to diffusers and --from {'|'.join(IMPORTERS)}")
+        raise UserError(f"give exactly one of --to diffusers and --from {'|'.join(_source_formats())}")
     groups = {
         "--to": ("weights", "dtype", "max_shard_size", "pipeline", "vae", "text_encoder", "link"),
         "--from": ("data", "set", "base_shapes", "variant", "drop_clip"),
@@ -125,12 +120,24 @@ def _from_others(parsed: argparse.Namespace) -> list[str]:
     run_dir = next((item for item in parsed.set or () if item.partition("=")[0].strip() == "run_dir"), None)
     if run_dir is not None:
         raise UserError(f"--set {run_dir}: the run is written to {parsed.out}; leave run_dir out")
-    if parsed.variant is not None and parsed.source_format != "diffusers":
+    form = formats().get(parsed.source_format)
+    if form is not None and parsed.variant is not None:
         raise UserError(f"--variant {parsed.variant} is only valid with --from diffusers: leave it out")
+    if form is not None and parsed.drop_clip:
+        raise UserError("--drop-clip is only valid with --from diffusers: leave it out")
+    if parsed.base_shapes and not (form and form.mup_preset):
+        under_mup = " or ".join(each.name for each in formats().values() if each.mup_preset)
+        raise UserError(
+            f"--base-shapes is only valid with --from {under_mup}: leave it out, or use --set mup.base_shapes=F.bsh"
+        )
     asked = Import(
         parsed.source, parsed.out, parsed.data, parsed.set or (), parsed.drop_clip, parsed.base_shapes, parsed.variant
     )
-    return IMPORTERS[parsed.source_format](asked)
+    return from_diffusers(asked) if form is None else from_original(form, asked)
+
+
+def _source_formats() -> list[str]:
+    return ["diffusers", *formats()]
 
 
 def _bytes(size: str) -> int:

@@ -19,21 +19,20 @@ from torch import Tensor
 
 import megatron_dit
 from checkpoints_tools.convert import fold
-from checkpoints_tools.convert.counterparts import counterpart_of
-from checkpoints_tools.convert.pixart import NULL_CAPTION
 from checkpoints_tools.convert.read import FACTS, KEY, LOST
-from checkpoints_tools.convert.table import Counterpart, Row, Settings
 from checkpoints_tools.convert.tensors import Spec, TensorFile, write_shards
 from megatron_dit.checkpoint.manifest import STATE
 from megatron_dit.checkpoint.reader import CheckpointReader
 from megatron_dit.config import Config
 from megatron_dit.data.text import DTYPES
+from megatron_dit.models.common.diffusers import DiffusersCounterpart, Settings
+from megatron_dit.models.common.rows import Row
+from megatron_dit.models.registry import counterpart_of
 from megatron_dit.runtime.errors import UserError
 from megatron_dit.runtime.progress import ProgressBar
 
 EXPORTED = Path(__file__).parent / "exported"
 WEIGHTS = {"ema": "ema", "raw": STATE}
-NULL_FILE = "null_caption.safetensors"
 
 
 @dataclass(frozen=True)
@@ -51,8 +50,19 @@ class Export:
         return self.reader.config
 
     @cached_property
-    def counterpart(self) -> Counterpart:
-        return counterpart_of(self.config.model)
+    def counterpart(self) -> DiffusersCounterpart:
+        """The model's counterpart. Raises UserError if there is none or it lacks one of the model's options."""
+        model = self.config.model
+        counterpart = counterpart_of(model.arch)
+        if counterpart is None:
+            raise UserError(f"model.arch={model.arch} cannot be exported: diffusers has no counterpart of it")
+        key = counterpart.unsupported(model)
+        if key is not None:
+            raise UserError(
+                f"model.{key}={getattr(model, key)} cannot be exported: {counterpart.class_name} only supports "
+                f"{counterpart.only[key]}"
+            )
+        return counterpart
 
     @cached_property
     def rows(self) -> list[Row]:
@@ -67,15 +77,13 @@ class Export:
         """Contents of config.json, including settings of an imported config.json that our model does not represent."""
         settings = self.counterpart.settings(self.config.model)
         imported = self.reader.manifest.get("diffusers", {})
-        return {
-            **settings,
-            **{name: imported[name] for name in ("pooled_projection_dim",) if imported.get(name) is not None},
-        }
+        kept = {name: imported.get(name) for name in self.counterpart.kept_settings}
+        return {**settings, **{name: value for name, value in kept.items() if value is not None}}
 
     @property
     def left_out(self) -> list[str]:
         """Names of our parameters that the exported folder cannot represent."""
-        exported = {row.ours for row in self.rows} | {NULL_CAPTION}
+        exported = {row.ours for row in self.rows} | set(self.counterpart.separate)
         return [name for name in self.reader.manifest["params"] if name not in exported]
 
     @property
@@ -121,10 +129,10 @@ def write_model(export: Export, folder: Path) -> list[str]:
     settings = {"_class_name": class_name, "_diffusers_version": diffusers.__version__, **export.settings}
     _write_json(folder / "config.json", settings)
     _write_json(folder / FACTS, facts(export))
-    if export.config.model.arch == "pixart":
-        save_file({"null_caption": export.full(NULL_CAPTION)}, folder / NULL_FILE)
-    if export.config.model.arch == "uvit":
-        shutil.copy(EXPORTED / "uvit_transformer_2d.py", folder)
+    for ours, name in export.counterpart.separate.items():
+        save_file({name: export.full(ours)}, folder / f"{name}.safetensors")
+    if export.counterpart.source_file is not None:
+        shutil.copy(export.counterpart.source_file, folder)
     notes = [f"wrote {class_name}, {export.parameters:,} parameters of step {export.reader.step} ({export.weights})"]
     notes[0] += f" in {export.dtype}, {files} file{'s' if files > 1 else ''} of weights"
     if export.left_out:

@@ -15,8 +15,8 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from checkpoints_tools.convert.table import Row
 from megatron_dit.config import ModelConfig
+from megatron_dit.models.common.rows import Row
 
 
 def factors(rows: Sequence[Row], config: ModelConfig, multipliers: Mapping[str, float]) -> dict[str, float]:

@@ -22,8 +22,6 @@ from megatron_dit.runtime.errors import UserError
 from megatron_dit.sampling.solvers import scheduler_for
 
 OURS = ["pipeline_megatron_dit", "MegatronDiTPipeline"]
-# diffusers' pipelines that produce the same images as our sampler when called as the model card shows. They need a VAE.
-STOCK = {"pixart": "PixArtAlphaPipeline", "mmdit": "StableDiffusion3Pipeline"}
 
 
 @dataclass(frozen=True)
@@ -80,24 +78,23 @@ def write_pipeline(export: Export, out: Path, parts: Parts, link: bool) -> list[
 
     Return lines to print.
     """
-    arch = export.config.model.arch
+    counterpart = export.counterpart
     transformer = out / "transformer"
     transformer.mkdir()
     notes = write_model(export, transformer)
     scheduler = scheduler_for(export.config, export.config.sampling.solver)
     scheduler.save_pretrained(out / "scheduler")
-    source = "uvit_transformer_2d" if arch == "uvit" else "diffusers"
     index: dict[str, Any] = {
         "_class_name": stock_class(export, parts) or OURS,
         "_diffusers_version": diffusers.__version__,
-        "transformer": [source, export.counterpart.class_name],
+        "transformer": [counterpart.module, counterpart.class_name],
         "scheduler": ["diffusers", type(scheduler).__name__],
     }
     if parts.vae is not None:
         _write_vae(parts.vae, export.config.model.in_channels, out / "vae", link)
         index["vae"] = ["diffusers", "AutoencoderKL"]
     if parts.text_encoder is not None and parts.tokenizer is not None:
-        suffix = "_3" if arch == "mmdit" else ""
+        suffix = counterpart.text_suffix
         _write_text(parts.text_encoder, export.config.model.text_dim, out / f"text_encoder{suffix}", link)
         _write_tokenizer(parts.tokenizer, out / f"tokenizer{suffix}", link)
         index[f"text_encoder{suffix}"] = ["transformers", "T5EncoderModel"]
@@ -112,13 +109,14 @@ def write_pipeline(export: Export, out: Path, parts: Parts, link: bool) -> list[
 def stock_class(export: Export, parts: Parts) -> str | None:
     """Return the class of diffusers' pipeline that samples as the run does, or None if there is none.
 
-    There is none if the VAE's config.json has a mean, std or shift of the latents that the class would ignore.
+    There is none for runs on pixels, for objectives that the architecture's original does not have, and if the VAE's
+    config.json has a mean, std or shift of the latents that the class would ignore.
     """
     if parts.vae is None:
         return None
-    arch, config = export.config.model.arch, read_json(parts.vae / "config.json")
-    ignored = ["latents_mean", "latents_std", *(["shift_factor"] if arch == "pixart" else [])]
-    return None if any(config.get(name) for name in ignored) else STOCK.get(arch)
+    vae, counterpart = read_json(parts.vae / "config.json"), export.counterpart
+    ignored = any(vae.get(name) for name in counterpart.ignored_by_stock)
+    return None if ignored else counterpart.stock_pipelines.get(export.config.objective_name)
 
 
 def _write_vae(source: Path, channels: int, target: Path, link: bool) -> None:

@@ -9,20 +9,20 @@ from pathlib import Path
 from typing import Any
 
 import diffusers
+import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from checkpoints_tools.convert.exported.uvit_transformer_2d import UViTTransformer2DModel
-from checkpoints_tools.convert.table import Settings
 from checkpoints_tools.convert.tensors import STEM, unwrapped
-from megatron_dit.data.hub import read_json, variants, weight_files
-from megatron_dit.models.common.diffusers import CLASSES
+from megatron_dit.data.hub import T5, locate, read_json, require, variants, weight_files
+from megatron_dit.data.text import load_t5
+from megatron_dit.models.common.diffusers import DiffusersCounterpart, Settings
+from megatron_dit.models.registry import counterparts
 from megatron_dit.runtime.content import content_of
 from megatron_dit.runtime.errors import UserError
 
 FACTS = "megatron_dit.json"  # facts about the run, written by our exports
 LOST = "megatron_dit.safetensors"  # rounding differences of folding, see the module fold
-OLD = {"ada_norm_zero": CLASSES["dit"], "ada_norm_single": CLASSES["pixart"]}
 KEY = "megatron_dit"  # metadata key of safetensors files that we wrote; missing if another program rewrote the file
 
 
@@ -52,7 +52,7 @@ class DiffusersFolder:
 
     @property
     def class_name(self) -> str:
-        """Class name in config.json; the old name of two classes is resolved by their norm_type."""
+        """Class name in config.json; the old name of several classes is resolved by their norm_type."""
         return _class_name(self.settings)
 
     @property
@@ -66,6 +66,22 @@ class DiffusersFolder:
             raise UserError(f"{self.path} has no {name}: use the config.json that belongs to the weights")
         path, in_file = self._files[name]
         return read_tensor(path, in_file)
+
+    def separate_tensor(self, name: str) -> Tensor | None:
+        """Return the tensor ``name`` of the file ``name``.safetensors in fp32; None if there is no such file."""
+        path = self.path / f"{name}.safetensors"
+        if not path.is_file():
+            return None
+        require(path, "safetensors")
+        return read_tensor(path, name)
+
+    @torch.no_grad()
+    def features_of_empty_text(self) -> Tensor | None:
+        """Return the features (1, dim) of "" by the pipeline's text encoder; None if there is no text encoder."""
+        if self.pipeline is None or not (self.pipeline / "text_encoder").is_dir():
+            return None
+        encoder = load_t5(locate(T5, str(self.pipeline / "text_encoder")))
+        return encoder(input_ids=torch.tensor([[encoder.config.eos_token_id]])).last_hidden_state[0].float()
 
     def lost(self, name: str) -> Tensor | None:
         """Return a tensor's rounding differences (int8); None if there are none or the weights file was rewritten."""
@@ -124,18 +140,25 @@ def read_tensor(path: Path, name: str) -> Tensor:
     return value
 
 
+def find_counterpart(class_name: str) -> tuple[str, DiffusersCounterpart] | None:
+    """Return the architecture, with its counterpart, of a class of diffusers; None if there is none."""
+    return next((item for item in counterparts().items() if item[1].class_name == class_name), None)
+
+
 def _class_name(settings: Settings) -> str:
-    name = str(settings.get("_class_name"))
-    return OLD.get(str(settings.get("norm_type")), name) if name == "Transformer2DModel" else name
+    name, norm_type = str(settings.get("_class_name")), settings.get("norm_type")
+    if name != "Transformer2DModel" or norm_type is None:
+        return name
+    old = (each for each in counterparts().values() if each.old_norm_type == norm_type)
+    return next((each.class_name for each in old), name)
 
 
 def _with_defaults(settings: Settings) -> Settings:
     """Complete the contents of config.json with the defaults of diffusers' class."""
-    name = _class_name(settings)
-    if name not in CLASSES.values() and name != UViTTransformer2DModel.__name__:
+    found = find_counterpart(_class_name(settings))
+    if found is None:
         return settings
-    kind = getattr(diffusers, name) if name in CLASSES.values() else UViTTransformer2DModel
-    completed = {**_defaults(kind), **settings}
+    completed = {**_defaults(found[1].model_class()), **settings}
     if completed.get("out_channels") is None and "out_channels" in completed:
         completed["out_channels"] = completed.get("in_channels")
     return completed

@@ -88,7 +88,7 @@ def write_run(
 
     ``weights`` returns a parameter's full fp32 tensor and is called once per parameter, in the model's order. Master
     weights start as the weights, averages as ``averaged`` (default: the weights), Adam's moments as zero. ``data`` is
-    the identity of the data that the weights were trained on (``data.fit.identity``), {} if unknown. ``origin`` is
+    the fingerprint of the data that the weights were trained on (``dataset_fingerprint``), {} if unknown. ``origin`` is
     added to the manifest. Raise UserError if a weight is not finite or the folder cannot be written.
     """
     out = Path(config.run_dir)

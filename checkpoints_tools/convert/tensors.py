@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from checkpoints_tools.convert.table import Shape
 from megatron_dit.data.hub import STEM
+from megatron_dit.models.common.rows import Shape
 from megatron_dit.runtime.errors import UserError
 
 Spec = tuple[torch.dtype, Shape]

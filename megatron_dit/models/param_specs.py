@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -11,6 +12,7 @@ from torch import nn
 
 from megatron_dit.config import Config, ModelConfig
 from megatron_dit.models.build import build_unsharded
+from megatron_dit.models.registry import formats_of
 from megatron_dit.mup.base_shapes import BaseShape, load_base_shapes
 from megatron_dit.mup.rules import Param
 
@@ -25,13 +27,19 @@ def param_specs(config: Config, build: Callable[[ModelConfig], nn.Module] = buil
         target = dict(build(config.model).named_parameters())
     shapes = {name: tuple(p.shape) for name, p in target.items()}
     if config.mup.base_shapes:
-        base = load_base_shapes(config.mup.base_shapes, shapes, config.model.arch)
+        base = load_base_shapes(config.mup.base_shapes, shapes, functools.partial(_to_ours, config.model))
     else:
         base = _grown(build, config)
     return {
         name: Param(name=name, shape=shapes[name], base=base[name], mup=config.mup, init=config.init, **_marks(p))
         for name, p in target.items()
     }
+
+
+def _to_ours(model: ModelConfig, base: Mapping[str, BaseShape]) -> Mapping[str, BaseShape]:
+    """Convert base shapes of the authors' model of this architecture, if they have one under μP, to our names."""
+    form = next((form for form in formats_of(model.arch) if form.mup_preset), None)
+    return base if form is None else form.rename_base_shapes(base, model)
 
 
 def _grown(build: Callable[[ModelConfig], nn.Module], config: Config) -> dict[str, BaseShape]:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import yaml
 
 from megatron_dit.config.convert import convert
 from megatron_dit.config.tree import read_tree
-from megatron_dit.mup.authors import to_ours
 from megatron_dit.runtime.errors import UserError
 from megatron_dit.runtime.io import replacing
 
@@ -24,8 +23,12 @@ def save_base_shapes(base: Mapping[str, BaseShape], path: Path) -> None:
         part.write_text(text, encoding="utf-8")
 
 
-def load_base_shapes(path: str | Path, shapes: Mapping[str, tuple[int, ...]], arch: str) -> dict[str, BaseShape]:
-    """Load base shapes for a model whose parameters have ``shapes``, with our names or the original ones of ``arch``.
+def load_base_shapes(
+    path: str | Path,
+    shapes: Mapping[str, tuple[int, ...]],
+    to_ours: Callable[[Mapping[str, BaseShape]], Mapping[str, BaseShape]],
+) -> dict[str, BaseShape]:
+    """Load base shapes for a model whose parameters have ``shapes``; ``to_ours`` converts the file's names to ours.
 
     Raises UserError if the file is missing or invalid, or does not fit the model, naming the first such parameter.
     """
@@ -36,7 +39,7 @@ def load_base_shapes(path: str | Path, shapes: Mapping[str, tuple[int, ...]], ar
         read = convert(dict[str, list[int | None]], read_tree(path, "the file"), "the file")
     except UserError as error:
         raise UserError(f"mup.base_shapes={path} is not a valid base-shape file ({error})") from None
-    base = to_ours({name: tuple(dims) for name, dims in read.items()}, arch)
+    base = dict(to_ours({name: tuple(dims) for name, dims in read.items()}))
     for name, shape in shapes.items():
         if name not in base:
             raise UserError(f"mup.base_shapes={path} has no {name}: use a file for the same architecture and depth")

@@ -12,10 +12,11 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from megatron_dit.bench import measure
-from megatron_dit.bench.diffusers_baseline import POOLED_TEXT, DiffusersBaseline
+from megatron_dit.bench.diffusers_baseline import DiffusersBaseline
 from megatron_dit.bench.measure import Measurement, Times
 from megatron_dit.cli import run
 from megatron_dit.models.flops import model_flops
+from megatron_dit.models.mmdit.diffusers import BASELINE_POOLED_TEXT
 from megatron_dit.models.param_specs import param_specs
 from megatron_dit.parallel.topology import build_topology, connect
 from megatron_dit.training.engine import Engine
@@ -114,7 +115,7 @@ def test_plain_model_has_as_many_parameters_as_ours_and_trains(arch):
     more = {
         "dit": (model.depth - 1) * (embedder + (model.num_classes + 1) * d),  # embedders in every block
         "pixart": -model.text_tokens * model.text_dim,  # no learned null caption
-        "mmdit": (POOLED_TEXT + 1) * d + (d + 1) * d,  # pooled text
+        "mmdit": (BASELINE_POOLED_TEXT + 1) * d + (d + 1) * d,  # pooled text
     }[arch]
     ours = sum(torch.Size(param.shape).numel() for param in param_specs(config).values())
     plain = DiffusersBaseline(config)

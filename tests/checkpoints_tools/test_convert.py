@@ -16,6 +16,7 @@ from tests.helpers.conversion import (
     convert,
     difference,
     equal,
+    our_model,
     tensors,
     weights_of,
     write_alone,
@@ -66,6 +67,30 @@ def test_exported_model_has_equal_outputs_and_reimports_bit_exactly(tmp_path_fac
     assert difference(folder, folder / "out") <= TOLERANCE
     convert(folder / "out", folder / "back", "--from", "diffusers")
     assert equal(tensors(folder / "back"), tensors(folder))
+
+
+@pytest.mark.parametrize(
+    ("arch", "learn_sigma", "objective"),
+    [
+        ("dit", False, "rectified_flow"),  # SiT
+        ("dit", False, "ddpm"),
+        ("pixart", False, "ddpm"),
+        ("uvit", True, "ddpm"),
+        ("uvit-class", True, "ddpm"),
+    ],
+)
+def test_a_model_is_exported_and_imported_with_and_without_a_learned_variance(tmp_path, arch, learn_sigma, objective):
+    write_alone(tmp_path, arch, {"model.learn_sigma": learn_sigma, "objective.name": objective})
+    convert(tmp_path, tmp_path / "out", "--to", "diffusers")
+    settings = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert settings["in_channels"] == 3
+    assert settings.get("out_channels", 3) == 3
+    assert difference(tmp_path, tmp_path / "out") <= TOLERANCE
+    (tmp_path / "out" / "megatron_dit.json").unlink()  # as a model of another origin
+    text = ["--set", "model.text_tokens=24"] if arch == "pixart" else []
+    convert(tmp_path / "out", tmp_path / "back", "--from", "diffusers", *text)
+    assert difference(tmp_path / "back", tmp_path / "out") <= TOLERANCE
+    assert our_model(tmp_path / "back").config.learn_sigma == learn_sigma
 
 
 @pytest.fixture(scope="module", params=ARCHITECTURES)

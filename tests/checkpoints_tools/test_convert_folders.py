@@ -180,7 +180,8 @@ def test_a_scheduler_shift_that_is_not_a_positive_number_is_rejected(tmp_path, c
             {"num_embeds_ada_norm": 7},
             "embedding_table.weight of shape [11, 16], but its config.json and --set require [8, 16]",
         ),
-        ({"out_channels": None}, "out_channels=3, but only 6"),
+        ({"out_channels": 7}, "out_channels=7, but only 3 and 6 are supported"),
+        ({"out_channels": None}, "of shape [24, 16], but its config.json and --set require [12, 16]"),
     ],
 )
 def test_a_config_json_that_does_not_match_the_weights_is_rejected(theirs, tmp_path, capsys, changes, message):

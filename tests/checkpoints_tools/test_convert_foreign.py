@@ -110,7 +110,8 @@ def test_the_null_caption_of_a_pipeline_is_its_text_encoders_output_for_an_empty
         ("mmdit", {"qk_norm": None}, "config.json has qk_norm=None, but only 'rms_norm' is supported"),
         ("mmdit", {"dual_attention_layers": (0,)}, "dual_attention_layers=[0]"),
         ("pixart", {"use_additional_conditions": True}, "use_additional_conditions=True"),
-        ("dit", {"out_channels": 3}, "out_channels=3, but only 6"),
+        ("dit", {"out_channels": 5}, "out_channels=5, but only 3 and 6 are supported"),
+        ("pixart", {"out_channels": 9}, "out_channels=9, but only 3 and 6 are supported"),
     ],
 )
 def test_models_with_unsupported_settings_are_rejected(tmp_path, capsys, arch, changes, message):

@@ -15,6 +15,7 @@ from transformers import AutoTokenizer, T5EncoderModel
 
 from checkpoints_tools.__main__ import main
 from data_prep.tiny_t5 import build_tiny_t5
+from megatron_dit.config import load_config
 from megatron_dit.data.encoder_hash import weights_sha256
 from megatron_dit.data.index import read_index, write_index
 from megatron_dit.sampling.generate import Sampler, noise_of
@@ -23,7 +24,9 @@ from tests.helpers.datasets import TEXT, make_folder
 
 PROMPTS = ["a red circle", "two blue squares and one green triangle"]
 LABELS = [3, 17]
-KINDS = ["dit", "mmdit", "pixart", "uvit", "uvit-class"]
+KINDS = ["dit", "sit", "mmdit", "pixart", "uvit", "uvit-class"]
+WITH_LABELS = ("dit", "sit", "uvit-class")
+SIT = {"objective.name": "rectified_flow", "objective.shift": 2.0, "model.learn_sigma": False}
 OPTIONS = {
     "model.base_head_dim": 4,
     "model.sample_size": 8,
@@ -62,9 +65,10 @@ def run(request, parts, tmp_path_factory):
     kind, folder = request.param, tmp_path_factory.mktemp(request.param)
     # diffusers' pipelines for DiT and PixArt do not support a shift of the latents.
     data = parts / ("data-vae" if kind == "pixart" else "data-shifted")
-    write_alone(folder, kind, {**OPTIONS, "data.path": str(data)})
+    arch, options = ("dit", {**OPTIONS, **SIT}) if kind == "sit" else (kind, OPTIONS)
+    write_alone(folder, arch, {**options, "data.path": str(data)})
     convert(folder, folder / "pipe", "--to", "diffusers", "--pipeline")
-    prompts = list(map(str, LABELS)) if kind in ("dit", "uvit-class") else PROMPTS
+    prompts = list(map(str, LABELS)) if kind in WITH_LABELS else PROMPTS
     noise = torch.stack([noise_of(prompt, 0, 1, (3, 8, 8)) for prompt in prompts])
     return kind, folder / "pipe", Sampler(folder).draw(prompts, seed=1, show=False), noise
 
@@ -87,7 +91,7 @@ def test_exported_pipeline_class_generates_the_images_of_our_sampler(run):
     custom = {"custom_pipeline": "pipeline_megatron_dit"} if kind in ("mmdit", "pixart") else {}
     pipe = DiffusionPipeline.from_pretrained(folder, trust_remote_code=True, **custom)
     pipe.set_progress_bar_config(disable=True)
-    wanted = {"class_labels": LABELS} if kind in ("dit", "uvit-class") else {"prompt": PROMPTS}
+    wanted = {"class_labels": LABELS} if kind in WITH_LABELS else {"prompt": PROMPTS}
     assert same(pipe(**wanted, latents=noise, output_type="np").images, expected)
     first = {name: value[0] if name == "prompt" else value[:1] for name, value in wanted.items()}
     plain = pipe(**first, latents=noise[:1], guidance_scale=1, num_inference_steps=2, output_type="np")
@@ -128,6 +132,20 @@ def test_diffusers_sd3_pipeline_generates_the_images_of_our_sampler(run):
         output_type="np",
     )  # fmt: skip
     assert same(drawn.images, expected)
+
+
+@pytest.mark.parametrize("run", ["sit"], indirect=True)
+def test_the_scheduler_of_a_pipeline_follows_from_the_objective_and_determines_it_on_import(run, tmp_path):
+    _, folder, _, _ = run
+    pipe = shutil.copytree(folder, tmp_path / "pipe")
+    index = json.loads((pipe / "model_index.json").read_text())
+    assert index["scheduler"] == ["diffusers", "FlowMatchEulerDiscreteScheduler"]
+    assert index["_class_name"] == ["pipeline_megatron_dit", "MegatronDiTPipeline"]
+    (pipe / "transformer" / "megatron_dit.json").unlink()  # as a pipeline of another origin
+    convert(pipe, tmp_path / "run", "--from", "diffusers")
+    config = load_config(tmp_path / "run" / "config.yaml")
+    assert (config.objective.name, config.objective.shift) == ("rectified_flow", 2.0)
+    assert not config.model.learn_sigma
 
 
 def test_no_code_of_the_folder_runs_without_trust_remote_code(run):

@@ -11,12 +11,13 @@ import numpy as np
 import pytest
 import torch
 
-from checkpoints_tools.convert.published.importing import FORMATS, model_of
-from checkpoints_tools.convert.published.torch_files import Published
+from checkpoints_tools.convert.original.importing import model_of
 from megatron_dit.checkpoint.load import open_checkpoint
 from megatron_dit.cli import run
 from megatron_dit.config import load_config
+from megatron_dit.models.common.original import OriginalCheckpoint
 from megatron_dit.models.param_specs import param_specs
+from megatron_dit.models.registry import formats
 from tests.helpers.conversion import TOLERANCE, convert, inputs, our_model, tensors
 from tests.helpers.datasets import make_folder
 from tests.helpers.published_models import DiT, PixArt, UViT, dit_mup, randomise
@@ -108,8 +109,8 @@ def test_the_number_of_heads_of_published_sizes_is_known(name, kind, depth, head
         del weights[
             "pos_embed"
         ]  # the interpolation scale would be read from its values, which meta tensors do not have
-    file = Published(Path("x.pt"), weights, weights, argparse.Namespace(), None)
-    model = model_of(FORMATS[name], file, {"model.sample_size": "8"})
+    file = OriginalCheckpoint(Path("x.pt"), weights, weights, argparse.Namespace(), None)
+    model = model_of(formats()[name], file, {"model.sample_size": "8"})
     assert (model["depth"], model["heads"], model["head_dim"]) == (depth, heads, dim // heads)
 
 

@@ -14,7 +14,7 @@ import safetensors.torch
 import torch
 
 from checkpoints_tools.__main__ import main
-from checkpoints_tools.convert.published.torch_files import read_published
+from checkpoints_tools.convert.original.torch_files import read_original
 from tests.helpers.conversion import convert, our_model
 from tests.helpers.published_models import DiT, PixArt, UViT, dit_mup, randomise
 
@@ -205,7 +205,7 @@ def test_weights_that_are_not_finite_are_rejected(tmp_path, capsys, value):
 
 def test_prefixes_of_wrapping_modules_are_removed(tmp_path):
     torch.save({"model": {f"module._orig_mod.model.{x}": torch.ones(1) for x in "ab"}}, tmp_path / "x.pt")
-    assert list(read_published(tmp_path / "x.pt").raw) == ["a", "b"]
+    assert list(read_original(tmp_path / "x.pt").raw) == ["a", "b"]
 
 
 def test_a_file_in_another_format_than_given_is_rejected(tmp_path, capsys):

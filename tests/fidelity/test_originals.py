@@ -15,14 +15,13 @@ from safetensors.torch import load_file
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from checkpoints_tools.__main__ import main
-from checkpoints_tools.convert.published.uvit import rename as rename_uvit
 from megatron_dit.checkpoint.load import open_checkpoint, restore
 from megatron_dit.config import load_config
 from megatron_dit.data.batch import Batch
 from megatron_dit.models.build import build_unsharded
 from megatron_dit.models.common.condition import Condition
 from megatron_dit.models.param_specs import param_specs
-from megatron_dit.mup.authors import rename as rename_pixart
+from megatron_dit.models.registry import formats
 from megatron_dit.mup.groups import optimizer_groups
 from megatron_dit.parallel.topology import build_topology, connect
 from megatron_dit.training.engine import Engine
@@ -71,7 +70,7 @@ def test_pixart_mup_optimizer_groups_equal_the_original(pixart):
     found = {name: [group["lr"], group["weight_decay"]] for group in groups for name in group["names"]}
     assert found.pop("null_caption.table") == [0, 0]  # a buffer in the original, so in no group
     expected = json.loads((PIXART / "groups.json").read_text())["groups"]
-    assert found == {rename_pixart(name, "pixart"): group for name, group in expected.items()}
+    assert found == {formats()["pixart"].rename(name, config.model): group for name, group in expected.items()}
 
 
 def test_config_values_are_read_from_the_checkpoint(pixart):
@@ -121,7 +120,7 @@ def test_pixart_mup_training_steps_equal_the_original(pixart, stream):
     expected = load_file(PIXART / f"{stream}_step5.safetensors")
     for key, prefix, weights in (("master", "raw", start["state_dict"]), ("ema", "ema", start["state_dict_ema"])):
         for name, before in weights.items():
-            ours = rename_pixart(name, "pixart")
+            ours = formats()["pixart"].rename(name, engine.config.model)
             if ours is None:
                 continue
             after = expected[f"{prefix}/{name}"]
@@ -215,7 +214,7 @@ def test_uvit_output_loss_gradients_and_step_equal_the_original(uvit):
     assert metrics.loss == pytest.approx(float(step["loss_per_sample"].double().mean()), rel=1e-6)
     before = torch.load(UVIT / "nnet.pth", weights_only=True)
     for name, weights in before.items():
-        ours = rename_uvit(name, engine.config.model)
+        ours = formats()["uvit"].rename(name, engine.config.model)
         gradient, after = (step[f"{key}/{name}"] for key in ("grad", "after"))
         found = held(engine, "master", ours).view_as(after)
         if ours == "positions":  # the label's token is the first in the original and the second in our model

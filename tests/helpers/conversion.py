@@ -9,10 +9,10 @@ import torch
 from diffusers import DiTTransformer2DModel, PixArtTransformer2DModel, SD3Transformer2DModel
 
 from checkpoints_tools.__main__ import main
-from checkpoints_tools.convert.exported.uvit_transformer_2d import UViTTransformer2DModel
 from megatron_dit.checkpoint.load import open_checkpoint
 from megatron_dit.config import config_from_dict
 from megatron_dit.models.common.condition import Condition
+from megatron_dit.models.uvit.uvit_transformer_2d import UViTTransformer2DModel
 from megatron_dit.parallel.topology import connect
 from megatron_dit.sampling.generate import load_model
 from tests.helpers.configs import small

@@ -13,7 +13,7 @@ from torch import nn
 from megatron_dit.cli import run
 from megatron_dit.models.build import build_unsharded
 from megatron_dit.models.param_specs import param_specs
-from megatron_dit.mup.authors import to_ours
+from megatron_dit.models.registry import formats_of
 from megatron_dit.mup.base_shapes import load_base_shapes, save_base_shapes
 from megatron_dit.mup.groups import optimizer_groups
 from megatron_dit.runtime.errors import UserError
@@ -114,10 +114,10 @@ def test_malformed_base_shape_files_are_rejected(content, tmp_path):
     path = tmp_path / "x.bsh"
     path.write_bytes(content)
     with pytest.raises(UserError, match="is not a valid base-shape file") as caught:
-        load_base_shapes(path, {"a": (32,)}, "mmdit")
+        load_base_shapes(path, {"a": (32,)}, dict)
     assert "\n" not in str(caught.value)
     with pytest.raises(UserError, match="is not a valid base-shape file"):
-        load_base_shapes(tmp_path, {"a": (32,)}, "mmdit")
+        load_base_shapes(tmp_path, {"a": (32,)}, dict)
 
 
 def test_mup_command_writes_table_and_base_shapes(tmp_path, capsys):
@@ -159,7 +159,7 @@ def test_original_base_shapes_give_the_groups_of_mup(arch, tmp_path):
     null = found.pop("null_caption.table", None)
     assert null == (None if arch == "dit" else (0.0, 0.0))  # a buffer in the original, which no optimizer updates
     names = {
-        name: next(iter(to_ours({name: (1,) * p.ndim}, arch)))
+        name: formats_of(arch)[0].rename(name, config.model)
         for name, p in target.named_parameters()
         if name in expected
     }

@@ -77,7 +77,7 @@ class DiffusionTransformer(nn.Module, ABC):
         blocks: range | None = None,
         received: Tensor | None = None,
     ) -> Tensor:
-        """Return the prediction (B, out_channels, H, W): velocity (MMDiT), ε, or ε and the variance's interpolation.
+        """Return the prediction (B, out_channels, H, W): velocity, ε, or ε and the variance's interpolation.
 
         ``x`` (B, C, H, W) are latents with H and W multiples of the patch size; ``t`` (B,) is in [0, 1000]. The dict
         ``intermediates`` receives the intermediates by name. A virtual stage of a pipeline runs ``blocks`` on the

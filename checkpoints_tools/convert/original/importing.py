@@ -1,4 +1,4 @@
-"""Import a published checkpoint as a run."""
+"""Import a checkpoint of an architecture's original project as a run."""
 
 from __future__ import annotations
 
@@ -11,31 +11,28 @@ import torch
 from torch import Tensor
 
 from checkpoints_tools.convert import fold
-from checkpoints_tools.convert.published.dit import DIT, DIT_MUP
-from checkpoints_tools.convert.published.formats import HEAD_DIM, Format, Given, shape_of
-from checkpoints_tools.convert.published.pixart import PIXART, PIXART_MUP
-from checkpoints_tools.convert.published.recipe import Recipe, recipe_of
-from checkpoints_tools.convert.published.torch_files import Published, Weights, read_published
-from checkpoints_tools.convert.published.uvit import UVIT
+from checkpoints_tools.convert.original.recipe import Recipe, recipe_of
+from checkpoints_tools.convert.original.torch_files import read_original
 from checkpoints_tools.convert.run import Import, config_of, data_of, fresh, write_run
 from megatron_dit.config import Config
+from megatron_dit.models.common.original import (
+    OriginalCheckpoint,
+    OriginalFormat,
+    Overrides,
+    Weights,
+    tensor_shape,
+)
 from megatron_dit.models.param_specs import param_specs
-from megatron_dit.models.registry import spec_of
+from megatron_dit.models.registry import formats_of, spec_of
 from megatron_dit.mup.rules import Param
 from megatron_dit.runtime.errors import UserError
 
-FORMATS = {form.name: form for form in (DIT, DIT_MUP, PIXART, PIXART_MUP, UVIT)}
-MUP_FORMATS = " or ".join(form.name for form in FORMATS.values() if form.mup)
 BASE_KEYS = ("mup.base_heads", "mup.base_shapes")
 
 
-def from_published(form: Format, asked: Import) -> list[str]:
+def from_original(form: OriginalFormat, asked: Import) -> list[str]:
     """Write the run and return lines to print."""
-    if asked.drop_clip:
-        raise UserError("--drop-clip is only valid with --from diffusers: leave it out")
-    if asked.base_shapes and not form.mup:
-        raise UserError(f"--base-shapes is only valid with --from {MUP_FORMATS}: leave it out")
-    file = read_published(asked.source)
+    file = read_original(asked.source)
     given = {key: value for key, _, value in (word.partition("=") for word in asked.overrides)}
     config = _config(form, file, given, asked)
     params = param_specs(config)
@@ -43,7 +40,7 @@ def from_published(form: Format, asked: Import) -> list[str]:
     averages, _ = _rename_weights(form, file, file.averages, config, params)
 
     def give(weights: Weights) -> Callable[[Param], Tensor]:
-        return lambda param: _unfolded(weights[param.name].float().reshape(param.shape), param, config, bool(form.mup))
+        return lambda param: _unfolded(weights[param.name].float().reshape(param.shape), param, config, form)
 
     both = file.raw is not file.averages
     number = write_run(config, give(raw), data_of(config, asked), {}, give(averages) if both else None)
@@ -59,28 +56,28 @@ def from_published(form: Format, asked: Import) -> list[str]:
     return [*notes, f"the training hyperparameters are unknown: check {config_path} before continuing training"]
 
 
-def _config(form: Format, file: Published, given: Given, asked: Import) -> Config:
+def _config(form: OriginalFormat, file: OriginalCheckpoint, given: Overrides, asked: Import) -> Config:
     """Return the config from the tensors' shapes, the file's optimizer groups and arguments, and the overrides."""
     recipe = recipe_of(file)
     for name in file.raw:
         why = next((why for prefix, why in form.refused.items() if name.startswith(prefix)), None)
         if why is not None:
             raise UserError(f"{file.path} has {name} and cannot be imported: {why}")
-    patch = shape_of(file, f"{form.embedding}.weight", 4)[2]
-    form.model(file, given, patch)  # rejects other architectures before their parametrization is checked
+    patch = tensor_shape(file, f"{form.embedding}.weight", 4)[2]
+    form.model_keys(file, given, patch)  # rejects other architectures before their parametrization is checked
     _check_parametrization(form, file, recipe)
     model = model_of(form, file, given)
     values = fresh(model, {"name": spec_of(form.arch).objectives[0], **form.objective})
-    if form.mup:
+    if form.mup_preset:
         values["mup"] = {"enabled": True}
-        values["init"] = {"preset": form.mup}
+        values["init"] = {"preset": form.mup_preset}
         for name, section, key in (("logstd", "mup", "output_multiplier"), ("loglr", "optimizer", "lr")):
             exponent = getattr(file.args, name, None)
             if isinstance(exponent, int | float):
                 values[section][key] = 2.0**exponent
     if recipe is not None:
         values["optimizer"] |= recipe.optimizer()
-    if not form.mup:
+    if not form.mup_preset:
         return config_of(values, asked)
     config = _with_base_width(values, given, asked, recipe)
     if recipe is not None and not math.isclose(recipe.ratio, width_multiplier(config), rel_tol=1e-6):
@@ -92,20 +89,20 @@ def _config(form: Format, file: Published, given: Given, asked: Import) -> Confi
     return config
 
 
-def _check_parametrization(form: Format, file: Published, recipe: Recipe | None) -> None:
+def _check_parametrization(form: OriginalFormat, file: OriginalCheckpoint, recipe: Recipe | None) -> None:
     """Raise UserError if the file was trained under μP and the format was not, or the other way round."""
-    others = [each.name for each in FORMATS.values() if each.arch == form.arch and bool(each.mup) != bool(form.mup)]
+    others = [each.name for each in formats_of(form.arch) if bool(each.mup_preset) != bool(form.mup_preset)]
     remedy = f"import it with --from {others[0]}" if others else "it cannot be imported"
     recorded = getattr(file.args, "mup", None)
-    if recorded is not None and bool(recorded) != bool(form.mup):
+    if recorded is not None and bool(recorded) != bool(form.mup_preset):
         raise UserError(f"{file.path} has mup={recorded} in its args: {remedy}")
-    if recipe is not None and recipe.ratio != 1 and not form.mup:
+    if recipe is not None and recipe.ratio != 1 and not form.mup_preset:
         raise UserError(
             f"{file.path} was trained under μP: its optimizer has the learning rates {_listed(recipe.lrs)}; {remedy}"
         )
 
 
-def _with_base_width(values: dict[str, Any], given: Given, asked: Import, recipe: Recipe | None) -> Config:
+def _with_base_width(values: dict[str, Any], given: Overrides, asked: Import, recipe: Recipe | None) -> Config:
     """Return the config with the base width that the user gave, or else the one that follows from the optimizer."""
     ways = bool(asked.base_shapes) + any(key in given for key in BASE_KEYS)
     if ways == 0 and recipe is not None and values["model"]["heads"] % recipe.ratio == 0:
@@ -126,18 +123,18 @@ def _listed(lrs: Sequence[float]) -> str:
     return " and ".join(f"{lr:g}" for lr in lrs)
 
 
-def model_of(form: Format, file: Published, given: Given) -> dict[str, Any]:
+def model_of(form: OriginalFormat, file: OriginalCheckpoint, given: Overrides) -> dict[str, Any]:
     """Return the keys of ModelConfig that follow from the file and the overrides.
 
     Raise UserError if the number of heads is unknown or does not divide the width.
     """
-    width, channels, patch, _ = shape_of(file, f"{form.embedding}.weight", 4)
-    hidden, _ = shape_of(file, f"{form.block}.mlp.fc1.weight", 2)
-    read = form.model(file, given, patch)
+    width, channels, patch, _ = tensor_shape(file, f"{form.embedding}.weight", 4)
+    hidden, _ = tensor_shape(file, f"{form.block}.mlp.fc1.weight", 2)
+    read = form.model_keys(file, given, patch)
     recorded = getattr(file.args, "num_heads", None)
-    published = form.sizes.get((read["depth"], width))
-    if published is None and form.mup and width % HEAD_DIM == 0:
-        published = width // HEAD_DIM
+    published = form.heads_of.get((read["depth"], width))
+    if published is None and form.head_dim and width % form.head_dim == 0:
+        published = width // form.head_dim
     heads = given.get("model.heads") or str((recorded if isinstance(recorded, int) else published) or "")
     if not heads:
         raise UserError(
@@ -180,7 +177,7 @@ def _with_base(values: dict[str, Any], asked: Import, path: Path) -> Config:
 
 
 def _rename_weights(
-    form: Format, file: Published, weights: Weights, config: Config, params: Mapping[str, Param]
+    form: OriginalFormat, file: OriginalCheckpoint, weights: Weights, config: Config, params: Mapping[str, Param]
 ) -> tuple[Weights, list[str]]:
     """Return the weights under our names, and lines to print.
 
@@ -194,14 +191,12 @@ def _rename_weights(
         if ours is not None:
             found[ours] = value
     notes = form.adapt(file, found, config.model)
-    kernel = (config.model.width, config.model.in_channels, config.model.patch_size, config.model.patch_size)
     for name, param in params.items():
         if name not in found:
             raise UserError(
                 f"{file.path} has no tensor for {name}: the file is incomplete, or not in the format {form.name}"
             )
-        views = {"patch_embed.weight": kernel, "positions": (1, *param.shape)}  # shapes that differ from ours
-        expected = views.get(name, tuple(param.shape))
+        expected = form.shape_of(name, tuple(param.shape), config.model)
         if tuple(found[name].shape) != expected:
             raise UserError(
                 f"{file.path} has shape {list(found[name].shape)} for {name}, but {form.arch} with depth "
@@ -211,12 +206,14 @@ def _rename_weights(
     return found, notes
 
 
-def _unfolded(value: Tensor, param: Param, config: Config, mup: bool) -> Tensor:
+def _unfolded(value: Tensor, param: Param, config: Config, form: OriginalFormat) -> Tensor:
     """Divide a weight by the factors that the run's forward pass applies and the original's does not."""
-    if not mup and param.multiplier != 1.0:
+    if not form.mup_preset and param.multiplier != 1.0:
         value = fold.unfold(value, param.multiplier)
-    query = config.model.attention_scale * math.sqrt(config.model.head_dim)
-    if query != 1.0 and (".qkv." in param.name or ".cross_q." in param.name):
-        rows = len(value) // (3 if ".qkv." in param.name else 1)
+    query, rows = (
+        config.model.attention_scale * math.sqrt(config.model.head_dim),
+        form.query_rows(param.name, len(value)),
+    )
+    if query != 1.0 and rows:
         value = torch.cat([fold.unfold(value[:rows], query), value[rows:]])
     return value

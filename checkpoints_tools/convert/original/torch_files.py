@@ -10,7 +10,6 @@ import re
 import zipfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +17,7 @@ import torch
 from torch import Tensor
 
 from checkpoints_tools.convert.tensors import unwrapped
+from megatron_dit.models.common.original import OriginalCheckpoint, Weights
 from megatron_dit.runtime.content import mismatch
 from megatron_dit.runtime.errors import UserError
 
@@ -29,21 +29,8 @@ OPTIMIZER = ("opt", "optimizer")
 # The limit bounds memory: each byte of a pickle can become an object of 200 bytes.
 PICKLE_LIMIT = 4 << 20
 
-Weights = dict[str, Tensor]
 
-
-@dataclass(frozen=True)
-class Published:
-    """Contents of a file. If it has only raw weights or only averages, ``raw`` and ``averages`` are the same object."""
-
-    path: Path
-    raw: Weights
-    averages: Weights
-    args: argparse.Namespace  # arguments of the training script; empty if the file has none
-    groups: Sequence[Mapping[str, Any]] | None  # the optimizer's parameter groups; None if the file has no optimizer
-
-
-def read_published(path: Path) -> Published:
+def read_original(path: Path) -> OriginalCheckpoint:
     """Read a file. Raise UserError if it is not a dictionary of tensors or if its pickle refers to unsafe types."""
     found = _load(path)
     if not isinstance(found, dict):
@@ -61,7 +48,7 @@ def read_published(path: Path) -> Published:
             f"{path} has raw weights and averages with different names or shapes: expected those of one model"
         )
     args = found.get("args")
-    return Published(
+    return OriginalCheckpoint(
         path,
         one if one is not None else other or {},
         other if other is not None else one or {},

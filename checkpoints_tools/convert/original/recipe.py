@@ -1,4 +1,4 @@
-"""Read training hyperparameters from the optimizer's parameter groups in a published checkpoint."""
+"""Read training hyperparameters from the optimizer's parameter groups in a checkpoint of the original project."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from checkpoints_tools.convert.published.torch_files import Published
+from megatron_dit.models.common.original import OriginalCheckpoint
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class Recipe:
         return {"lr": self.lr, "weight_decay": self.weight_decay, "eps": self.eps, "beta1": beta1, "beta2": beta2}
 
 
-def recipe_of(file: Published) -> Recipe | None:
+def recipe_of(file: OriginalCheckpoint) -> Recipe | None:
     """Return the recipe of a file; None if it has no AdamW groups or if they are not valid.
 
     A scheduler's ``initial_lr`` is used instead of the current learning rate. Groups with a learning rate of 0 (frozen

@@ -39,6 +39,7 @@ class UViTBlock(nn.Module):
 class UViTTransformer2DModel(ModelMixin, ConfigMixin):
     """Transformer over one sequence of time, condition and patch tokens, with skip connections between its halves.
 
+    With ``learn_sigma`` it predicts a variance after ε, in as many channels.
     The condition is a class label in [0, ``num_classes``], where ``num_classes`` means no class, or otherwise
     ``text_tokens`` tokens of text features, all zeros for no text.
     """
@@ -56,6 +57,7 @@ class UViTTransformer2DModel(ModelMixin, ConfigMixin):
         text_dim: int = 0,
         text_tokens: int = 0,
         mlp_ratio: int = 4,
+        learn_sigma: bool = False,
     ) -> None:
         super().__init__()
         self.width, self.middle = num_attention_heads * attention_head_dim, num_layers // 2
@@ -71,8 +73,9 @@ class UViTTransformer2DModel(ModelMixin, ConfigMixin):
             UViTBlock(width, num_attention_heads, mlp_ratio * width, skip=i > self.middle) for i in range(num_layers)
         )
         self.norm_out = nn.LayerNorm(width)
-        self.proj_out = nn.Linear(width, patch_size**2 * in_channels)
-        self.conv_out = nn.Conv2d(in_channels, in_channels, 3, padding=1)
+        channels = in_channels * (2 if learn_sigma else 1)
+        self.proj_out = nn.Linear(width, patch_size**2 * channels)
+        self.conv_out = nn.Conv2d(channels, channels, 3, padding=1)
 
     def forward(
         self,
@@ -82,7 +85,7 @@ class UViTTransformer2DModel(ModelMixin, ConfigMixin):
         encoder_hidden_states: Tensor | None = None,
         return_dict: bool = True,
     ) -> Transformer2DModelOutput | tuple[Tensor]:
-        """Return the predicted ε (B, C, H, W) for hidden_states (B, C, H, W) and labels (B,) or text (B, T, text_dim).
+        """Return the prediction (B, C or 2C, H, W) for hidden_states (B, C, H, W) and labels (B,) or text (B, T, dim).
 
         timestep (B,) in [0, 1000) counts from 0, as in diffusers' schedulers; U-ViT itself counts from 1.
         """

@@ -1,23 +1,17 @@
-"""Building blocks of the parameter tables: each row maps one of our parameters to diffusers' tensors."""
+"""Tables that map parameters of our models to tensors of diffusers' models, one row per parameter."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from megatron_dit.config import ModelConfig
-from megatron_dit.runtime.errors import UserError
-
-if TYPE_CHECKING:
-    from checkpoints_tools.convert.read import DiffusersFolder
 
 Shape = tuple[int, ...]
-Settings = dict[str, Any]  # a diffusers model's config.json
 
 
 @dataclass(frozen=True)
@@ -60,20 +54,6 @@ class Constant:
     make: Callable[[], Tensor]  # returns the tensor in fp32
 
 
-@dataclass(frozen=True)
-class Counterpart:
-    """The diffusers model that is equivalent to one of our architectures."""
-
-    arch: str
-    class_name: str
-    rows: Callable[[ModelConfig], list[Row]]
-    settings: Callable[[ModelConfig], Settings]
-    model: Callable[[Settings], dict[str, Any]]  # returns keys of ModelConfig; raises UserError if unsupported
-    constants: Callable[[ModelConfig, Settings], dict[str, Constant]] = lambda *_: {}
-    # Raises UserError if weights without a row would change the output; returns tensors to add to ours, by name.
-    adopt: Callable[[DiffusersFolder, ModelConfig, bool], dict[str, Tensor]] = lambda *_: {}
-
-
 def linear(ours: str, theirs: str, **options: Any) -> list[Row]:
     """Return the rows of a layer's weight and bias."""
     return split(ours, [theirs], **options)
@@ -91,32 +71,3 @@ def patch_embed(config: ModelConfig, theirs: str) -> list[Row]:
         Row("patch_embed.weight", (f"{theirs}.weight",), shape=kernel),
         Row("patch_embed.bias", (f"{theirs}.bias",)),
     ]
-
-
-def common_model(settings: Settings) -> dict[str, Any]:
-    """Return the keys of ModelConfig that follow from settings common to all classes."""
-    return {
-        "depth": count(settings, "num_layers"),
-        "heads": count(settings, "num_attention_heads"),
-        "head_dim": count(settings, "attention_head_dim"),
-        "patch_size": count(settings, "patch_size"),
-        "in_channels": count(settings, "in_channels"),
-        "sample_size": count(settings, "sample_size"),
-    }
-
-
-def count(settings: Settings, name: str, least: int = 1) -> int:
-    """Return an integer setting of config.json. Raise UserError if it is not an integer of at least ``least``."""
-    value = settings.get(name)
-    if not isinstance(value, int) or isinstance(value, bool) or value < least:
-        raise UserError(f"config.json has {name}={json.dumps(value)}: expected an integer of at least {least}")
-    return value
-
-
-def expect(settings: Settings, **expected: Any) -> None:
-    """Raise UserError for the first setting that is present and differs from our architecture's value."""
-    for name, value in expected.items():
-        if name in settings and settings[name] != value:
-            raise UserError(
-                f"config.json has {name}={settings[name]!r}, but only {value!r} is supported: choose another model"
-            )

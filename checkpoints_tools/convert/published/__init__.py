@@ -1,1 +1,0 @@
-"""Import checkpoints in the formats in which the architectures' original projects publish them."""
