@@ -35,10 +35,15 @@ class Newest:
     incomplete: dict[Path, str]  # newer checkpoints than the intact one, each with the reason why it is incomplete
 
     @property
+    def incomplete_notes(self) -> list[str]:
+        """One line per incomplete checkpoint."""
+        return [f"skipping incomplete checkpoint {path.name} ({why})" for path, why in self.incomplete.items()]
+
+    @property
     def notes(self) -> list[str]:
         """One line about all strays, and one per incomplete checkpoint."""
         strays = [] if self.listing.stray_note is None else [self.listing.stray_note]
-        return strays + [f"skipping incomplete checkpoint {path.name} ({why})" for path, why in self.incomplete.items()]
+        return strays + self.incomplete_notes
 
 
 def newest(folder: Path, *, verify: bool = True) -> Newest:
@@ -72,7 +77,7 @@ def newest_intact(folder: Path, rank: int, world: int) -> CheckpointReader | Non
             break
         found.incomplete[path] = reason
     if found.reader is None and found.incomplete:
-        reasons = "; ".join(found.notes[-len(found.incomplete) :])
+        reasons = "; ".join(found.incomplete_notes)
         raise UserError(f"no checkpoint in {folder} is intact ({reasons}); repair one or set a new run_dir")
     for line in found.notes:
         logger.info(line)
@@ -92,9 +97,9 @@ def _opened(path: Path, files: slice, *, show: bool = False) -> tuple[Checkpoint
 def open_checkpoint(path: str | Path, *, verify: bool = True) -> CheckpointReader:
     """Return the checkpoint in folder ``path``, or the newest intact checkpoint if ``path`` is a run's folder.
 
-    For a run, newer incomplete checkpoints are skipped with a warning. The folder of a single
-    checkpoint may have any name. ``verify`` as in :func:`newest`. Raises UserError if there is no checkpoint, or if
-    the given one is incomplete.
+    For a run, newer incomplete checkpoints are skipped with a warning. The folder of a single checkpoint may have any
+    name. ``verify`` as in :func:`newest`. Raises UserError if there is no checkpoint, or if the given one is
+    incomplete.
     """
     path = Path(path)
     try:

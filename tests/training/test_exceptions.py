@@ -9,6 +9,7 @@ import time
 
 import pytest
 
+from megatron_dit.runtime.errors import RemoteError, UserError
 from tests.helpers.configs import write_config
 from tests.helpers.ports import free_port
 
@@ -110,3 +111,37 @@ def test_killed_rank_is_reported_by_the_others_on_one_line(path, tmp_path):
     (line,) = errors[0].splitlines()
     assert line.startswith("error: rank 0 on host ")
     assert "lost the connection to a rank that ended" in line
+
+
+def outcome(errors):
+    """Raise this rank's exception of ``errors`` in a collective; return (type, message, rank, traceback) of the result.
+
+    Runs in the pool's ranks.
+    """
+    from megatron_dit.parallel.collectives import on_all_ranks
+
+    def function():
+        if error := errors[int(os.environ["RANK"])]:
+            raise error
+
+    try:
+        on_all_ranks(function)
+    except Exception as error:
+        return type(error), str(error), getattr(error, "rank", None), getattr(error, "traceback", "")
+    return None
+
+
+def test_collective_raises_the_first_ranks_exception_on_all_ranks(pool):
+    assert pool.run(2, outcome, [None, None]) == [None, None]
+    for errors in ([ValueError("the cause"), None], [ValueError("the cause"), KeyError("later")]):
+        first, other = pool.run(2, outcome, errors)
+        assert first == (ValueError, "the cause", None, "")
+        assert other[0] is RemoteError
+        assert other[2] == 0
+        assert other[3].startswith("Traceback (most recent call last)")
+        assert other[3].endswith("ValueError: the cause\n")
+        assert "rank 0 on host" in other[1]
+
+
+def test_collective_raises_an_error_of_the_user_as_such_on_all_ranks(pool):
+    assert pool.run(2, outcome, [None, UserError("no such key")]) == [(UserError, "no such key", None, "")] * 2
