@@ -49,7 +49,7 @@ def rank(number: int, port: int, phase: str, heads: int, folder: str, results: A
             engine.initialise()
             save(engine, Path(folder))
         else:
-            reader = newest(Path(folder))[0]
+            reader = newest(Path(folder)).reader
             assert reader is not None
             restore(engine, reader)
         params = list(engine.params.values())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import logging
 import math
 import sys
 from typing import Any
@@ -172,8 +173,7 @@ def _prune(parsed: argparse.Namespace) -> int:
     listing = list_checkpoints(folder)
     if not listing.checkpoints:
         raise UserError(f"{parsed.folder} contains no checkpoints: give the folder of a run")
-    for line in listing.notes:
-        print(line)
+    listing.log_strays(logging.INFO)
     for path in listing.checkpoints[-parsed.keep :]:
         try:
             CheckpointReader(path).verify(show=True)

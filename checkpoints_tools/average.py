@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import sys
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -70,8 +70,7 @@ def _snapshots(run: Path) -> list[CheckpointReader]:
     """
     found: dict[int, CheckpointReader] = {}
     listing = list_checkpoints(run / SNAPSHOTS)
-    for line in listing.notes:
-        print(line, file=sys.stderr)
+    listing.log_strays(logging.WARNING)
     for path in listing.checkpoints:
         with _complete(path):
             reader = CheckpointReader(path)

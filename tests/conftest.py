@@ -14,8 +14,11 @@ import pytest
 import torch
 
 from data_prep.demo import demo
+from megatron_dit.runtime import logging
 from megatron_dit.runtime.launch_environment import RANK_VARIABLES
 from tests.helpers.gloo import Pool, leave
+
+logging.set_up()  # as the programs do, so that tests see the messages on the standard streams
 
 FOLDER = Path(__file__).parent
 

@@ -6,6 +6,7 @@ deleted.
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 import shutil
@@ -14,7 +15,8 @@ from pathlib import Path
 
 from megatron_dit.checkpoint.manifest import Incomplete, read_manifest, unreadable
 from megatron_dit.runtime.errors import UserError
-from megatron_dit.runtime.text import printable
+
+logger = logging.getLogger(__name__)
 
 CHECKPOINTS = "checkpoints"  # subfolder of a run
 PART, OLD, INCOMPLETE = ".part", ".old.part", ".torn"
@@ -45,14 +47,19 @@ class Listing:
     strays: dict[Path, str]  # all other entries, each with the reason why it is not a checkpoint
 
     @property
-    def notes(self) -> list[str]:
-        """A list with one line about the strays; empty if there are none."""
+    def stray_note(self) -> str | None:
+        """One line about the strays, or None if there are none."""
         if not self.strays:
-            return []
-        named = [printable(f"{path.name} ({why})") for path, why in list(self.strays.items())[:MENTIONED]]
+            return None
+        named = [f"{path.name} ({why})" for path, why in list(self.strays.items())[:MENTIONED]]
         more = [f"{len(self.strays) - MENTIONED} more"] if len(self.strays) > MENTIONED else []
-        folder = printable(next(iter(self.strays)).parent)
-        return [f"ignoring entries of {folder} that are not its checkpoints: {', '.join([*named, *more])}"]
+        folder = next(iter(self.strays)).parent
+        return f"ignoring entries of {folder} that are not its checkpoints: {', '.join([*named, *more])}"
+
+    def log_strays(self, level: int) -> None:
+        """Log a line about the strays, if there are any."""
+        if self.stray_note is not None:
+            logger.log(level, self.stray_note)
 
 
 def list_checkpoints(folder: Path) -> Listing:

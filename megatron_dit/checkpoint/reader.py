@@ -69,12 +69,12 @@ class CheckpointReader:
     def step(self) -> int:
         return self.manifest["step"]
 
-    def verify(self, share: slice = slice(None), *, show: bool = False) -> None:
-        """Read the files in the slice ``share`` and compare their SHA-256. Raises Incomplete for the first difference.
+    def verify(self, files: slice = slice(None), *, show: bool = False) -> None:
+        """Read a slice of the files and compare their SHA-256. Raises Incomplete for the first difference.
 
         ``show`` displays the progress if there is more than 1 GiB to read.
         """
-        names = sorted(self.manifest["files"])[share]
+        names = sorted(self.manifest["files"])[files]
         total = sum(self.manifest["files"][name]["bytes"] for name in names)
         with ProgressBar("verify", len(names), show=show and total > SHOWN) as bar:
             for name in names:

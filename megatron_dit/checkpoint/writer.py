@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
+import logging
 import os
 import shutil
 import struct
@@ -34,11 +35,13 @@ from megatron_dit.checkpoint.listing import (
 )
 from megatron_dit.checkpoint.manifest import STATE, manifest_of, write_manifest
 from megatron_dit.optimizer import state_keys
-from megatron_dit.parallel.topology import gather, on_all_ranks, raise_on_all_ranks
+from megatron_dit.parallel.collectives import gather, on_all_ranks, raise_on_all_ranks
 from megatron_dit.runtime.errors import UserError, writing
 
 if TYPE_CHECKING:
     from megatron_dit.training.engine import Engine
+
+logger = logging.getLogger(__name__)
 
 REMEDY = "free space or change run_dir"
 
@@ -68,17 +71,17 @@ class CheckpointWriter:
     def begin(self, folder: Path, keys: Sequence[str] = ()) -> None:
         """Start writing ``folder/step_N``: masters and all states, or only ``keys``. ``folder`` must exist."""
         keys = keys or (STATE, *state_keys(self._engine.config.ema))
-        views, about = _local_ranges(self._engine, keys)
-        for name, view in views.items():
+        ranges, about = _local_ranges(self._engine, keys)
+        for name, values in ranges.items():
             if name not in self._copies:
-                self._copies[name] = torch.empty(view.shape, pin_memory=view.is_cuda)
-            if view.is_cuda:
-                self._copies[name].copy_(view, non_blocking=True)
+                self._copies[name] = torch.empty(values.shape, pin_memory=values.is_cuda)
+            if values.is_cuda:
+                self._copies[name].copy_(values, non_blocking=True)
             else:  # NumPy copies in one thread; torch's threads would compete with data loading for the cores
-                np.copyto(self._copies[name].numpy(), view.numpy())
+                np.copyto(self._copies[name].numpy(), values.numpy())
         if torch.cuda.is_available():
             torch.cuda.synchronize()
-        self._start(folder, keys, {name: self._copies[name] for name in views}, about)
+        self._start(folder, keys, {name: self._copies[name] for name in ranges}, about)
 
     def save(self, folder: Path, keys: Sequence[str] = ()) -> Path:
         """Write a checkpoint and return its path, without a background copy. Collective."""
@@ -171,22 +174,22 @@ def _finish(part: Path, target: Path, manifest: Mapping[str, Any]) -> None:
     _point(target)
 
 
-def set_aside(folder: Path, step: int) -> list[str]:
+def set_aside(folder: Path, step: int) -> list[Path]:
     """Rename incomplete checkpoints after ``step`` to ``step_N.torn``, because the resumed run will write these steps.
 
-    Returns messages about the renamed checkpoints.
+    Returns their new paths.
     """
-    notes = []
+    renamed = []
     for path in checkpoints(folder):
         found = step_of(path)
         if found is not None and found > step:
             names = (path.with_name(path.name + INCOMPLETE + (f".{i}" if i else "")) for i in itertools.count())
             target = next(name for name in names if not os.path.lexists(name))  # never overwrite an earlier one
-            path.rename(target)
-            notes.append(f"renamed incomplete checkpoint {path} to {target.name}")
-    if notes:
+            renamed.append(path.rename(target))
+            logger.info("renamed incomplete checkpoint %s to %s", path, target.name)
+    if renamed:
         _point(step_folder(folder, step))
-    return notes
+    return renamed
 
 
 def _point(target: Path) -> None:
@@ -202,7 +205,7 @@ def _point(target: Path) -> None:
 def _local_ranges(engine: Engine, keys: Sequence[str]) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Return the flat fp32 ranges that this rank writes, by KEY/NAME, and the file's metadata."""
     topology = engine.topology
-    views, starts = {}, {}
+    ranges, starts = {}, {}
     for number, (name, shard) in enumerate(engine.masters.shards.items()):
         sharded = engine.params[name].dim is not None
         # At stage 0 every data-parallel rank holds all shards: distribute the writing over the ranks.
@@ -212,8 +215,8 @@ def _local_ranges(engine: Engine, keys: Sequence[str]) -> tuple[dict[str, Tensor
             continue
         starts[name] = shard.start
         for key in keys:
-            views[f"{key}/{name}"] = engine.state_slice(shard, key)
-    return views, {"tensor_rank": str(topology.tensor_rank), "starts": json.dumps(starts)}
+            ranges[f"{key}/{name}"] = engine.state_slice(shard, key)
+    return ranges, {"tensor_rank": str(topology.tensor_rank), "starts": json.dumps(starts)}
 
 
 def write_safetensors(path: Path, tensors: Mapping[str, Tensor], about: Mapping[str, str]) -> dict[str, Any]:

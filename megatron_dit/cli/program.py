@@ -3,18 +3,33 @@
 from __future__ import annotations
 
 import faulthandler
+import os
 import sys
+import time
 import traceback
 from collections.abc import Callable
 
+from megatron_dit.runtime import logging
 from megatron_dit.runtime.compat import silence_import_warnings
-from megatron_dit.runtime.errors import UserError
+from megatron_dit.runtime.errors import RemoteError, UserError
+from megatron_dit.runtime.launch_environment import is_rank0
+from megatron_dit.runtime.launcher import LAUNCHED
 from megatron_dit.runtime.output import guard_output
+from megatron_dit.runtime.text import printable
+
+# After another rank's failure, rank 0 ends this much later, because it serves the store from which the other ranks read
+# the report, and so do all ranks of --procs, so that the launcher sees the failed rank end first.
+FAREWELL_SECONDS = 3.0
 
 
 def run_program(command: Callable[[list[str]], int]) -> int:
-    """Run ``command`` on the process's arguments and return an exit status: 1, with a traceback, after an exception."""
+    """Run ``command`` on the process's arguments and return its exit status.
+
+    After an exception the status is 1, and the traceback is printed, unless the exception is another rank's, which
+    prints it.
+    """
     guard_output()
+    logging.set_up()
     silence_import_warnings()
     faulthandler.enable(sys.__stderr__ or sys.stderr)  # a crash in C++ prints the Python stack
     try:
@@ -29,6 +44,12 @@ def run_program(command: Callable[[list[str]], int]) -> int:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
+    except RemoteError as error:
+        if is_rank0() or error.rank is None:
+            print(f"error: {printable(error)}", file=sys.stderr, flush=True)
+        if is_rank0() or LAUNCHED in os.environ:
+            time.sleep(FAREWELL_SECONDS)
+        return 1
     except Exception:
         traceback.print_exc()
         return 1

@@ -100,11 +100,11 @@ def _train(arguments: argparse.Namespace) -> int:
     if arguments.procs > 1:
         return start_ranks(arguments, config, ["train"])
     with signals_end_at_once():  # also while torch is being imported
-        from megatron_dit.parallel.topology import disconnect
+        from megatron_dit.parallel.startup import multi_rank_command
         from megatron_dit.training.trainer import train
 
-        write_json(arguments, train(config))
-        disconnect()
+        with multi_rank_command():
+            write_json(arguments, train(config))
     return 0
 
 
@@ -157,11 +157,11 @@ def _verify(arguments: argparse.Namespace) -> int:
 
 
 def _verify_layout(arguments: argparse.Namespace) -> int:
-    from megatron_dit.parallel.topology import disconnect
+    from megatron_dit.parallel.startup import multi_rank_command
     from megatron_dit.verify import verify_layout
 
-    verify_layout(arguments.folder)
-    disconnect()
+    with multi_rank_command():
+        verify_layout(arguments.folder)
     return 0
 
 
@@ -174,13 +174,12 @@ def _bench(arguments: argparse.Namespace) -> int:
         flags = ["--steps", str(arguments.steps), "--warmup", str(arguments.warmup)]
         return start_ranks(arguments, config, ["bench", *flags, *(["--diffusers"] if arguments.diffusers else [])])
     from megatron_dit.bench.measure import measure
-    from megatron_dit.parallel.topology import disconnect
+    from megatron_dit.parallel.startup import multi_rank_command
     from megatron_dit.training.memory import explain_out_of_memory
 
-    with explain_out_of_memory(config):
+    with multi_rank_command(), explain_out_of_memory(config):
         measured = measure(config, arguments.steps, arguments.warmup, arguments.diffusers)
     if is_rank0():
         measured.print(arguments.config)
     write_json(arguments, measured.figures())
-    disconnect()
     return 0

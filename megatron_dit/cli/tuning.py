@@ -123,11 +123,12 @@ def _coord_check(arguments: argparse.Namespace) -> int:
         flags = {"--heads": ",".join(map(str, heads)), "--seeds": arguments.seeds, "--steps": arguments.steps}
         words = [str(word) for flag in {**flags, "--out": arguments.out}.items() for word in flag]
         return start_ranks(arguments, config, ["coord-check", *words])
-    from megatron_dit.parallel.topology import disconnect
+    from megatron_dit.parallel.startup import multi_rank_command
     from megatron_dit.runtime.progress import ProgressBar
 
     first = is_rank0()
-    with ProgressBar("coord-check", 2 * len(heads) * arguments.seeds, show=first) as bar:
+    steps = 2 * len(heads) * arguments.seeds
+    with multi_rank_command(), ProgressBar("coord-check", steps, show=first) as bar:
         sizes = coord_check.coord_check(config, heads, arguments.seeds, arguments.steps, bar.advance)
     slopes = coord_check.slopes(sizes)
     if first:
@@ -142,7 +143,6 @@ def _coord_check(arguments: argparse.Namespace) -> int:
         verdict = "passes" if good else "fails"
         print(f"{config.mup.parametrization} {verdict} the coordinate check (|slope| of at most {coord_check.LIMIT})")
         print(f"plot: {printable(arguments.out)}")
-    disconnect()
     return 0 if good else 1
 
 

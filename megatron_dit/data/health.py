@@ -2,24 +2,25 @@
 
 from __future__ import annotations
 
+import logging
 from collections import deque
 from collections.abc import Mapping, Sequence
 
 from megatron_dit.config import Config, DataConfig
 from megatron_dit.data.index import Index, broken_shards
-from megatron_dit.parallel.topology import gather, raise_on_all_ranks, sum_over_ranks
+from megatron_dit.parallel.collectives import gather, raise_on_all_ranks, sum_over_ranks
 from megatron_dit.runtime.errors import UserError
-from megatron_dit.runtime.text import printable
+
+logger = logging.getLogger(__name__)
 
 STEPS = 100  # number of steps over which the fraction of unreadable samples is computed
 
 
-def check_shards(data: Sequence[Index], config: DataConfig, rank: int, world: int) -> list[str]:
-    """Check each local shard on one of the ranks and return lines to log about unreadable ones. Collective.
+def check_shards(data: Sequence[Index], config: DataConfig, rank: int, world: int) -> None:
+    """Check each local shard on one of the ranks and log the number of unreadable ones. Collective.
 
     Raise UserError if unreadable shards contain more than ``data.max_bad_fraction`` of a dataset's samples.
     """
-    lines = []
     for index in data:
         broken = broken_shards(index, index.shards[rank::world])
         lost = sum(shard.samples for shard in index.shards if shard.file in broken)
@@ -27,8 +28,7 @@ def check_shards(data: Sequence[Index], config: DataConfig, rank: int, world: in
         if samples > config.max_bad_fraction * index.samples:
             raise_on_all_ranks(UserError(next(iter(broken.values()))) if broken else None)
         if shards:
-            lines.append(f"{printable(index.folder)}: {shards} shards cannot be read; skipping their {samples} samples")
-    return lines
+            logger.info("%s: %d shards cannot be read; skipping their %d samples", index.folder, shards, samples)
 
 
 class DataHealth:
@@ -39,8 +39,8 @@ class DataHealth:
         self._recent: deque[int] = deque(maxlen=STEPS)
         self._logged: set[str] = set()
 
-    def check(self, counts: Mapping[str, int], bad: Sequence[tuple[str, str]]) -> list[str]:
-        """Record a step's unreadable samples and return lines to log, one per new cause. Collective.
+    def check(self, counts: Mapping[str, int], bad: Sequence[tuple[str, str]]) -> None:
+        """Record a step's unreadable samples and log a line per new cause. Collective.
 
         ``counts`` holds the number of unreadable samples of all ranks by cause; ``bad`` are this rank's own. Raise
         UserError on every rank if more than ``data.max_bad_fraction`` of the last 100 steps' samples were unreadable
@@ -54,13 +54,13 @@ class DataHealth:
             self._stop(f"{fraction} could not be read, which exceeds data.max_bad_fraction={self._limit}", bad)
         new = set(counts) - self._logged
         if not new:
-            return []
+            return
         self._logged |= new
         examples = {cause: text for rank in gather(list(bad)) for cause, text in rank}
-        return [
-            f"skipped an unreadable sample; further ones with this cause are only counted: {printable(examples[cause])}"
-            for cause in sorted(new)
-        ]
+        for cause in sorted(new):
+            logger.info(
+                "skipped an unreadable sample; further ones with this cause are only counted: %s", examples[cause]
+            )
 
     def _stop(self, what: str, bad: Sequence[tuple[str, str]]) -> None:
         raise_on_all_ranks(UserError(f"{what}; for example: {bad[0][1]}") if bad else None)

@@ -35,19 +35,19 @@ def read_data(config: DataConfig) -> tuple[Index, ...]:
 
 def sample_order(data: Sequence[Index], config: Config) -> SampleOrder:
     """Return the sample order of a run."""
-    shares = list(config.data.mixture.values())
-    return SampleOrder(data, shares, config.seed, config.train.global_batch, config.data.shuffle_shards)
+    fractions = list(config.data.mixture.values())
+    return SampleOrder(data, fractions, config.seed, config.train.global_batch, config.data.shuffle_shards)
 
 
 class _Steps:
     """Batch sampler for the DataLoader that yields this rank's places of each step from ``start`` to ``stop``."""
 
-    def __init__(self, order: SampleOrder, start: int, stop: int, share: slice) -> None:
-        self._order, self._start, self._stop, self._share = order, start, stop, share
+    def __init__(self, order: SampleOrder, start: int, stop: int, part: slice) -> None:
+        self._order, self._start, self._stop, self._part = order, start, stop, part
 
     def __iter__(self) -> Iterator[list[Place]]:
         for step in range(self._start, self._stop):
-            places = enumerate(self._order.batch(step, self._share).tolist(), self._share.start)
+            places = enumerate(self._order.batch(step, self._part).tolist(), self._part.start)
             yield [(step, position, *place) for position, place in places]
 
     def __len__(self) -> int:
@@ -62,13 +62,13 @@ def batches(data: Sequence[Index], config: Config, start: int, data_rank: int, d
     check_data(data, config)
     order = sample_order(data, config)
     size = config.train.global_batch // data_size
-    share = slice(data_rank * size, (data_rank + 1) * size)
+    part = slice(data_rank * size, (data_rank + 1) * size)
     dataset = Samples(data, config)
     # The DataLoader always draws a base seed, which nothing here uses. With its own generator it does not advance
     # torch's global one.
     loader = DataLoader(
         dataset,
-        batch_sampler=_Steps(order, start, config.train.steps, share),  # pyright: ignore[reportArgumentType]
+        batch_sampler=_Steps(order, start, config.train.steps, part),  # pyright: ignore[reportArgumentType]
         num_workers=config.data.workers,
         collate_fn=dataset.collate,
         pin_memory=torch.cuda.is_available(),
@@ -77,7 +77,7 @@ def batches(data: Sequence[Index], config: Config, start: int, data_rank: int, d
     )
     stream: Iterator[Batch] = iter(loader)
     if not all(index.local for index in data):
-        stream = _fetching_ahead(stream, data, config, start, share)
+        stream = _fetching_ahead(stream, data, config, start, part)
     if config.data.text_encoder and not config.model.num_classes:
         stream = map(_online_text(data[0], config), stream)
     return map(OnlineFeatures(data[0], config), stream) if config.data.repa_encoder else stream
@@ -92,7 +92,7 @@ def _keep_what_is_inherited(_: int) -> None:
 
 
 def _fetching_ahead(
-    stream: Iterator[Batch], data: Sequence[Index], config: Config, start: int, share: slice
+    stream: Iterator[Batch], data: Sequence[Index], config: Config, start: int, part: slice
 ) -> Iterator[Batch]:
     """Yield from ``stream`` while a thread fetches the shards of the next AHEAD steps into the cache."""
     stores, order, room = [open_store(index, config.data) for index in data], sample_order(data, config), AHEAD
@@ -103,7 +103,7 @@ def _fetching_ahead(
             allowed.acquire()
             if ended.is_set():
                 return
-            for number, shard in {(d, s) for d, s, _ in order.batch(step, share).tolist()}:
+            for number, shard in {(d, s) for d, s, _ in order.batch(step, part).tolist()}:
                 try:
                     stores[number].path(data[number].shards[shard])
                 except BadSample:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from hashlib import sha256
 
 from megatron_dit.config import Config
 from megatron_dit.data.index import Index
 from megatron_dit.runtime.errors import UserError
+
+logger = logging.getLogger(__name__)
 
 
 def check_data(data: Sequence[Index], config: Config) -> None:
@@ -29,14 +32,14 @@ def dataset_fingerprint(data: Sequence[Index]) -> dict[str, str]:
     return {"text": first.text.get("sha256", ""), "codec": first.codec["sha256"], "samples": samples}
 
 
-def check_same(before: Mapping[str, str], now: Mapping[str, str]) -> str | None:
+def check_same(before: Mapping[str, str], now: Mapping[str, str]) -> None:
     """Raise UserError if a resumed run's dataset was encoded by different encoders than before.
 
-    Return a line to log if the samples changed, otherwise None. ``before`` is {} for imported weights, whose training
+    Only log it if the samples changed. ``before`` is {} for imported weights, whose training
     data are unknown.
     """
     if not before:
-        return None
+        return
     for name, what in (("text", "text encoder"), ("codec", "VAE")):
         if before[name] != now[name]:
             raise UserError(
@@ -44,9 +47,8 @@ def check_same(before: Mapping[str, str], now: Mapping[str, str]) -> str | None:
                 f"{now[name][:12]}, expected {before[name][:12]}); use data encoded with the same {what}, or set "
                 "run_dir to a new folder"
             )
-    if before["samples"] == now["samples"]:
-        return None
-    return "the dataset's shards changed since the last run; continuing at the same step with the new shards"
+    if before["samples"] != now["samples"]:
+        logger.info("the dataset's shards changed since the last run; continuing at the same step with the new shards")
 
 
 def _check_alike(first: Index, index: Index) -> None:

@@ -34,7 +34,7 @@ class MasterShard:
 
 
 class Masters:
-    """ShardPool by global parameter name, for a DeepSpeed engine at any ZeRO stage.
+    """This rank's shards of the master weights by global parameter name, for a DeepSpeed engine at any ZeRO stage.
 
     A parameter without a shard on this rank is not in ``shards``.
     """

@@ -1,14 +1,25 @@
-"""Start a process of a training job."""
+"""Start and end of a process of a multi-rank job."""
 
 from __future__ import annotations
 
+import contextlib
 import os
+from collections.abc import Iterator
 
 import torch
 
 from megatron_dit.config import Config
-from megatron_dit.parallel.topology import Topology, build_topology, connect
+from megatron_dit.parallel.failures import failure_ends_all_ranks
+from megatron_dit.parallel.topology import Topology, build_topology, connect, disconnect
 from megatron_dit.runtime.launch_environment import launch_environment
+
+
+@contextlib.contextmanager
+def multi_rank_command() -> Iterator[None]:
+    """Context for a command that runs on several ranks: a failure of one rank ends all; disconnect at the end."""
+    with failure_ends_all_ranks():
+        yield
+    disconnect()
 
 
 def start_up(config: Config) -> Topology:

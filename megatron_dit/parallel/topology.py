@@ -1,29 +1,29 @@
-"""Process groups for tensor, data and pipeline parallelism, and DeepSpeed's view of them."""
+"""Process groups for tensor, data and pipeline parallelism, and their interface for DeepSpeed."""
 
 from __future__ import annotations
 
+import logging
 import os
 import socket
-import sys
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, TypeVar, cast
+from typing import Any
 
 import torch
 import torch.distributed as dist
 
 from megatron_dit.config import Config, LaunchConfig
+from megatron_dit.parallel.failures import use_store
 from megatron_dit.parallel.rendezvous import GROUP_TIMEOUT, rendezvous
 from megatron_dit.runtime.compat import let_megatron_run_on_cpu, prepare_deepspeed
-from megatron_dit.runtime.device import device
-from megatron_dit.runtime.errors import UserError
 from megatron_dit.runtime.launch_environment import LaunchEnvironment, launch_environment
+from megatron_dit.runtime.logging import THIS_RANK
 from megatron_dit.runtime.signals import signals_end_at_once
 
 CONNECT_SECONDS = 30.0  # print a message if ranks are not connected to each other this long after the rendezvous
 
-T = TypeVar("T")
+logger = logging.getLogger(__name__)
 
 
 class SoloGroup:
@@ -117,7 +117,7 @@ def connect(limit: float = LaunchConfig.rendezvous_seconds) -> None:
         torch.cuda.set_device(place.local_rank % torch.cuda.device_count())
     with signals_end_at_once():
         store = dist.HashStore() if place.world == 1 else rendezvous(place, limit)
-        timer = threading.Timer(CONNECT_SECONDS, _print_unconnected, [place])
+        timer = threading.Timer(CONNECT_SECONDS, _warn_unconnected, [place])
         timer.daemon = True
         timer.start()
         try:
@@ -130,15 +130,18 @@ def connect(limit: float = LaunchConfig.rendezvous_seconds) -> None:
             )
         finally:
             timer.cancel()
+        use_store(store if place.world > 1 else None)
 
 
-def _print_unconnected(place: LaunchEnvironment) -> None:
-    print(
-        f"rank {place.rank} on {socket.gethostname()}: all {place.world} ranks have started, but did not connect to "
-        f"each other within {CONNECT_SECONDS:.0f} s: set GLOO_SOCKET_IFNAME or NCCL_SOCKET_IFNAME to the network "
-        "interface that connects the hosts",
-        file=sys.stderr,
-        flush=True,
+def _warn_unconnected(place: LaunchEnvironment) -> None:
+    logger.warning(
+        "rank %d on %s: all %d ranks have started, but did not connect to each other within %.0f s: set "
+        "GLOO_SOCKET_IFNAME or NCCL_SOCKET_IFNAME to the network interface that connects the hosts",
+        place.rank,
+        socket.gethostname(),
+        place.world,
+        CONNECT_SECONDS,
+        extra=THIS_RANK,
     )
 
 
@@ -146,6 +149,7 @@ def disconnect() -> None:
     """Destroy the process group at the end of a multi-rank command. A single process keeps it for further commands."""
     if dist.is_initialized() and dist.get_world_size() > 1:
         dist.destroy_process_group()
+        use_store(None)
 
 
 def build_topology(config: Config) -> Topology:
@@ -171,53 +175,3 @@ def build_topology(config: Config) -> Topology:
         data_group=parallel_state.get_data_parallel_group(),
         pipeline_group=parallel_state.get_pipeline_model_parallel_group(),
     )
-
-
-def raise_on_all_ranks(error: Exception | None) -> None:
-    """If any rank has an error, raise the first one as a UserError on all ranks, so that no rank waits for others.
-
-    Collective. ``error`` is None if this rank has no error.
-    """
-    if not dist.is_initialized() or dist.get_world_size() == 1 or dist.get_backend() == "fake":
-        if error is not None:
-            raise error
-        return
-    messages = gather(None if error is None else str(error))
-    first = next((message for message in messages if message is not None), None)
-    if first is not None:
-        raise UserError(first)
-
-
-def on_all_ranks(function: Callable[[], T]) -> T:
-    """Return ``function()``. If it raises a UserError on any rank, raise it on all ranks. Collective."""
-    result, error = None, None
-    try:
-        result = function()
-    except UserError as caught:
-        error = caught
-    raise_on_all_ranks(error)
-    return cast(T, result)
-
-
-def gather(value: T) -> list[T]:
-    """Return the values of all ranks, in rank order. Collective."""
-    values: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(values, value)
-    return values
-
-
-def sum_over_ranks(figures: Sequence[float]) -> list[float]:
-    """Return the elementwise sums over all ranks. Collective."""
-    total = torch.tensor(figures, dtype=torch.float64, device=device())
-    if dist.get_world_size() > 1:
-        dist.all_reduce(total)
-    return total.tolist()
-
-
-def mean_over_ranks(figures: Mapping[str, float]) -> dict[str, float]:
-    """Return the mean of each value over the ranks that have it; pipeline stages have different names. Collective."""
-    values_of: dict[str, list[float]] = {}
-    for local in gather(dict(figures)):
-        for name, value in local.items():
-            values_of.setdefault(name, []).append(value)
-    return {name: sum(values) / len(values) for name, values in values_of.items()}

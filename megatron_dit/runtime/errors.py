@@ -1,4 +1,4 @@
-"""Exceptions for invalid input, which are reported in one line without a traceback."""
+"""Exceptions that the programs report on one line without a traceback: invalid input, and failures of other ranks."""
 
 from __future__ import annotations
 
@@ -17,6 +17,17 @@ class UserError(Exception):
 
 class OwnError(UserError):
     """UserError raised on this rank only, which therefore prints the message even if it is not rank 0."""
+
+
+class RemoteError(Exception):
+    """Failure of another rank, which prints its traceback itself.
+
+    ``rank`` and ``host`` are None if that rank ended without a report, for example because it was killed.
+    """
+
+    def __init__(self, message: str, rank: int | None = None, host: str | None = None, traceback: str = "") -> None:
+        super().__init__(message)
+        self.rank, self.host, self.traceback = rank, host, traceback
 
 
 @contextmanager

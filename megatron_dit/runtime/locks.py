@@ -7,19 +7,20 @@ import datetime
 import errno
 import fcntl
 import json
+import logging
 import os
 import socket
 import stat
 import threading
 import time
 import weakref
-from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 from megatron_dit.runtime.errors import UserError
-from megatron_dit.runtime.text import printable
+
+logger = logging.getLogger(__name__)
 
 NO_LOCKS = (errno.ENOTSUP, errno.ENOSYS, errno.ENOLCK)  # errors of file systems without flock
 HEARTBEAT_SECONDS = 5.0
@@ -111,10 +112,6 @@ def try_lock(path: Path) -> FileLock | None:
     return FileLock(descriptor, supported=True)
 
 
-def _print(line: str) -> None:
-    print(printable(line), flush=True)
-
-
 class RunLock:
     """Lock of a run folder. Its file records the holder (host, process id, start time) and a heartbeat counter.
 
@@ -125,7 +122,7 @@ class RunLock:
     that does not exist.
     """
 
-    def __init__(self, path: Path, say: Callable[[str], None] = _print) -> None:
+    def __init__(self, path: Path) -> None:
         """Acquire the lock.
 
         Raises UserError naming the holder if another process has the lock, and OSError if it cannot be written.
@@ -135,7 +132,7 @@ class RunLock:
             raise UserError(_in_use(path, _read(path)))
         try:
             holder = _read(path)
-            if holder and _alive(path, holder, lock.supported, say):
+            if holder and _alive(path, holder, lock.supported):
                 raise UserError(_in_use(path, holder))
             now = datetime.datetime.now(datetime.timezone.utc)
             self._holder = {**_here(), "started": f"{now:%Y-%m-%d %H:%M:%S} UTC"}
@@ -190,7 +187,7 @@ def _read(path: Path) -> dict[str, Any]:
     return holder if isinstance(holder, dict) else {}
 
 
-def _alive(path: Path, holder: dict[str, Any], locked: bool, say: Callable[[str], None]) -> bool:
+def _alive(path: Path, holder: dict[str, Any], locked: bool) -> bool:
     """Return whether the process recorded in the file still has the lock although ``flock`` succeeded here."""
     here = _here()
     if holder.get("boot") == here["boot"]:
@@ -198,7 +195,7 @@ def _alive(path: Path, holder: dict[str, Any], locked: bool, say: Callable[[str]
             return False
         if holder.get("host") == here["host"] and not Path(f"/proc/{holder.get('pid')}").exists():
             return False
-    say(f"{path} was taken by {_describe(holder)}; waiting {SILENCE_SECONDS:.0f} s for its heartbeat")
+    logger.info("%s was taken by %s; waiting %.0f s for its heartbeat", path, _describe(holder), SILENCE_SECONDS)
     until = time.monotonic() + SILENCE_SECONDS
     while time.monotonic() < until:
         time.sleep(min(1.0, HEARTBEAT_SECONDS / 4))

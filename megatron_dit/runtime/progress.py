@@ -8,6 +8,7 @@ from types import TracebackType
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
+from megatron_dit.runtime.logging import HANDLER
 from megatron_dit.runtime.text import printable
 
 SECONDS_BETWEEN_LINES = 15.0
@@ -46,10 +47,12 @@ class ProgressBar:
     def __enter__(self) -> ProgressBar:
         if self._bar is not None:
             self._bar.start()
+            HANDLER.consoles.append(self._console)
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
         if self._bar is not None:
+            HANDLER.consoles.remove(self._console)
             self._bar.stop()
 
     def advance(self, text: str = "") -> None:
@@ -72,8 +75,3 @@ class ProgressBar:
             return "--:--:--"
         each = (time.monotonic() - self._started) / (self._done - self._first)
         return duration(each * (self._total - self._done))
-
-    def say(self, line: str) -> None:
-        """Print a line above the bar."""
-        if self._show:
-            self._console.print(printable(line), markup=False, emoji=False, highlight=False, soft_wrap=True)

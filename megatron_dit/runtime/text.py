@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import unicodedata
 
 # Unicode categories: control, format, surrogate, private use, unassigned, line and paragraph separators.
@@ -17,11 +16,6 @@ def printable(text: object) -> str:
     terminal: ``printable("a\x1b[2J")`` is ``a\x1b[2J`` in printable characters. Spaces and emoji are not changed.
     """
     return "".join(_escape(character) for character in str(text))
-
-
-def warn(message: str) -> None:
-    """Print a warning to standard error, on one line."""
-    print(printable(f"warning: {message}"), file=sys.stderr, flush=True)
 
 
 def _escape(character: str) -> str:

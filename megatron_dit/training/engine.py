@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -22,43 +22,24 @@ from megatron_dit.mup.groups import optimizer_groups
 from megatron_dit.mup.initial_values import initial_value
 from megatron_dit.mup.multipliers import forward_multipliers, set_multipliers
 from megatron_dit.mup.rules import Param
-from megatron_dit.objectives import OBJECTIVES, NoiseDraw
-from megatron_dit.objectives.repa import alignment_loss
 from megatron_dit.optimizer import AdamWithEma, averages, choose, lr_factor, set_lr
 from megatron_dit.parallel.backends import open_backend
+from megatron_dit.parallel.collectives import mean_over_ranks, on_all_ranks, sum_over_ranks
 from megatron_dit.parallel.masters import Masters, MasterShard
 from megatron_dit.parallel.sharding import cut
-from megatron_dit.parallel.topology import DeepSpeedMpu, Topology, mean_over_ranks, on_all_ranks, sum_over_ranks
+from megatron_dit.parallel.topology import DeepSpeedMpu, Topology
 from megatron_dit.runtime.device import device
+from megatron_dit.training.losses import LossTerms, MicroBatchLoss
 from megatron_dit.training.memory import StateBytes
 from megatron_dit.training.monitor import StepMonitor
-from megatron_dit.training.pipeline import Pipeline, attach
+from megatron_dit.training.pipeline import Pipeline
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-
-
-@dataclass
-class Losses:
-    """Mean losses of a step's micro-batches on this rank; a pipeline stage has only the losses computed on it."""
-
-    objective: list[Tensor] = field(default_factory=list)
-    alignment: list[Tensor] = field(default_factory=list)
-
-    def means(self) -> list[float]:
-        return [float(torch.stack(values).mean()) if values else 0.0 for values in (self.objective, self.alignment)]
 
 
 def sizes(intermediates: Intermediates) -> dict[str, float]:
     """Return the mean absolute value of each intermediate."""
     return {name: float(value.detach().float().abs().mean()) for name, value in intermediates.items()}
-
-
-def nan_if_nonfinite(loss: Tensor) -> Tensor:
-    """Return the loss, or NaN if it is not finite.
-
-    A NaN loss makes the gradient NaN on every rank, so that all ranks skip the step.
-    """
-    return loss * torch.where(torch.isfinite(loss.detach()), 1.0, float("nan"))
 
 
 @dataclass(frozen=True)
@@ -70,8 +51,7 @@ class StepMetrics:
     lr: float  # base learning rate after the schedule
     skipped: bool  # the loss or gradient was not finite; weights, moments and EMA are unchanged
     bad_samples: dict[str, int]  # number of unreadable samples, which do not contribute to the step, by cause
-    stop: bool  # whether any rank was asked to stop
-    busy: bool  # whether any rank is writing a checkpoint
+    extra: list[float]  # sums over all ranks of the values that the caller passed
     alignment: float | None  # REPA's loss, mean over the global batch; None without REPA
     monitors: dict[str, float]  # activations, gradient norms, update sizes; empty unless requested
 
@@ -85,8 +65,7 @@ class Engine:
         self.config, self.topology = config, topology
         self.params: Mapping[str, Param] = param_specs(config)
         ds_config = deepspeed_config(config, topology.data_size)
-        self._backend = open_backend(config, topology)
-        self._dtype, mpu = DTYPES[config.train.dtype], DeepSpeedMpu()
+        backend, dtype, mpu = open_backend(config, topology), DTYPES[config.train.dtype], DeepSpeedMpu()
         sharded: Any = contextlib.nullcontext()
         if config.parallel.zero_stage == 3:
             # By default Init partitions over all ranks, which would mix different tensor-parallel shards.
@@ -95,7 +74,7 @@ class Engine:
         with sharded, torch.device(device()):
             model = build(
                 config.model,
-                self._backend,
+                backend,
                 [i for blocks in config.stage_blocks(topology.pipeline_rank) for i in blocks],
             )
         if config.train.compile:
@@ -117,8 +96,8 @@ class Engine:
         self.step = 0
         self.bad_samples: dict[str, int] = {}  # number of unreadable samples since the start of the run, by cause
         self.data: dict[str, str] = {}  # fingerprint of the dataset, stored in checkpoints
-        self._objective = OBJECTIVES[config.objective_name]
-        self._pipeline = Pipeline(model, config, topology, self._dtype) if topology.pipeline_size > 1 else None
+        self._loss = MicroBatchLoss(config, topology, backend, dtype)
+        self._pipeline = Pipeline(model, config, topology, dtype) if topology.pipeline_size > 1 else None
 
     @property
     def groups(self) -> list[dict[str, Any]]:
@@ -184,30 +163,36 @@ class Engine:
 
     # --- one step -----------------------------------------------------------------------------------
 
-    def train_step(self, batch: Batch, stop: bool = False, busy: bool = False, monitor: bool = False) -> StepMetrics:
+    def train_step(self, batch: Batch, *, extra: Sequence[float] = (), monitor: bool = False) -> StepMetrics:
         """Run forward, backward and the optimizer step on this rank's part of the global batch. Collective.
 
-        ``stop`` and ``busy`` are combined over all ranks by "or". ``monitor`` requests ``StepMetrics.monitors``.
+        ``extra`` are values to sum over all ranks in the same collective as the losses. ``monitor`` requests
+        ``StepMetrics.monitors``.
         """
         config = self.config
         factor = lr_factor(self.step, config.optimizer, config.train.steps)
         set_lr(self.groups, factor)
         self.model.train()
-        losses = Losses()
         micro_batches = batch.split(config.train.micro_batch)
-        intermediates: Intermediates | None = {} if monitor else None
+        losses: list[Tensor] = []
+        alignments: list[Tensor] = []
+        intermediates: Intermediates = {}
         self.optimizer.observer = self._monitor.observe if monitor else None
 
-        def loss(model: Callable[..., Tensor], micro: Batch) -> tuple[Tensor, Tensor | None]:
-            return self._loss(model, micro, losses, intermediates if micro is micro_batches[0] else None)
+        def forward(model: Callable[..., Tensor], micro_batch: Batch) -> LossTerms:
+            terms = self._loss(model, micro_batch, intermediates=monitor and micro_batch is micro_batches[0])
+            losses.extend([] if terms.objective is None else [terms.objective])
+            alignments.extend([] if terms.alignment is None else [terms.alignment])
+            intermediates.update(terms.intermediates)
+            return terms
 
         if self._pipeline is None:
-            for i, micro in enumerate(micro_batches):
+            for i, micro_batch in enumerate(micro_batches):
                 self._engine.set_gradient_accumulation_boundary(i == len(micro_batches) - 1)
-                self._engine.backward(loss(self._engine, micro)[1])
+                self._engine.backward(forward(self._engine, micro_batch).total)
         else:
             self._engine.set_gradient_accumulation_boundary(False)
-            self._pipeline.run(micro_batches, loss)
+            self._pipeline.run(micro_batches, forward)
             self._engine.set_gradient_accumulation_boundary(True)
             self._engine.allreduce_gradients()
         norm, skipped = self._optimizer_step()
@@ -215,12 +200,12 @@ class Engine:
         self.optimizer.num_updates += not skipped
         causes = [cause for cause, _ in batch.bad]
         counts = [float(causes.count(cause)) for cause in CAUSES]
-        loss_sum, aligned, stops, writing, *bad = sum_over_ranks([*losses.means(), float(stop), float(busy), *counts])
+        loss, alignment, *sums = sum_over_ranks([_mean(losses), _mean(alignments), *counts, *extra])
         # Only the last pipeline stage has the loss and only one has the projector, whereas every pipeline stage and
         # tensor-parallel rank counts the same bad samples. Bad samples have weight 0 in the losses.
         bad_samples = {
             cause: round(count * self.topology.data_size / self.topology.world)
-            for cause, count in zip(CAUSES, bad, strict=True)
+            for cause, count in zip(CAUSES, sums, strict=False)
             if count
         }
         for cause, count in bad_samples.items():
@@ -228,73 +213,40 @@ class Engine:
         good = 1 - sum(bad_samples.values()) / config.train.global_batch
         replicas = self.topology.world / self.topology.pipeline_size * good
         return StepMetrics(
-            loss=loss_sum / replicas if good else float("nan"),
+            loss=loss / replicas if good else float("nan"),
             grad_norm=norm,
             lr=config.optimizer.lr * factor,
             skipped=skipped,
             bad_samples=bad_samples,
-            stop=stops > 0,
-            busy=writing > 0,
-            alignment=aligned / replicas if config.model.repa_block and good else None,
-            monitors={} if intermediates is None or skipped else self._monitors(intermediates, norm),
+            extra=sums[len(CAUSES) :],
+            alignment=alignment / replicas if config.model.repa_block and good else None,
+            monitors=self._monitors(intermediates, norm) if monitor and not skipped else {},
         )
 
     @torch.no_grad()
     def activations(self, batch: Batch) -> dict[str, float]:
         """Return the mean absolute value of every named intermediate over all ranks' batches. Collective."""
-        found: dict[str, list[float]] = {}
+        values: dict[str, list[float]] = {}
 
-        def forward(model: Callable[..., Tensor], micro: Batch) -> tuple[Tensor, Tensor | None]:
-            intermediates: Intermediates = {}
-            out = self._loss(model, micro, Losses(), intermediates)
-            for name, size in sizes(intermediates).items():
-                found.setdefault(name, []).append(size)
-            return out
+        def forward(model: Callable[..., Tensor], micro_batch: Batch) -> LossTerms:
+            terms = self._loss(model, micro_batch, intermediates=True)
+            for name, size in sizes(terms.intermediates).items():
+                values.setdefault(name, []).append(size)
+            return terms
 
         micro_batches = batch.split(self.config.train.micro_batch)
         if self._pipeline is None:
-            for micro in micro_batches:
-                forward(self._engine, micro)
+            for micro_batch in micro_batches:
+                forward(self._engine, micro_batch)
         else:
             self._pipeline.run(micro_batches, forward, forward_only=True)
-        return mean_over_ranks({name: sum(values) / len(values) for name, values in found.items()})
+        return mean_over_ranks({name: sum(each) / len(each) for name, each in values.items()})
 
     def _monitors(self, intermediates: Intermediates, norm: float) -> dict[str, float]:
         clip = self.config.optimizer.grad_clip
-        metrics = self._monitor.figures(min(1.0, clip / norm) if clip else 1.0)
+        metrics = self._monitor.results(min(1.0, clip / norm) if clip else 1.0)
         activations = {f"activation/{name}": size for name, size in mean_over_ranks(sizes(intermediates)).items()}
         return {**activations, **metrics}
-
-    def _loss(
-        self, model: Callable[..., Tensor], batch: Batch, losses: Losses, intermediates: Intermediates | None = None
-    ) -> tuple[Tensor, Tensor | None]:
-        """Run a micro-batch through the model or a virtual stage; return (output, loss to minimise).
-
-        The loss is None unless this is the last virtual stage. An earlier stage with REPA's projector attaches REPA's
-        loss to its output instead.
-        """
-        repa, config = bool(self.config.model.repa_block), self.config.objective
-        seen: Intermediates | None = {} if repa or intermediates is not None else None
-        batch = batch.to(device())
-        draw = NoiseDraw(u=batch.u, noise=batch.noise)
-        x_t, t = self._objective.perturb(batch.latents, draw, config)
-        condition = batch.condition.map(lambda x: x.to(self._dtype) if x.is_floating_point() else x)
-        with self._backend.precision():
-            out = model(x_t.to(self._dtype), t, condition, seen)
-        if intermediates is not None:
-            intermediates.update(seen or {})
-        extra = None
-        if seen is not None and "projection" in seen:
-            assert batch.features is not None
-            alignment = (alignment_loss(seen["projection"], batch.features) * batch.weight).mean()
-            losses.alignment.append(alignment.detach())
-            extra = config.repa_weight * alignment
-        if getattr(model, "is_last_chunk", True):
-            loss = (self._objective.loss(out, batch.latents, draw, config) * batch.weight).mean()
-            losses.objective.append(loss.detach())
-            return out, nan_if_nonfinite(loss if extra is None else loss + extra)
-        micro_batches = self.config.train.global_batch // (self.topology.data_size * self.config.train.micro_batch)
-        return (out if extra is None else attach(out, nan_if_nonfinite(extra) / micro_batches)), None
 
     def _optimizer_step(self) -> tuple[float, bool]:
         """Step the optimizer; return (global gradient norm before clipping, whether the step was skipped)."""
@@ -329,3 +281,8 @@ class Engine:
                 gradient.mul_(scale)
         self._engine.step()
         return norm, False
+
+
+def _mean(values: Sequence[Tensor]) -> float:
+    """Return the mean of the micro-batches' losses, 0 on a pipeline stage that does not compute the loss."""
+    return float(torch.stack(list(values)).mean()) if values else 0.0

@@ -53,7 +53,7 @@ class StepMonitor:
             ):
                 self._sums[self._index[key]] += tensor.double().square().sum().to(self._sums.device)
 
-    def figures(self, clipped: float) -> dict[str, float]:
+    def results(self, clipped: float) -> dict[str, float]:
         """Return gradient norms by block before clipping by the factor ``clipped``, and |update| / |weight| by role.
 
         Collective. Resets the sums.

@@ -17,9 +17,9 @@ from megatron_dit.data.batch import Batch
 from megatron_dit.models.common.base import DiffusionTransformer
 from megatron_dit.parallel.topology import Topology
 from megatron_dit.runtime.compat import create_cuda_tensors_on_cpu
+from megatron_dit.training.losses import LossTerms
 
-# (virtual stage, micro-batch) -> (state to send, None), or for the last virtual stage (prediction, loss to minimise).
-Forward = Callable[["ModelChunk", Batch], tuple[Tensor, Tensor | None]]
+Forward = Callable[["ModelChunk", Batch], LossTerms]  # of a virtual stage and a micro-batch
 
 
 class ModelChunk(nn.Module):
@@ -86,8 +86,9 @@ class Pipeline:
         shapes = None if self._interleaved else self._shapes(([0, *sizes])[own[0]], self.chunks[0].length)
 
         def step(batches: Iterator[Batch], chunk: ModelChunk) -> tuple[Tensor, Callable[[Tensor], Any] | None]:
-            out, loss = forward(chunk, next(batches))
-            return out, None if loss is None else lambda _: (loss, None)
+            terms = forward(chunk, next(batches))
+            total = terms.total
+            return terms.output, None if total is None else lambda _: (total, None)
 
         with create_cuda_tensors_on_cpu():
             get_forward_backward_func()(
@@ -113,18 +114,3 @@ class Pipeline:
             return [(received, *rest)], [(sent, *rest)]
 
         return adjust
-
-
-def attach(x: Tensor, loss: Tensor) -> Tensor:
-    """Return ``x`` such that its backward pass also minimises ``loss``, a loss of an intermediate pipeline stage."""
-    return _Attached.apply(x, loss)  # pyright: ignore[reportReturnType]
-
-
-class _Attached(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, loss: Tensor) -> Tensor:
-        return x.view_as(x)
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor]:  # pyright: ignore
-        return gradient, gradient.new_ones((), dtype=torch.float32)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import math
 import os
 from pathlib import Path
@@ -13,10 +14,12 @@ from megatron_dit.checkpoint.load import newest
 from megatron_dit.config import Config, first_difference, load_config, save_config
 from megatron_dit.runtime.errors import UserError, writing
 from megatron_dit.runtime.locks import RunLock
-from megatron_dit.runtime.text import printable, warn
+from megatron_dit.runtime.text import printable
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
+
+logger = logging.getLogger(__name__)
 
 CONFIG = "config.yaml"
 METRICS = "metrics.jsonl"
@@ -101,7 +104,7 @@ class RunFolder:
             wrong = UserError(f"{path} is {'not a regular file' if os.path.lexists(path) else 'missing'}")
         except UserError as error:
             wrong = error
-        reader = newest(self.checkpoints, verify=False)[0]
+        reader = newest(self.checkpoints, verify=False).reader
         if reader is not None:
             with contextlib.suppress(UserError):  # this version cannot use it: report the error of config.yaml
                 return reader.config, str(wrong)
@@ -134,22 +137,25 @@ class RunFolder:
                         f"run_dir={self.path} was just created by another process; run the command again to resume"
                     )
             if self._damage:
-                warn(f"{self._damage}; rewriting it, because the newest checkpoint's config agrees with this run's")
+                logger.warning(
+                    "%s; rewriting it, because the newest checkpoint's config agrees with this run's", self._damage
+                )
             save_config(self._config, self.path / CONFIG)
             path = self.path / METRICS
             lines, damaged = _read_metrics(self.path)
             if damaged:
-                warn(f"{path}: {_list_lines(damaged)} cannot be read as metrics; deleting them")
+                logger.warning("%s: %s cannot be read as metrics; deleting them", path, _list_lines(damaged))
             kept = [line for line in lines if line["step"] <= step]
             part = path.with_suffix(".part")
             part.write_text("".join(json.dumps(line) + "\n" for line in kept))
             part.replace(path)
             self._file, self._waiting = path.open("ab", buffering=0), b""
+        self._error = ""  # the last error of writing metrics
         self._board: SummaryWriter | None = None
         try:
             self._board = self._open_board(step)
         except OSError as error:  # the run does not need TensorBoard; `log` tries again
-            warn(f"TensorBoard events cannot be written ({error})")
+            logger.warning("TensorBoard events cannot be written (%s)", error)
 
     def _open_board(self, step: int) -> SummaryWriter:
         from torch.utils.tensorboard import SummaryWriter
@@ -158,25 +164,27 @@ class RunFolder:
         folder.mkdir(exist_ok=True)  # SummaryWriter would create the parents too, e.g. below a mount that was lost
         return SummaryWriter(str(folder), purge_step=step + 1)
 
-    def log(self, step: int, figures: dict[str, Any]) -> str:
+    def log(self, step: int, metrics: dict[str, Any]) -> None:
         """Write a line of metrics to metrics.jsonl (non-finite values as null) and TensorBoard.
 
-        Returns "" or an error message. After an error the line is written to metrics.jsonl together with the next one;
-        TensorBoard omits it.
+        A write error is logged, and the line is written to metrics.jsonl together with the next one; TensorBoard omits
+        it.
         """
-        figures = {name: None if _is_not_finite(value) else value for name, value in figures.items()}
-        self._waiting += json.dumps({"step": step, **figures}).encode() + b"\n"
+        metrics = {name: None if _is_not_finite(value) else value for name, value in metrics.items()}
+        self._waiting += json.dumps({"step": step, **metrics}).encode() + b"\n"
         try:
             while self._waiting:
                 self._waiting = self._waiting[self._file.write(self._waiting) :]
             self._board = self._board or self._open_board(step - 1)
-            for name, value in figures.items():
+            for name, value in metrics.items():
                 if value is not None:
                     self._board.add_scalar(f"train/{name}", value, step)
+            self._error = ""
         except OSError as error:
             self._board = None  # its writer thread has ended
-            return f"metrics cannot be written ({error})"
-        return ""
+            if str(error) != self._error:  # log an error that persists only once
+                logger.warning("metrics cannot be written (%s); trying again with the next ones", error)
+            self._error = str(error)
 
     def metrics(self) -> list[dict[str, Any]]:
         """Return the lines logged so far."""

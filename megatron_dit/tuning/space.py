@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
@@ -17,7 +18,8 @@ from megatron_dit.config import RESUMABLE, Config, check_overrides, first_differ
 from megatron_dit.config.keys import Count, FilePath, Interval, Section, check, key
 from megatron_dit.runtime.errors import UserError, writing
 from megatron_dit.runtime.io import replacing
-from megatron_dit.runtime.text import warn
+
+logger = logging.getLogger(__name__)
 
 Params = dict[str, Any]  # dotted key -> value in one trial
 
@@ -174,7 +176,7 @@ def open_folder(config: SweepConfig) -> None:
         except UserError as error:
             difference = _other_results(folder, config)
             if difference is None:
-                warn(f"{error}; rewriting the sweep's saved config")
+                logger.warning("%s; rewriting the sweep's saved config", error)
         if difference is not None:
             raise UserError(f"{folder} holds another sweep ({difference}); set run_dir to a new folder")
     elif folder.exists() and (not folder.is_dir() or any(not _ours(item) for item in folder.iterdir())):

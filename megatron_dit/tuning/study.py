@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-import json
+import logging
 import multiprocessing
 import os
 import signal
@@ -12,88 +12,26 @@ from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from multiprocessing.process import BaseProcess
-from pathlib import Path
 from typing import Any
 
 import optuna
 import torch
 from optuna.distributions import BaseDistribution
 from optuna.samplers import RandomSampler, TPESampler
-from optuna.storages import JournalStorage
-from optuna.storages.journal import JournalFileBackend
-from optuna.storages.journal._file import BaseJournalFileLock
 from optuna.trial import TrialState
 
 from megatron_dit.config import flatten, load_config, save_config
 from megatron_dit.runtime.errors import UserError, writing
-from megatron_dit.runtime.locks import FileLock, wait_for_lock
 from megatron_dit.runtime.progress import ProgressBar
-from megatron_dit.runtime.text import warn
 from megatron_dit.training.run_folder import read_metrics
+from megatron_dit.tuning.journal import Lock, open_journal, set_aside
 from megatron_dit.tuning.space import Params, SweepConfig, open_folder, to_optuna
 from megatron_dit.tuning.trial import INTERRUPTED, TAKEN, Result, TrialFiles, classify, run_trial, stored_result
 
+logger = logging.getLogger(__name__)
+
 POLL_SECONDS = 0.2
 TAKEN_SECONDS = 5.0  # wait before retrying a trial that another process is running
-
-
-class Lock(BaseJournalFileLock):
-    """File lock that the kernel releases when its process ends; Optuna's own locks persist for 30 s after a kill."""
-
-    def __init__(self, path: Path) -> None:
-        self._path = path
-        self._lock: FileLock | None = None
-
-    def acquire(self) -> bool:
-        self._lock = wait_for_lock(self._path)
-        return True
-
-    def release(self) -> None:
-        if self._lock is not None:
-            self._lock.release()
-
-    def __enter__(self) -> None:
-        self.acquire()
-
-    def __exit__(self, *_: object) -> None:
-        self.release()
-
-
-def open_journal(folder: Path) -> JournalStorage:
-    """Open Optuna's journal in a sweep's folder.
-
-    A corrupt journal is renamed and rebuilt, because ``trials/`` contains all the data needed.
-    """
-    path, lock = folder / "journal.log", Lock(folder / "journal.lock")
-    with lock:
-        damage = _damage_of(path)
-        if damage:
-            warn(
-                f"{path} is corrupt ({damage}); renamed it to {set_aside(path)}, rebuilding the journal from the trials"
-            )
-    return JournalStorage(JournalFileBackend(str(path), lock_obj=lock))
-
-
-def _damage_of(path: Path) -> str:
-    """Return what is wrong with a journal, or an empty string."""
-    text = path.read_bytes() if path.exists() else b""
-    if not text.endswith(b"\n") and text:
-        return "its last line is truncated"
-    try:
-        for line in text.splitlines():
-            json.loads(line)
-        if text:
-            JournalStorage(JournalFileBackend(str(path)))  # parses and applies every line
-    except Exception as error:  # Optuna raises various exceptions for invalid lines
-        return f"{type(error).__name__}: {error}"
-    return ""
-
-
-def set_aside(path: Path) -> Path:
-    """Rename a corrupt file to an unused name, and return the new path."""
-    names = (path.with_name(f"{path.name}.damaged{number or ''}") for number in itertools.count())
-    free = next(name for name in names if not name.exists())
-    return path.rename(free)
 
 
 @dataclass
@@ -183,7 +121,7 @@ class Sweep:
         try:
             values = flatten(load_config(path))
         except UserError as error:
-            warn(f"{error}; choosing new values for trial {number}")
+            logger.warning("%s; choosing new values for trial %d", error, number)
             return None
         return {key: values[key] for key in self.config.space}
 
@@ -197,7 +135,7 @@ class Sweep:
         numbers = range(self.config.count) if only is None else [only]
         results = {n: result for n in numbers if (result := self._stored(n)) is not None}
         for result in results.values():
-            self._tell(result)
+            self._report(result)
         running: list[Running] = []
         handler = signal.signal(signal.SIGTERM, signal.default_int_handler)  # like Ctrl-C
         try:
@@ -249,7 +187,7 @@ class Sweep:
             return stored_result(self.config, number)
         except UserError as error:
             path = TrialFiles(self.config.trial_folder(number), {}).file(".json")
-            warn(f"{error}; renamed it to {set_aside(path)}, running the trial again")
+            logger.warning("%s; renamed it to %s, running the trial again", error, set_aside(path))
             return None
 
     def _start(self, context: Any, number: int, slot: int) -> Running:
@@ -276,7 +214,7 @@ class Sweep:
         files = self.files(number)
         result = Result(number, files.params, "crashed", None, reason, steps=0, samples=0, seconds=0.0)
         files.write(result)
-        self._tell(result)
+        self._report(result)
         return result
 
     def _devices(self, slot: int) -> str | None:
@@ -295,12 +233,12 @@ class Sweep:
             reason = f"its process ended without a result (exit status {status}); see {log}"
             result = classify(trial.files, self.config.final_fraction, reason, time.monotonic() - trial.started)
             trial.files.write(result)
-        self._tell(result)
+        self._report(result)
         return result
 
     # --- reporting to Optuna --------------------------------------------------------------------------------
 
-    def _tell(self, result: Result) -> None:
+    def _report(self, result: Result) -> None:
         """Report a result to Optuna."""
         self.files(result.number)  # adds the trial if the journal was lost
         trial = self._study.get_trials(deepcopy=False)[result.number]

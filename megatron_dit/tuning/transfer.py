@@ -7,6 +7,7 @@ times samples equals the training FLOPs up to the factor 6 * tokens, which is th
 from __future__ import annotations
 
 import functools
+import logging
 import math
 from collections import Counter
 from dataclasses import asdict, dataclass
@@ -21,10 +22,12 @@ from megatron_dit.models.build import build_unsharded
 from megatron_dit.models.param_specs import param_specs
 from megatron_dit.runtime.errors import UserError
 from megatron_dit.runtime.io import replacing
-from megatron_dit.runtime.text import printable, warn
+from megatron_dit.runtime.text import printable
 from megatron_dit.tuning import report
 from megatron_dit.tuning.space import SweepConfig, load_saved
 from megatron_dit.tuning.trial import Result, stored_result
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -158,7 +161,7 @@ def read_sweep(folder: Path) -> tuple[SweepConfig, list[Result]]:
         try:
             results.append(stored_result(config, number))
         except UserError as error:
-            warn(f"{error}; ignoring this trial, 'megatron-dit sweep' will run it again")
+            logger.warning("%s; ignoring this trial, 'megatron-dit sweep' will run it again", error)
     return config, [result for result in results if result is not None]
 
 

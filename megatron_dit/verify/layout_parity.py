@@ -29,7 +29,6 @@ from megatron_dit.mup.rules import Param
 from megatron_dit.parallel.startup import start_up
 from megatron_dit.runtime.progress import ProgressBar
 from megatron_dit.runtime.table import Table
-from megatron_dit.runtime.text import printable
 from megatron_dit.training.engine import Engine
 from megatron_dit.verify.layouts import LAYOUTS, SINGLE, layouts_of, run_layout
 
@@ -112,9 +111,9 @@ def hash_weights(reader: CheckpointReader) -> str:
 def verify(path: str, overrides: Sequence[str], names: Sequence[str] | None, steps: int) -> list[Comparison]:
     """Run the reference and each named layout in separate processes; print and return the comparisons.
 
-    If ``names`` is None, all layouts are run, except those that the model does not support, which are reported.
+    If ``names`` is None, all layouts are run, except those that the model does not support, which are logged.
     """
-    layouts, impossible = layouts_of(path, overrides, names or list(LAYOUTS), steps, all_of_them=names is not None)
+    layouts = layouts_of(path, overrides, names or list(LAYOUTS), steps, all_of_them=names is not None)
     traces: dict[str, Trace] = {}
     with tempfile.TemporaryDirectory() as scratch, ProgressBar("verify", len(layouts)) as bar:
         for name, (layout, config) in layouts.items():
@@ -124,8 +123,6 @@ def verify(path: str, overrides: Sequence[str], names: Sequence[str] | None, ste
     reference = traces.pop(SINGLE)
     results = [compare(name, trace, reference) for name, trace in traces.items()]
     _print(results, reference, steps)
-    for line in impossible:
-        print(printable(line))
     return results
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +13,8 @@ from megatron_dit.config import Config, load_config, save_config
 from megatron_dit.data.stream import read_data
 from megatron_dit.runtime.errors import UserError
 from megatron_dit.runtime.launcher import run_ranks
+
+logger = logging.getLogger(__name__)
 
 TASK, FOUND = "task.json", "found.json"
 
@@ -68,8 +71,8 @@ LAYOUTS = {
 
 def layouts_of(
     path: str, overrides: Sequence[str], names: Sequence[str], steps: int, *, all_of_them: bool
-) -> tuple[dict[str, tuple[Layout, Config]], list[str]]:
-    """Return the reference and each named layout with its config, and messages about unsupported layouts.
+) -> dict[str, tuple[Layout, Config]]:
+    """Return the reference and each named layout with its config; log layouts that the model does not support.
 
     Raises UserError for an unknown name and, if ``all_of_them`` is true, for a layout that the model does not support.
     """
@@ -81,7 +84,7 @@ def layouts_of(
     forced = [*overrides, "train.dtype=fp32", "optimizer.offload=false", "train.fp8=none", "parallel.backend=local"]
     base = load_config(path, forced)
     read_data(base.data)
-    found, impossible = {}, []
+    found = {}
     for name in dict.fromkeys([SINGLE, *names]):
         layout = known[name]
         try:
@@ -91,8 +94,8 @@ def layouts_of(
         except UserError as error:
             if all_of_them or name == SINGLE:
                 raise
-            impossible.append(f"skipping layout {name}: {error}")
-    return found, impossible
+            logger.info("skipping layout %s: %s", name, error)
+    return found
 
 
 def run_layout(folder: Path, name: str, layout: Layout, config: Config, task: dict[str, Any]) -> Any:

@@ -25,11 +25,11 @@ from megatron_dit.checkpoint.reader import CheckpointReader
 from megatron_dit.checkpoint.writer import save
 from megatron_dit.config import Config
 from megatron_dit.data.stream import batches, read_data
+from megatron_dit.parallel.collectives import gather
 from megatron_dit.parallel.startup import start_up
-from megatron_dit.parallel.topology import Topology, gather
+from megatron_dit.parallel.topology import Topology
 from megatron_dit.runtime.progress import ProgressBar
 from megatron_dit.runtime.table import Table
-from megatron_dit.runtime.text import printable
 from megatron_dit.training.engine import Engine
 from megatron_dit.verify.layout_parity import TOLERANCE, disturbed, greatest_difference
 from megatron_dit.verify.layouts import SINGLE, layouts_of, run_layout
@@ -89,9 +89,9 @@ class Pair:
 def verify_resume(path: str, overrides: Sequence[str], names: Sequence[str] | None, steps: int) -> list[Pair]:
     """Save each layout's run after half of ``steps`` and resume it in every layout; print and return all pairs.
 
-    If ``names`` is None, ``PAIRED`` is used, except layouts that the model does not support, which are reported.
+    If ``names`` is None, ``PAIRED`` is used, except layouts that the model does not support, which are logged.
     """
-    layouts, impossible = layouts_of(path, overrides, names or PAIRED, steps, all_of_them=names is not None)
+    layouts = layouts_of(path, overrides, names or PAIRED, steps, all_of_them=names is not None)
     pairs = []
     with tempfile.TemporaryDirectory() as scratch, ProgressBar("verify", 2 * len(layouts)) as bar:
         folders = {name: str(Path(scratch) / name) for name in layouts}
@@ -111,8 +111,6 @@ def verify_resume(path: str, overrides: Sequence[str], names: Sequence[str] | No
             ]
             bar.advance(f"{name} loaded")
     _print(pairs, list(layouts), steps)
-    for line in impossible:
-        print(printable(line))
     return pairs
 
 

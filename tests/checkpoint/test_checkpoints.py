@@ -30,7 +30,7 @@ def load_and_save_again(arch, layout, source, folder):
     from megatron_dit.checkpoint.writer import save
 
     engine = start(small(arch, **layout))
-    restore(engine, newest(Path(source))[0])
+    restore(engine, newest(Path(source)).reader)
     save(engine, Path(folder))
 
 

@@ -40,12 +40,15 @@ def test_entries_without_a_matching_manifest_are_not_checkpoints(run, capsys, ki
     assert names(old_ones(folder, keep=1)) == ["step_00000003"]
     assert open_checkpoint(run).step == 6
     (note,) = capsys.readouterr().err.splitlines()
-    assert note.startswith(f"ignoring entries of {folder} that are not its checkpoints: ")
+    assert note.startswith(f"warning: ignoring entries of {folder} that are not its checkpoints: ")
     assert note.isprintable()
     clear(folder)
     assert set_aside(folder, 6) == []
     assert main(["prune", str(run), "--keep", "1"]) == 0
-    assert capsys.readouterr().out.splitlines() == [note, f"deleted {folder / 'step_00000003'}"]
+    assert capsys.readouterr().out.splitlines() == [
+        note.removeprefix("warning: "),
+        f"deleted {folder / 'step_00000003'}",
+    ]
     assert contents(next(iter(list_checkpoints(folder).strays))) == before
     assert names(list_checkpoints(folder).checkpoints) == ["step_00000006"]
 
@@ -54,7 +57,7 @@ def test_note_describes_strays_and_counts_the_rest(run):
     folder = run / "checkpoints"
     for kind in ("short", "another step", "backup", "upper case", "link of another name", "nine digits"):
         STRAYS[kind](folder)
-    (note,) = list_checkpoints(folder).notes
+    note = list_checkpoints(folder).stray_note
     assert "step_00000009 (a checkpoint of step 3 under another name)" in note
     assert "1 more" in note
 
@@ -63,7 +66,7 @@ def test_checkpoints_are_sorted_by_step(tmp_path):
     """Sorted by name, 100,000,000 would come before 99,999,999."""
     for step in (99_999_999, 100_000_000):
         checkpoint(tmp_path, step)
-    found, _ = newest(tmp_path)
+    found = newest(tmp_path).reader
     assert found is not None
     assert found.step == 100_000_000
     assert names(old_ones(tmp_path, keep=1)) == ["step_99999999"]
@@ -89,7 +92,7 @@ def test_link_to_a_checkpoint_is_read_and_only_the_link_is_deleted(run, tmp_path
 def test_contents_of_latest_are_ignored(run, text):
     (run / "checkpoints" / "latest").write_text(text)
     assert open_checkpoint(run).step == 6
-    assert not list_checkpoints(run / "checkpoints").notes
+    assert list_checkpoints(run / "checkpoints").stray_note is None
 
 
 def test_prune_verifies_the_checkpoints_it_keeps(run, capsys):
@@ -231,5 +234,5 @@ def test_checkpoint_with_a_flipped_bit_is_never_used(trained, tmp_path, capsys, 
     assert not list(out.iterdir())
     status, err = call(run)
     assert status == 0
-    assert err.startswith("skipping incomplete checkpoint step_00000006 (")
+    assert err.startswith("warning: skipping incomplete checkpoint step_00000006 (")
     assert list(out.iterdir())

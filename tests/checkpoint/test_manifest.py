@@ -48,10 +48,10 @@ def refused(capsys, path, *named):
     assert err.count("\n") == 1, err
     assert err.startswith(f"error: checkpoint {path} is incomplete (")
     assert all(str(name) in err for name in named), err
-    reader, notes = newest(path.parent)
-    assert reader is not None
-    assert reader.step == 3
-    assert len(notes) == 1
+    found = newest(path.parent)
+    assert found.reader is not None
+    assert found.reader.step == 3
+    assert len(found.notes) == len(found.incomplete) == 1
     assert len(err) < 700
 
 

@@ -43,7 +43,9 @@ def save_in_background(layout, folder):
     try:
         saver = save_module.CheckpointWriter(engine)
         saver.begin(Path(folder) / "async")
-        busy = [engine.train_step(batch(config, engine.topology, step), busy=saver.writing).busy for step in (2, 3)]
+        writing = [
+            engine.train_step(batch(config, engine.topology, step), extra=[saver.writing]).extra for step in (2, 3)
+        ]
         assert not list((Path(folder) / "async").glob("step_*2"))
         release.set()
         saver.commit()
@@ -52,7 +54,7 @@ def save_in_background(layout, folder):
     finally:
         save_module.write_safetensors = write
     save_module.save(engine, Path(folder) / "sync")
-    return busy, saver.under_way
+    return writing, saver.under_way
 
 
 @pytest.mark.parametrize(
@@ -60,8 +62,8 @@ def save_in_background(layout, folder):
     [(1, {}), (2, {"parallel.zero_stage": 3}), (2, {"parallel.zero_stage": 1}), (2, {"parallel.tensor": 2})],
 )
 def test_background_checkpoint_has_the_states_of_the_step_it_was_started_at(pool, tmp_path, ranks, layout):
-    for busy, under_way in pool.run(ranks, save_in_background, layout, str(tmp_path)):
-        assert busy == [True, True]
+    for writing, under_way in pool.run(ranks, save_in_background, layout, str(tmp_path)):
+        assert writing == [[ranks], [ranks]]  # all ranks, in both steps
         assert not under_way
     for step in (2, 4):
         ours, theirs = states(tmp_path / "async", step), states(tmp_path / "sync", step)

@@ -157,10 +157,11 @@ def test_truncated_file_in_the_cache_is_fetched_again(tmp_path):
     assert sha256_of(cache.path(index.shards[0])) == index.shards[0].sha256
 
 
-def test_log_line_of_an_unreadable_sample_escapes_control_characters(monkeypatch):
+def test_log_line_of_an_unreadable_sample_escapes_control_characters(monkeypatch, capsys):
     config = small("mmdit", **{"train.global_batch": 8})
     monkeypatch.setattr("megatron_dit.data.health.gather", lambda value: [value])
-    (line,) = DataHealth(config).check({"wrong_class": 1}, [("wrong_class", "a\x1b[2J\nb has class 'x'")])
+    DataHealth(config).check({"wrong_class": 1}, [("wrong_class", "a\x1b[2J\nb has class 'x'")])
+    (line,) = capsys.readouterr().out.splitlines()
     assert line.endswith(r"a\x1b[2J\nb has class 'x'")
 
 

@@ -161,7 +161,7 @@ def train(layout, first, steps, folder, source):
     config = small("mmdit", **SETTINGS, **layout)
     engine = (with_stand_in if config.optimizer.implementation == "apex" else start)(config)
     if source:
-        restore(engine, newest(Path(source))[0])
+        restore(engine, newest(Path(source)).reader)
     for step in range(first, steps):
         engine.train_step(batch(config, engine.topology, step, float("nan") if step == SKIPPED else None))
     save(engine, Path(folder))

@@ -131,7 +131,7 @@ def resume_and_save(layout, source, folder):
 
     config = small("mmdit", **SETTINGS, **layout)
     engine = start(config)
-    restore(engine, newest(Path(source))[0])
+    restore(engine, newest(Path(source)).reader)
     save(engine, Path(folder))
 
 
@@ -164,7 +164,7 @@ def test_every_stage_has_the_averages_of_the_unsharded_run(pool, unsharded, tmp_
     from megatron_dit.checkpoint.load import newest
 
     pool.run(ranks, train, layout, str(tmp_path))
-    reader = newest(tmp_path)[0]
+    reader = newest(tmp_path).reader
     assert reader.states == ["master", "exp_avg", "exp_avg_sq", "ema", "ema_0", "ema_1"]
     for (key, name), expected in unsharded.items():
         assert (reader.full(key, name) - expected).norm() <= tolerance * expected.norm(), (key, name)
@@ -177,7 +177,7 @@ def test_averages_are_bit_equal_after_resuming_in_other_layouts(pool, tmp_path):
     layouts = [(2, {"parallel.zero_stage": 3}), (2, {"parallel.tensor": 2}), (1, {})]
     for number, (ranks, layout) in enumerate(layouts, 1):
         pool.run(ranks, resume_and_save, layout, str(tmp_path / str(number - 1)), str(tmp_path / str(number)))
-    first, last = (newest(tmp_path / number)[0] for number in ("0", str(len(layouts))))
+    first, last = (newest(tmp_path / number).reader for number in ("0", str(len(layouts))))
     for name in first.manifest["params"]:
         for key in ("ema_0", "ema_1"):
             assert torch.equal(first.full(key, name), last.full(key, name))

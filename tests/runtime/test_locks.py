@@ -38,79 +38,78 @@ def fast(monkeypatch):
     monkeypatch.setattr(locks, "SILENCE_SECONDS", 1.0)
 
 
-def lock_error(path, **kwargs):
+def lock_error(path):
     with pytest.raises(UserError) as caught:
-        RunLock(path, **kwargs)
+        RunLock(path)
     return str(caught.value)
 
 
-def silent(line):
-    raise AssertionError(f"waited: {line}")
-
-
-def test_error_names_the_holder_and_sigkill_releases_the_lock_immediately(tmp_path):
+def test_error_names_the_holder_and_sigkill_releases_the_lock_immediately(tmp_path, capsys):
     path = tmp_path / "run.lock"
     process, pid = hold(path)
-    message = lock_error(path, say=silent)
+    message = lock_error(path)
     assert f"run_dir={tmp_path} is in use by process {pid} on host {os.uname().nodename}, started 20" in message
     process.send_signal(signal.SIGKILL)
     process.wait()
-    with RunLock(path, say=silent):  # no wait: flock reports that it is free
+    with RunLock(path):
         assert json.loads(path.read_text())["pid"] == os.getpid()
     assert path.read_text() == ""
+    assert capsys.readouterr().out == ""  # no wait: flock reports that it is free
 
 
-def test_forked_child_does_not_keep_the_lock_of_its_killed_parent(tmp_path):
+def test_forked_child_does_not_keep_the_lock_of_its_killed_parent(tmp_path, capsys):
     path = tmp_path / "run.lock"
     process, child = hold(path, "fork")
     process.send_signal(signal.SIGKILL)
     process.wait()
     try:
-        with RunLock(path, say=silent):
+        with RunLock(path):
             os.kill(child, 0)  # still running
+        assert capsys.readouterr().out == ""  # no wait
     finally:
         os.kill(child, signal.SIGKILL)
 
 
-def test_lock_of_another_machine_is_stale_only_without_heartbeat(tmp_path, fast, monkeypatch):
+def test_lock_of_another_machine_is_stale_only_without_heartbeat(tmp_path, fast, monkeypatch, capsys):
     """Mounts that apply flock to one machine only are simulated: flock succeeds through a link to the lock file."""
     path, there = tmp_path / "run.lock", tmp_path / "there" / "run.lock"
     there.parent.mkdir()
-    printed = []
     with monkeypatch.context() as elsewhere:
         elsewhere.setattr(locks, "_here", lambda: {"host": "far", "boot": "other", "pid": 7})
         holder = RunLock(there)
     path.symlink_to(there)
     monkeypatch.setattr(locks, "try_lock", lambda path: locks.FileLock(os.open(path, os.O_RDWR), supported=True))
-    assert "is in use by process 7 on host far" in lock_error(path, say=printed.append)
-    assert "waiting" in printed[0]
+    assert "is in use by process 7 on host far" in lock_error(path)
+    assert "waiting" in capsys.readouterr().out
     holder._ended.set()  # simulate SIGKILL: no more heartbeats, file unchanged
     holder._heart.join()
     started = time.monotonic()
-    RunLock(path, say=printed.append).release()
+    RunLock(path).release()
     assert 0.9 < time.monotonic() - started < 5
 
 
-def test_run_lock_works_on_a_file_system_without_flock(tmp_path, fast, monkeypatch):
+def test_run_lock_works_on_a_file_system_without_flock(tmp_path, fast, monkeypatch, capsys):
     def flock(*_):
         raise OSError(95, "Operation not supported")
 
     monkeypatch.setattr("megatron_dit.runtime.locks.fcntl.flock", flock)
     path = tmp_path / "run.lock"
     with RunLock(path):
-        assert "is in use by process" in lock_error(path, say=lambda line: None)
-    RunLock(path, say=silent).release()
+        assert "is in use by process" in lock_error(path)
+    capsys.readouterr()
+    RunLock(path).release()
     ended = subprocess.Popen(["true"])
     ended.wait()
     path.write_text(json.dumps({**locks._here(), "pid": ended.pid, "heartbeat": 3}))
-    RunLock(path, say=silent).release()  # its process has ended
+    RunLock(path).release()  # its process has ended
+    assert capsys.readouterr().out == ""  # no wait
 
 
 @pytest.mark.parametrize("content", ["", "\0\0\0", "[1]", "{", '{"pid": null}'])
 def test_damaged_lock_file_does_not_prevent_locking(tmp_path, fast, content):
     path = tmp_path / "run.lock"
     path.write_text(content)
-    RunLock(path, say=lambda line: None).release()
+    RunLock(path).release()
 
 
 def test_file_lock_is_exclusive_until_released(tmp_path):

@@ -27,13 +27,9 @@ def test_cells_titles_and_headings_are_literal():
 
 def test_progress_lines_are_literal(capsys):
     bar = ProgressBar("t", 2)
-    for foreign in FOREIGN:
-        bar.say(f"say {foreign}")
     bar.advance()
     bar.advance(" ".join(FOREIGN))
     out = capsys.readouterr().out
-    for shown in SHOWN:
-        assert f"say {shown}\n" in out
     assert " ".join(SHOWN) in out
 
 

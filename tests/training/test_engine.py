@@ -42,7 +42,7 @@ def groups_over_a_run(arch, layout, folder):
     after_steps = table(engine)
     save(engine, Path(folder))
     resumed = start(config)
-    restore(resumed, newest(Path(folder))[0])
+    restore(resumed, newest(Path(folder)).reader)
     resumed.train_step(batch(config, resumed.topology, 1))
     return after_steps, table(resumed)
 

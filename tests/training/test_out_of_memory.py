@@ -67,9 +67,9 @@ def test_rank_out_of_memory_prints_its_own_error(monkeypatch, capsys, tmp_path, 
     monkeypatch.setenv("RANK", "1")
     monkeypatch.setenv("WORLD_SIZE", "2")
     path = str(write_config(tmp_path, "mmdit", **{"data.path": str(dataset)}))
-    monkeypatch.setattr("megatron_dit.training.trainer.connect", lambda limit: raises(MemoryError()))
+    monkeypatch.setattr("megatron_dit.training.trainer.start_up", lambda config: raises(MemoryError()))
     assert run(["train", path]) == 2
     assert capsys.readouterr().err.startswith("error: rank 1 on host ")
-    monkeypatch.setattr("megatron_dit.training.trainer.connect", lambda limit: raises(UserError("known to all")))
+    monkeypatch.setattr("megatron_dit.training.trainer.start_up", lambda config: raises(UserError("known to all")))
     assert run(["train", path]) == 2
     assert capsys.readouterr().err == ""
