@@ -6,9 +6,9 @@ BIN := $(VENV)/bin
 .PHONY: train test test-slow check clean
 
 train: $(VENV)/.installed
-	test -f data/scenes/index.json || $(BIN)/python -m data_prep demo data/scenes
+	test -f data/scenes/index.json || $(BIN)/python -m data_prep toy data/scenes
 	$(BIN)/megatron-dit train configs/quickstart.yaml
-	$(BIN)/megatron-dit evaluate runs/quickstart --prompts 64 --at-least 0.7
+	$(BIN)/megatron-dit evaluate runs/quickstart --prompts 64 --min-score 0.7
 
 test: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest

@@ -54,7 +54,7 @@ def _table(*columns: str) -> Table:
 def _caption_line(captions: dict[str, Any]) -> str:
     quantiles = ", ".join(f"{name} {captions[name]:g}" for name in ("25%", "50%", "75%", "95%", "99%", "max"))
     return (
-        f"captions: {captions['a_picture']:.2f} per image; tokens: mean {captions['mean']:.1f}, {quantiles}; "
+        f"captions: {captions['per_image']:.2f} per image; tokens: mean {captions['mean']:.1f}, {quantiles}; "
         f"{captions['cut']:.2%} truncated at {captions['limit']}"
     )
 

@@ -11,7 +11,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import pytest
 import torch
 
-from data_prep.demo import demo
+from data_prep.toy import make_toy_dataset
 from megatron_dit.runtime.launch_environment import RANK_VARIABLES
 from tests.helpers.gloo import Pool, leave
 
@@ -41,7 +41,7 @@ def restore_process_state():
 def dataset(tmp_path_factory):
     """Folder with 600 toy images in four shards."""
     folder = tmp_path_factory.mktemp("data") / "scenes"
-    demo(folder, 600, seed=0, per_shard=150)
+    make_toy_dataset(folder, 600, seed=0, per_shard=150)
     return folder
 
 

@@ -213,7 +213,7 @@ def test_a_file_in_another_format_than_given_is_rejected(tmp_path, capsys):
     assert "has no y_embedder.embedding_table.weight with 2 dimensions" in refused(capsys, path, "dit")
     assert "has no patch_embed.proj.weight with 4 dimensions" in refused(capsys, path, "uvit")
     assert main(["convert", str(path), str(tmp_path / "run"), "--from", "sit"]) == 2
-    assert "invalid choice: 'sit'" in capsys.readouterr().err
+    assert "--from sit: expected one of diffusers, dit, " in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image, ImageCms, PngImagePlugin, features
 
-from data_prep.pictures import Limits
+from data_prep.images import Limits
 
 LIMITS = Limits(min_side=8, max_aspect=4.0, max_pixels=4_000_000)
 RAMP = np.linspace(0, 65535, 32 * 24).round().astype(np.uint16).reshape(24, 32)

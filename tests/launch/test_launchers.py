@@ -78,13 +78,13 @@ def test_train_sbatch_finds_the_first_host(tmp_path, scontrol, given, expected):
     assert done.stdout == f"{expected} 20123\n"
 
 
-def test_dry_run_prints_resolved_config_and_derived_values(dataset, tmp_path, capsys):
+def test_config_prints_resolved_config_and_derived_values(dataset, tmp_path, capsys):
     from megatron_dit.cli import run
 
     config = tmp_path / "config.yaml"
     config.write_text(yaml.safe_dump(small_dict("mmdit", **{"data.path": str(dataset)})))
     results = tmp_path / "results.json"
-    words = ["train", str(config), "parallel.zero_stage=1", "--dry-run", "--procs", "2", "--json", str(results)]
+    words = ["config", str(config), "parallel.zero_stage=1", "--procs", "2", "--json", str(results)]
     assert run(words) == 0
     resolved, derived = yaml.safe_load_all(capsys.readouterr().out)
     assert resolved["parallel"]["zero_stage"] == 1
