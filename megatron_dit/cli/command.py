@@ -44,7 +44,9 @@ class Parser(argparse.ArgumentParser):
 def program_parser(prog: str, description: str, example: str, groups: Iterable[Callable[[Any], None]]) -> Parser:
     """Return the parser of a program. Each function in ``groups`` adds some of its commands by :func:`add_command`."""
     parser = Parser(prog=prog, description=description, epilog=f"{EXAMPLE}{example}")
-    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    commands = parser.add_subparsers(
+        required=True, metavar="COMMAND", help="one of these, whose options COMMAND --help lists"
+    )
     for add_commands in groups:
         add_commands(commands)
     return parser

@@ -13,7 +13,6 @@ __all__ = [
     "Trace",
     "compare",
     "disturbed",
-    "first_steps",
     "verify",
     "verify_resume",
 ]

@@ -73,7 +73,7 @@ def test_options_without_effect_are_rejected(config, tmp_path, capsys):
     assert "required: --build" in refused(capsys, ["plan", config, "--gpus", "2"])
     assert "seed is given twice" in refused(capsys, ["train", config, "seed=3", "--procs", "1", "seed=4"])
     sweep = tmp_path / "sweep.yaml"
-    sweep.write_text(f"run_dir: {tmp_path}/s\nconfig: {config}\nspace: {{seed: {{choice: [0]}}}}\n")
+    sweep.write_text(f"run_dir: {tmp_path}/s\nbase_config: {config}\nspace: {{seed: {{choice: [0]}}}}\n")
     assert "--trial 0 has no effect" in refused(capsys, ["sweep", sweep, "--cost", "--trial", "0"])
     assert "layout ''" in refused(capsys, ["verify", config, "--layouts", ""])
 

@@ -20,7 +20,7 @@ from megatron_dit.data.vision import MEAN, STD, VisionEncoder
 from megatron_dit.models.param_specs import param_specs
 from megatron_dit.mup.groups import optimizer_groups
 from megatron_dit.objectives.repa import alignment_loss
-from megatron_dit.verify import LAYOUTS, REFERENCE
+from megatron_dit.verify import LAYOUTS, REFERENCE, layout_parity
 from tests.helpers.configs import ARCHITECTURES, small, small_dict
 from tests.mup.test_against_mup import package_groups, table
 
@@ -105,7 +105,7 @@ def trace(arch, layout, data, scratch):
     base = small(arch, **REPA, **{"data.path": data})
     values = dict(item.split("=") for item in layout.overrides(base))
     config = small(arch, **REPA, **{"data.path": data, **{k: yaml.safe_load(v) for k, v in values.items()}})
-    return verify.first_steps(config, Path(scratch))
+    return layout_parity.first_steps(config, Path(scratch))
 
 
 @pytest.mark.parametrize("arch", ["dit", "uvit"])

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import subprocess
-import sys
 from collections import Counter
 
 import pytest
@@ -19,12 +17,11 @@ WORLD = 16
 
 
 def share(tmp_path, rank, **options):
-    """Return the results of ``plan --build`` from a separate process, because it creates a fake process group."""
+    """Return the results of ``plan --build``."""
     config, results = tmp_path / "c.yaml", tmp_path / "f.json"
     config.write_text(yaml.safe_dump(small_dict("mmdit", heads=8, base_heads=2, **options)))
     words = ["plan", str(config), "--gpus", str(WORLD), "--build", str(rank), "--json", str(results)]
-    done = subprocess.run([sys.executable, "-m", "megatron_dit", *words], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    assert run(words) == 0
     return json.loads(results.read_text())
 
 

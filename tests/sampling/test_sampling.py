@@ -141,6 +141,19 @@ def test_invalid_flags_are_refused_on_one_line(trained, tmp_path, capsys, flags,
     assert not out.exists()
 
 
+@pytest.mark.parametrize("words", [["sample", "--prompt", "a red circle"], ["evaluate", "--prompts", "1"]])
+@pytest.mark.parametrize("step", ["load_model", "solve"])
+def test_out_of_memory_is_reported_on_one_line_with_a_remedy(trained, tmp_path, monkeypatch, capsys, words, step):
+    monkeypatch.setattr(f"megatron_dit.sampling.generate.{step}", lambda *_, **__: torch.empty(2**58))
+    out = tmp_path / "x.png"
+    assert run([words[0], str(trained), *words[1:], "--out", str(out)]) == 2
+    line = capsys.readouterr().err.strip()
+    assert line.startswith("error: out of memory (")
+    assert "lower --batch 64" in line
+    assert "\n" not in line
+    assert not out.exists()
+
+
 @pytest.mark.parametrize(
     ("changes", "words"),
     [({"channels": 4}, "has 4 channels, but the checkpoint's model has 3"), ({"text": {}}, "no captions")],
