@@ -31,9 +31,7 @@ from megatron_dit.runtime.text import printable
 def from_diffusers(asked: Import) -> list[str]:
     """Write the run and return lines to print."""
     if asked.base_shapes:
-        raise UserError(
-            "--base-shapes is only valid with --from dit-mup or pixart-mup: use --set mup.base_shapes=F.bsh"
-        )
+        raise UserError("--base-shapes is only valid with --from dit-mup or pixart-mup: use mup.base_shapes=F.bsh")
     folder = DiffusersFolder(asked.source, asked.variant)
     counterpart = next((c for c in COUNTERPARTS.values() if c.class_name == folder.class_name), None)
     if counterpart is None:
@@ -47,8 +45,8 @@ def from_diffusers(asked: Import) -> list[str]:
     heads = (config.model.heads, config.model.head_dim)
     if heads != (own := tuple(common_model(folder.settings)[name] for name in ("heads", "head_dim"))):
         raise UserError(
-            f"--set gives model.heads={heads[0]} and model.head_dim={heads[1]}, but {folder.path} has {own[0]} and "
-            f"{own[1]}: leave them out"
+            f"the overrides give model.heads={heads[0]} and model.head_dim={heads[1]}, but {folder.path} has "
+            f"{own[0]} and {own[1]}: leave them out"
         )
     if config.model.depth > len(folder.names):
         raise UserError(
@@ -136,7 +134,7 @@ def _unfolded(folder: DiffusersFolder, row: Row, config: Config, param: Param) -
         expected = row.shapes(tuple(param.shape))[0]
         if tuple(value.shape) != expected:
             raise UserError(
-                f"{folder.path} has {name} of shape {list(value.shape)}, but its config.json and --set require "
+                f"{folder.path} has {name} of shape {list(value.shape)}, but its config.json and the overrides require "
                 f"{list(expected)}: use the config.json that belongs to the weights"
             )
         if name in factors:
@@ -175,7 +173,7 @@ def _null_caption(folder: DiffusersFolder, config: Config) -> tuple[Tensor, list
 def _of_shape(folder: DiffusersFolder, value: Tensor, expected: tuple[int, int]) -> Tensor:
     if tuple(value.shape) != expected:
         raise UserError(
-            f"the null caption of {folder.path} has shape {list(value.shape)}, but its config.json and --set require "
-            f"{list(expected)}: use files that belong together"
+            f"the null caption of {folder.path} has shape {list(value.shape)}, but its config.json and the "
+            f"overrides require {list(expected)}: use files that belong together"
         )
     return value

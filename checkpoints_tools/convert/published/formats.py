@@ -79,9 +79,7 @@ def fixed_positions(file: Published, given: Given, patch: int) -> dict[str, Any]
     """
     if POSITIONS not in file.raw:
         if "model.sample_size" not in given:
-            raise UserError(
-                f"{file.path} has no {POSITIONS}: add --set model.sample_size=N with the side of its latents"
-            )
+            raise UserError(f"{file.path} has no {POSITIONS}: add model.sample_size=N with the side of its latents")
         return {}
     _, tokens, width = shape_of(file, POSITIONS, 3)
     scale = 1.0
