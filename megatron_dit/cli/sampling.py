@@ -102,7 +102,7 @@ def _sample(arguments: argparse.Namespace) -> int:
 def _evaluate(arguments: argparse.Namespace) -> int:
     from megatron_dit.data.index import SCENES
     from megatron_dit.data.scenes import held_out_captions
-    from megatron_dit.evaluation.scenes import score_pictures
+    from megatron_dit.evaluation.scenes import score_images
     from megatron_dit.sampling.grid import save_grid
 
     try:
@@ -127,13 +127,13 @@ def _evaluate(arguments: argparse.Namespace) -> int:
         )
     with _explain_out_of_memory(arguments):
         images = _generate(sampler, arguments, prompts, None)
-    score = score_pictures(images, prompts)
-    save_grid(score.pictures, prompts, out, ["darkgreen" if right else "firebrick" for right in score.right])
+    score = score_images(images, prompts)
+    save_grid(score.images, prompts, out, ["darkgreen" if right else "firebrick" for right in score.right])
     right, total = sum(score.right), len(score.right)
-    summary = f"{right} of {total} images match their held-out prompt ({100 * score.share:.1f}%)"
+    summary = f"{right} of {total} images match their held-out prompt ({100 * score.fraction:.1f}%)"
     print(f"score: {summary}; images written to {printable(out)}")
-    write_json(arguments, {"right": right, "prompts": total, "share": score.share})
-    return 0 if score.share >= arguments.min_score else 1
+    write_json(arguments, {"right": right, "prompts": total, "score": score.fraction})
+    return 0 if score.fraction >= arguments.min_score else 1
 
 
 def _sampler(arguments: argparse.Namespace) -> Sampler:
