@@ -167,7 +167,7 @@ def _figures(index: Index, seen: Seen, codec: Codec | None) -> dict[str, Any]:
         own["shards"] += 1
         own["samples"] += shard.samples
     for own in buckets.values():
-        own["share"] = own["samples"] / index.samples
+        own["fraction"] = own["samples"] / index.samples
     figures = {"samples": index.samples, "looked_at": len(seen.values), "buckets": buckets}
     if seen.tokens and index.text:
         figures["captions"] = _captions(seen.tokens, index.text["tokens"])

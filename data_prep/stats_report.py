@@ -26,7 +26,7 @@ def print_figures(figures: dict[str, Any]) -> None:
     console = Console()
     buckets = _table("bucket", "shards", "samples", "fraction")
     for name, own in sorted(figures["buckets"].items(), key=lambda item: -item[1]["samples"]):
-        buckets.add_row(name, f"{own['shards']:,}", f"{own['samples']:,}", f"{own['share']:.1%}")
+        buckets.add_row(name, f"{own['shards']:,}", f"{own['samples']:,}", f"{own['fraction']:.1%}")
     console.print(buckets)
     console.print(f"{figures['samples']:,} samples; the statistics below are of {figures['looked_at']:,} of them")
     if "captions" in figures:

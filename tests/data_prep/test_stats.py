@@ -54,8 +54,8 @@ def test_statistics_equal_those_of_numpy(folder, tmp_path, capsys):
     assert figures["latents"]["mean"] == pytest.approx(values.mean(1).tolist(), rel=1e-12)
     assert figures["latents"]["std"] == pytest.approx(values.std(1).tolist(), rel=1e-12)
     assert figures["buckets"] == {
-        "4 x 8": {"shards": 1, "samples": 40, "share": 40 / 60},
-        "8 x 4": {"shards": 1, "samples": 20, "share": 20 / 60},
+        "4 x 8": {"shards": 1, "samples": 40, "fraction": 40 / 60},
+        "8 x 4": {"shards": 1, "samples": 20, "fraction": 20 / 60},
     }
     lengths = np.array([count for n in range(60) for count in [1 + n % 24] + ([2] if n % 3 == 0 else [])])
     found = figures["captions"]
