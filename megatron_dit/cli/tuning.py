@@ -168,7 +168,7 @@ def _sweep(arguments: argparse.Namespace) -> int:
     config = load(SweepConfig, arguments.config, arguments.overrides)
     if arguments.target and not arguments.cost:
         raise UserError(
-            f"--target {arguments.target} requires --cost; for the cost of a finished sweep use 'megatron-dit transfer'"
+            f"--target {arguments.target} requires --cost: add it; for the cost of a finished sweep use 'megatron-dit transfer'"
         )
     if arguments.cost:
         if arguments.trial is not None:
