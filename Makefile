@@ -8,9 +8,9 @@ PYTEST := $(BIN)/python -m pytest --numprocesses=logical --maxprocesses=4 --dist
 .PHONY: train test test-slow check clean
 
 train: $(VENV)/.installed
-	test -f data/scenes/index.json || $(BIN)/python -m data_prep demo data/scenes
+	test -f data/scenes/index.json || $(BIN)/python -m data_prep toy data/scenes
 	$(BIN)/megatron-dit train configs/quickstart.yaml
-	$(BIN)/megatron-dit evaluate runs/quickstart --prompts 64 --at-least 0.7
+	$(BIN)/megatron-dit evaluate runs/quickstart --prompts 64 --min-score 0.7
 
 test: $(VENV)/.installed-dev
 	$(PYTEST)

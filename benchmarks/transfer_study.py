@@ -1,6 +1,6 @@
 """Study whether the best base learning rate transfers across widths, for MMDiT and DiT on the toy dataset.
 
-    python -m data_prep demo data/scenes && python benchmarks/transfer_study.py
+    python -m data_prep toy data/scenes && python benchmarks/transfer_study.py
 
 Runs the sweeps in benchmarks/transfer, which takes hours on two CPU cores (finished trials are not repeated), and
 writes benchmarks/results/transfer.md, .json and .png. The complete grid has one seed, the region of the optima three.

@@ -16,8 +16,8 @@ from dataclasses import asdict
 import numpy as np
 
 from data_prep.encoders import Encoders, Example
+from data_prep.images import Unusable, decode, fit
 from data_prep.job import Claim, Job
-from data_prep.pictures import Unusable, decode, fit
 from data_prep.pipelined import chunks, pipelined
 from data_prep.plan import PlannedShard
 from data_prep.recipe import Recipe
@@ -106,9 +106,9 @@ class ShardEncoder:
                 data = self._source.read(record)
             if isinstance(data, np.ndarray):
                 return Example(key, record, data, (data.shape[1], data.shape[0]))
-            picture = decode(data, self._recipe.limits)
+            image = decode(data, self._recipe.limits)
         except (Unusable, OSError) as error:
             raise UserError(
                 f"{record.name} has changed since the scan ({error}); restore it, or start again in a new folder"
             ) from None
-        return Example(key, record, fit(picture, side), picture.size)
+        return Example(key, record, fit(image, side), image.size)

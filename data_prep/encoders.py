@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from data_prep.pictures import Buckets
+from data_prep.images import Buckets
 from data_prep.recipe import PIXELS, TINY, Recipe
 from data_prep.sources import Record
 from megatron_dit.data.codec import VaeCodec, open_codec
@@ -30,7 +30,7 @@ TINY_FOLDER = "text_encoder"  # inside the folder of the shards
 class Example:
     key: str
     record: Record
-    picture: np.ndarray  # (H, W, 3) uint8
+    image: np.ndarray  # (H, W, 3) uint8
     original: tuple[int, int]  # (width, height) in pixels
 
 
@@ -112,14 +112,14 @@ class Encoders:
 
     def encode(self, batch: Batch) -> Encoded:
         """Run the encoders on a batch. Raise UserError if an output is not finite in fp16."""
-        pictures = torch.from_numpy(np.stack([each.picture for each in batch.examples])).permute(0, 3, 1, 2)
-        mean, std = self._codec.posterior(pictures)
+        images = torch.from_numpy(np.stack([each.image for each in batch.examples])).permute(0, 3, 1, 2)
+        mean, std = self._codec.posterior(images)
         text = features = None
         if self._text is not None and self._recipe.text == "features":
             text = [row.half().numpy() for row in self._text.encode_ids(batch.ids)]
         if self._vision_encoder is not None:
             rows, columns = (side // self._recipe.patch for side in mean.shape[2:])
-            features = self._vision_encoder.features(pictures, rows, columns).half().cpu().numpy()
+            features = self._vision_encoder.features(images, rows, columns).half().cpu().numpy()
         halves = mean.half().numpy(), None if std is None else std.half().numpy()
         for encoder, arrays in (("vae", halves), ("text-encoder", text or ()), ("vision-encoder", (features,))):
             if not all(array is None or np.isfinite(array).all() for array in arrays):

@@ -61,7 +61,7 @@ def rejected_counts(units: Iterable[Mapping[str, Any]]) -> Counter[str]:
     return counts
 
 
-def tell_rejected(counts: Mapping[str, int]) -> str:
+def format_rejected(counts: Mapping[str, int]) -> str:
     """Format counts as "3 (not an image: 2, truncated: 1)", the most frequent reason first."""
     ordered = sorted(counts.items(), key=lambda item: (-item[1], item[0]))
     return f"{sum(counts.values())} (" + ", ".join(f"{reason}: {count}" for reason, count in ordered) + ")"

@@ -17,7 +17,7 @@ from data_prep import encode, scan
 from data_prep.encode import READERS, ShardEncoder
 from data_prep.encoders import TINY_FOLDER, Encoders
 from data_prep.job import POLL_SECONDS, Job
-from data_prep.plan import plan_shards, rejected_counts, tell_rejected
+from data_prep.plan import format_rejected, plan_shards, rejected_counts
 from data_prep.recipe import TINY, Recipe
 from data_prep.rejected import REJECTED, read_rejected
 from data_prep.scan import read_captions, rejected_lines, scan_unit
@@ -112,7 +112,7 @@ class _Worker:
         plans = plan_shards(units, self._encoders.buckets.sides, self._recipe.per_shard)
         if not plans:
             self._job.abandon()
-            rejected = tell_rejected(rejected_counts(units))
+            rejected = format_rejected(rejected_counts(units))
             raise UserError(f"source {self._source.spec!r} contains no usable image; rejected {rejected}")
         if not any(unit["captioned"] for unit in units):
             self._encoders.drop_text()

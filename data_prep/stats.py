@@ -24,8 +24,8 @@ from megatron_dit.runtime.progress import ProgressBar
 from megatron_dit.runtime.text import printable
 
 WANTED = ("latent.npy", "std.npy", "captions.npy", "cls", "txt")
-VERIFY = "'python -m data_prep verify"
-PICTURES = 64  # number of samples to decode and show
+CHECK = "'python -m data_prep check"
+IMAGES = 64  # number of samples to decode and show
 VALUES = 64  # latent values per sample and channel in the histograms
 
 
@@ -59,7 +59,7 @@ class Seen:
     tokens: list[np.ndarray] = field(default_factory=list)  # number of tokens of each caption, per sample
     labels: Counter[int] = field(default_factory=Counter)
     values: list[np.ndarray] = field(default_factory=list)  # (C, VALUES) of each sample
-    pictures: list[tuple[np.ndarray, str]] = field(default_factory=list)  # (latent, caption)
+    images: list[tuple[np.ndarray, str]] = field(default_factory=list)  # (latent, caption)
 
     def add(self, where: str, members: dict[str, bytes], shape: tuple[int, ...], classes: int, keep: bool) -> None:
         """Add a sample with latents of ``shape``. Raise BadSample, without adding anything, if it is invalid."""
@@ -83,7 +83,7 @@ class Seen:
             self.labels[label] += 1
         if keep:
             caption = members.get("txt", b"").decode("utf-8", errors="replace")
-            self.pictures.append((latent, caption or f"class {label}"))
+            self.images.append((latent, caption or f"class {label}"))
 
 
 def stats(folder: str, samples: int, out: Path) -> dict[str, Any]:
@@ -99,13 +99,13 @@ def stats(folder: str, samples: int, out: Path) -> dict[str, Any]:
     (out / "stats.json").write_text(json.dumps(figures, indent=1) + "\n")
     print_figures(figures)
     if unreadable:
-        line = f"{len(unreadable)} samples cannot be read, for example: {unreadable[0]}; run {VERIFY} {index.folder}' "
+        line = f"{len(unreadable)} samples cannot be read, for example: {unreadable[0]}; run {CHECK} {index.folder}' "
         print(printable(f"{line}to list all problems"))
     draw(figures, seen.tokens, np.concatenate(seen.values, 1), out / "stats.png")
     if codec is None:
         print(f"samples.png was not written: {printable(problem)}")
     else:
-        draw_samples(codec, seen.pictures, out / "samples.png")
+        draw_samples(codec, seen.images, out / "samples.png")
     print(f"wrote {printable(out)}")
     return figures
 
@@ -118,7 +118,7 @@ def _gather(index: Index, samples: int) -> tuple[Seen, list[str]]:
     rng = np.random.default_rng(0)
     ends = np.cumsum([shard.samples for shard in index.shards])
     chosen = np.sort(rng.choice(index.samples, samples, replace=False))
-    drawn = set(rng.choice(chosen, min(PICTURES, samples), replace=False).tolist())
+    drawn = set(rng.choice(chosen, min(IMAGES, samples), replace=False).tolist())
     channels = index.channels
     seen = Seen(Moments(channels), Moments(channels), Moments(channels), rng)
     unreadable: list[str] = []
@@ -137,7 +137,7 @@ def _gather(index: Index, samples: int) -> tuple[Seen, list[str]]:
             if reader is not None:
                 reader.close()
     if not seen.values:
-        raise UserError(f"{unreadable[0]}; run {VERIFY} {index.folder}' to list all problems")
+        raise UserError(f"{unreadable[0]}; run {CHECK} {index.folder}' to list all problems")
     return seen, unreadable
 
 
@@ -167,7 +167,7 @@ def _figures(index: Index, seen: Seen, codec: Codec | None) -> dict[str, Any]:
         own["shards"] += 1
         own["samples"] += shard.samples
     for own in buckets.values():
-        own["share"] = own["samples"] / index.samples
+        own["fraction"] = own["samples"] / index.samples
     figures = {"samples": index.samples, "looked_at": len(seen.values), "buckets": buckets}
     if seen.tokens and index.text:
         figures["captions"] = _captions(seen.tokens, index.text["tokens"])
@@ -186,7 +186,7 @@ def _captions(tokens: list[np.ndarray], limit: int) -> dict[str, Any]:
     quantiles = {"25%": 0.25, "50%": 0.5, "75%": 0.75, "95%": 0.95, "99%": 0.99, "max": 1.0}
     named = {name: float(np.quantile(lengths, fraction)) for name, fraction in quantiles.items()}
     cut = float((lengths >= limit).mean())
-    return {"mean": float(lengths.mean()), **named, "limit": limit, "cut": cut, "a_picture": len(lengths) / len(tokens)}
+    return {"mean": float(lengths.mean()), **named, "limit": limit, "cut": cut, "per_image": len(lengths) / len(tokens)}
 
 
 def _plain(factor: np.ndarray) -> float | list[float]:

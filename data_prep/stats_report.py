@@ -26,7 +26,7 @@ def print_figures(figures: dict[str, Any]) -> None:
     console = Console()
     buckets = _table("bucket", "shards", "samples", "fraction")
     for name, own in sorted(figures["buckets"].items(), key=lambda item: -item[1]["samples"]):
-        buckets.add_row(name, f"{own['shards']:,}", f"{own['samples']:,}", f"{own['share']:.1%}")
+        buckets.add_row(name, f"{own['shards']:,}", f"{own['samples']:,}", f"{own['fraction']:.1%}")
     console.print(buckets)
     console.print(f"{figures['samples']:,} samples; the statistics below are of {figures['looked_at']:,} of them")
     if "captions" in figures:
@@ -54,7 +54,7 @@ def _table(*columns: str) -> Table:
 def _caption_line(captions: dict[str, Any]) -> str:
     quantiles = ", ".join(f"{name} {captions[name]:g}" for name in ("25%", "50%", "75%", "95%", "99%", "max"))
     return (
-        f"captions: {captions['a_picture']:.2f} per image; tokens: mean {captions['mean']:.1f}, {quantiles}; "
+        f"captions: {captions['per_image']:.2f} per image; tokens: mean {captions['mean']:.1f}, {quantiles}; "
         f"{captions['cut']:.2%} truncated at {captions['limit']}"
     )
 

@@ -15,6 +15,8 @@ import torch
 
 from megatron_dit.runtime.launcher import die_with_parent
 
+WORKER = "DATA_PREP_WORKER"  # environment variable with the number of a worker that --procs started
+
 
 def run_workers(words: Sequence[str], workers: int) -> int:
     """Run ``python -m data_prep WORDS`` in ``workers`` processes, each with one of the GPUs.
@@ -32,10 +34,8 @@ def run_workers(words: Sequence[str], workers: int) -> int:
             own = {"CUDA_VISIBLE_DEVICES": devices[number % len(devices)]} if devices else {}
             processes.append(
                 subprocess.Popen(
-                    # The last value of an option takes precedence: a worker starts no further workers, and only the
-                    # first one writes --json.
-                    [sys.executable, "-m", "data_prep", *words, "--procs", "1", *(["--json", ""] if number else [])],
-                    env={**os.environ, **own},
+                    [sys.executable, "-m", "data_prep", *words],
+                    env={**os.environ, **own, WORKER: str(number)},
                     stdout=None if number == 0 else subprocess.DEVNULL,
                     stderr=message,
                     start_new_session=True,  # so that Ctrl-C reaches only this process

@@ -13,7 +13,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import pytest
 import torch
 
-from data_prep.demo import demo
+from data_prep.toy import make_toy_dataset
 from megatron_dit.runtime import logging
 from megatron_dit.runtime.launch_environment import RANK_VARIABLES
 from tests.helpers.gloo import Pool, leave
@@ -53,7 +53,7 @@ def dataset(tmp_path_factory, worker_id):
     with (root / "scenes.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # released when the file is closed
         if not folder.exists():
-            demo(root / "scenes.part", 600, seed=0, per_shard=150)
+            make_toy_dataset(root / "scenes.part", 600, seed=0, per_shard=150)
             (root / "scenes.part").rename(folder)
     return folder
 

@@ -40,8 +40,8 @@ def from_diffusers(asked: Import) -> list[str]:
     heads = (config.model.heads, config.model.head_dim)
     if heads != (own := tuple(counterpart.model_keys(folder.settings)[name] for name in ("heads", "head_dim"))):
         raise UserError(
-            f"--set gives model.heads={heads[0]} and model.head_dim={heads[1]}, but {folder.path} has {own[0]} and "
-            f"{own[1]}: leave them out"
+            f"the overrides give model.heads={heads[0]} and model.head_dim={heads[1]}, but {folder.path} has "
+            f"{own[0]} and {own[1]}: leave them out"
         )
     if config.model.depth > len(folder.names):
         raise UserError(
@@ -127,7 +127,7 @@ def _unfolded(folder: DiffusersFolder, row: Row, config: Config, param: Param) -
         expected = row.shapes(tuple(param.shape))[0]
         if tuple(value.shape) != expected:
             raise UserError(
-                f"{folder.path} has {name} of shape {list(value.shape)}, but its config.json and --set require "
+                f"{folder.path} has {name} of shape {list(value.shape)}, but its config.json and the overrides require "
                 f"{list(expected)}: use the config.json that belongs to the weights"
             )
         if name in factors:

@@ -20,14 +20,14 @@ def open_source(
     spec: str,
     *,
     table: str | None = None,
-    classes: bool = False,
+    class_folders: bool = False,
     num_classes: int = 0,
     file_column: str = "file",
     caption_column: str = "caption",
 ) -> Source:
     """Open the source ``spec``: one glob of tars or several separated by commas, a folder, or a saved dataset.
 
-    ``table`` lists the images of a folder. ``classes`` takes labels from class folders or a dataset's ClassLabel
+    ``table`` lists the images of a folder. ``class_folders`` takes labels from class folders or a dataset's ClassLabel
     column, ``num_classes`` from the KEY.cls in tars. Raise UserError if the source is invalid or has no images.
     """
     if spec.startswith("pipe:") or ",pipe:" in spec:
@@ -36,7 +36,7 @@ def open_source(
         raise UserError(f"source {spec!r} is a URL; download its tars and give their paths")
     folder = Path(spec)
     if not os.path.isdir(spec):  # noqa: PTH112 - Path.is_dir raises for a list of tars longer than a path
-        if table or classes:
+        if table or class_folders:
             raise UserError(
                 f"source {spec!r} is not a folder; {'--table requires' if table else '--class-folders requires'} one"
             )
@@ -44,20 +44,20 @@ def open_source(
     if is_dataset(folder):
         if table:
             raise UserError(f"table {table} cannot be used with dataset {spec}, which has its own captions; omit it")
-        source = SavedDataset(spec, caption_column, classes or num_classes > 0)
+        source = SavedDataset(spec, caption_column, class_folders or num_classes > 0)
         if num_classes not in (0, len(source.classes)):
             raise UserError(
-                f"--classes {num_classes} does not match dataset {spec}, which has {len(source.classes)} classes; "
+                f"--num-classes {num_classes} does not match dataset {spec}, which has {len(source.classes)} classes; "
                 "give that number"
             )
         return source
     if num_classes:
         raise UserError(
-            f"--classes {num_classes} is for tars with KEY.cls, but {spec} is a folder; use --class-folders"
+            f"--num-classes {num_classes} is for tars with KEY.cls, but {spec} is a folder; use --class-folders"
         )
-    if table and classes:
+    if table and class_folders:
         raise UserError(f"table {table} cannot be combined with class folders, which have no captions; give only one")
-    return Table(spec, Path(table), file_column, caption_column) if table else Folder(spec, classes)
+    return Table(spec, Path(table), file_column, caption_column) if table else Folder(spec, class_folders)
 
 
 def _tars(spec: str) -> list[Path]:

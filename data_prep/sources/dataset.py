@@ -7,7 +7,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from data_prep.pictures import Unusable
+from data_prep.images import Unusable
 from data_prep.sources.record import (
     IMAGE_BYTES,
     PER_UNIT,

@@ -7,11 +7,11 @@ from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
-from data_prep.pictures import Unusable
+from data_prep.images import Unusable
 from data_prep.sources.record import (
     IMAGE_BYTES,
+    IMAGES,
     PER_UNIT,
-    PICTURES,
     TEXT_BYTES,
     Record,
     Rejected,
@@ -45,12 +45,12 @@ class Folder:
         if classes and not self.classes:
             raise UserError(f"folder {spec} has no sub-folders; class folders need images as {spec}/CLASS/NAME.jpg")
         by_stem: dict[str, list[str]] = {}
-        for file in _files(self._root, PICTURES if classes else PICTURES | {"txt", "json"}):
+        for file in _files(self._root, IMAGES if classes else IMAGES | {"txt", "json"}):
             by_stem.setdefault(file.rpartition(".")[0], []).append(file)
         self._stems = sorted((stem, sorted(files)) for stem, files in by_stem.items())
-        if not any(_extension(file) in PICTURES for _, files in self._stems for file in files):
+        if not any(_extension(file) in IMAGES for _, files in self._stems for file in files):
             raise UserError(
-                f"folder {spec} contains no image (.{', .'.join(sorted(PICTURES))}); for tars give a glob such as "
+                f"folder {spec} contains no image (.{', .'.join(sorted(IMAGES))}); for tars give a glob such as "
                 f"'{spec}/*.tar'"
             )
 
@@ -60,7 +60,7 @@ class Folder:
 
     def scan(self, unit: int) -> Iterator[Scanned]:
         for stem, files in self._stems[unit * PER_UNIT : (unit + 1) * PER_UNIT]:
-            images = [file for file in files if _extension(file) in PICTURES]
+            images = [file for file in files if _extension(file) in IMAGES]
             if not images:
                 yield Rejected(shown(stem), "no image"), None
                 continue

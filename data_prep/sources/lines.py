@@ -7,7 +7,7 @@ from collections import deque
 from collections.abc import Iterator
 from pathlib import Path
 
-from data_prep.pictures import Unusable
+from data_prep.images import Unusable
 from data_prep.sources.record import TEXT_BYTES
 
 BLOCK = 2**20  # bytes read at a time

@@ -11,9 +11,9 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from data_prep.pictures import Unusable
+from data_prep.images import Unusable
 
-PICTURES = frozenset({"jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "avif"})  # extensions
+IMAGES = frozenset({"jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "avif"})  # extensions
 PER_UNIT = 1000  # images per unit, if the source has no natural parts
 
 # Limits, so that a single malicious or corrupt sample cannot exhaust the job's memory. Larger ones are rejected.

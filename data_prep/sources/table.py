@@ -9,11 +9,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from data_prep.pictures import Unusable
+from data_prep.images import Unusable
 from data_prep.sources.record import (
     IMAGE_BYTES,
+    IMAGES,
     PER_UNIT,
-    PICTURES,
     Record,
     Scanned,
     file_bytes,
@@ -102,6 +102,6 @@ class Table:
         pieces = re.split(rf"[\r\n{delimiter}]", cell)
         names = (piece.strip(' "') for piece in pieces)
         return any(
-            name.rpartition(".")[2].lower() in PICTURES and os.path.isfile(self._root / name)  # noqa: PTH113 - names may be any text
+            name.rpartition(".")[2].lower() in IMAGES and os.path.isfile(self._root / name)  # noqa: PTH113 - names may be any text
             for name in names
         )

@@ -11,10 +11,10 @@ from functools import lru_cache, partial
 from pathlib import Path
 from typing import BinaryIO
 
-from data_prep.pictures import Unusable
+from data_prep.images import Unusable
 from data_prep.sources.record import (
     IMAGE_BYTES,
-    PICTURES,
+    IMAGES,
     TEXT_BYTES,
     Record,
     Rejected,
@@ -172,7 +172,7 @@ def _add(sample: _Sample, member: tarfile.TarInfo, extension: str) -> None:
     elif extension in sample.sidecars:
         sample.problem = sample.problem or f"two .{extension} members with the same key"
     where = (member.offset_data, member.size)
-    if extension in PICTURES:
+    if extension in IMAGES:
         sample.images.append(where)
     elif extension in BESIDE:
         sample.sidecars[extension] = where

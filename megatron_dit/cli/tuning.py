@@ -7,18 +7,16 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from megatron_dit.cli.common import (
-    add_command,
-    check_ranks,
+from megatron_dit.cli.arguments import (
     config_arguments,
     input_path,
     number,
     output_file,
-    output_picture,
-    ranks_argument,
-    start_ranks,
-    write_json,
+    output_image,
+    overrides_argument,
 )
+from megatron_dit.cli.command import add_command, write_json
+from megatron_dit.cli.ranks import ranks_argument, start_ranks, starts_ranks
 from megatron_dit.config.keys import Count, CountOrZero
 from megatron_dit.runtime.errors import UserError
 from megatron_dit.runtime.launch_environment import is_rank0
@@ -56,31 +54,34 @@ def add_commands(commands: Any) -> None:
     config_arguments(check)
     ranks_argument(check)
     check.add_argument("--heads", metavar="A,B", help="widths in heads; if omitted, 1, 2, 4, 8 times the base")
-    check.add_argument("--seeds", type=number("--seeds", Count), default=3, help="seeds per width")
-    check.add_argument("--steps", type=number("--steps", Count), default=4, help="number of training steps")
-    plot_file = output_picture("--out", "coord-check.png", makes_folder=True)
-    check.add_argument("--out", type=plot_file, default="coord-check.png", help="file for the plot")
+    check.add_argument("--seeds", type=number("--seeds", Count), default=3, metavar="N", help="seeds per width")
+    check.add_argument(
+        "--steps", type=number("--steps", Count), default=4, metavar="N", help="number of training steps"
+    )
+    plot_file = output_image("--out", "coord-check.png", makes_folder=True)
+    check.add_argument("--out", type=plot_file, default="coord-check.png", metavar="FILE", help="file for the plot")
 
     sweep = add_command(
         commands,
         "sweep",
         "Search base hyperparameters on proxies; run the same command again to resume without repeating trials.",
-        "megatron-dit sweep configs/quickstart-sweep.yaml parallel=2",
+        "megatron-dit sweep configs/quickstart-sweep.yaml concurrent_trials=2",
         _sweep,
     )
     sweep.add_argument("config", type=input_path("config"), help="YAML config file of the sweep")
-    sweep.add_argument(
-        "overrides", nargs="*", metavar="a.b=v", help="overrides of the sweep's config, such as parallel=2"
-    )
+    overrides_argument(sweep, "concurrent_trials=2")
     sweep.add_argument(
         "--trial",
         type=number("--trial", CountOrZero),
         metavar="K",
         help="run only this trial, for example as a task of a Slurm array",
     )
-    sweep.add_argument("--dry-run", action="store_true", help="print the search space and the cost, then exit")
+    sweep.add_argument("--cost", action="store_true", help="print the search space and the cost, then exit")
     sweep.add_argument(
-        "--target", metavar="TARGET", help="with --dry-run: print the search's cost relative to this config's"
+        "--target",
+        type=input_path("--target"),
+        metavar="CONFIG",
+        help="with --cost: print the search's cost relative to the training of this config",
     )
 
     transfer = add_command(
@@ -117,12 +118,9 @@ def _coord_check(arguments: argparse.Namespace) -> int:
     from megatron_dit.tuning import coord_check
 
     config = load_config(arguments.config, arguments.overrides)
-    check_ranks(arguments)
     heads = _widths(arguments.heads, config)
-    if arguments.procs > 1:
-        flags = {"--heads": ",".join(map(str, heads)), "--seeds": arguments.seeds, "--steps": arguments.steps}
-        words = [str(word) for flag in {**flags, "--out": arguments.out}.items() for word in flag]
-        return start_ranks(arguments, config, ["coord-check", *words])
+    if starts_ranks(arguments):
+        return start_ranks(arguments, config)
     from megatron_dit.parallel.startup import multi_rank_command
     from megatron_dit.runtime.progress import ProgressBar
 
@@ -168,14 +166,13 @@ def _sweep(arguments: argparse.Namespace) -> int:
     from megatron_dit.tuning.transfer import print_plan
 
     config = load(SweepConfig, arguments.config, arguments.overrides)
-    if arguments.target and not arguments.dry_run:
+    if arguments.target and not arguments.cost:
         raise UserError(
-            f"--target {arguments.target} requires --dry-run; "
-            "for the cost of a finished sweep use 'megatron-dit transfer'"
+            f"--target {arguments.target} requires --cost: add it, or use 'megatron-dit transfer' for a finished sweep"
         )
-    if arguments.dry_run:
+    if arguments.cost:
         if arguments.trial is not None:
-            raise UserError(f"--trial {arguments.trial} has no effect with --dry-run: omit one of them")
+            raise UserError(f"--trial {arguments.trial} has no effect with --cost: omit one of them")
         write_json(arguments, print_plan(config, arguments.target))
         return 0
     if arguments.trial is not None and arguments.trial >= config.count:

@@ -14,7 +14,7 @@ from megatron_dit.config.schema import Config
 HEADER = """# Config keys
 
 Written by `megatron-dit config > docs/config.md`. Keys marked with * may change when a run is resumed: they affect how
-it is run, not what it computes. A key without a default is required.
+it is run, not what it computes.
 """
 NAMES = {int: "integer", float: "number", bool: "true or false", str: "text"}
 
@@ -25,10 +25,12 @@ def reference(schema: type[Section] = Config) -> str:
 
 
 def _section(schema: type[Section], prefix: str) -> list[str]:
+    """Return the lines of a section and of the sections in it; ``prefix`` is its dotted name, ending in a dot."""
     hints = hints_of(schema)
     sections = [item.name for item in fields(schema) if is_dataclass(hints[item.name])]
     title = f"`{prefix.removesuffix('.')}`" if prefix else "Top level"
-    lines = [f"\n## {title}\n\n{(schema.__doc__ or '').split(chr(10), 1)[0]}\n"] if prefix else [f"\n## {title}\n"]
+    purpose = (schema.__doc__ or "").partition("\n")[0].replace("``", "`")
+    lines = [f"\n## {title}\n", f"\n{purpose}\n" if prefix else ""]
     keys = [item for item in fields(schema) if item.name not in sections]
     if keys:
         lines.append("\n| key | values | default | meaning |\n|---|---|---|---|\n")
@@ -70,5 +72,5 @@ def _default(item: Field[Any]) -> str:
     elif item.default is not MISSING:
         value = item.default
     else:
-        return ""
+        return "required"
     return f"`{yaml.safe_dump(value, default_flow_style=True).splitlines()[0]}`"

@@ -97,7 +97,7 @@ def read_index(folder: str | Path) -> Index:
     except FileNotFoundError:
         raise UserError(
             f"data.path={folder} has no {INDEX}; encode a dataset with 'python -m data_prep encode', or create the toy "
-            f"dataset with 'python -m data_prep demo {folder}'"
+            f"dataset with 'python -m data_prep toy {folder}'"
         ) from None
     except Exception as error:  # each of fsspec's file systems has its own exception types
         raise UserError(f"{path} cannot be read ({type(error).__name__}: {error}); check data.path") from None

@@ -14,16 +14,16 @@ class SceneScore:
     """Generated images and whether each shows what its prompt describes."""
 
     prompts: list[str]
-    pictures: np.ndarray  # (N, 16, 16, 3) uint8
+    images: np.ndarray  # (N, 16, 16, 3) uint8
     right: list[bool]
 
     @property
-    def share(self) -> float:
+    def fraction(self) -> float:
         """Fraction of correct images."""
         return sum(self.right) / len(self.right)
 
 
-def score_pictures(pictures: np.ndarray, prompts: list[str]) -> SceneScore:
+def score_images(images: np.ndarray, prompts: list[str]) -> SceneScore:
     """Return the score of images (N, 16, 16, 3) uint8, one per prompt."""
-    right = [scenes.score(picture, prompt) for picture, prompt in zip(pictures, prompts, strict=True)]
-    return SceneScore(prompts=prompts, pictures=pictures, right=right)
+    right = [scenes.score(image, prompt) for image, prompt in zip(images, prompts, strict=True)]
+    return SceneScore(prompts=prompts, images=images, right=right)

@@ -58,8 +58,7 @@ def build_rank(config: Config, world: int, rank: int) -> RankBuild:
 
     The dataset is checked if it exists on this machine.
     """
-    check(world >= 1, f"--world {world} is invalid; expected at least 1")
-    check(0 <= rank < world, f"--rank {rank} is invalid; expected 0 to {world - 1}")
+    check(0 <= rank < world, f"--build {rank}: expected the number of a rank from 0 to {world - 1}")
     started = time.monotonic()
     data_parallel = config.data_parallel(world)
     if Path(config.data.path).exists():
@@ -90,30 +89,30 @@ def build_rank(config: Config, world: int, rank: int) -> RankBuild:
     )
 
 
-def print_rank_build(config: Config, share: RankBuild) -> None:
+def print_rank_build(config: Config, built: RankBuild) -> None:
     """Print a table of the memory and, for a pipeline, how evenly its stages are balanced."""
     parallel = config.parallel
     table = Table(
-        title=f"rank {share.rank} of {share.world}: tensor {share.tensor_rank} of {parallel.tensor}, "
-        f"data {share.data_rank} of {share.world // (parallel.tensor * parallel.pipeline)}, "
-        f"pipeline {share.pipeline_rank} of {parallel.pipeline}, ZeRO {parallel.zero_stage}",
+        title=f"rank {built.rank} of {built.world}: tensor {built.tensor_rank} of {parallel.tensor}, "
+        f"data {built.data_rank} of {built.world // (parallel.tensor * parallel.pipeline)}, "
+        f"pipeline {built.pipeline_rank} of {parallel.pipeline}, ZeRO {parallel.zero_stage}",
         min_width=90,
     )
     for column in ("state", "bytes", "GiB", "predicted bytes"):
         table.add_column(column, justify="left" if column == "state" else "right")
-    expected = {**asdict(share.expected), "total": share.expected.total}
-    for name, count in {**asdict(share.held), "total": share.held.total}.items():
+    expected = {**asdict(built.expected), "total": built.expected.total}
+    for name, count in {**asdict(built.held), "total": built.held.total}.items():
         differs = "" if expected[name] == count else " DIFFERS"
         table.add_row(name, f"{count:,}", f"{count / GIB:.3f}", f"{expected[name]:,}{differs}")
     console = Console(width=110)
-    console.print(f"{share.parameters:,} parameters ({share.parameters / 1e9:.1f}B); blocks {share.blocks} here")
+    console.print(f"{built.parameters:,} parameters ({built.parameters / 1e9:.1f}B); blocks {built.blocks} here")
     console.print(table)
     if parallel.pipeline > 1:
-        fractions = ", ".join(f"{flops / sum(share.stage_flops):.1%}" for flops in share.stage_flops)
+        fractions = ", ".join(f"{flops / sum(built.stage_flops):.1%}" for flops in built.stage_flops)
         console.print(
-            f"FLOPs per pipeline stage: {fractions}; the busiest stage has {share.imbalance:.3f} times the mean; "
-            f"a stage is idle for {share.bubble:.1%} of a step"
+            f"FLOPs per pipeline stage: {fractions}; the busiest stage has {built.imbalance:.3f} times the mean; "
+            f"a stage is idle for {built.bubble:.1%} of a step"
         )
     if not Path(config.data.path).exists():
         console.print(plain(f"data.path={config.data.path} does not exist on this machine and was not checked"))
-    console.print(f"built in {share.seconds:.0f} s; activations and communication buffers are not included")
+    console.print(f"built in {built.seconds:.0f} s; activations and communication buffers are not included")

@@ -25,8 +25,15 @@ LAST_LINES = 40  # number of lines of a failed rank's standard error printed at 
 LAUNCHED = "MEGATRON_DIT_LAUNCHED"  # environment variable set for the ranks of --procs
 
 
-def run_ranks(arguments: Sequence[str], ranks: int, *, quiet: bool = False, stop_seconds: float = 120.0) -> int:
-    """Run ``python -m megatron_dit ARGUMENTS`` in ``ranks`` processes and return the exit status.
+def run_ranks(
+    arguments: Sequence[str],
+    ranks: int,
+    *,
+    module: str = "megatron_dit",
+    quiet: bool = False,
+    stop_seconds: float = 120.0,
+) -> int:
+    """Run ``python -m MODULE ARGUMENTS`` in ``ranks`` processes and return the exit status.
 
     If a rank fails, the others are killed, its last lines of standard error are printed, and its status is returned
     (128 + n if signal n killed it). SIGTERM and SIGINT are forwarded to every rank once. Ranks that have not ended
@@ -37,13 +44,13 @@ def run_ranks(arguments: Sequence[str], ranks: int, *, quiet: bool = False, stop
         sock.bind(("127.0.0.1", 0))
         port = sock.getsockname()[1]
     shared = {"WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    return _Job(arguments, ranks, shared, quiet).run(stop_seconds)
+    return _Job([sys.executable, "-m", module, *arguments], ranks, shared, quiet).run(stop_seconds)
 
 
 class _Rank:
     """Process of one rank. Its standard error is piped, so that a failed rank's last lines can be printed last."""
 
-    def __init__(self, number: int, arguments: Sequence[str], shared: dict[str, object], quiet: bool) -> None:
+    def __init__(self, number: int, command: Sequence[str], shared: dict[str, object], quiet: bool) -> None:
         self.number = number
         inherited = {
             name: value
@@ -52,7 +59,7 @@ class _Rank:
         }
         own = {**shared, "RANK": number, "LOCAL_RANK": number, LAUNCHED: "1"}
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "megatron_dit", *arguments],
+            command,
             env={**inherited, **{name: str(value) for name, value in own.items()}},
             start_new_session=True,  # the terminal's Ctrl-C reaches only this process, which forwards it once
             preexec_fn=die_with_parent,
@@ -94,8 +101,8 @@ class _Rank:
 class _Job:
     """All ranks of one run, from start to end."""
 
-    def __init__(self, arguments: Sequence[str], ranks: int, shared: dict[str, object], quiet: bool) -> None:
-        self._ranks = [_Rank(number, arguments, shared, quiet) for number in range(ranks)]
+    def __init__(self, command: Sequence[str], ranks: int, shared: dict[str, object], quiet: bool) -> None:
+        self._ranks = [_Rank(number, command, shared, quiet) for number in range(ranks)]
         self._host = socket.gethostname()
         self._errors: set[str] = set()  # already printed, because every rank may report the same error
         self._signal, self._signalled, self._reminded = 0, 0.0, 0

@@ -93,16 +93,19 @@ def explain_out_of_memory(config: Config) -> Iterator[None]:
     try:
         yield
     except (MemoryError, RuntimeError) as error:
-        if not _is_out_of_memory(error):
+        reason = out_of_memory_reason(error)
+        if reason is None:
             raise
-        reason = (str(error) or "host memory is exhausted").splitlines()[0]
         place = launch_environment()
         where = f"rank {place.rank} on host {socket.gethostname()}"
         raise OwnError(f"{where}: {_advice(config, place.world, reason)}") from None
 
 
-def _is_out_of_memory(error: Exception) -> bool:
-    return isinstance(error, MemoryError | torch.OutOfMemoryError) or any(word in str(error) for word in OUT_OF_MEMORY)
+def out_of_memory_reason(error: Exception) -> str | None:
+    """Return the first line of an error if it means that device or host memory is exhausted, and None otherwise."""
+    if isinstance(error, MemoryError | torch.OutOfMemoryError) or any(word in str(error) for word in OUT_OF_MEMORY):
+        return (str(error) or "host memory is exhausted").splitlines()[0].rstrip(". ")
+    return None
 
 
 def _advice(config: Config, world: int, reason: str) -> str:
@@ -115,9 +118,9 @@ def _advice(config: Config, world: int, reason: str) -> str:
     if held > total / 2:
         advice.reverse()
     return (
-        f"out of memory ({reason.rstrip('. ')}): weights, gradients, optimizer states and averages take "
+        f"out of memory ({reason}): weights, gradients, optimizer states and averages take "
         f"{held / GIB:.2f} of {total / GIB:.2f} GiB, the rest is activations and buffers; {', or else '.join(advice)} "
-        f"('megatron-dit train CONFIG --dry-run --world {world}' prints the memory per rank)"
+        f"('megatron-dit plan CONFIG --gpus {world} --build 0' prints the memory of a rank)"
     )
 
 

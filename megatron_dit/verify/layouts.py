@@ -16,7 +16,7 @@ from megatron_dit.runtime.launcher import run_ranks
 
 logger = logging.getLogger(__name__)
 
-TASK, FOUND = "task.json", "found.json"
+TASK, RESULT = "task.json", "result.json"
 
 
 @dataclass(frozen=True)
@@ -99,11 +99,11 @@ def layouts_of(
 
 
 def run_layout(folder: Path, name: str, layout: Layout, config: Config, task: dict[str, Any]) -> Any:
-    """Run ``megatron-dit verify-layout`` with a ``task`` in separate processes and return rank 0's result."""
+    """Run ``verify.worker`` with a ``task`` in separate processes and return rank 0's result."""
     folder.mkdir()
     save_config(config, folder / "config.yaml")
     (folder / TASK).write_text(json.dumps(task))
-    status = run_ranks(["verify-layout", str(folder)], layout.ranks, quiet=True)
+    status = run_ranks([str(folder)], layout.ranks, module="megatron_dit.verify.worker", quiet=True)
     if status:
         raise UserError(f"layout {name} ended with exit status {status}; see its message above")
-    return json.loads((folder / FOUND).read_text())
+    return json.loads((folder / RESULT).read_text())

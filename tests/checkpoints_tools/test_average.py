@@ -91,7 +91,7 @@ def test_averaged_checkpoint_can_be_sampled_and_inspected(trained, tmp_path, cap
     sampling = ["sample", str(out), "--prompt", "a red circle", "--steps", "2", "--out", str(tmp_path / "grid.png")]
     assert command_line(sampling) == 0
     assert (tmp_path / "grid.png").is_file()
-    assert command_line([*sampling, "--raw"]) == 2
+    assert command_line([*sampling, "--no-ema"]) == 2
     assert "contains no master; expected one of ema" in capsys.readouterr().err
     assert main(["inspect", str(out)]) == 0
 

@@ -87,7 +87,7 @@ def test_a_model_is_exported_and_imported_with_and_without_a_learned_variance(tm
     assert settings.get("out_channels", 3) == 3
     assert difference(tmp_path, tmp_path / "out") <= TOLERANCE
     (tmp_path / "out" / "megatron_dit.json").unlink()  # as a model of another origin
-    text = ["--set", "model.text_tokens=24"] if arch == "pixart" else []
+    text = ["model.text_tokens=24"] if arch == "pixart" else []
     convert(tmp_path / "out", tmp_path / "back", "--from", "diffusers", *text)
     assert difference(tmp_path / "back", tmp_path / "out") <= TOLERANCE
     assert our_model(tmp_path / "back").config.learn_sigma == learn_sigma

@@ -175,13 +175,13 @@ def test_a_scheduler_shift_that_is_not_a_positive_number_is_rejected(tmp_path, c
         ({"num_layers": None}, "num_layers=null"),
         ({"num_layers": 10**9}, "model.depth=1000000000: expected at least 1 and at most 10000"),
         ({"patch_size": 0}, "patch_size=0"),
-        ({"patch_size": 4}, "of shape [16, 3, 2, 2], but its config.json and --set require [16, 3, 4, 4]"),
+        ({"patch_size": 4}, "of shape [16, 3, 2, 2], but its config.json and the overrides require [16, 3, 4, 4]"),
         (
             {"num_embeds_ada_norm": 7},
-            "embedding_table.weight of shape [11, 16], but its config.json and --set require [8, 16]",
+            "embedding_table.weight of shape [11, 16], but its config.json and the overrides require [8, 16]",
         ),
         ({"out_channels": 7}, "out_channels=7, but only 3 and 6 are supported"),
-        ({"out_channels": None}, "of shape [24, 16], but its config.json and --set require [12, 16]"),
+        ({"out_channels": None}, "of shape [24, 16], but its config.json and the overrides require [12, 16]"),
     ],
 )
 def test_a_config_json_that_does_not_match_the_weights_is_rejected(theirs, tmp_path, capsys, changes, message):
@@ -271,7 +271,7 @@ def test_options_that_do_not_apply_to_the_source_are_rejected(theirs, tmp_path, 
     out = tmp_path / "run"
     for words, message in (
         (["--drop-clip"], "--drop-clip has no effect on DiTTransformer2DModel"),
-        (["--set", "model.heads=4", "model.head_dim=4"], "--set gives model.heads=4 and model.head_dim=4, but"),
+        (["model.heads=4", "model.head_dim=4"], "the overrides give model.heads=4 and model.head_dim=4, but"),
         (["--base-shapes", "x.bsh"], "--base-shapes is only valid with --from dit-mup"),
     ):
         assert message in refused(capsys, theirs, out, "--from", "diffusers", *words)
@@ -288,11 +288,11 @@ def test_a_null_caption_of_the_wrong_shape_or_with_nan_is_rejected(tmp_path, cap
     foreign(pipe / "transformer", "pixart")
     build_tiny_t5(pipe / "text_encoder", ["a b"], seed=0, d_model=32)
     line = refused(capsys, pipe, tmp_path / "run", "--from", "diffusers")
-    assert "has shape [1, 32], but its config.json and --set require [1, 64]" in line
+    assert "has shape [1, 32], but its config.json and the overrides require [1, 64]" in line
     null = pipe / "transformer" / "null_caption.safetensors"
     save_file({"null_caption": torch.zeros(3, 64)}, null)
     line = refused(capsys, pipe, tmp_path / "run", "--from", "diffusers")
-    assert "has shape [3, 64], but its config.json and --set require [120, 64]" in line
+    assert "has shape [3, 64], but its config.json and the overrides require [120, 64]" in line
     save_file({"null_caption": torch.full((120, 64), float("nan"))}, null)
     assert "NaN or infinite values in null_caption" in refused(capsys, pipe, tmp_path / "run", "--from", "diffusers")
 

@@ -33,7 +33,7 @@ from tests.helpers.foreign_models import SETTINGS, foreign, refused
 @pytest.mark.parametrize("arch", SETTINGS)
 def test_imported_model_has_equal_outputs_and_reexports_bit_exactly(tmp_path, arch):
     folder = foreign(tmp_path / "theirs", arch)
-    tokens = ["--set", "model.text_tokens=24"] if arch in ("mmdit", "pixart") else []
+    tokens = ["model.text_tokens=24"] if arch in ("mmdit", "pixart") else []
     convert(folder, tmp_path / "run", "--from", "diffusers", *tokens)
     assert difference(tmp_path / "run", folder) <= TOLERANCE
     convert(tmp_path / "run", tmp_path / "again", "--to", "diffusers")
@@ -57,7 +57,7 @@ def test_the_old_class_name_is_resolved_by_the_norm_type(tmp_path, arch):
 def test_weights_are_unfolded_for_the_parametrization_given_by_set(tmp_path):
     folder = foreign(tmp_path / "theirs", "dit")
     mup = ["mup.enabled=true", "mup.base_heads=1", "mup.output_multiplier=3", "model.base_head_dim=4"]
-    convert(folder, tmp_path / "run", "--from", "diffusers", "--set", *mup)
+    convert(folder, tmp_path / "run", "--from", "diffusers", *mup)
     assert open_checkpoint(tmp_path / "run").manifest["multipliers"] == {"head.linear.weight": 3 / 4}
     assert difference(tmp_path / "run", folder) <= TOLERANCE
 
@@ -68,7 +68,7 @@ def test_an_imported_run_can_be_sampled_and_trained(tmp_path, capsys):
     make_folder(tmp_path / "data", [((8, 8), 16)], text=text)
     folder = foreign(tmp_path / "theirs", "mmdit")
     changes = ["model.text_tokens=24", "train.steps=2", "train.global_batch=4", "train.micro_batch=4"]
-    convert(folder, tmp_path / "run", "--from", "diffusers", "--data", tmp_path / "data", "--set", *changes)
+    convert(folder, tmp_path / "run", "--from", "diffusers", "--data", tmp_path / "data", *changes)
     assert main(["inspect", str(tmp_path / "run")]) == 0
     sampling = ["sample", str(tmp_path / "run"), "--prompt", "a b", "--steps", "2", "--out", str(tmp_path / "grid.png")]
     assert run(sampling) == 0
@@ -93,7 +93,7 @@ def test_the_null_caption_of_a_pipeline_is_its_text_encoders_output_for_an_empty
     foreign(tmp_path / "pipe" / "transformer", "pixart")
     (tmp_path / "pipe" / "model_index.json").write_text("{}")
     build_tiny_t5(tmp_path / "pipe" / "text_encoder", ["a b"], seed=0)
-    convert(tmp_path / "pipe", tmp_path / "run", "--from", "diffusers", "--set", "model.text_tokens=6")
+    convert(tmp_path / "pipe", tmp_path / "run", "--from", "diffusers", "model.text_tokens=6")
     assert "the text encoder's output for ''" in capsys.readouterr().out
     encoder = T5EncoderModel.from_pretrained(tmp_path / "pipe" / "text_encoder")
     ours, theirs = our_model(tmp_path / "run"), their_model(tmp_path / "pipe" / "transformer", "pixart")

@@ -75,7 +75,7 @@ def pixart_file(path, prefix="", **options):
 
 def test_a_dit_training_checkpoint_gives_raw_weights_and_ema(tmp_path, capsys):
     raw, ema = training_file(tmp_path / "0050000.pt", DiT, model="DiT-XL/2", image_size=256)
-    convert(tmp_path / "0050000.pt", tmp_path / "run", "--from", "dit", "--set", "model.heads=2")
+    convert(tmp_path / "0050000.pt", tmp_path / "run", "--from", "dit", "model.heads=2")
     assert difference(tmp_path / "run", raw, ema=False) <= TOLERANCE
     assert difference(tmp_path / "run", ema) <= TOLERANCE
     assert "Adam's moments are not imported" in capsys.readouterr().out
@@ -87,7 +87,7 @@ def test_a_plain_state_dict_gives_both_raw_weights_and_ema(tmp_path, zipped):
     theirs = randomise(DiT(), seed=0)
     path = tmp_path / "DiT.pt"
     torch.save(OrderedDict(theirs.state_dict()), path, _use_new_zipfile_serialization=zipped)
-    convert(path, tmp_path / "run", "--from", "dit", "--set", "model.heads=2")
+    convert(path, tmp_path / "run", "--from", "dit", "model.heads=2")
     assert difference(tmp_path / "run", theirs) <= TOLERANCE
     assert difference(tmp_path / "run", theirs, ema=False) <= TOLERANCE
 
@@ -117,7 +117,7 @@ def test_the_number_of_heads_of_published_sizes_is_known(name, kind, depth, head
 def test_weights_are_unfolded_for_the_parametrization_given_by_set(tmp_path):
     theirs, _ = training_file(tmp_path / "x.pt", DiT)
     mup = ["model.heads=2", "mup.enabled=true", "mup.base_heads=1", "mup.output_multiplier=3"]
-    convert(tmp_path / "x.pt", tmp_path / "run", "--from", "dit", "--set", *mup, "model.base_head_dim=4")
+    convert(tmp_path / "x.pt", tmp_path / "run", "--from", "dit", *mup, "model.base_head_dim=4")
     assert open_checkpoint(tmp_path / "run").manifest["multipliers"] == {"head.linear.weight": 3 / 4}
     assert difference(tmp_path / "run", theirs, ema=False) <= TOLERANCE
 
@@ -153,7 +153,7 @@ def test_a_dit_mup_checkpoint_keeps_its_weights_and_multipliers(tmp_path):
 
 def test_the_base_width_of_dit_mup_can_be_given_as_a_number_of_heads(tmp_path):
     raw, _ = training_file(tmp_path / "x.pt", lambda: dit_mup(8, 4))
-    convert(tmp_path / "x.pt", tmp_path / "run", "--from", "dit-mup", "--set", "model.heads=8", "mup.base_heads=4")
+    convert(tmp_path / "x.pt", tmp_path / "run", "--from", "dit-mup", "model.heads=8", "mup.base_heads=4")
     assert open_checkpoint(tmp_path / "run").manifest["multipliers"] == {"head.linear.weight": 1 / 2}
     assert difference(tmp_path / "run", raw, ema=False) <= TOLERANCE
 
@@ -162,7 +162,7 @@ def test_the_base_width_of_dit_mup_can_be_given_as_a_number_of_heads(tmp_path):
 @pytest.mark.parametrize("prefix", ["", "module."])
 def test_a_pixart_training_checkpoint_is_imported(tmp_path, scale, prefix):
     raw, ema = pixart_file(tmp_path / "epoch_3.pth", prefix, scale=scale)
-    convert(tmp_path / "epoch_3.pth", tmp_path / "run", "--from", "pixart", "--set", "model.heads=2")
+    convert(tmp_path / "epoch_3.pth", tmp_path / "run", "--from", "pixart", "model.heads=2")
     assert load_config(tmp_path / "run" / "config.yaml").model.interpolation_scale == scale
     assert difference(tmp_path / "run", raw, ema=False) <= TOLERANCE
     assert difference(tmp_path / "run", ema) <= TOLERANCE
@@ -173,7 +173,7 @@ def test_a_pixart_file_without_positions_is_imported(tmp_path):
     theirs = randomise(PixArt(), seed=0)
     state = {name: value for name, value in theirs.state_dict().items() if name != "pos_embed"}
     torch.save({"state_dict": state}, tmp_path / "PixArt.pth")
-    words = ["--from", "pixart", "--set", "model.heads=2", "model.sample_size=8"]
+    words = ["--from", "pixart", "model.heads=2", "model.sample_size=8"]
     convert(tmp_path / "PixArt.pth", tmp_path / "run", *words)
     assert difference(tmp_path / "run", theirs) <= TOLERANCE
 
@@ -191,7 +191,7 @@ def test_a_pixart_file_without_positions_is_imported(tmp_path):
 def test_a_uvit_checkpoint_is_imported(tmp_path, options, changes):
     theirs = randomise(UViT(**options), seed=0)
     torch.save(theirs.state_dict(), tmp_path / "nnet_ema.pth")
-    convert(tmp_path / "nnet_ema.pth", tmp_path / "run", "--from", "uvit", "--set", "model.heads=2", *changes)
+    convert(tmp_path / "nnet_ema.pth", tmp_path / "run", "--from", "uvit", "model.heads=2", *changes)
     assert difference(tmp_path / "run", theirs) <= TOLERANCE
     schedule = load_config(tmp_path / "run" / "config.yaml").objective.beta_schedule
     assert schedule == "scaled_linear"
@@ -200,7 +200,7 @@ def test_a_uvit_checkpoint_is_imported(tmp_path, options, changes):
 def test_a_label_table_without_a_row_for_no_class_gets_a_zero_row(tmp_path, capsys):
     theirs = randomise(UViT(labels=10), seed=0)
     torch.save(theirs.state_dict(), tmp_path / "nnet.pth")
-    words = ["--from", "uvit", "--set", "model.heads=2", "model.num_classes=10"]
+    words = ["--from", "uvit", "model.heads=2", "model.num_classes=10"]
     convert(tmp_path / "nnet.pth", tmp_path / "run", *words)
     assert "sample without guidance" in capsys.readouterr().out
     ours = our_model(tmp_path / "run")
@@ -232,7 +232,7 @@ def test_an_imported_run_can_be_sampled_and_trained_in_any_layout(tmp_path, pool
         ("zero", 2, ["parallel.zero_stage=3"]),
     ):
         folder = tmp_path / name
-        convert(tmp_path / "x.pt", folder, "--from", "dit-mup", "--data", tmp_path / "data", "--set", *changes)
+        convert(tmp_path / "x.pt", folder, "--from", "dit-mup", "--data", tmp_path / "data", *changes)
         step, ended[name] = pool.run(ranks, trained_on, str(folder / "config.yaml"), layout)[0]
         assert step == 2
     before = raw.state_dict()

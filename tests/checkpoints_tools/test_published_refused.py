@@ -57,7 +57,7 @@ def test_a_pickle_with_a_payload_is_rejected_and_runs_no_code(tmp_path, capsys, 
     payload = Payload(function, f"open({str(mark)!r}, 'w')" if function is eval else f"touch {mark}")
     state = {"model": DiT().state_dict(), "args": payload}
     torch.save(state, tmp_path / "x.pt", _use_new_zipfile_serialization=zipped)
-    line = refused(capsys, tmp_path / "x.pt", "dit", "--set", "model.heads=2")
+    line = refused(capsys, tmp_path / "x.pt", "dit", "model.heads=2")
     assert f"needs {named}, which could run arbitrary code" in line
     assert not mark.exists()
     call, arguments = payload.__reduce__()  # unpickling would make this call
@@ -68,7 +68,7 @@ def test_a_pickle_with_a_payload_is_rejected_and_runs_no_code(tmp_path, capsys, 
 @pytest.mark.parametrize("value", [Empty(), torch.distributed.ReduceOp.SUM, argparse.Namespace(x=Empty())])
 def test_pickled_objects_of_other_types_are_rejected(tmp_path, capsys, value):
     torch.save({"model": DiT().state_dict(), "args": value}, tmp_path / "x.pt")
-    line = refused(capsys, tmp_path / "x.pt", "dit", "--set", "model.heads=2")
+    line = refused(capsys, tmp_path / "x.pt", "dit", "model.heads=2")
     assert "so it was not loaded" in line
 
 
@@ -77,7 +77,7 @@ def test_types_allowed_by_other_libraries_are_rejected_and_stay_allowed_elsewher
     torch.save({"model": DiT().state_dict(), "args": Empty()}, tmp_path / "x.pt")
     with torch.serialization.safe_globals([Empty]):
         before = set(torch.serialization.get_safe_globals())
-        assert f"needs {__name__}.Empty" in refused(capsys, tmp_path / "x.pt", "dit", "--set", "model.heads=2")
+        assert f"needs {__name__}.Empty" in refused(capsys, tmp_path / "x.pt", "dit", "model.heads=2")
         assert set(torch.serialization.get_safe_globals()) == before
 
 
@@ -89,7 +89,7 @@ def test_a_truncated_file_is_rejected(tmp_path, capsys, kept, zipped):
     whole = path.read_bytes()
     path.write_bytes(whole[: int(kept * len(whole))])
     expected = "is an empty file" if kept == 0 else "is a truncated zip archive" if zipped else "cannot be read"
-    assert expected in refused(capsys, path, "dit", "--set", "model.heads=2")
+    assert expected in refused(capsys, path, "dit", "model.heads=2")
 
 
 def test_files_that_are_not_checkpoints_are_rejected(tmp_path, capsys):
@@ -133,7 +133,7 @@ def test_a_zip_that_would_need_more_memory_than_its_size_is_rejected(tmp_path, c
     """The sizes in the zip's directory are compared with the file before any entry is read."""
     path = save(tmp_path / "x.pt", DiT())
     rewritten(path, change)
-    assert message in refused(capsys, path, "dit", "--set", "model.heads=2")
+    assert message in refused(capsys, path, "dit", "model.heads=2")
 
 
 def test_a_zip_that_declares_more_bytes_than_the_file_has_is_rejected(tmp_path, capsys):
@@ -144,7 +144,7 @@ def test_a_zip_that_declares_more_bytes_than_the_file_has_is_rejected(tmp_path, 
         entry = data.index(b"PK\x01\x02", entry + 1)
     data[entry + 20 : entry + 28] = struct.pack("<II", 3 << 30, 3 << 30)
     path.write_bytes(data)
-    assert f"but has {len(data):,}" in refused(capsys, path, "dit", "--set", "model.heads=2")
+    assert f"but has {len(data):,}" in refused(capsys, path, "dit", "model.heads=2")
 
 
 @pytest.mark.parametrize("zipped", [True, False], ids=["zip", "legacy"])
@@ -152,7 +152,7 @@ def test_a_tensor_larger_than_its_storage_is_rejected(tmp_path, capsys, zipped):
     """With strides of zero all elements share the same four bytes, until the tensor is copied."""
     state = {**DiT().state_dict(), "x_embedder.proj.bias": torch.ones(1).expand(10**9)}
     torch.save(state, tmp_path / "x.pt", _use_new_zipfile_serialization=zipped)
-    line = refused(capsys, tmp_path / "x.pt", "dit", "--set", "model.heads=2")
+    line = refused(capsys, tmp_path / "x.pt", "dit", "model.heads=2")
     assert "declares 4,000,000,000 bytes for x_embedder.proj.bias" in line
 
 
@@ -199,7 +199,7 @@ def test_the_error_names_the_type_of_the_file_and_does_not_advise_unsafe_loading
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_weights_that_are_not_finite_are_rejected(tmp_path, capsys, value):
     path = save(tmp_path / "x.pt", DiT(), **{"blocks.1.mlp.fc2.bias": torch.full((16,), value)})
-    line = refused(capsys, path, "dit", "--set", "model.heads=2")
+    line = refused(capsys, path, "dit", "model.heads=2")
     assert "the weights for blocks.1.mlp.fc2.bias have NaN" in line
 
 
@@ -213,7 +213,7 @@ def test_a_file_in_another_format_than_given_is_rejected(tmp_path, capsys):
     assert "has no y_embedder.embedding_table.weight with 2 dimensions" in refused(capsys, path, "dit")
     assert "has no patch_embed.proj.weight with 4 dimensions" in refused(capsys, path, "uvit")
     assert main(["convert", str(path), str(tmp_path / "run"), "--from", "sit"]) == 2
-    assert "invalid choice: 'sit'" in capsys.readouterr().err
+    assert "--from sit: expected one of diffusers, dit, " in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -230,7 +230,7 @@ def test_a_file_in_another_format_than_given_is_rejected(tmp_path, capsys):
         ("dit", DiT, {"final_layer.linear.weight": torch.ones(12, 16)}, "has shape [12, 16] for head.linear.weight"),
         ("dit", DiT, {"pos_embed": torch.zeros(1, 16, 16)}, "has a pos_embed that differs from the sin-cos table"),
         ("dit", DiT, {"pos_embed": torch.zeros(1, 15, 16)}, "positions for 15 patches: expected a square"),
-        ("dit", DiT, {"pos_embed": None}, "add --set model.sample_size=N"),
+        ("dit", DiT, {"pos_embed": None}, "add model.sample_size=N"),
         ("dit", DiT, {"blocks.0.attn.q_norm.weight": torch.ones(8)}, "has blocks.0.attn.q_norm.weight, which has no"),
         ("dit", DiT, {"t_embedder.mlp.0.weight": torch.ones(2, 2, dtype=torch.int8)}, "not a dense float tensor"),
         ("pixart", PixArt, {"csize_embedder.mlp.0.weight": torch.ones(2)}, "multi-scale models of side 1024"),
@@ -244,7 +244,7 @@ def test_a_file_in_another_format_than_given_is_rejected(tmp_path, capsys):
 )
 def test_unexpected_missing_and_mismatched_weights_are_rejected(tmp_path, capsys, form, make, changes, message):
     path = save(tmp_path / "x.pt", make(), **changes)
-    assert message in refused(capsys, path, form, "--set", "model.heads=2")
+    assert message in refused(capsys, path, form, "model.heads=2")
 
 
 def test_positions_changed_by_averaging_are_accepted(tmp_path):
@@ -255,17 +255,17 @@ def test_positions_changed_by_averaging_are_accepted(tmp_path):
         moved.mul_(0.9999).add_(fixed, alpha=1 - 0.9999)
     assert 5e-5 < (moved - fixed).abs().max() < 1e-3
     path = save(tmp_path / "x.pt", DiT(), pos_embed=moved)
-    convert(path, tmp_path / "run", "--from", "dit", "--set", "model.heads=2")
+    convert(path, tmp_path / "run", "--from", "dit", "model.heads=2")
     assert our_model(tmp_path / "run").config.interpolation_scale == 1
 
 
 def test_missing_and_invalid_options_are_reported(tmp_path, capsys):
     path = save(tmp_path / "x.pt", DiT())
-    assert "depth 2 and width 16: add --set model.heads=N" in refused(capsys, path, "dit")
+    assert "depth 2 and width 16: add model.heads=N" in refused(capsys, path, "dit")
     for heads in ("3", "0", "x"):
-        line = refused(capsys, path, "dit", "--set", f"model.heads={heads}")
+        line = refused(capsys, path, "dit", f"model.heads={heads}")
         assert f"model.heads={heads}: expected a divisor of the width 16" in line
-    heads = ["--set", "model.heads=2"]
+    heads = ["model.heads=2"]
     assert "give the base width by exactly one of --base-shapes F.bsh and" in refused(capsys, path, "dit-mup", *heads)
     bsh = ["--base-shapes", tmp_path / "x.bsh"]
     assert "give the base width by exactly one of" in refused(capsys, path, "dit-mup", *heads, "mup.base_heads=1", *bsh)
@@ -278,10 +278,10 @@ def test_missing_and_invalid_options_are_reported(tmp_path, capsys):
 def test_base_shapes_of_another_model_are_rejected(tmp_path, capsys):
     path = save(tmp_path / "x.pt", dit_mup(8, 2))
     dit_mup(8, 2, base_shapes=tmp_path / "deep.bsh", depth=3)
-    words = ["--set", "model.heads=8", "--base-shapes"]
+    words = ["model.heads=8", "--base-shapes"]
     assert "has blocks.2." in refused(capsys, path, "dit-mup", *words, tmp_path / "deep.bsh")
     dit_mup(8, 2, base_shapes=tmp_path / "x.bsh")
-    line = refused(capsys, path, "dit-mup", "--set", "model.heads=2", "--base-shapes", tmp_path / "x.bsh")
+    line = refused(capsys, path, "dit-mup", "model.heads=2", "--base-shapes", tmp_path / "x.bsh")
     assert "are not those of a whole number of heads of head_dim=32" in line
 
 

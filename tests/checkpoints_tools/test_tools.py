@@ -179,6 +179,6 @@ def test_an_existing_folder_with_a_temporary_name_is_not_deleted(small_run, tmp_
 
 
 def test_an_import_rejects_an_override_of_run_dir(tmp_path, capsys):
-    words = ["convert", str(tmp_path), str(tmp_path / "out"), "--from", "diffusers", "--set", "run_dir=other"]
+    words = ["convert", str(tmp_path), str(tmp_path / "out"), "--from", "diffusers", "run_dir=other"]
     assert main(words) == 2
     assert f"the run is written to {tmp_path / 'out'}; leave run_dir out" in capsys.readouterr().err

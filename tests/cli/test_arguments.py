@@ -42,10 +42,11 @@ def refused(capsys, words, command=run):
         (["sample", "run", "--prompt", "a"], "--seed", ["-1", str(2**63), "1.5"]),
         (["sample", "run", "--prompt", "a"], "--size", ["0x0", "16", "16x", "x16", "16x16x16", "-16x16", "1e1x16"]),
         (["evaluate", "run"], "--prompts", ["0", "-1"]),
-        (["evaluate", "run"], "--at-least", ["-0.1", "1.1"]),
+        (["evaluate", "run"], "--min-score", ["-0.1", "1.1"]),
         (["train", "CONFIG"], "--procs", ["0", "-1"]),
-        (["train", "CONFIG", "--dry-run"], "--world", ["0"]),
-        (["train", "CONFIG", "--dry-run", "--world", "2"], "--rank", ["-1"]),
+        (["plan", "CONFIG", "--build", "0"], "--gpus", ["0", "-1"]),
+        (["plan", "CONFIG", "--gpus", "2"], "--build", ["-1"]),
+        (["config", "CONFIG"], "--procs", ["0"]),
         (["verify", "CONFIG"], "--steps", ["0"]),
         (["bench", "CONFIG"], "--steps", ["1"]),
         (["bench", "CONFIG"], "--warmup", ["0"]),
@@ -62,18 +63,18 @@ def test_invalid_numbers_are_rejected(config, capsys, words, flag, wrong):
 
 
 def test_abbreviated_flags_are_rejected(config, capsys):
-    assert "--dry" in refused(capsys, ["train", config, "--dry"])
+    assert "--pro" in refused(capsys, ["train", config, "--pro", "2"])
     assert "--kee" in refused(capsys, ["prune", "run", "--keep", "1", "--kee", "2"], checkpoints_tools)
-    assert "--pic" in refused(capsys, ["demo", "out", "--pic", "3"], data_prep)
+    assert "--ima" in refused(capsys, ["toy", "out", "--ima", "3"], data_prep)
 
 
 def test_options_without_effect_are_rejected(config, tmp_path, capsys):
-    assert "--procs 2 has no effect" in refused(capsys, ["train", config, "--dry-run", "--world", "2", "--procs", "2"])
-    assert "--dry-run" in refused(capsys, ["train", config, "--rank", "1"])
-    assert "seed is given twice" in refused(capsys, ["train", config, "seed=3", "--dry-run", "seed=4"])
+    assert "--json and --procs have no effect without a config" in refused(capsys, ["config", "--procs", "2"])
+    assert "required: --build" in refused(capsys, ["plan", config, "--gpus", "2"])
+    assert "seed is given twice" in refused(capsys, ["train", config, "seed=3", "--procs", "1", "seed=4"])
     sweep = tmp_path / "sweep.yaml"
-    sweep.write_text(f"run_dir: {tmp_path}/s\nconfig: {config}\nspace: {{seed: {{choice: [0]}}}}\n")
-    assert "--trial 0 has no effect" in refused(capsys, ["sweep", sweep, "--dry-run", "--trial", "0"])
+    sweep.write_text(f"run_dir: {tmp_path}/s\nbase_config: {config}\nspace: {{seed: {{choice: [0]}}}}\n")
+    assert "--trial 0 has no effect" in refused(capsys, ["sweep", sweep, "--cost", "--trial", "0"])
     assert "layout ''" in refused(capsys, ["verify", config, "--layouts", ""])
 
 
@@ -89,7 +90,7 @@ def test_special_characters_in_file_names_are_literal(config, capsys):
     Path(name).write_text(Path(config).read_text())
     assert run(["mup", name, "--json", "[x] 100%.json"]) == 0
     assert "role" in json.loads(Path("[x] 100%.json").read_text())[0]
-    assert run(["train", name, "--dry-run", "run_dir=a\nb: [x] % \x1b[2J"]) == 0
+    assert run(["config", name, "run_dir=a\nb: [x] % \x1b[2J"]) == 0
     assert "\x1b" not in capsys.readouterr().out
 
 
@@ -101,8 +102,8 @@ def test_special_characters_in_file_names_are_literal(config, capsys):
         (["train", "CONFIG", "\x1b[2J=\n1"], run),
         (["\x1b[2J\n"], run),
         (["sample", "\x1b[2J\nx", "--prompt", "a"], run),
-        (["verify", "\x1b[2J\nx"], data_prep),
-        (["demo", "x", "--pictures", "\x1b[2J\n"], data_prep),
+        (["check", "\x1b[2J\nx"], data_prep),
+        (["toy", "x", "--images", "\x1b[2J\n"], data_prep),
         (["inspect", "\x1b[2J\nx"], checkpoints_tools),
         (["\x1b[2J\n"], checkpoints_tools),
     ],
@@ -115,7 +116,8 @@ def test_error_messages_escape_control_characters_of_arguments(config, capsys, w
 
 OUTPUTS = [
     (["train", "CONFIG"], "--json", run),
-    (["train", "CONFIG", "--dry-run"], "--json", run),
+    (["config", "CONFIG"], "--json", run),
+    (["plan", "CONFIG", "--gpus", "2", "--build", "0"], "--json", run),
     (["verify", "CONFIG"], "--json", run),
     (["bench", "CONFIG"], "--json", run),
     (["mup", "CONFIG"], "--json", run),
@@ -129,8 +131,8 @@ OUTPUTS = [
     (["sample", "run", "--prompt", "a"], "--out", run),
     (["evaluate", "run"], "--json", run),
     (["evaluate", "run"], "--out", run),
-    (["demo", "scenes"], "--json", data_prep),
-    (["verify", "scenes"], "--json", data_prep),
+    (["toy", "scenes"], "--json", data_prep),
+    (["check", "scenes"], "--json", data_prep),
     (["stats", "scenes"], "--json", data_prep),
     (["stats", "scenes"], "--out", data_prep),
     (["inspect", "run"], "--json", checkpoints_tools),
@@ -151,12 +153,12 @@ def test_unwritable_outputs_are_rejected_before_any_work(config, capsys, words, 
     ("words", "message", "command"),
     [
         (["mup", "CONFIG", "--json", "CONFIG"], "--json CONFIG is also the config", run),
-        (["train", "CONFIG", "--dry-run", "--json", "./config.yaml"], "is also the config", run),
+        (["config", "CONFIG", "--json", "./config.yaml"], "is also the config", run),
         (["mup", "CONFIG", "--save", "a", "--json", "a"], "--json a is also --save", run),
         (["transfer", "run", "CONFIG", "--out", "CONFIG"], "--out CONFIG is also the config", run),
         (["sample", "run", "--prompt", "a", "--out", "a.png", "--json", "a.png"], "--json a.png is also --out", run),
         (["reshard", "run", "moved", "--json", "moved"], "--json moved is also --out", checkpoints_tools),
-        (["demo", "scenes", "--json", "scenes"], "--json scenes is also the folder", data_prep),
+        (["toy", "scenes", "--json", "scenes"], "--json scenes is also the folder", data_prep),
     ],
 )
 def test_output_equal_to_an_input_or_another_output_is_rejected(config, capsys, words, message, command):
@@ -212,13 +214,13 @@ def test_tilde_in_output_paths_is_expanded(config, tmp_path, monkeypatch, capsys
 
 @pytest.mark.parametrize(
     ("given", "written"),
-    [("grid1", "grid1.png"), ("pictures", "pictures/grid.png"), ("pictures/", "pictures/grid.png"), ("a.jpg", "a.jpg")],
+    [("grid1", "grid1.png"), ("images", "images/grid.png"), ("images/", "images/grid.png"), ("a.jpg", "a.jpg")],
 )
 def test_image_is_written_to_the_resolved_path_in_the_format_of_its_extension(config, capsys, given, written):
-    from megatron_dit.cli.common import output_picture
+    from megatron_dit.cli.arguments import output_image
 
-    Path("pictures").mkdir()
-    path = output_picture("--out", "grid.png")(given)
+    Path("images").mkdir()
+    path = output_image("--out", "grid.png")(given)
     assert str(path) == written
     save_grid([np.zeros((8, 8, 3), np.uint8)], ["a\x1b[2J red $\\frac$ circle"], path)
     kind = "JPEG" if written.endswith("jpg") else "PNG"

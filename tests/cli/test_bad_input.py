@@ -230,7 +230,7 @@ def test_run_resumes_on_other_shards_but_not_on_another_text_encoder(config, tmp
 def test_data_prep_rejects_existing_outputs_and_missing_inputs(capsys, tmp_path, dataset):
     from data_prep.__main__ import main
 
-    assert main(["demo", str(dataset)]) == 2
+    assert main(["toy", str(dataset)]) == 2
     assert "exists" in one_line(capsys)
     assert main(["encode", str(tmp_path / "*.tar"), str(tmp_path / "out")]) == 2
     assert "matches no files" in one_line(capsys)
@@ -239,9 +239,9 @@ def test_data_prep_rejects_existing_outputs_and_missing_inputs(capsys, tmp_path,
 
 def test_overrides_may_follow_flags(config, capsys):
     path = config()
-    assert run(["train", str(path), "train.steps=7", "--dry-run", "train.log_every=3"]) == 0
+    assert run(["config", str(path), "train.steps=7", "--procs", "1", "train.log_every=3"]) == 0
     out = capsys.readouterr().out
     assert "steps: 7" in out
     assert "log_every: 3" in out
-    assert run(["train", str(path), "--dry-run", "--steps=7"]) == 2
+    assert run(["config", str(path), "--steps=7"]) == 2
     assert "unrecognized arguments: --steps=7" in capsys.readouterr().err

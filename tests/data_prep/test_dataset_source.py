@@ -58,7 +58,7 @@ def test_saved_dataset_yields_class_labels(saved):
     found = [item for item, _ in source.scan(0)]
     assert [item.label for item in found if isinstance(item, Record)] == [1, 0, 1]
     assert reasons(found) == {"saved row 2": "no image", "saved row 4": "no class label"}
-    with pytest.raises(UserError, match=r"--classes 3 does not match dataset .* has 2 classes"):
+    with pytest.raises(UserError, match=r"--num-classes 3 does not match dataset .* has 2 classes"):
         open_source(str(saved[0]), num_classes=3)
 
 

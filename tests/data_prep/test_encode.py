@@ -52,12 +52,12 @@ def test_captioned_images_are_encoded(photos, tmp_path, capsys):
 
 def test_labelled_images_are_encoded(photos, tmp_path, capsys):
     source, _ = photos([{"cls": "2"}, {"cls": "0", "txt": "a dot"}, {"txt": "no class"}])
-    assert data_prep(["encode", source, str(tmp_path / "out"), "--size", "8", "--classes", "3"]) == 0
+    assert data_prep(["encode", source, str(tmp_path / "out"), "--size", "8", "--num-classes", "3"]) == 0
     index, samples = read_samples(tmp_path / "out")
     assert (index.samples, index.classes) == (2, 3)
     assert [sample["cls"] for sample in samples.values()] == [2, 0]
     assert [sample["txt"] for sample in samples.values()] == ["", "a dot"]
-    assert data_prep(["encode", source, str(tmp_path / "few"), "--size", "8", "--classes", "2"]) == 0
+    assert data_prep(["encode", source, str(tmp_path / "few"), "--size", "8", "--num-classes", "2"]) == 0
     assert "rejected 2 (class is not a number below 2: 1, no class label: 1)" in capsys.readouterr().out
 
 

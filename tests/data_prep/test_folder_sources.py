@@ -198,7 +198,7 @@ def test_class_folders_provide_labels(fill):
     files = {"dog/x/1.png": PNG, "cat/1.png": PNG, "cat/1.txt": b"ignored", "stray.png": PNG, ".git/1.png": PNG}
     folder = fill(files)
     (folder / "bird").mkdir()
-    source = open_source(str(folder), classes=True)
+    source = open_source(str(folder), class_folders=True)
     found = scan(source)
     assert (source.kind, source.classes) == ("classes", ("bird", "cat", "dog"))
     assert {name: record.label for name, record in kept(found).items()} == {"cat/1.png": 1, "dog/x/1.png": 2}
@@ -348,11 +348,11 @@ def test_folders_without_images_are_rejected(fill, tmp_path):
     with pytest.raises(UserError, match="contains no image"):
         open_source(folder)
     with pytest.raises(UserError, match="no sub-folders"):
-        open_source(folder, classes=True)
-    with pytest.raises(UserError, match=r"--classes 3 is for tars .* use --class-folders"):
+        open_source(folder, class_folders=True)
+    with pytest.raises(UserError, match=r"--num-classes 3 is for tars .* use --class-folders"):
         open_source(folder, num_classes=3)
     with pytest.raises(UserError, match="cannot be combined with class folders"):
-        open_source(folder, classes=True, table="t.csv")
+        open_source(folder, class_folders=True, table="t.csv")
 
 
 def test_missing_library_error_names_the_extra(fill, tmp_path, monkeypatch):

@@ -226,8 +226,8 @@ def test_invalid_arguments_are_rejected_before_the_folder_is_created(arguments, 
     for option in (["--text-encoder", "t5"], ["--tokens", "7"], ["--text", "ids"]):
         words = ("encode", str(tmp_path / "classes"), "--class-folders", *option)
         rejected(f"{option[0]} {option[1]} has no effect with --class-folders", *words)
-    rejected("--seed -1: expected at least 0", "demo", "--seed=-1")
-    rejected("--seed 9223372036854775808: expected", "demo", "--seed", str(2**63))
+    rejected("--seed -1: expected at least 0", "toy", "--seed=-1")
+    rejected("--seed 9223372036854775808: expected", "toy", "--seed", str(2**63))
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "notes.txt").write_text("mine")
     assert data_prep(encode(arguments, tmp_path / "other")) == 2
@@ -320,12 +320,12 @@ def test_corrupt_list_of_rejected_images_does_not_stop_the_job(arguments, uninte
     (folder / "rejected.jsonl").write_bytes(data)
     assert data_prep(encode(arguments, folder)) == 0
     assert "finished in an earlier run: wrote 144 samples" in capsys.readouterr().out
-    assert data_prep(["verify", str(folder)]) == 1
+    assert data_prep(["check", str(folder)]) == 1
     out = capsys.readouterr().out
     assert "rejected.jsonl, line 1 is not a valid entry" in out
     (folder / "rejected.jsonl").unlink()
     assert data_prep(encode(arguments, folder)) == 0
-    assert data_prep(["verify", str(folder)]) == 0
+    assert data_prep(["check", str(folder)]) == 0
 
 
 def test_home_folder_is_expanded_in_all_paths_but_variables_are_not(tmp_path, monkeypatch, capsys):
@@ -334,7 +334,7 @@ def test_home_folder_is_expanded_in_all_paths_but_variables_are_not(tmp_path, mo
     (tmp_path / "in").mkdir()
     write_tar(tmp_path / "in" / "0.tar", [{"png": png(noise()), "txt": "a dot"}])
     assert data_prep(["encode", "~/in/*.tar,~/in/0.tar", "~/out", "--size", "8"]) == 0
-    assert data_prep(["verify", "~/out"]) == 0
+    assert data_prep(["check", "~/out"]) == 0
     assert (tmp_path / "out" / "index.json").is_file()
     capsys.readouterr()
     for words in (["in/*.tar", "$HOME/out2"], ["$HOME/in/*.tar", "out2"], ["in/*.tar", "out2", "--vae", "${HOME}/vae"]):
@@ -346,7 +346,7 @@ def test_home_folder_is_expanded_in_all_paths_but_variables_are_not(tmp_path, mo
 
 
 def test_toy_dataset_is_created_by_the_same_kind_of_job(dataset, capsys):
-    assert data_prep(["demo", str(dataset), "--pictures", "600"]) == 2
+    assert data_prep(["toy", str(dataset), "--images", "600"]) == 2
     assert "--per-shard 150, not 2500" in one_line(capsys)
     index = read_index(dataset)
     assert (index.source, index.samples, len(index.shards), index.text["tokens"]) == ("scenes", 600, 4, 24)

@@ -54,8 +54,8 @@ def test_statistics_equal_those_of_numpy(folder, tmp_path, capsys):
     assert figures["latents"]["mean"] == pytest.approx(values.mean(1).tolist(), rel=1e-12)
     assert figures["latents"]["std"] == pytest.approx(values.std(1).tolist(), rel=1e-12)
     assert figures["buckets"] == {
-        "4 x 8": {"shards": 1, "samples": 40, "share": 40 / 60},
-        "8 x 4": {"shards": 1, "samples": 20, "share": 20 / 60},
+        "4 x 8": {"shards": 1, "samples": 40, "fraction": 40 / 60},
+        "8 x 4": {"shards": 1, "samples": 20, "fraction": 20 / 60},
     }
     lengths = np.array([count for n in range(60) for count in [1 + n % 24] + ([2] if n % 3 == 0 else [])])
     found = figures["captions"]
@@ -64,7 +64,7 @@ def test_statistics_equal_those_of_numpy(folder, tmp_path, capsys):
         np.quantile(lengths, [0.25, 0.5, 0.99, 1]).tolist()
     )
     assert found["cut"] == pytest.approx((lengths == 24).mean())
-    assert found["a_picture"] == pytest.approx(len(lengths) / 60)
+    assert found["per_image"] == pytest.approx(len(lengths) / 60)
     assert figures["classes"] == [sum(n % 24 == label for n in range(60)) for label in range(24)]
     for name in ("stats.png", "samples.png"):
         with Image.open(tmp_path / "stats" / name) as picture:
@@ -111,7 +111,7 @@ def test_shift_and_scaling_factor_of_a_vae_are_computed(tmp_path):
 def test_dataset_without_a_readable_sample_is_an_error(folder, tmp_path, capsys):
     make_folder(tmp_path / "bad", [(WIDE, 4)], members=lambda _: {"latent.npy": b"no array"})
     assert data_prep(["stats", str(tmp_path / "bad")]) == 2
-    assert "data_prep verify" in capsys.readouterr().err
+    assert "data_prep check" in capsys.readouterr().err
 
 
 def test_unreadable_samples_are_counted_and_excluded(tmp_path, capsys):

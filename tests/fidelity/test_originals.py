@@ -31,9 +31,9 @@ FOLDER = Path(__file__).parent
 PIXART, UVIT = FOLDER / "pixart-mup-n2", FOLDER / "uvit"
 CHECKPOINT = PIXART / "epoch_5_step_100.pth"
 BASES = {
-    "heads": ["--set", "model.heads=2", "mup.base_heads=1"],
-    "file": ["--base-shapes", PIXART / "base.bsh", "--set", "model.heads=2"],
-    "groups": ["--set", "model.heads=2"],  # the ratio follows from the optimizer's groups in the checkpoint
+    "heads": ["model.heads=2", "mup.base_heads=1"],
+    "file": ["--base-shapes", PIXART / "base.bsh", "model.heads=2"],
+    "groups": ["model.heads=2"],  # the ratio follows from the optimizer's groups in the checkpoint
 }
 
 
@@ -143,18 +143,18 @@ def refused(tmp_path, capsys, form, *words):
 
 
 def test_importing_a_mup_file_as_pixart_is_rejected(tmp_path, capsys):
-    line = refused(tmp_path, capsys, "pixart", "--set", "model.heads=2")
+    line = refused(tmp_path, capsys, "pixart", "model.heads=2")
     assert "trained under μP: its optimizer has the learning rates 0.000488281 and 0.000976562" in line
     assert "import it with --from pixart-mup" in line
 
 
 def test_a_base_width_that_contradicts_the_optimizer_groups_is_rejected(tmp_path, capsys):
-    line = refused(tmp_path, capsys, "pixart-mup", "--set", "model.heads=8", "mup.base_heads=1")
+    line = refused(tmp_path, capsys, "pixart-mup", "model.heads=8", "mup.base_heads=1")
     assert "its width is 2 times the base width, but the given base width makes it 8 times" in line
 
 
 def test_a_file_of_another_architecture_is_rejected_before_its_parametrization_is_checked(tmp_path, capsys):
-    line = refused(tmp_path, capsys, "dit", "--set", "model.heads=2")
+    line = refused(tmp_path, capsys, "dit", "model.heads=2")
     assert "give --from the format of the file" in line
 
 
@@ -176,7 +176,7 @@ def test_invalid_adamw_groups_are_not_used(tmp_path, capsys, change, valid):
         group.update(change)
     torch.save(state, tmp_path / "x.pth")
     base = "mup.base_heads=2" if valid else "mup.base_heads=1"  # one learning rate for all: n = 1
-    convert(tmp_path / "x.pth", tmp_path / "run", "--from", "pixart-mup", "--set", "model.heads=2", base)
+    convert(tmp_path / "x.pth", tmp_path / "run", "--from", "pixart-mup", "model.heads=2", base)
     assert ("are not valid AdamW groups" in capsys.readouterr().out) != valid
     lr = load_config(tmp_path / "run" / "config.yaml").optimizer.lr
     assert lr == pytest.approx(1e-3 if valid else 1e-4)  # 1e-4 is the import's default
@@ -186,7 +186,7 @@ def test_invalid_adamw_groups_are_not_used(tmp_path, capsys, change, valid):
 def uvit(tmp_path_factory):
     run = tmp_path_factory.mktemp("uvit") / "run"
     recipe = ["optimizer.lr=2e-4", "optimizer.weight_decay=0.03", "optimizer.beta1=0.99", "optimizer.beta2=0.99"]
-    convert(UVIT / "nnet.pth", run, "--from", "uvit", "--set", "model.heads=2", *recipe)
+    convert(UVIT / "nnet.pth", run, "--from", "uvit", "model.heads=2", *recipe)
     return run
 
 

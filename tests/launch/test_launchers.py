@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import subprocess
@@ -77,22 +76,6 @@ def test_train_sbatch_finds_the_first_host(tmp_path, scontrol, given, expected):
     env = {"PATH": str(tmp_path), "SLURM_JOB_ID": "123", "SLURM_JOB_NODELIST": "node-[1-8]", "MASTER_ADDR": given}
     done = subprocess.run(["bash", ROOT / "launch/train.sbatch"], env=env, capture_output=True, text=True, check=True)
     assert done.stdout == f"{expected} 20123\n"
-
-
-def test_dry_run_prints_resolved_config_and_derived_values(dataset, tmp_path, capsys):
-    from megatron_dit.cli import run
-
-    config = tmp_path / "config.yaml"
-    config.write_text(yaml.safe_dump(small_dict("mmdit", **{"data.path": str(dataset)})))
-    results = tmp_path / "results.json"
-    words = ["train", str(config), "parallel.zero_stage=1", "--dry-run", "--procs", "2", "--json", str(results)]
-    assert run(words) == 0
-    resolved, derived = yaml.safe_load_all(capsys.readouterr().out)
-    assert resolved["parallel"]["zero_stage"] == 1
-    assert derived == json.loads(results.read_text())
-    assert derived["deepspeed"]["zero_optimization"]["stage"] == 1
-    assert derived["deepspeed"]["train_micro_batch_size_per_gpu"] == 4
-    assert derived["parameters"] > 10000
 
 
 def test_module_and_console_script_print_the_same_help():

@@ -11,7 +11,7 @@ import yaml
 from transformers import BitImageProcessor, Dinov2Config, Dinov2Model
 
 from data_prep.__main__ import main as data_prep
-from data_prep.demo import Vision, demo
+from data_prep.toy import Vision, make_toy_dataset
 from megatron_dit import verify
 from megatron_dit.cli import run
 from megatron_dit.data.index import read_index
@@ -20,7 +20,7 @@ from megatron_dit.data.vision import MEAN, STD, VisionEncoder
 from megatron_dit.models.param_specs import param_specs
 from megatron_dit.mup.groups import optimizer_groups
 from megatron_dit.objectives.repa import alignment_loss
-from megatron_dit.verify import LAYOUTS, REFERENCE
+from megatron_dit.verify import LAYOUTS, REFERENCE, layout_parity
 from tests.helpers.configs import ARCHITECTURES, small, small_dict
 from tests.helpers.mup_groups import package_groups, table
 
@@ -40,7 +40,7 @@ def encoder(tmp_path_factory):
 @pytest.fixture(scope="module")
 def data(tmp_path_factory, encoder):
     folder = tmp_path_factory.mktemp("repa") / "scenes"
-    demo(folder, 200, seed=0, vision=Vision(encoder, patch=4))
+    make_toy_dataset(folder, 200, seed=0, vision=Vision(encoder, patch=4))
     return str(folder)
 
 
@@ -105,7 +105,7 @@ def trace(arch, layout, data, scratch):
     base = small(arch, **REPA, **{"data.path": data})
     values = dict(item.split("=") for item in layout.overrides(base))
     config = small(arch, **REPA, **{"data.path": data, **{k: yaml.safe_load(v) for k, v in values.items()}})
-    return verify.first_steps(config, Path(scratch))
+    return layout_parity.first_steps(config, Path(scratch))
 
 
 @pytest.mark.parametrize("arch", ["dit", "uvit"])
@@ -131,5 +131,5 @@ def test_invalid_inputs_are_rejected_in_one_line(data, dataset, encoder, tmp_pat
     rejected("has 24 features", **{"model.repa_block": 1, "model.repa_dim": 12, "data.path": data})
     rejected("cannot be loaded", **REPA, **{"data.path": data, "data.repa_encoder": str(tmp_path)})
     rejected("has 24", **{"model.repa_block": 1, "model.repa_dim": 12, "data.path": data, "data.repa_encoder": encoder})
-    assert data_prep(["demo", str(tmp_path / "d"), "--pictures", "4", "--vision-encoder", encoder, "--patch", "3"]) == 2
+    assert data_prep(["toy", str(tmp_path / "d"), "--images", "4", "--vision-encoder", encoder, "--patch", "3"]) == 2
     assert "--patch 3" in capsys.readouterr().err

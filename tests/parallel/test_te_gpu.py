@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from data_prep.demo import demo
+from data_prep.toy import make_toy_dataset
 from tests.helpers.child import in_child
 from tests.helpers.configs import ARCHITECTURES, small
 
@@ -171,7 +171,7 @@ def final_loss(overrides):
 def toy_images(tmp_path_factory):
     """Folder with 20,000 toy images."""
     folder = tmp_path_factory.mktemp("te") / "scenes"
-    demo(folder, 20_000, seed=0)
+    make_toy_dataset(folder, 20_000, seed=0)
     return folder
 
 

@@ -1,11 +1,9 @@
-"""``--dry-run --world`` builds one rank of a large job: its memory equals closed forms, and errors are reported."""
+"""``plan --build`` builds one rank of a large job: its memory equals closed forms, and errors are reported."""
 
 from __future__ import annotations
 
 import json
 import math
-import subprocess
-import sys
 from collections import Counter
 
 import pytest
@@ -19,12 +17,11 @@ WORLD = 16
 
 
 def share(tmp_path, rank, **options):
-    """Return the results of ``--dry-run --world`` from a separate process, because it creates a fake process group."""
+    """Return the results of ``plan --build``."""
     config, results = tmp_path / "c.yaml", tmp_path / "f.json"
     config.write_text(yaml.safe_dump(small_dict("mmdit", heads=8, base_heads=2, **options)))
-    words = ["train", str(config), "--dry-run", "--world", str(WORLD), "--rank", str(rank), "--json", str(results)]
-    done = subprocess.run([sys.executable, "-m", "megatron_dit", *words], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    words = ["plan", str(config), "--gpus", str(WORLD), "--build", str(rank), "--json", str(results)]
+    assert run(words) == 0
     return json.loads(results.read_text())
 
 
@@ -75,19 +72,18 @@ def test_memory_and_bubble_equal_closed_forms_for_zero_1_with_a_pipeline_in_fp32
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--world", "6", "parallel.tensor=4"], "6 ranks are not divisible by parallel.tensor=4"),
-        (["--world", "256", "parallel.tensor=3"], "model.heads=4"),
-        (["--world", "256"], "train.global_batch=8"),
-        (["--world", "4", "parallel.pipeline=4"], "model.depth=2"),
-        (["--world", "4", "--rank", "4"], "--rank 4 is invalid; expected 0 to 3"),
-        (["--rank", "1"], "--world N"),
-        (["--world", "4", "parallel.pipeline=2", "parallel.zero_stage=3"], "parallel.zero_stage=1 with the pipeline"),
+        (["--gpus", "6", "parallel.tensor=4"], "6 ranks are not divisible by parallel.tensor=4"),
+        (["--gpus", "256", "parallel.tensor=3"], "model.heads=4"),
+        (["--gpus", "256"], "train.global_batch=8"),
+        (["--gpus", "4", "parallel.pipeline=4"], "model.depth=2"),
+        (["--gpus", "4", "--build=4"], "--build 4: expected the number of a rank from 0 to 3"),
+        (["--gpus", "4", "parallel.pipeline=2", "parallel.zero_stage=3"], "parallel.zero_stage=1 with the pipeline"),
     ],
 )
 def test_invalid_layout_is_refused_on_one_line(tmp_path, capsys, words, message):
     config = tmp_path / "c.yaml"
     config.write_text(yaml.safe_dump(small_dict("mmdit")))
-    assert run(["train", str(config), "--dry-run", *words]) == 2
+    assert run(["plan", str(config), "--build=0", *words]) == 2
     line = capsys.readouterr().err.strip()
     assert message in line
     assert "\n" not in line

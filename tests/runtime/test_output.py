@@ -10,7 +10,7 @@ import pytest
 
 PROGRAM = """
 import sys
-from megatron_dit.cli.program import run_program
+from megatron_dit.runtime.program import run_program
 from megatron_dit.runtime.output import keep_going
 
 def command(arguments):

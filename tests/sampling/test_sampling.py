@@ -117,7 +117,7 @@ def test_sample_and_evaluate_write_images_and_results(trained, tmp_path, capsys)
     assert run(["evaluate", str(trained), "--prompts", "6", "--json", str(tmp_path / "e.json")]) == 0
     assert (trained / "samples.png").is_file()
     assert json.loads((tmp_path / "e.json").read_text())["prompts"] == 6
-    assert run(["evaluate", str(trained), "--prompts", "6", "--at-least", "1.0"]) == 1
+    assert run(["evaluate", str(trained), "--prompts", "6", "--min-score", "1.0"]) == 1
     assert "of 6 held-out prompts" in capsys.readouterr().out
 
 
@@ -137,6 +137,19 @@ def test_invalid_flags_are_refused_on_one_line(trained, tmp_path, capsys, flags,
     assert run(["sample", str(trained), "--prompt", "two blue squares", "--out", str(out), *flags]) == 2
     line = capsys.readouterr().err.strip()
     assert words in line
+    assert "\n" not in line
+    assert not out.exists()
+
+
+@pytest.mark.parametrize("words", [["sample", "--prompt", "a red circle"], ["evaluate", "--prompts", "1"]])
+@pytest.mark.parametrize("step", ["load_model", "solve"])
+def test_out_of_memory_is_reported_on_one_line_with_a_remedy(trained, tmp_path, monkeypatch, capsys, words, step):
+    monkeypatch.setattr(f"megatron_dit.sampling.generate.{step}", lambda *_, **__: torch.empty(2**58))
+    out = tmp_path / "x.png"
+    assert run([words[0], str(trained), *words[1:], "--out", str(out)]) == 2
+    line = capsys.readouterr().err.strip()
+    assert line.startswith("error: out of memory (")
+    assert "lower --batch 64" in line
     assert "\n" not in line
     assert not out.exists()
 
@@ -211,5 +224,5 @@ def test_uvit_samples_only_at_its_training_size(dataset, tmp_path, capsys):
     assert "is not supported by uvit, which learns the positions" in capsys.readouterr().err
     assert run(["train", str(path), "model.sample_size=32", f"run_dir={tmp_path / 'other'}"]) == 2
     assert "uvit learns positions of a single size" in capsys.readouterr().err
-    assert run(["train", str(path), "model.depth=4", "--dry-run"]) == 2
+    assert run(["config", str(path), "model.depth=4"]) == 2
     assert "model.depth=4" in capsys.readouterr().err

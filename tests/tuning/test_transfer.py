@@ -91,7 +91,7 @@ def test_search_costs_equal_those_of_the_paper(tmp_path):
     ):
         figures = tmp_path / f"{arch}.json"
         goal = str(CONFIGS / arch / f"{target}.yaml")
-        words = ["sweep", str(CONFIGS / arch / "sweep.yaml"), "--dry-run", "--target", goal, "--json", str(figures)]
+        words = ["sweep", str(CONFIGS / arch / "sweep.yaml"), "--cost", "--target", goal, "--json", str(figures)]
         assert run([word.replace(str(CONFIGS.parent) + "/", "") for word in words]) == 0
         assert json.loads(figures.read_text())["cost_rounded"] == pytest.approx(by_hand, rel=1e-6)
     assert round(100 * 5 * 0.04 * 5 / (0.61 * 30), 2) == 5.46

@@ -84,7 +84,7 @@ def _config(form: OriginalFormat, file: OriginalCheckpoint, given: Overrides, as
         raise UserError(
             f"{file.path} was trained with the learning rates {_listed(recipe.lrs)}, so its width is {recipe.ratio:g} "
             f"times the base width, but the given base width makes it {width_multiplier(config):g} times: give the "
-            "base width it was trained with by --base-shapes or --set mup.base_heads=N"
+            "base width it was trained with by --base-shapes or mup.base_heads=N"
         )
     return config
 
@@ -109,7 +109,7 @@ def _with_base_width(values: dict[str, Any], given: Overrides, asked: Import, re
         values["mup"]["base_heads"] = int(values["model"]["heads"] / recipe.ratio)
     elif ways != 1:
         raise UserError(
-            "give the base width by exactly one of --base-shapes F.bsh and --set mup.base_heads=N (4 in the paper)"
+            "give the base width by exactly one of --base-shapes F.bsh and mup.base_heads=N (4 in the paper)"
         )
     return config_of(values, asked) if asked.base_shapes is None else _with_base(values, asked, asked.base_shapes)
 
@@ -139,7 +139,7 @@ def model_of(form: OriginalFormat, file: OriginalCheckpoint, given: Overrides) -
     if not heads:
         raise UserError(
             f"{file.path} does not contain the number of attention heads, and no published {form.name} model has depth "
-            f"{read['depth']} and width {width}: add --set model.heads=N"
+            f"{read['depth']} and width {width}: add model.heads=N"
         )
     if not heads.isdigit() or int(heads) < 1 or width % int(heads):
         raise UserError(f"model.heads={heads}: expected a divisor of the width {width}")
@@ -171,7 +171,7 @@ def _with_base(values: dict[str, Any], asked: Import, path: Path) -> Config:
         if {name: param.base for name, param in found.items()} == {n: param.base for n, param in expected.items()}:
             return config
     raise UserError(
-        f"the base shapes in {path} are not those of a whole number of heads of head_dim={head_dim}: give --set "
+        f"the base shapes in {path} are not those of a whole number of heads of head_dim={head_dim}: give "
         f"mup.base_shapes={path} instead of --base-shapes, and keep the file for as long as the run is used"
     )
 
@@ -200,8 +200,8 @@ def _rename_weights(
         if tuple(found[name].shape) != expected:
             raise UserError(
                 f"{file.path} has shape {list(found[name].shape)} for {name}, but {form.arch} with depth "
-                f"{config.model.depth} and {config.model.heads} heads needs {list(expected)}: correct --set, if given; "
-                "otherwise the file is of a different model"
+                f"{config.model.depth} and {config.model.heads} heads needs {list(expected)}: correct the overrides, "
+                "if there are any; otherwise the file is of a different model"
             )
     return found, notes
 

@@ -150,9 +150,7 @@ def read_positions(file: OriginalCheckpoint, given: Overrides, patch: int) -> di
     """
     if POSITIONS not in file.raw:
         if "model.sample_size" not in given:
-            raise UserError(
-                f"{file.path} has no {POSITIONS}: add --set model.sample_size=N with the side of its latents"
-            )
+            raise UserError(f"{file.path} has no {POSITIONS}: add model.sample_size=N with the side of its latents")
         return {}
     _, tokens, width = tensor_shape(file, POSITIONS, 3)
     scale = 1.0

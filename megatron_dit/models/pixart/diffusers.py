@@ -127,8 +127,8 @@ class PixArtCounterpart(DiffusersCounterpart):
             )
         if tuple(value.shape) != expected:
             raise UserError(
-                f"the null caption of {folder.path} has shape {list(value.shape)}, but its config.json and --set "
-                f"require {list(expected)}: use files that belong together"
+                f"the null caption of {folder.path} has shape {list(value.shape)}, but its config.json and "
+                f"the overrides require {list(expected)}: use files that belong together"
             )
         # diffusers uses the features of "", one token, for no caption. Repeating that token does not change the output
         # of the cross-attention.

@@ -1,4 +1,4 @@
-"""Entry point shared by the three programs: standard streams, uncaught exceptions and the exit status."""
+"""Start and end of a process of the command line: standard streams, errors and the exit status."""
 
 from __future__ import annotations
 
@@ -33,17 +33,9 @@ def run_program(command: Callable[[list[str]], int]) -> int:
     silence_import_warnings()
     faulthandler.enable(sys.__stderr__ or sys.stderr)  # a crash in C++ prints the Python stack
     try:
-        status = command(sys.argv[1:])
-        sys.stdout.flush()
-        return status
+        return exit_status(lambda: _flushed(command(sys.argv[1:])))
     except SystemExit as ended:  # raised by --help, and when the reader of a pipe has closed it
         return ended.code if isinstance(ended.code, int) else 0
-    except UserError as error:  # raised by the last flush
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return 130
     except RemoteError as error:
         if is_rank0() or error.rank is None:
             print(f"error: {printable(error)}", file=sys.stderr, flush=True)
@@ -53,3 +45,26 @@ def run_program(command: Callable[[list[str]], int]) -> int:
     except Exception:
         traceback.print_exc()
         return 1
+
+
+def _flushed(status: int) -> int:
+    """Flush standard output, so that an error of this last write is reported too."""
+    sys.stdout.flush()
+    return status
+
+
+def exit_status(
+    command: Callable[[], int],
+    shown: Callable[[UserError], bool] = lambda _: True,
+    interrupted: str = "interrupted",
+) -> int:
+    """Run a command and return its exit status: 2 after a UserError, whose message is printed if ``shown(error)``."""
+    try:
+        return command()
+    except UserError as error:
+        if shown(error):
+            print(f"error: {printable(error)}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(interrupted, file=sys.stderr)
+        return 130

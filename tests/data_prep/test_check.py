@@ -1,4 +1,4 @@
-"""``verify`` finds every kind of corruption in a folder of shards, and reports none in an intact one."""
+"""``check`` finds every kind of corruption in a folder of shards, and reports none in an intact one."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def folder(tmp_path):
 
 def problems(folder, tmp_path, *flags):
     """Run the command and return (exit status, problems)."""
-    status = data_prep(["verify", str(folder), "--json", str(tmp_path / "report.json"), *flags])
+    status = data_prep(["check", str(folder), "--json", str(tmp_path / "report.json"), *flags])
     return status, json.loads((tmp_path / "report.json").read_text())["problems"]
 
 
@@ -215,5 +215,5 @@ def test_twenty_problems_are_printed_and_the_others_counted(tmp_path, capsys):
 
 
 def test_folder_without_an_index_is_rejected(tmp_path, capsys):
-    assert data_prep(["verify", str(tmp_path)]) == 2
+    assert data_prep(["check", str(tmp_path)]) == 2
     assert "has no index.json" in capsys.readouterr().err

@@ -142,10 +142,10 @@ def decode(data: bytes, limits: Limits) -> Image.Image:
         raise Unusable(f"cannot be decoded: {type(error).__name__}") from None
 
 
-def fit(picture: Image.Image, side: tuple[int, int]) -> np.ndarray:
+def fit(image: Image.Image, side: tuple[int, int]) -> np.ndarray:
     """Resize to cover ``side`` (height, width) and crop the centre. Return (height, width, 3) uint8."""
     height, width = side
-    return np.array(ImageOps.fit(picture, (width, height), Image.Resampling.LANCZOS))
+    return np.array(ImageOps.fit(image, (width, height), Image.Resampling.LANCZOS))
 
 
 def _check(size: tuple[int, int], limits: Limits) -> None:

@@ -17,8 +17,8 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
+from data_prep.check_shard import Checked, check_shard
 from data_prep.rejected import REJECTED, read_rejected
-from data_prep.verify_shard import Checked, check_shard
 from megatron_dit.data.encoder_hash import weights_sha256
 from megatron_dit.data.index import Index, read_index
 from megatron_dit.data.shard_cache import Cache
@@ -37,7 +37,7 @@ class Report:
     problems: list[str]  # one line each
 
 
-def verify(folder: str, procs: int = 1) -> Report:
+def check(folder: str, procs: int = 1) -> Report:
     """Check every shard of a folder or URL, ``procs`` in parallel. Raise UserError if there is no valid index."""
     index = read_index(folder)
     buckets: dict[str, list[int]] = {}
@@ -48,9 +48,9 @@ def verify(folder: str, procs: int = 1) -> Report:
     with ExitStack() as stack:
         cache = None if index.local else stack.enter_context(tempfile.TemporaryDirectory())
         # The index is pickled for each call; its list of possibly thousands of shards is not needed.
-        check = partial(_check, replace(index, shards=()), cache)
-        bar = stack.enter_context(ProgressBar("verify", len(index.shards)))
-        for checked in _each(check, index.shards, procs, stack):
+        check_one = partial(_check, replace(index, shards=()), cache)
+        bar = stack.enter_context(ProgressBar("check", len(index.shards)))
+        for checked in _each(check_one, index.shards, procs, stack):
             problems += checked.problems
             keys.append(checked.keys)
             bar.advance(f"{len(problems)} problems")
@@ -61,12 +61,12 @@ def verify(folder: str, procs: int = 1) -> Report:
 
 
 def _each(
-    check: Callable[[Shard], Checked], shards: tuple[Shard, ...], procs: int, stack: ExitStack
+    check_one: Callable[[Shard], Checked], shards: tuple[Shard, ...], procs: int, stack: ExitStack
 ) -> Iterator[Checked]:
     if procs == 1:
-        return map(check, shards)
+        return map(check_one, shards)
     # Spawned, because fsspec's file systems and torch's threads do not survive a fork.
-    return stack.enter_context(ProcessPoolExecutor(procs, multiprocessing.get_context("spawn"))).map(check, shards)
+    return stack.enter_context(ProcessPoolExecutor(procs, multiprocessing.get_context("spawn"))).map(check_one, shards)
 
 
 def _check(index: Index, cache: str | None, shard: Shard) -> Checked:

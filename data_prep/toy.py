@@ -26,21 +26,21 @@ class Vision:
 
 
 class SceneSource:
-    """Source of ``pictures`` scenes of 16 x 16 pixels without held-out combinations, each seeded by its number."""
+    """Source of ``images`` scenes of 16 x 16 pixels without held-out combinations, each seeded by its number."""
 
     kind = spec = SCENES
     classes = tuple(f"{colour} {shape}" for colour in scenes.COLOURS for shape in scenes.SHAPES)
 
-    def __init__(self, pictures: int, seed: int) -> None:
-        self._pictures, self._seed = pictures, seed
+    def __init__(self, images: int, seed: int) -> None:
+        self._images, self._seed = images, seed
 
     @property
     def units(self) -> int:
-        return -(-self._pictures // UNIT)
+        return -(-self._images // UNIT)
 
     def scan(self, unit: int) -> Iterator[tuple[Record, None]]:
         """Yield records without image bytes, because rendered images need no check."""
-        for number in range(unit * UNIT, min((unit + 1) * UNIT, self._pictures)):
+        for number in range(unit * UNIT, min((unit + 1) * UNIT, self._images)):
             scene, _ = self._draw(number)
             label = scenes.kind_index(scene.objects[0].colour, scene.objects[0].shape)
             yield Record(f"scene {number}", (number,), (Caption(scene.caption, 1.0),), label, {}), None
@@ -54,8 +54,8 @@ class SceneSource:
         return scenes.draw_scene(rng), rng
 
 
-def run_demo(folder: Path, pictures: int, seed: int, per_shard: int = 2500, vision: Vision | None = None) -> Done:
-    """Create a dataset of ``pictures`` scenes, with a tiny T5 whose vocabulary contains all their words."""
+def run_toy(folder: Path, images: int, seed: int, per_shard: int = 2500, vision: Vision | None = None) -> Done:
+    """Create a dataset of ``images`` scenes, with a tiny T5 whose vocabulary contains all their words."""
     recipe = Recipe(
         size=scenes.SIDE,
         tokens=24,
@@ -63,10 +63,12 @@ def run_demo(folder: Path, pictures: int, seed: int, per_shard: int = 2500, visi
         vision_encoder=vision.encoder if vision else None,
         patch=vision.patch if vision else 1,
     )
-    arguments = {"source": SCENES, "pictures": pictures, "seed": seed}
-    return run(folder, lambda: SceneSource(pictures, seed), recipe, arguments, words=scenes.vocabulary(), seed=seed)
+    arguments = {"source": SCENES, "images": images, "seed": seed}
+    return run(folder, lambda: SceneSource(images, seed), recipe, arguments, words=scenes.vocabulary(), seed=seed)
 
 
-def demo(folder: Path, pictures: int, seed: int, per_shard: int = 2500, vision: Vision | None = None) -> Index:
-    """Create the toy dataset as :func:`run_demo` does, and return its index."""
-    return run_demo(folder, pictures, seed, per_shard, vision).index
+def make_toy_dataset(
+    folder: Path, images: int, seed: int, per_shard: int = 2500, vision: Vision | None = None
+) -> Index:
+    """Create the toy dataset as :func:`run_toy` does, and return its index."""
+    return run_toy(folder, images, seed, per_shard, vision).index
