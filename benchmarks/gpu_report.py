@@ -28,7 +28,7 @@ class Run:
     recompute: str
     diffusers: bool  # whether the run alternates with a plain diffusers model
     error: str | None  # why the run has no metrics; None if it succeeded
-    figures: dict[str, Any]
+    results: dict[str, Any]
 
     @property
     def order(self) -> tuple[Any, ...]:
@@ -55,7 +55,7 @@ def read_runs(folder: Path) -> list[Run]:
                 recompute=recompute,
                 diffusers=options == ["diffusers"],
                 error=path.read_text().strip() if failed else None,
-                figures={} if failed else json.loads(path.read_text()),
+                results={} if failed else json.loads(path.read_text()),
             )
         )
     return sorted(runs, key=lambda run: run.order)
@@ -85,7 +85,7 @@ def fp8_speedup(run: Run, runs: list[Run]) -> float | None:
     for other in runs:
         same = (other.model, other.recompute, other.diffusers) == (run.model, run.recompute, run.diffusers)
         if same and other.precision == "bf16" and other.error is None:
-            return other.figures["step_seconds"] / run.figures["step_seconds"]
+            return other.results["step_seconds"] / run.results["step_seconds"]
     return None
 
 
@@ -95,7 +95,7 @@ def row(run: Run, runs: list[Run]) -> list[str]:
     if run.error is not None:
         failed = f"failed: {run.error}".replace("|", "/")
         return [run.model, "", "", run.precision, recompute, failed, *[""] * (len(COLUMNS) - 6)]
-    f = run.figures
+    f = run.results
 
     def formatted(value: float | None, text: str) -> str:
         return "" if value is None else text.format(value)

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from data_prep.stats_report import draw, draw_samples, print_figures
+from data_prep.stats_report import draw, draw_samples, print_results
 from megatron_dit.data.codec import Codec, VaeCodec, open_codec
 from megatron_dit.data.encoder_hash import weights_sha256
 from megatron_dit.data.index import Index, read_index
@@ -93,21 +93,21 @@ def stats(folder: str, samples: int, out: Path) -> dict[str, Any]:
         raise UserError(f"{folder} is a URL, but random access needs a local folder; copy the shards first")
     seen, unreadable = _gather(index, min(samples, index.samples))
     codec, problem = _open(index)
-    figures = _figures(index, seen, codec)
-    figures["unreadable"] = len(unreadable)
+    results = _results(index, seen, codec)
+    results["unreadable"] = len(unreadable)
     out.mkdir(parents=True, exist_ok=True)
-    (out / "stats.json").write_text(json.dumps(figures, indent=1) + "\n")
-    print_figures(figures)
+    (out / "stats.json").write_text(json.dumps(results, indent=1) + "\n")
+    print_results(results)
     if unreadable:
         line = f"{len(unreadable)} samples cannot be read, for example: {unreadable[0]}; run {CHECK} {index.folder}' "
         print(printable(f"{line}to list all problems"))
-    draw(figures, seen.tokens, np.concatenate(seen.values, 1), out / "stats.png")
+    draw(results, seen.tokens, np.concatenate(seen.values, 1), out / "stats.png")
     if codec is None:
         print(f"samples.png was not written: {printable(problem)}")
     else:
         draw_samples(codec, seen.images, out / "samples.png")
     print(f"wrote {printable(out)}")
-    return figures
+    return results
 
 
 def _gather(index: Index, samples: int) -> tuple[Seen, list[str]]:
@@ -160,7 +160,7 @@ def _open(index: Index) -> tuple[Codec | None, str]:
         return None, str(error)
 
 
-def _figures(index: Index, seen: Seen, codec: Codec | None) -> dict[str, Any]:
+def _results(index: Index, seen: Seen, codec: Codec | None) -> dict[str, Any]:
     buckets: dict[str, dict[str, Any]] = {}
     for shard in index.shards:
         own = buckets.setdefault("{} x {}".format(*shard.bucket), {"shards": 0, "samples": 0})
@@ -168,13 +168,13 @@ def _figures(index: Index, seen: Seen, codec: Codec | None) -> dict[str, Any]:
         own["samples"] += shard.samples
     for own in buckets.values():
         own["fraction"] = own["samples"] / index.samples
-    figures = {"samples": index.samples, "looked_at": len(seen.values), "buckets": buckets}
+    results = {"samples": index.samples, "looked_at": len(seen.values), "buckets": buckets}
     if seen.tokens and index.text:
-        figures["captions"] = _captions(seen.tokens, index.text["tokens"])
-    figures["latents"] = _latents(seen, codec)
+        results["captions"] = _captions(seen.tokens, index.text["tokens"])
+    results["latents"] = _latents(seen, codec)
     if index.classes:
-        figures["classes"] = [seen.labels[label] for label in range(index.classes)]
-    return figures
+        results["classes"] = [seen.labels[label] for label in range(index.classes)]
+    return results
 
 
 def _captions(tokens: list[np.ndarray], limit: int) -> dict[str, Any]:
@@ -201,18 +201,18 @@ def _latents(seen: Seen, codec: Codec | None) -> dict[str, Any]:
     refer to samples from the posterior, whose variance is the variance of the means plus the mean of the variances.
     """
     moments = seen.latents
-    figures: dict[str, Any] = {"mean": moments.mean.tolist(), "std": np.sqrt(moments.variance).tolist()}
+    results: dict[str, Any] = {"mean": moments.mean.tolist(), "std": np.sqrt(moments.variance).tolist()}
     if seen.std.count:
-        figures["posterior_std"] = seen.std.mean.tolist()
+        results["posterior_std"] = seen.std.mean.tolist()
     if isinstance(codec, VaeCodec):
         shift, scale = (factor.flatten().double().numpy() for factor in (codec.shift_factor, codec.scaling_factor))
         raw = moments.mean / scale + shift
         variance = (moments.variance + seen.spread.mean) / scale**2
-        figures["raw_mean"] = raw.tolist()
-        figures["raw_std"] = np.sqrt(variance).tolist()
-        figures["implied"] = {
+        results["raw_mean"] = raw.tolist()
+        results["raw_std"] = np.sqrt(variance).tolist()
+        results["implied"] = {
             "shift_factor": float(raw.mean()),
             "scaling_factor": float(1 / np.sqrt(variance.mean() + raw.var())),
         }
-        figures["vae"] = {"shift_factor": _plain(shift), "scaling_factor": _plain(scale)}
-    return figures
+        results["vae"] = {"shift_factor": _plain(shift), "scaling_factor": _plain(scale)}
+    return results

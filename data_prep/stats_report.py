@@ -22,24 +22,24 @@ COLUMNS = 4
 LETTERS = 90  # maximum length of a caption below its image
 
 
-def print_figures(figures: dict[str, Any]) -> None:
+def print_results(results: dict[str, Any]) -> None:
     console = Console()
     buckets = _table("bucket", "shards", "samples", "fraction")
-    for name, own in sorted(figures["buckets"].items(), key=lambda item: -item[1]["samples"]):
+    for name, own in sorted(results["buckets"].items(), key=lambda item: -item[1]["samples"]):
         buckets.add_row(name, f"{own['shards']:,}", f"{own['samples']:,}", f"{own['fraction']:.1%}")
     console.print(buckets)
-    console.print(f"{figures['samples']:,} samples; the statistics below are of {figures['looked_at']:,} of them")
-    if "captions" in figures:
-        console.print(_caption_line(figures["captions"]), soft_wrap=True)
-    console.print(_latent_table(figures["latents"]))
-    if "implied" in figures["latents"]:
-        implied, own = figures["latents"]["implied"], figures["latents"]["vae"]
+    console.print(f"{results['samples']:,} samples; the statistics below are of {results['looked_at']:,} of them")
+    if "captions" in results:
+        console.print(_caption_line(results["captions"]), soft_wrap=True)
+    console.print(_latent_table(results["latents"]))
+    if "implied" in results["latents"]:
+        implied, own = results["latents"]["implied"], results["latents"]["vae"]
         for name, value in implied.items():
             channels = own[name] if isinstance(own[name], list) else [own[name]]
             present = ", ".join(f"{factor:.5g}" for factor in channels)
             console.print(f"{name}: {value:.5g} computed from these latents, {present} in the VAE's config")
-    if "classes" in figures:
-        counts = figures["classes"]
+    if "classes" in results:
+        counts = results["classes"]
         empty = f"; {counts.count(0)} classes have none" if 0 in counts else ""
         console.print(f"{len(counts)} classes with {min(counts):,} to {max(counts):,} samples each{empty}")
 
@@ -75,7 +75,7 @@ def _latent_table(latents: dict[str, Any]) -> Table:
     return table
 
 
-def draw(figures: dict[str, Any], tokens: Sequence[np.ndarray], values: np.ndarray, path: Path) -> None:
+def draw(results: dict[str, Any], tokens: Sequence[np.ndarray], values: np.ndarray, path: Path) -> None:
     """Plot the buckets, the caption lengths ``tokens`` with the limit, and a histogram of each channel's ``values``.
 
     ``values`` has shape (channels, any number). The plot is written to ``path``.
@@ -84,9 +84,9 @@ def draw(figures: dict[str, Any], tokens: Sequence[np.ndarray], values: np.ndarr
     figure = Figure(figsize=(3 * COLUMNS, 2.5 * (rows + 1)), layout="constrained")
     upper, lower = figure.subfigures(2, 1, squeeze=False, height_ratios=(1.5, rows - 1)).ravel()
     left, right = upper.subplots(1, 2)
-    _draw_buckets(left, figures["buckets"])
-    if tokens and "captions" in figures:
-        _draw_lengths(right, np.concatenate(tokens), figures["captions"]["limit"])
+    _draw_buckets(left, results["buckets"])
+    if tokens and "captions" in results:
+        _draw_lengths(right, np.concatenate(tokens), results["captions"]["limit"])
     else:
         right.set_axis_off()
     low, high = np.quantile(values, (0.0005, 0.9995))

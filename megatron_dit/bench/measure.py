@@ -83,7 +83,7 @@ class Measurement:
         """Median step time of the plain model divided by ours."""
         return None if self.diffusers is None else self.diffusers.median / self.times.median
 
-    def figures(self) -> dict[str, Any]:
+    def results(self) -> dict[str, Any]:
         """Return the results that ``--json`` prints."""
         derived = {
             "step_seconds": self.times.median,

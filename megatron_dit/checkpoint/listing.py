@@ -19,12 +19,12 @@ from megatron_dit.runtime.errors import UserError
 logger = logging.getLogger(__name__)
 
 CHECKPOINTS = "checkpoints"  # subfolder of a run
-PART, OLD, INCOMPLETE = ".part", ".old.part", ".torn"
+PART, OLD, INCOMPLETE = ".part", ".old.part", ".incomplete"
 LATEST = "latest"  # text file with the folder name of the newest checkpoint, for scripts; never read here
 MENTIONED = 5  # maximum number of stray entries named in a note
 _NAME = re.compile("step_([0-9]{8}|[1-9][0-9]{8,17})")
 _UNFINISHED = re.compile(rf"(?:{_NAME.pattern}(?:[.]old)?|{LATEST})[.]part")
-_SET_ASIDE = re.compile(rf"{_NAME.pattern}[.]torn(?:[.][0-9]+)?")
+_SET_ASIDE = re.compile(rf"{_NAME.pattern}[.]incomplete(?:[.][0-9]+)?")
 _RANK_FILE = re.compile("rank_[0-9]{5,9}[.]safetensors")
 
 

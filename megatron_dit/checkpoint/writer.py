@@ -175,7 +175,7 @@ def _finish(part: Path, target: Path, manifest: Mapping[str, Any]) -> None:
 
 
 def set_aside(folder: Path, step: int) -> list[Path]:
-    """Rename incomplete checkpoints after ``step`` to ``step_N.torn``, because the resumed run will write these steps.
+    """Rename incomplete checkpoints after ``step`` to ``step_N.incomplete``: the resumed run will write these steps.
 
     Returns their new paths.
     """

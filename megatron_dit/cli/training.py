@@ -104,5 +104,5 @@ def _bench(arguments: argparse.Namespace) -> int:
         measured = measure(config, arguments.steps, arguments.warmup, arguments.diffusers)
     if is_rank0():
         measured.print(arguments.config)
-    write_json(arguments, measured.figures())
+    write_json(arguments, measured.results())
     return 0

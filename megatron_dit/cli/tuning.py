@@ -135,7 +135,7 @@ def _coord_check(arguments: argparse.Namespace) -> int:
             row = coord_check.worst(slopes, name)
             slope = f"{row.slope:+.3f} (std over seeds {row.spread:.3f})"
             print(f"{name}: steepest slope {slope}, {row.name} at step {row.step}")
-        write_json(arguments, coord_check.figures(sizes, slopes))
+        write_json(arguments, coord_check.results_of(sizes, slopes))
     good = abs(coord_check.worst(slopes, config.mup.parametrization).slope) <= coord_check.LIMIT
     if first:
         verdict = "passes" if good else "fails"

@@ -150,6 +150,6 @@ def draw(sizes: Sequence[Size], head_dim: int, path: Path) -> None:
         figure.savefig(part, dpi=120)
 
 
-def figures(sizes: Sequence[Size], found: Sequence[Slope]) -> dict[str, list[dict[str, object]]]:
+def results_of(sizes: Sequence[Size], found: Sequence[Slope]) -> dict[str, list[dict[str, object]]]:
     """Return the sizes and slopes in a form for JSON."""
     return {"sizes": [asdict(row) for row in sizes], "slopes": [asdict(row) for row in found]}

@@ -50,7 +50,7 @@ def test_derived_metrics_equal_closed_forms():
     assert found.flops_per_second == pytest.approx(15e12)
     assert found.mfu == pytest.approx(0.15)
     assert found.speedup == pytest.approx(1.6)
-    assert found.figures()["peak_memory_gib"] == 3
+    assert found.results()["peak_memory_gib"] == 3
 
 
 @pytest.mark.parametrize("recompute", ["none", "selective", "full"])

@@ -75,13 +75,13 @@ def test_all_tests_and_benchmarks_are_run_and_reported(tmp_path):
     assert "-m pytest -m gpu" in calls[0]
     assert calls[0].endswith("cuda")
     assert len(calls) == 1 + 4 * 2 * 2 + 3
-    figures, text = report(tmp_path)
+    results, text = report(tmp_path)
     assert done.stdout.strip().endswith(text.strip())
-    assert figures["tests"]["passed"] == 2
-    assert figures["tests"]["failed"] == ["tests.a::three", "tests.a::four"]
+    assert results["tests"]["passed"] == 2
+    assert results["tests"]["failed"] == ["tests.a::three", "tests.a::four"]
     assert "2 passed, 2 failed, 1 skipped" in text
     assert "- skipped: tests.a::five: no fp4" in text
-    errors = {f"{r['model']}.{r['precision']}.{r['recompute']}": r["error"] for r in figures["runs"] if r["error"]}
+    errors = {f"{r['model']}.{r['precision']}.{r['recompute']}": r["error"] for r in results["runs"] if r["error"]}
     assert errors == {
         "mmdit-18b.bf16.none": "error: does not fit | at all",
         "mmdit-18b.fp8.none": "exit status 3",
@@ -95,7 +95,7 @@ def test_all_tests_and_benchmarks_are_run_and_reported(tmp_path):
     assert any(
         line.startswith("| dit-xl2 ") and "compared with diffusers" in line and "| 1.25 |" in line for line in lines
     )
-    assert set(figures["environment"]) >= {"date", "GPU", "torch", "deepspeed", "megatron-core", "transformer-engine"}
+    assert set(results["environment"]) >= {"date", "GPU", "torch", "deepspeed", "megatron-core", "transformer-engine"}
 
 
 def test_every_benchmark_run_has_a_valid_config(tmp_path):
@@ -120,9 +120,9 @@ def test_tests_and_bench_can_be_run_separately(tmp_path):
     assert report(tmp_path)[0]["runs"] == []
     done, calls = check(tmp_path, "bench")
     assert (done.returncode, len(calls)) == (0, 1 + 19)
-    figures, _ = report(tmp_path)
-    assert figures["tests"]["passed"] == 2  # from the earlier run of the tests
-    assert len(figures["runs"]) == 19
+    results, _ = report(tmp_path)
+    assert results["tests"]["passed"] == 2  # from the earlier run of the tests
+    assert len(results["runs"]) == 19
 
 
 def test_an_unknown_part_is_an_error(tmp_path):
@@ -135,14 +135,14 @@ def test_runs_beyond_the_budget_are_reported_as_not_run(tmp_path):
     done, calls = check(tmp_path, "bench", BUDGET=-1)
     assert done.returncode == 0
     assert not calls
-    figures, text = report(tmp_path)
-    assert {run["error"] for run in figures["runs"]} == {"not run: the budget of -1 s was exceeded"}
+    results, text = report(tmp_path)
+    assert {run["error"] for run in results["runs"]} == {"not run: the budget of -1 s was exceeded"}
     assert "Tests: not run" in text
 
 
 def made(precision, seconds, recompute="none", error=None):
-    figures = {} if error else {**FIGURES, "step_seconds": seconds}
-    return Run("m", precision, recompute, diffusers=False, error=error, figures=figures)
+    results = {} if error else {**FIGURES, "step_seconds": seconds}
+    return Run("m", precision, recompute, diffusers=False, error=error, results=results)
 
 
 def test_fp8_speedup_compares_with_the_same_run_in_bf16():

@@ -108,7 +108,10 @@ def test_renamed_incomplete_checkpoints_are_never_overwritten(run):
         (step_folder(folder, 6) / "manifest.json").write_text(content)
         assert len(set_aside(folder, 3)) == 1
         shutil.copytree(step_folder(folder, 3), step_folder(folder, 6))
-    kept = [(folder / name / "manifest.json").read_text() for name in ("step_00000006.torn", "step_00000006.torn.1")]
+    kept = [
+        (folder / name / "manifest.json").read_text()
+        for name in ("step_00000006.incomplete", "step_00000006.incomplete.1")
+    ]
     assert kept == ["one", "two"]
 
 
@@ -148,7 +151,7 @@ def test_run_resumes_from_its_newest_checkpoint_in_spite_of_strays(resume, below
     assert status == 0
     assert "at step 6" in out
     assert out.count("ignoring entries of") == 1
-    assert not list(folder.glob("*.torn"))
+    assert not list(folder.glob("*.incomplete"))
     found = names(list_checkpoints(folder).checkpoints)
     assert found == ["step_00000003", "step_00000006", "step_00000008"]
 

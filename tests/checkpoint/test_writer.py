@@ -146,7 +146,7 @@ def test_corrupt_checkpoint_is_reported_and_the_previous_one_used(config, tmp_pa
     assert "at step 9" in out
     found = states(tmp_path / "run" / "checkpoints", 12)
     assert all(torch.equal(found[key], value) for key, value in expected.items())
-    assert steps(tmp_path) == ["step_00000012", "step_00000012.torn"]
+    assert steps(tmp_path) == ["step_00000012", "step_00000012.incomplete"]
 
 
 def test_run_without_an_intact_checkpoint_does_not_restart_from_step_0(config, tmp_path, capsys):

@@ -57,8 +57,8 @@ def test_snapshots_contain_only_the_averages_and_are_all_kept(trained):
 @pytest.mark.parametrize(("key", "width", "step"), [("ema_0", 0.05, None), ("ema_1", 0.1, 16)])
 def test_average_with_a_stored_width_equals_the_stored_average(trained, tmp_path, key, width, step):
     _, run = trained
-    figures = average(run, width, step, tmp_path / "out")
-    assert figures["step"] == (step or STEPS)
+    results = average(run, width, step, tmp_path / "out")
+    assert results["step"] == (step or STEPS)
     out, stored = open_checkpoint(tmp_path / "out"), open_checkpoint(run / "ema" / f"step_{step or STEPS:08d}")
     for name in stored.manifest["params"]:
         expected = stored.full(key, name)
@@ -69,9 +69,9 @@ def test_average_with_a_new_width_is_close_to_the_exact_average_of_all_steps(tra
     """The error is below 2% of the distance between the two stored averages, with 7 snapshots of a short run."""
     _, run = trained
     arguments = ["average", str(run), "--sigma-rel", "0.08", "--out", str(tmp_path / "out")]
-    assert main([*arguments, "--json", str(tmp_path / "figures.json")]) == 0
-    figures = json.loads((tmp_path / "figures.json").read_text())
-    assert (figures["step"], figures["averages"]) == (STEPS, 14)
+    assert main([*arguments, "--json", str(tmp_path / "results.json")]) == 0
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert (results["step"], results["averages"]) == (STEPS, 14)
     assert "0.08 at step 24 from 14 stored averages" in capsys.readouterr().out
     steps = [open_checkpoint(run / "checkpoints" / f"step_{step:08d}") for step in range(1, STEPS + 1)]
     out = open_checkpoint(tmp_path / "out")

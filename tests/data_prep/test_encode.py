@@ -97,11 +97,11 @@ def test_every_unusable_image_is_counted(tmp_path, capsys):
     source = write_tar(tmp_path / "heap.tar", members)
     words = ["encode", source, str(tmp_path / "out"), "--size", "8", "--min-side", str(LIMITS.min_side)]
     words += ["--max-aspect", str(LIMITS.max_aspect), "--max-pixels", str(LIMITS.max_pixels), "--batch", "7"]
-    assert data_prep([*words, "--json", str(tmp_path / "figures.json")]) == 0
-    figures = json.loads((tmp_path / "figures.json").read_text())
+    assert data_prep([*words, "--json", str(tmp_path / "results.json")]) == 0
+    results = json.loads((tmp_path / "results.json").read_text())
     kept = [number for number, case in enumerate(all_cases.values()) if not case.reason]
-    assert figures["rejected"] == Counter(case.reason for case in all_cases.values() if case.reason)
-    assert figures["samples"] + sum(figures["rejected"].values()) == len(all_cases)
+    assert results["rejected"] == Counter(case.reason for case in all_cases.values() if case.reason)
+    assert results["samples"] + sum(results["rejected"].values()) == len(all_cases)
     assert list(read_samples(tmp_path / "out")[1]) == [f"00000-{number:06d}" for number in kept]
     out = capsys.readouterr().out
     assert f"wrote {len(kept)} samples" in out

@@ -156,9 +156,9 @@ def test_two_workers_share_a_job(start, uninterrupted, tmp_path):
 
 
 def test_procs_starts_workers_that_share_the_job(arguments, uninterrupted, tmp_path, capfd):
-    assert data_prep(encode(arguments, tmp_path / "out", "--procs", "2", "--json", str(tmp_path / "figures"))) == 0
+    assert data_prep(encode(arguments, tmp_path / "out", "--procs", "2", "--json", str(tmp_path / "results"))) == 0
     assert folder_bytes(tmp_path / "out") == folder_bytes(uninterrupted)
-    assert json.loads((tmp_path / "figures").read_text())["samples"] == UNITS * (PER_UNIT - 1)
+    assert json.loads((tmp_path / "results").read_text())["samples"] == UNITS * (PER_UNIT - 1)
     assert capfd.readouterr().out.count("wrote 144 samples") == 1
 
 

@@ -47,25 +47,25 @@ def folder(tmp_path_factory):
 
 def test_statistics_equal_those_of_numpy(folder, tmp_path, capsys):
     assert data_prep(["stats", str(folder), "--out", str(tmp_path / "stats")]) == 0
-    figures = json.loads((tmp_path / "stats" / "stats.json").read_text())
+    results = json.loads((tmp_path / "stats" / "stats.json").read_text())
     values = np.concatenate(
         [latent(n, WIDE if n < 40 else TALL).astype(np.float64).reshape(3, -1) for n in range(60)], axis=1
     )
-    assert figures["latents"]["mean"] == pytest.approx(values.mean(1).tolist(), rel=1e-12)
-    assert figures["latents"]["std"] == pytest.approx(values.std(1).tolist(), rel=1e-12)
-    assert figures["buckets"] == {
+    assert results["latents"]["mean"] == pytest.approx(values.mean(1).tolist(), rel=1e-12)
+    assert results["latents"]["std"] == pytest.approx(values.std(1).tolist(), rel=1e-12)
+    assert results["buckets"] == {
         "4 x 8": {"shards": 1, "samples": 40, "fraction": 40 / 60},
         "8 x 4": {"shards": 1, "samples": 20, "fraction": 20 / 60},
     }
     lengths = np.array([count for n in range(60) for count in [1 + n % 24] + ([2] if n % 3 == 0 else [])])
-    found = figures["captions"]
+    found = results["captions"]
     assert found["mean"] == pytest.approx(lengths.mean())
     assert [found[q] for q in ("25%", "50%", "99%", "max")] == pytest.approx(
         np.quantile(lengths, [0.25, 0.5, 0.99, 1]).tolist()
     )
     assert found["cut"] == pytest.approx((lengths == 24).mean())
     assert found["per_image"] == pytest.approx(len(lengths) / 60)
-    assert figures["classes"] == [sum(n % 24 == label for n in range(60)) for label in range(24)]
+    assert results["classes"] == [sum(n % 24 == label for n in range(60)) for label in range(24)]
     for name in ("stats.png", "samples.png"):
         with Image.open(tmp_path / "stats" / name) as picture:
             assert picture.format == "PNG"
@@ -75,8 +75,8 @@ def test_statistics_equal_those_of_numpy(folder, tmp_path, capsys):
 
 def test_samples_option_limits_the_number_of_samples(folder, tmp_path):
     assert data_prep(["stats", str(folder), "--samples", "10", "--out", str(tmp_path / "stats")]) == 0
-    figures = json.loads((tmp_path / "stats" / "stats.json").read_text())
-    assert (figures["samples"], figures["looked_at"], sum(figures["classes"])) == (60, 10, 10)
+    results = json.loads((tmp_path / "stats" / "stats.json").read_text())
+    assert (results["samples"], results["looked_at"], sum(results["classes"])) == (60, 10, 10)
 
 
 def test_shift_and_scaling_factor_of_a_vae_are_computed(tmp_path):
@@ -122,10 +122,10 @@ def test_unreadable_samples_are_counted_and_excluded(tmp_path, capsys):
     make_folder(tmp_path / "data", [(WIDE, 5), (WIDE, 4)], members=members)
     (tmp_path / "data" / "00001.tar").unlink()
     assert data_prep(["stats", str(tmp_path / "data")]) == 0
-    figures = json.loads((tmp_path / "data" / "stats" / "stats.json").read_text())
-    assert (figures["samples"], figures["looked_at"], figures["unreadable"]) == (9, 2, 7)
+    results = json.loads((tmp_path / "data" / "stats" / "stats.json").read_text())
+    assert (results["samples"], results["looked_at"], results["unreadable"]) == (9, 2, 7)
     values = np.concatenate([latent(n, WIDE).astype(np.float64).reshape(3, -1) for n in (3, 4)], axis=1)
-    assert figures["latents"]["mean"] == pytest.approx(values.mean(1).tolist(), rel=1e-12)
+    assert results["latents"]["mean"] == pytest.approx(values.mean(1).tolist(), rel=1e-12)
     assert "7 samples cannot be read, for example: 00000.tar/000000" in capsys.readouterr().out
 
 

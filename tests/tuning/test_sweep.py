@@ -65,10 +65,10 @@ def test_diverged_and_crashed_trials_are_stored_as_results(dataset, tmp_path, ca
     """lr 2^3 diverges; a micro-batch that does not divide the batch is an invalid config, which counts as a crash."""
     space = {"optimizer.lr": {"choice": [2**-8, 8.0]}, "train.micro_batch": {"choice": [2, 3]}}
     path = write_sweep(tmp_path, dataset, space, base={"train.steps": 20}, concurrent_trials=2)
-    figures = tmp_path / "figures.json"
-    assert run(["sweep", str(path), "--json", str(figures)]) == 0
+    results = tmp_path / "results.json"
+    assert run(["sweep", str(path), "--json", str(results)]) == 0
     found = {
-        (r["params"]["optimizer.lr"], r["params"]["train.micro_batch"]): r for r in json.loads(figures.read_text())
+        (r["params"]["optimizer.lr"], r["params"]["train.micro_batch"]): r for r in json.loads(results.read_text())
     }
     assert found[2**-8, 2]["state"] == "complete"
     assert found[8.0, 2]["state"] == "diverged"

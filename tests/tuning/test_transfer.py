@@ -57,8 +57,8 @@ def test_best_setting_is_that_of_the_widest_model_averaged_over_seeds(planted):
 
 
 def test_transfer_writes_the_target_with_its_groups_and_cost(planted, tmp_path, capsys):
-    out, figures = tmp_path / "out" / "wide.yaml", tmp_path / "figures.json"
-    words = ["transfer", str(planted.folder), str(target(tmp_path)), "--out", str(out), "--json", str(figures)]
+    out, results = tmp_path / "out" / "wide.yaml", tmp_path / "results.json"
+    words = ["transfer", str(planted.folder), str(target(tmp_path)), "--out", str(out), "--json", str(results)]
     assert run(words) == 0
     written = load_config(out)
     assert (written.optimizer.lr, written.optimizer.grad_clip) == (2**-7, 1.0)
@@ -72,7 +72,7 @@ def test_transfer_writes_the_target_with_its_groups_and_cost(planted, tmp_path, 
     sizes = [int(size.replace(",", "")) for size in re.findall(r"8 \* ([\d,]+) \* 24", head)]
     assert len(sizes) == 2
     fraction = 8 * 24 * sum(sizes) / (size_of(out) * 500 * 8)
-    assert json.loads(figures.read_text())["cost"] == pytest.approx(fraction)
+    assert json.loads(results.read_text())["cost"] == pytest.approx(fraction)
     assert f"{100 * fraction:.2f}%" in head
     assert head in capsys.readouterr().out
 
@@ -89,11 +89,11 @@ def test_search_costs_equal_those_of_the_paper(tmp_path):
         ("pixart", "target", 5 * 0.04 * 5 / (0.61 * 30)),
         ("mmdit", "18b", 80 * 0.18 * 30_000 / (17.86 * 200_000)),
     ):
-        figures = tmp_path / f"{arch}.json"
+        results = tmp_path / f"{arch}.json"
         goal = str(CONFIGS / arch / f"{target}.yaml")
-        words = ["sweep", str(CONFIGS / arch / "sweep.yaml"), "--cost", "--target", goal, "--json", str(figures)]
+        words = ["sweep", str(CONFIGS / arch / "sweep.yaml"), "--cost", "--target", goal, "--json", str(results)]
         assert run([word.replace(str(CONFIGS.parent) + "/", "") for word in words]) == 0
-        assert json.loads(figures.read_text())["cost_rounded"] == pytest.approx(by_hand, rel=1e-6)
+        assert json.loads(results.read_text())["cost_rounded"] == pytest.approx(by_hand, rel=1e-6)
     assert round(100 * 5 * 0.04 * 5 / (0.61 * 30), 2) == 5.46
 
 
