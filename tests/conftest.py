@@ -15,7 +15,6 @@ import torch
 
 from data_prep.toy import make_toy_dataset
 from megatron_dit.runtime import logging
-from megatron_dit.runtime.launch_environment import RANK_VARIABLES
 from tests.helpers.gloo import Pool, leave
 
 logging.set_up()  # as the programs do, so that tests see the messages on the standard streams
@@ -32,13 +31,8 @@ def pool():
 
 @pytest.fixture(autouse=True)
 def restore_process_state():
-    """Destroy the process groups of a test that trained in this process and restore the environment.
-
-    Starting up exports RANK and WORLD_SIZE for DeepSpeed, also in fixtures of other modules; srun would pass them on.
-    """
+    """Destroy the process groups of a test that trained in this process and restore the environment."""
     with mock.patch.dict(os.environ):
-        for name in RANK_VARIABLES:
-            os.environ.pop(name, None)
         yield
         if torch.distributed.is_initialized():
             leave()

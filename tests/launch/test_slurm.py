@@ -14,6 +14,7 @@ import pytest
 import yaml
 
 from megatron_dit.checkpoint.load import open_checkpoint
+from megatron_dit.runtime.launch_environment import RANK_VARIABLES
 from megatron_dit.tuning.transfer import read_sweep
 from tests.helpers.configs import small_dict
 from tests.helpers.ports import free_port
@@ -57,7 +58,9 @@ def slurm(tmp_path):
     ]
     config = folder / "slurm.conf"
     config.write_text("\n".join(lines) + "\n")
-    env = {**os.environ, "SLURM_CONF": str(config)}
+    # Training in this process, as fixtures of other modules do, exports the rank variables; srun would pass them on.
+    outer = {name: value for name, value in os.environ.items() if name not in RANK_VARIABLES}
+    env = {**outer, "SLURM_CONF": str(config)}
     quiet = {"env": env, "stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
     daemons.append(subprocess.Popen(["slurmctld", "-D", "-f", str(config)], **quiet))
     for node in ("n0", "n1"):
