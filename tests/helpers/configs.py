@@ -15,7 +15,7 @@ ARCHITECTURES = ["dit", "mmdit", "pixart", "uvit"]
 def small_dict(arch: str = "mmdit", heads: int = 4, base_heads: int = 2, **overrides) -> dict:
     """Return the config of a tiny model on 16 x 16 pixels. ``overrides`` are dotted keys.
 
-    ``uvit-class`` is U-ViT with class labels.
+    ``uvit-class`` is U-ViT with class labels, ``dit-flow`` DiT with rectified flow (SiT).
     """
     arch, _, kind = arch.partition("-")
     condition = {"text_dim": 64, "text_tokens": 23 if arch == "uvit" else 24}
@@ -26,9 +26,10 @@ def small_dict(arch: str = "mmdit", heads: int = 4, base_heads: int = 2, **overr
         "seed": 1,
         "model": {
             "arch": arch, "depth": 3 if arch == "uvit" else 2, "heads": heads, "head_dim": 8, "patch_size": 4,
-            "in_channels": 3, "sample_size": 16, "learn_sigma": arch in ("dit", "pixart"), **condition,
+            "in_channels": 3, "sample_size": 16, "learn_sigma": arch in ("dit", "pixart") and kind != "flow", **condition,
         },
         "mup": {"base_heads": base_heads},
+        "objective": {"name": "rectified_flow"} if kind == "flow" else {},
         "optimizer": {"lr": 2**-8, "weight_decay": 0.01, "grad_clip": 0.5, "warmup_steps": 3},
         "data": {"path": "unused"},
         "train": {"steps": 10, "global_batch": 8, "micro_batch": 4, "log_every": 1},

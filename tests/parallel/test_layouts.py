@@ -12,11 +12,12 @@ from megatron_dit.verify import LAYOUTS, REFERENCE, Layout
 from tests.helpers.configs import ARCHITECTURES, small
 from tests.helpers.traces import SEED, STEPS, trace
 
-KINDS = [*ARCHITECTURES, "uvit-class"]
+KINDS = [*ARCHITECTURES, "uvit-class", "dit-flow"]
 
 
 # These cover all layers that are sharded; the other combinations run with -m slow.
 OFTEN = {(arch, name) for arch in ARCHITECTURES for name in ("dp2-zero3", "pp2-interleaved", "tp2-sp")}
+OFTEN.add(("dit-flow", "tp2-sp"))
 CASES = [
     pytest.param(name, arch, marks=[] if arch == "mmdit" or (arch, name) in OFTEN else pytest.mark.slow)
     for name in LAYOUTS
