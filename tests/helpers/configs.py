@@ -26,7 +26,8 @@ def small_dict(arch: str = "mmdit", heads: int = 4, base_heads: int = 2, **overr
         "seed": 1,
         "model": {
             "arch": arch, "depth": 3 if arch == "uvit" else 2, "heads": heads, "head_dim": 8, "patch_size": 4,
-            "in_channels": 3, "sample_size": 16, "learn_sigma": arch in ("dit", "pixart") and kind != "flow", **condition,
+            "in_channels": 3, "sample_size": 16, **condition,
+            "learn_sigma": arch in ("dit", "pixart") and kind != "flow",
         },
         "mup": {"base_heads": base_heads},
         "objective": {"name": "rectified_flow"} if kind == "flow" else {},
