@@ -49,7 +49,7 @@ def run(package, *arguments):
 @pytest.fixture
 def config(tmp_path, dataset):
     values = small_dict("dit", **{"data.path": str(dataset), "run_dir": str(tmp_path / "run"), "train.steps": 3})
-    values["model"] |= {"arch": "plain", "learn_sigma": False}
+    values["model"] |= {"arch": "plain", "learn_sigma": False, "depth": 4}
     path = tmp_path / "config.yaml"
     path.write_text(yaml.safe_dump(values))
     return path

@@ -18,6 +18,10 @@ PROGRAM = """
 import os
 import sys
 
+from megatron_dit.runtime.compat import silence_import_warnings
+
+silence_import_warnings()  # as the program does, but before the imports below
+
 from megatron_dit.cli import main
 from megatron_dit.data.samples import Samples
 from megatron_dit.training.checkpointing import CheckpointSchedule
