@@ -1,20 +1,22 @@
-# Each target works on a bare machine with Python >= 3.10 and gcc: it makes .venv and installs what it needs.
+# Every target works on a machine that only has Python >= 3.10 and gcc: it creates .venv and installs the packages.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+# Whole files of tests go to a worker, so that a module's fixtures exist once. More than 4 workers would take much memory.
+PYTEST := $(BIN)/python -m pytest --numprocesses=logical --maxprocesses=4 --dist=loadfile --no-loadscope-reorder
 
 .PHONY: train test test-slow check clean
 
 train: $(VENV)/.installed
-	test -f data/scenes/index.json || $(BIN)/python -m data_prep demo data/scenes
+	test -f data/scenes/index.json || $(BIN)/python -m data_prep toy data/scenes
 	$(BIN)/megatron-dit train configs/quickstart.yaml
-	$(BIN)/megatron-dit evaluate runs/quickstart --prompts 64 --at-least 0.7
+	$(BIN)/megatron-dit evaluate runs/quickstart --prompts 64 --min-score 0.7
 
 test: $(VENV)/.installed-dev
-	$(BIN)/python -m pytest
+	$(PYTEST)
 
 test-slow: $(VENV)/.installed-dev
-	$(BIN)/python -m pytest -m slow
+	$(PYTEST) -m slow
 
 check: $(VENV)/.installed-dev
 	$(BIN)/ruff format --check .

@@ -1,11 +1,12 @@
-"""`data_prep encode` beside a plain loop over the same encoder calls.
+"""Compare the throughput of `data_prep encode` with that of a plain loop over the same encoder calls.
 
     python benchmarks/data_encode.py [--rounds N] [--json FILE]      # 3 minutes on two cores
 
-Both read the same JPEGs of 320 x 256 pixels, fit them to 64 x 64, run a small AutoencoderKL and a small T5, randomly
-initialised, in batches of 32, and write a tar; in turn, each in a process of its own. The plain loop does one after the
-other and checks nothing; it computes with one thread, as a worker of `encode` does, so that a shard's bytes do not
-depend on the number of cores. A third time is the plain loop's with all cores, beside `encode --procs` as many.
+Both read the same JPEGs of 320 x 256 pixels, resize and crop them to 64 x 64, run a randomly initialized small
+AutoencoderKL and T5 in batches of 32, and write a tar. They run alternately, each in a process of its own. The plain
+loop runs these stages sequentially, without any checks. It computes with one thread, like a worker of `encode`, which
+uses one thread so that a shard's bytes do not depend on the number of cores. A second comparison uses all cores: as
+threads of the plain loop, and as workers of `encode --procs`.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ PICTURES, BATCH, SIDE, TOKENS = 1024, 32, 64, 24
 
 
 def prepare(folder: Path) -> None:
-    """The pictures and the encoders."""
+    """Write the images and the encoders to ``folder``."""
     rng = np.random.default_rng(0)
     with tarfile.open(folder / "pictures.tar", "w") as tar:
         for number in range(PICTURES):
@@ -54,7 +55,7 @@ def prepare(folder: Path) -> None:
 
 
 def plain_loop(folder: Path, threads: int) -> None:
-    """Read, fit, encode and write, one after the other."""
+    """Read, resize, encode and write the images sequentially."""
     from transformers import AutoTokenizer, T5EncoderModel
 
     torch.set_num_threads(threads)
@@ -62,11 +63,11 @@ def plain_loop(folder: Path, threads: int) -> None:
     t5, tokenizer = T5EncoderModel.from_pretrained(folder / "t5").eval(), AutoTokenizer.from_pretrained(folder / "t5")
 
     def fit(data: bytes) -> np.ndarray:
-        picture = Image.open(io.BytesIO(data)).convert("RGB")
-        scale = SIDE / min(picture.size)
-        size = [max(SIDE, round(side * scale)) for side in picture.size]
+        image = Image.open(io.BytesIO(data)).convert("RGB")
+        scale = SIDE / min(image.size)
+        size = [max(SIDE, round(side * scale)) for side in image.size]
         left, top = ((side - SIDE) // 2 for side in size)
-        resized = picture.resize((size[0], size[1]), Image.Resampling.LANCZOS)
+        resized = image.resize((size[0], size[1]), Image.Resampling.LANCZOS)
         return np.asarray(resized.crop((left, top, left + SIDE, top + SIDE)))
 
     def members(source: tarfile.TarFile, first: int) -> list[tuple[bytes, str]]:
@@ -79,12 +80,12 @@ def plain_loop(folder: Path, threads: int) -> None:
             group = members(source, first)
             pixels = torch.from_numpy(np.stack([fit(jpeg) for jpeg, _ in group])).permute(0, 3, 1, 2)
             with torch.no_grad():
-                found = vae.encode(pixels.float() / 127.5 - 1).latent_dist
+                latent = vae.encode(pixels.float() / 127.5 - 1).latent_dist
                 tokens = tokenizer([text for _, text in group], padding=True, return_tensors="pt")
                 features = t5(**tokens).last_hidden_state
             lengths = tokens["attention_mask"].sum(1).tolist()
             for row, length in enumerate(lengths):
-                arrays = (found.mean[row], found.std[row], features[row, :length])
+                arrays = (latent.mean[row], latent.std[row], features[row, :length])
                 for name, array in zip(("latent", "std", "text"), arrays, strict=True):
                     data = io.BytesIO()
                     np.save(data, array.half().numpy())
@@ -95,7 +96,7 @@ def plain_loop(folder: Path, threads: int) -> None:
 
 
 def seconds(command: list[str]) -> float:
-    """Of a command, start-up and imports included."""
+    """Return the seconds that a command takes, including start-up and imports."""
     start = time.perf_counter()
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
     return time.perf_counter() - start
@@ -122,8 +123,8 @@ def measure(folder: Path, rounds: int) -> dict[str, list[float]]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--json", type=Path)
+    parser.add_argument("--rounds", type=int, default=3, help="repetitions of each command (default: 3)")
+    parser.add_argument("--json", type=Path, help="file to which the metrics are written")
     parser.add_argument("--plain", nargs=2, metavar=("FOLDER", "THREADS"), help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.plain:
@@ -138,7 +139,7 @@ def main() -> None:
         for name, (plain, ours) in pairs.items()
     }
     for name, ratio in ratios.items():
-        print(f"{name}: encode has {ratio:.2f} times the plain loop's throughput")
+        print(f"{name}: the throughput of encode is {ratio:.2f} times that of the plain loop")
     if arguments.json:
         arguments.json.write_text(json.dumps({"seconds": times, "ratios": ratios}, indent=1) + "\n")
 

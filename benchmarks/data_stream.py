@@ -1,13 +1,14 @@
-"""The stream beside bare webdataset, and its memory over 200,000 samples.
+"""Compare the throughput of the data stream with that of webdataset, and measure its memory over 200,000 samples.
 
     python benchmarks/data_stream.py [--folder FOLDER] [--json FILE]      # 5 minutes on two cores, 1.5 GB of disk
 
-Throughput: samples/s of two loader workers over the same shards, features as T5-XXL's (4,096 wide, 20 to 40 tokens,
-padded to 120) and a VAE's means and deviations at 256 pixels. Bare webdataset reads sequentially, decodes the same
-arrays and makes the same batches, in turn with ours; the stream also draws t and the noise of every sample from
-(seed, step).
+Throughput: samples/s of two loader workers over the same shards. Their samples have text features as T5-XXL's (4,096
+features, 20 to 40 tokens, padded to 120) and a VAE's means and standard deviations at 256 pixels. Plain webdataset
+reads sequentially, decodes the same arrays and builds the same batches. The two run alternately. In addition, the
+stream derives t and the noise of every sample from (seed, step).
 
-Memory: resident bytes of the process that reads, every 20,000 samples (no workers: all of it is in one process).
+Memory: resident memory of the reading process every 20,000 samples, without workers, so that all data are read in one
+process.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ from webdataset import WebLoader
 from webdataset.compat import WebDataset
 
 from megatron_dit.config import Config, load_config
-from megatron_dit.data.shards import Index, write_index
+from megatron_dit.data.index import Index, write_index
 from megatron_dit.data.stream import batches
 from megatron_dit.data.tar import MEMBERS, npy, parse_array, write_shard
 from megatron_dit.data.text import pad
@@ -41,7 +42,7 @@ BATCH, TOKENS = 32, 120
 
 
 def make(folder: Path, shards: int, samples: int, text_dim: int, side: int) -> Index:
-    """``shards`` of ``samples`` random latents of 4 channels and text features."""
+    """Write ``shards`` shards of ``samples`` samples each: random latents with 4 channels, and text features."""
     rng = np.random.default_rng(0)
     pool = rng.standard_normal((4096, text_dim)).astype(np.float16)
 
@@ -84,7 +85,7 @@ def configured(index: Index, steps: int, workers: int) -> Config:
             **{"sample_size": side, "text_dim": index.text["dim"], "text_tokens": TOKENS},
         },
         "mup": {"base_heads": 2},
-        "objective": {"kind": "rectified_flow"},
+        "objective": {"name": "rectified_flow"},
         "optimizer": {"lr": 0.001},
         "data": {"path": index.folder, "workers": workers},
         "train": {"steps": steps, "global_batch": BATCH, "micro_batch": BATCH},
@@ -95,7 +96,7 @@ def configured(index: Index, steps: int, workers: int) -> Config:
 
 
 def bare(index: Index, workers: int) -> Iterator[Any]:
-    """Batches by webdataset alone: sequential reading, the same arrays decoded, drawn, padded and stacked."""
+    """Yield batches from plain webdataset: read sequentially, decode, sample the latents, pad and stack."""
 
     def decode(sample: dict[str, Any]) -> tuple[np.ndarray, np.ndarray]:
         mean, std, text, _ = (
@@ -114,7 +115,7 @@ def bare(index: Index, workers: int) -> Iterator[Any]:
 
 
 def rate(stream: Iterator[Any], steps: int) -> float:
-    """Samples/s over ``steps`` batches, after the first."""
+    """Return samples/s over ``steps`` batches, not counting the first."""
     next(stream)
     start = time.perf_counter()
     count = sum(1 for _ in itertools.islice(stream, steps))
@@ -127,7 +128,7 @@ def throughput(folder: Path, rounds: int) -> dict[str, Any]:
     ours, theirs = [], []
     for _ in range(rounds):
         theirs.append(rate(bare(index, 2), steps))
-        gc.collect()  # ends the workers
+        gc.collect()  # terminates the workers
         ours.append(rate(batches([index], configured(index, steps + 5, 2), 0, 0, 1), steps))
         gc.collect()
         print(f"webdataset {theirs[-1]:.0f}, stream {ours[-1]:.0f} samples/s", flush=True)
@@ -137,32 +138,32 @@ def throughput(folder: Path, rounds: int) -> dict[str, Any]:
 
 def memory(folder: Path, samples: int) -> dict[str, Any]:
     index = make(folder, 50, 1000, 32, 4)
-    process, figures = psutil.Process(os.getpid()), []
+    process, resident = psutil.Process(os.getpid()), []
     config = configured(index, samples // BATCH, 0)
     for step, _ in enumerate(batches([index], config, 0, 0, 1)):
         if step % (20000 // BATCH) == 0:
             gc.collect()
-            figures.append(process.memory_info().rss / 2**20)
-            print(f"{step * BATCH} samples, {figures[-1]:.1f} MiB", flush=True)
-    return {"samples": samples, "resident_mib": figures, "grown_mib": figures[-1] - figures[1]}
+            resident.append(process.memory_info().rss / 2**20)
+            print(f"{step * BATCH} samples, {resident[-1]:.1f} MiB", flush=True)
+    return {"samples": samples, "resident_mib": resident, "grown_mib": resident[-1] - resident[1]}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--folder", type=Path, help="where to make the shards; default: a temporary folder")
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--json", type=Path)
+    parser.add_argument("--folder", type=Path, help="folder for the shards (default: a temporary folder)")
+    parser.add_argument("--rounds", type=int, default=5, help="repetitions of each measurement (default: 5)")
+    parser.add_argument("--json", type=Path, help="file to which the metrics are written")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory(dir=arguments.folder) as folder:
-        found = {"throughput": throughput(Path(folder) / "large", arguments.rounds)}
-        found["memory"] = memory(Path(folder) / "small", 200_000)
+        metrics = {"throughput": throughput(Path(folder) / "large", arguments.rounds)}
+        metrics["memory"] = memory(Path(folder) / "small", 200_000)
     print(
-        f"stream / webdataset: {found['throughput']['ratio']:.2f}; over 200,000 samples the process grew by "
-        f"{found['memory']['grown_mib']:.1f} MiB"
+        f"stream / webdataset: {metrics['throughput']['ratio']:.2f}; memory growth over 200,000 samples: "
+        f"{metrics['memory']['grown_mib']:.1f} MiB"
     )
     if arguments.json:
-        arguments.json.write_text(json.dumps(found, indent=1) + "\n")
+        arguments.json.write_text(json.dumps(metrics, indent=1) + "\n")
 
 
 if __name__ == "__main__":

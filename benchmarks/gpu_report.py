@@ -1,7 +1,7 @@
-"""Report of benchmarks/gpu_check.sh, which runs this: ``python benchmarks/gpu_report.py RUNS RESULTS``.
+"""Write the report of benchmarks/gpu_check.sh, which calls ``python benchmarks/gpu_report.py RUNS RESULTS``.
 
-RUNS holds ``MODEL.PRECISION.RECOMPUTE[.diffusers].json`` (what ``megatron-dit bench`` writes) or ``….error`` of each
-run, and pytest's ``tests.xml``. Writes RESULTS/gpu.json and gpu.md, and prints the latter.
+RUNS contains for each run ``MODEL.PRECISION.RECOMPUTE[.diffusers].json``, written by ``megatron-dit bench``, or the
+same name with ``.error``, and pytest's ``tests.xml``. Writes RESULTS/gpu.json and gpu.md, and prints gpu.md.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Any
 
 PACKAGES = ("torch", "deepspeed", "megatron-core", "transformer-engine", "diffusers")
-COLUMNS = ("model", "parameters", "batch", "precision", "recompute", "step, ms", "samples/s", "TFLOP/s", "MFU",
-           "memory, GiB", "bf16 / fp8", "diffusers / ours")  # fmt: skip
+COLUMNS = ("model", "parameters", "batch", "precision", "recompute", "step (ms)", "samples/s", "TFLOP/s", "MFU",
+           "peak memory (GiB)", "speed-up over bf16", "speed-up over diffusers")  # fmt: skip
 RECOMPUTE = ("none", "selective", "full")
 
 
@@ -26,9 +26,9 @@ class Run:
     model: str
     precision: str
     recompute: str
-    diffusers: bool  # in turn with a plain diffusers model
-    error: str | None  # why there are no figures
-    figures: dict[str, Any]
+    diffusers: bool  # whether the run alternates with a plain diffusers model
+    error: str | None  # why the run has no metrics; None if it succeeded
+    results: dict[str, Any]
 
     @property
     def order(self) -> tuple[Any, ...]:
@@ -38,35 +38,35 @@ class Run:
 @dataclass(frozen=True)
 class Tests:
     passed: int
-    failed: tuple[str, ...]  # errors among them
-    skipped: tuple[str, ...]  # with the reason
+    failed: tuple[str, ...]  # failures and errors
+    skipped: tuple[str, ...]  # each with its reason
 
 
 def read_runs(folder: Path) -> list[Run]:
-    """Every run that was done, failed, or was left out."""
+    """Return all runs: completed, failed and not started."""
     runs = []
     for path in [*folder.glob("*.json"), *folder.glob("*.error")]:
-        model, precision, recompute, *beside = path.stem.split(".")
+        model, precision, recompute, *options = path.stem.split(".")
         failed = path.suffix == ".error"
         runs.append(
             Run(
                 model=model,
                 precision=precision,
                 recompute=recompute,
-                diffusers=beside == ["diffusers"],
+                diffusers=options == ["diffusers"],
                 error=path.read_text().strip() if failed else None,
-                figures={} if failed else json.loads(path.read_text()),
+                results={} if failed else json.loads(path.read_text()),
             )
         )
     return sorted(runs, key=lambda run: run.order)
 
 
 def read_tests(path: Path) -> Tests | None:
-    """pytest's own account; None where it left none."""
+    """Return the results in pytest's XML report; None if there is no report."""
     if not path.is_file():
         return None
     passed, failed, skipped = 0, [], []
-    for case in ElementTree.parse(path).iter("testcase"):  # pytest wrote it a moment ago
+    for case in ElementTree.parse(path).iter("testcase"):  # trusted input: pytest has just written it
         name = f"{case.get('classname')}::{case.get('name')}"
         skip = case.find("skipped")
         if case.find("failure") is not None or case.find("error") is not None:
@@ -79,25 +79,25 @@ def read_tests(path: Path) -> Tests | None:
 
 
 def fp8_speedup(run: Run, runs: list[Run]) -> float | None:
-    """Step time of the same run in bf16 over that in FP8; None of a run in bf16, or where either failed."""
+    """Return the step time of the same run in bf16 over that in FP8; None for a bf16 run or if either failed."""
     if run.precision != "fp8" or run.error is not None:
         return None
     for other in runs:
         same = (other.model, other.recompute, other.diffusers) == (run.model, run.recompute, run.diffusers)
         if same and other.precision == "bf16" and other.error is None:
-            return other.figures["step_seconds"] / run.figures["step_seconds"]
+            return other.results["step_seconds"] / run.results["step_seconds"]
     return None
 
 
 def row(run: Run, runs: list[Run]) -> list[str]:
-    """The run's cells, in the order of COLUMNS; a failed one has its error where its first figure would be."""
-    recompute = run.recompute + (", beside diffusers" if run.diffusers else "")
+    """Return the run's cells in the order of COLUMNS. A failed run has its error in place of the step time."""
+    recompute = run.recompute + (", compared with diffusers" if run.diffusers else "")
     if run.error is not None:
         failed = f"failed: {run.error}".replace("|", "/")
         return [run.model, "", "", run.precision, recompute, failed, *[""] * (len(COLUMNS) - 6)]
-    f = run.figures
+    f = run.results
 
-    def shown(value: float | None, text: str) -> str:
+    def formatted(value: float | None, text: str) -> str:
         return "" if value is None else text.format(value)
 
     return [
@@ -109,29 +109,33 @@ def row(run: Run, runs: list[Run]) -> list[str]:
         f"{1e3 * f['step_seconds']:.1f}",
         f"{f['samples_per_second']:.1f}",
         f"{f['tflops_per_device']:.0f}",
-        shown(f["mfu"], "{:.1%}"),
+        formatted(f["mfu"], "{:.1%}"),
         f"{f['peak_memory_gib']:.1f}",
-        shown(fp8_speedup(run, runs), "{:.2f}"),
-        shown(f["speedup"], "{:.2f}"),
+        formatted(fp8_speedup(run, runs), "{:.2f}"),
+        formatted(f["speedup"], "{:.2f}"),
     ]
 
 
 def markdown(environment: dict[str, str], tests: Tests | None, runs: list[Run]) -> str:
-    lines = ["# On a GPU", "", "`benchmarks/gpu_check.sh`: " + ", ".join(f"{k} {v}" for k, v in environment.items())]
+    lines = [
+        "# GPU tests and benchmarks",
+        "",
+        "`benchmarks/gpu_check.sh`: " + ", ".join(f"{k} {v}" for k, v in environment.items()),
+    ]
     if tests is None:
-        lines += ["", "Tests: not run, or not to their end."]
+        lines += ["", "Tests: not run or not completed."]
     else:
         lines += ["", f"Tests: {tests.passed} passed, {len(tests.failed)} failed, {len(tests.skipped)} skipped.", ""]
         lines += [*[f"- failed: {name}" for name in tests.failed], *[f"- skipped: {name}" for name in tests.skipped]]
     if runs:
-        lines += ["", "Training steps on random weights and data; medians.", ""]
+        lines += ["", "Training steps with random weights and data (medians).", ""]
         lines += ["| " + " | ".join(COLUMNS) + " |", "|" + "---|" * len(COLUMNS)]
         lines += ["| " + " | ".join(row(run, runs)) + " |" for run in runs]
     return "\n".join(lines) + "\n"
 
 
 def describe_machine() -> dict[str, str]:
-    """Date, GPU and versions."""
+    """Return the date, the GPU and the versions of ``PACKAGES``."""
     import torch
 
     versions = {}
@@ -139,21 +143,21 @@ def describe_machine() -> dict[str, str]:
         try:
             versions[name] = metadata.version(name)
         except metadata.PackageNotFoundError:
-            versions[name] = "absent"
+            versions[name] = "not installed"
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
     return {"date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(), "GPU": gpu, **versions}
 
 
 def write_report(environment: dict[str, str], runs_folder: Path, results: Path) -> str:
-    """Write gpu.json and gpu.md; returns the latter's text."""
+    """Write gpu.json and gpu.md, and return the text of gpu.md."""
     runs, tests = read_runs(runs_folder), read_tests(runs_folder / "tests.xml")
-    figures = {
+    report = {
         "environment": environment,
         "tests": None if tests is None else asdict(tests),
         "runs": [{**asdict(run), "fp8_speedup": fp8_speedup(run, runs)} for run in runs],
     }
     results.mkdir(parents=True, exist_ok=True)
-    (results / "gpu.json").write_text(json.dumps(figures, indent=1) + "\n")
+    (results / "gpu.json").write_text(json.dumps(report, indent=1) + "\n")
     text = markdown(environment, tests, runs)
     (results / "gpu.md").write_text(text)
     return text

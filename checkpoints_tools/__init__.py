@@ -1,1 +1,1 @@
-"""``python -m checkpoints_tools``: look into checkpoints, average and convert them."""
+"""``python -m checkpoints_tools``: inspect, average, convert, reshard and prune checkpoints."""

@@ -3,179 +3,169 @@
 from __future__ import annotations
 
 import argparse
-import math
+import logging
 import sys
 from typing import Any
 
-from rich.console import Console
-from rich.table import Table
-
-from checkpoints_tools.average import average
 from checkpoints_tools.convert.command import add_convert
-from checkpoints_tools.reshard import reshard
-from checkpoints_tools.write import new_folder
-from megatron_dit.checkpoint.format import CheckpointReader
-from megatron_dit.checkpoint.listing import CHECKPOINTS, delete, list_checkpoints, old_ones
-from megatron_dit.checkpoint.load import open_checkpoint
-from megatron_dit.checkpoint.manifest import Torn
-from megatron_dit.cli import Parser, add_command, exit_status, run_program
-from megatron_dit.cli.common import file_path, input_path, write_json
-from megatron_dit.errors import UserError, writing
+from megatron_dit.cli.arguments import file_path, input_path, number
+from megatron_dit.cli.command import Parser, add_command, program_parser, run_command, write_json
+from megatron_dit.config.keys import Count, CountOrZero, SigmaRel
+from megatron_dit.runtime.errors import UserError, writing
+from megatron_dit.runtime.program import run_program
 from megatron_dit.runtime.text import printable
 
 
-def inspect(reader: CheckpointReader) -> dict[str, Any]:
-    """What a checkpoint is: step, layout, parameters by μP role, bytes."""
-    manifest = reader.manifest
-    roles: dict[str, dict[str, Any]] = {}
-    for name, param in manifest["params"].items():
-        empty = {"tensors": 0, "elements": 0, "lr": set(), "weight_decay": set(), "multiplier": set()}
-        role = roles.setdefault(param["role"], empty)
-        role["tensors"] += 1
-        role["elements"] += math.prod(param["shape"])
-        ratios = {**param, "multiplier": manifest["multipliers"].get(name, 1.0)}
-        for key in ("lr", "weight_decay", "multiplier"):
-            role[key].add(ratios[key])
-    roles = {
-        name: {key: sorted(value) if isinstance(value, set) else value for key, value in role.items()}
-        for name, role in roles.items()
-    }
-    return {
-        "folder": str(reader.folder),
-        "arch": manifest["config"]["model"]["arch"],
-        "step": reader.step,
-        "states": reader.states,
-        "parameters": sum(role["elements"] for role in roles.values()),
-        "roles": roles,
-        "layout": manifest["layout"],
-        "files": len(manifest["files"]),
-        "bytes": sum(record["bytes"] for record in manifest["files"].values()),
-        "versions": manifest.get("versions", {}),
-    }
+def main(words: list[str]) -> int:
+    """Run one command and return its exit status."""
+    return run_command(command_parser(), words)
 
 
-def main(arguments: list[str]) -> int:
-    parser = Parser(
-        prog="python -m checkpoints_tools",
-        description="Look into checkpoints, convert, average, cut anew and delete them.",
+def command_parser() -> Parser:
+    """Return the parser of all commands. Imports no torch: each command imports what it needs when it runs."""
+    return program_parser(
+        "python -m checkpoints_tools",
+        "Inspect, convert, average, reshard and delete checkpoints.",
+        "python -m checkpoints_tools inspect runs/quickstart",
+        [_add_inspect, add_convert, _add_others],
     )
-    commands = parser.add_subparsers(required=True, metavar="COMMAND", parser_class=Parser)
-    example = "python -m checkpoints_tools inspect runs/quickstart"
-    command = add_command(commands, "inspect", "Print what a checkpoint holds.", example, _inspect)
-    command.add_argument(
-        "checkpoint", type=input_path("checkpoint"), help="a run's folder (its newest checkpoint) or one checkpoint"
+
+
+def _add_inspect(commands: Any) -> None:
+    inspect = add_command(
+        commands,
+        "inspect",
+        "Print the contents of a checkpoint and verify its files.",
+        "python -m checkpoints_tools inspect runs/quickstart",
+        _inspect,
     )
-    add_convert(commands)
-    example = "python -m checkpoints_tools average runs/quickstart --sigma-rel 0.08 --out runs/ema-0.08"
-    text = "Post-hoc EMA: weights averaged with any width, from a run's snapshots."
-    command = add_command(commands, "average", text, example, _average)
-    command.add_argument(
-        "folder", type=file_path("run"), metavar="run", help="a run's folder, trained with checkpoint.ema_every"
+    _add_checkpoint(inspect)
+
+
+def _add_others(commands: Any) -> None:
+    average = add_command(
+        commands,
+        "average",
+        "Compute a post-hoc EMA of any width from a run's snapshots.",
+        "python -m checkpoints_tools average runs/quickstart --sigma-rel 0.08 --out runs/ema-0.08",
+        _average,
     )
-    command.add_argument(
-        "--sigma-rel", type=float, required=True, help="standard deviation of the average over its age"
+    _add_run(average, "folder of a run that was trained with ema.snapshot_every")
+    average.add_argument(
+        "--sigma-rel",
+        type=number("--sigma-rel", SigmaRel),
+        required=True,
+        metavar="WIDTH",
+        help="width of the EMA: standard deviation of its profile as a fraction of the training time",
     )
-    command.add_argument("--step", type=int, help="step of the snapshot to average at (the last)")
-    command.add_argument("--out", type=file_path("--out"), required=True, help="folder of the checkpoint to write")
-    example = "python -m checkpoints_tools reshard runs/quickstart runs/moved --tensor 2"
-    text = "Cut a checkpoint anew for tensor parallelism, one file a rank. Training opens any layout without."
-    command = add_command(commands, "reshard", text, example, _reshard)
-    command.add_argument(
-        "checkpoint", type=input_path("checkpoint"), help="a run's folder (its newest checkpoint) or one checkpoint"
+    step = number("--step", CountOrZero)
+    average.add_argument(
+        "--step", type=step, metavar="N", help="step of the snapshot at which the average ends; if omitted, the last"
     )
-    command.add_argument("out", type=file_path("out"), help="the run folder to write; it must not exist")
-    command.add_argument("--tensor", type=int, default=1, help="parallel.tensor of the runs to come (1)")
-    example = "python -m checkpoints_tools prune runs/quickstart --keep 2 --keep-every 1000 --dry-run"
-    command = add_command(commands, "prune", "Delete old checkpoints of a run.", example, _prune)
-    command.add_argument("folder", type=file_path("run"), metavar="run", help="a run's folder")
-    command.add_argument("--keep", type=int, required=True, help="the newest whole ones to keep, at least 1")
-    command.add_argument("--keep-every", type=int, default=0, metavar="N", help="keep those of every N-th step too")
-    command.add_argument("--dry-run", action="store_true", help="say what would go")
+    out = file_path("--out")
+    average.add_argument("--out", type=out, required=True, metavar="FOLDER", help="folder of the checkpoint to write")
 
-    def run() -> int:
-        parsed = parser.parse_args(arguments)
-        return parsed.run(parsed)
-
-    return exit_status(run)
-
-
-def _inspect(parsed: argparse.Namespace) -> int:
-    reader = open_checkpoint(parsed.checkpoint, verify=False)
-    figures = inspect(reader)
-    try:
-        reader.verify(show=True)
-        figures["integrity"] = "every file is what was written (SHA-256)"
-    except Torn as error:
-        figures["integrity"] = f"CORRUPT: {error}"
-    corrupt = figures["integrity"].startswith("CORRUPT")
-    table = Table(title=printable(figures["folder"]), show_header=False)
-    for key in ("arch", "step", "parameters", "files", "bytes", "integrity"):
-        table.add_row(key, f"{figures[key]:,}" if isinstance(figures[key], int) else printable(figures[key]))
-    table.add_row("states", printable(", ".join(figures["states"])))
-    table.add_row(
-        "layout", printable(", ".join(f"{key} {str(value)[:80]}" for key, value in figures["layout"].items()))
+    reshard = add_command(
+        commands,
+        "reshard",
+        "Reshard a checkpoint into one file per tensor-parallel rank. Optional: training can load any layout.",
+        "python -m checkpoints_tools reshard runs/quickstart runs/moved --tensor 2",
+        _reshard,
     )
-    _print(table)
-    table = Table(title="μP ratios to the base values, by role")
-    for column in ("role", "tensors", "elements", "lr", "weight decay", "forward multiplier"):
-        table.add_column(column)
-    for role, found in figures["roles"].items():
-        ratios = [", ".join(f"{x:g}" for x in found[key]) for key in ("lr", "weight_decay", "multiplier")]
-        table.add_row(printable(role), str(found["tensors"]), f"{found['elements']:,}", *ratios)
-    _print(table)
-    write_json(parsed, figures)
-    return 1 if corrupt else 0
+    _add_checkpoint(reshard)
+    reshard.add_argument("out", type=file_path("out"), help="run folder to write; it must not exist")
+    tensor = number("--tensor", Count)
+    reshard.add_argument(
+        "--tensor", type=tensor, default=1, metavar="N", help="parallel.tensor of the runs that will load it"
+    )
+
+    prune = add_command(
+        commands,
+        "prune",
+        "Delete old checkpoints of a run.",
+        "python -m checkpoints_tools prune runs/quickstart --keep 2 --keep-every 1000 --dry-run",
+        _prune,
+    )
+    _add_run(prune, "folder of a run")
+    keep = number("--keep", Count)
+    prune.add_argument("--keep", type=keep, required=True, metavar="N", help="number of newest checkpoints to keep")
+    every = number("--keep-every", Count)
+    prune.add_argument(
+        "--keep-every", type=every, metavar="N", help="also keep checkpoints whose step is a multiple of N"
+    )
+    prune.add_argument("--dry-run", action="store_true", help="list the checkpoints without deleting them")
 
 
-def _print(table: Table) -> None:
-    """Without rich's markup and emoji codes: names in a checkpoint may hold either."""
-    Console(markup=False, emoji=False, highlight=False).print(table)
+def _add_checkpoint(command: Parser) -> None:
+    checkpoint = input_path("checkpoint")
+    command.add_argument("checkpoint", type=checkpoint, help="run folder (its newest checkpoint is used) or checkpoint")
 
 
-def _average(parsed: argparse.Namespace) -> int:
-    out = new_folder(parsed.out)
-    figures = average(parsed.folder, parsed.sigma_rel, parsed.step, out)
+def _add_run(command: Parser, text: str) -> None:
+    command.add_argument("folder", type=file_path("run"), metavar="run", help=text)
+
+
+def _inspect(arguments: argparse.Namespace) -> int:
+    from checkpoints_tools.summary import INTACT, print_summary, summarize
+    from megatron_dit.checkpoint.load import open_checkpoint
+
+    summary = summarize(open_checkpoint(arguments.checkpoint, verify=False))
+    print_summary(summary)
+    write_json(arguments, summary)
+    return 0 if summary["integrity"] == INTACT else 1
+
+
+def _average(arguments: argparse.Namespace) -> int:
+    from checkpoints_tools.average import average
+    from checkpoints_tools.write import new_folder
+
+    out = new_folder(arguments.out)
+    summary = average(arguments.folder, arguments.sigma_rel, arguments.step, out)
     print(
-        f"wrote {printable(out)}: sigma_rel {figures['sigma_rel']} at step {figures['step']} from "
-        f"{figures['averages']} averages, which miss {100 * figures['missed']:.2g}% of its profile"
+        f"wrote {printable(out)}: sigma_rel {summary['sigma_rel']} at step {summary['step']} from "
+        f"{summary['averages']} stored averages; relative approximation error {100 * summary['missed']:.2g}%"
     )
-    write_json(parsed, figures)
+    write_json(arguments, summary)
     return 0
 
 
-def _reshard(parsed: argparse.Namespace) -> int:
-    out = new_folder(parsed.out)
-    reader = open_checkpoint(parsed.checkpoint)
-    reshard(reader, out, parsed.tensor)
-    print(f"wrote {printable(out)}: step {reader.step} in {parsed.tensor} files")
-    write_json(parsed, {"out": str(out), "step": reader.step, "files": parsed.tensor})
+def _reshard(arguments: argparse.Namespace) -> int:
+    from checkpoints_tools.reshard import reshard
+    from checkpoints_tools.write import new_folder
+    from megatron_dit.checkpoint.load import open_checkpoint
+
+    out = new_folder(arguments.out)
+    reader = open_checkpoint(arguments.checkpoint)
+    reshard(reader, out, arguments.tensor)
+    print(f"wrote {printable(out)}: step {reader.step} in {arguments.tensor} files")
+    write_json(arguments, {"out": str(out), "step": reader.step, "files": arguments.tensor})
     return 0
 
 
-def _prune(parsed: argparse.Namespace) -> int:
-    for name, least in (("keep", 1), ("keep_every", 0)):
-        if getattr(parsed, name) < least:
-            raise UserError(f"--{name.replace('_', '-')} {getattr(parsed, name)}: expected at least {least}")
-    folder = parsed.folder / CHECKPOINTS
+def _prune(arguments: argparse.Namespace) -> int:
+    from megatron_dit.checkpoint.listing import CHECKPOINTS, delete, list_checkpoints, old_ones
+    from megatron_dit.checkpoint.manifest import Incomplete
+    from megatron_dit.checkpoint.reader import CheckpointReader
+
+    folder = arguments.folder / CHECKPOINTS
     listing = list_checkpoints(folder)
     if not listing.checkpoints:
-        raise UserError(f"{parsed.folder} has no checkpoints: give a run's folder")
-    for line in listing.notes:
-        print(line)
-    for path in listing.checkpoints[-parsed.keep :]:
+        raise UserError(f"{arguments.folder} contains no checkpoints: give the folder of a run")
+    listing.log_strays(logging.INFO)
+    for path in listing.checkpoints[-arguments.keep :]:
         try:
             CheckpointReader(path).verify(show=True)
-        except Torn as error:
+        except Incomplete as error:
             raise UserError(
-                f"checkpoint {path} is incomplete ({error}): move it away, so that it is not kept"
+                f"checkpoint {path} is incomplete ({error}): move it away, so that it does not count as one to keep"
             ) from None
-    old = old_ones(folder, parsed.keep, parsed.keep_every)
+    old = old_ones(folder, arguments.keep, arguments.keep_every)
     for path in old:
-        if not parsed.dry_run:
+        if not arguments.dry_run:
             with writing(path):
                 delete(path)
-        print(f"{'would delete' if parsed.dry_run else 'deleted'} {printable(path)}")
-    write_json(parsed, {"deleted": [] if parsed.dry_run else [str(path) for path in old]})
+        print(f"{'would delete' if arguments.dry_run else 'deleted'} {printable(path)}")
+    write_json(arguments, {"deleted": [] if arguments.dry_run else [str(path) for path in old]})
     return 0
 
 

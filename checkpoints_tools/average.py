@@ -1,8 +1,8 @@
-"""Post-hoc EMA: an average of any width from a run's snapshots (EDM2, arXiv 2312.02696, section 3.2)."""
+"""Post-hoc EMA: reconstruct an average of any width from a run's snapshots (EDM2, arXiv 2312.02696, section 3.2)."""
 
 from __future__ import annotations
 
-import sys
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -13,20 +13,20 @@ import torch
 from torch import Tensor
 
 from checkpoints_tools.write import aside, new_folder, write_checkpoint
-from megatron_dit.checkpoint.format import CheckpointReader
 from megatron_dit.checkpoint.listing import list_checkpoints
-from megatron_dit.checkpoint.manifest import Torn
-from megatron_dit.config.checks import check_sigma_rel
-from megatron_dit.errors import UserError
+from megatron_dit.checkpoint.manifest import Incomplete
+from megatron_dit.checkpoint.reader import CheckpointReader
+from megatron_dit.config.keys import SigmaRel, check_value
 from megatron_dit.optimizer import power_averages
 from megatron_dit.optimizer.averages import Profile, combination, gamma_of
-from megatron_dit.progress import ProgressBar
-from megatron_dit.run_folder import SNAPSHOTS
+from megatron_dit.runtime.errors import UserError
+from megatron_dit.runtime.progress import ProgressBar
+from megatron_dit.training.run_folder import SNAPSHOTS
 
 
 @dataclass(frozen=True)
 class Stored:
-    """One average of a snapshot."""
+    """One of the power-function averages stored in a snapshot."""
 
     reader: CheckpointReader
     key: str
@@ -34,74 +34,80 @@ class Stored:
 
 
 def average(run: Path, sigma_rel: float, step: int | None, out: Path) -> dict[str, Any]:
-    """Write to ``out`` a checkpoint whose EMA is the power-function average at ``step`` (the last snapshot's).
+    """Write to ``out`` a checkpoint whose EMA is the power-function average at ``step`` (None: the last snapshot's).
 
-    Returns what was combined, and how much of the wanted profile that misses. Raises UserError if the run has no
-    snapshots or none of ``step``, if one of them is incomplete, or if ``out`` cannot be written.
+    Return the width, the step, the number of stored averages that were combined, and the relative error of the
+    resulting profile. Raise UserError if the run has no snapshots or none of ``step``, if a snapshot is incomplete, or
+    if ``out`` cannot be written.
     """
-    check_sigma_rel("--sigma-rel", sigma_rel)
+    check_value("--sigma-rel", sigma_rel, SigmaRel)
     out = new_folder(out)
     readers = _snapshots(run)
     steps = [reader.step for reader in readers]
     step = steps[-1] if step is None else step
     if step not in steps:
-        raise UserError(f"--step {step}: expected a step with a snapshot, one of {', '.join(map(str, steps))}")
+        raise UserError(f"--step {step}: no snapshot of this step; choose one of {', '.join(map(str, steps))}")
     readers = readers[: steps.index(step) + 1]
     _check_alike(readers)
     stored = [
-        Stored(reader, key, Profile(gamma_of(width), reader.manifest["adam_steps"]))
+        Stored(reader, key, Profile(gamma_of(width), reader.manifest["num_updates"]))
         for reader in readers
         for key, width in _widths(reader).items()
     ]
-    target = Profile(gamma_of(sigma_rel), readers[-1].manifest["adam_steps"])
+    target = Profile(gamma_of(sigma_rel), readers[-1].manifest["num_updates"])
     coefficients, missed = combination([item.profile for item in stored], target)
-    figures = {"sigma_rel": sigma_rel, "step": step, "averages": len(stored), "missed": missed}
+    summary = {"sigma_rel": sigma_rel, "step": step, "averages": len(stored), "missed": missed}
     with aside(out) as part:
-        manifest = {**readers[-1].manifest, "states": ["ema"], "post_hoc": figures}
+        manifest = {**readers[-1].manifest, "states": ["ema"], "post_hoc": summary}
         write_checkpoint(part, manifest, _combined(stored, coefficients.tolist()))
-    return figures
+    return summary
 
 
 def _snapshots(run: Path) -> list[CheckpointReader]:
-    """Those of different ages, in order: skipped steps do not age an average."""
+    """Return the run's snapshots by ascending number of optimizer updates, one for each number.
+
+    Steps that were skipped do not update an average, so two snapshots of different steps may be equal.
+    """
     found: dict[int, CheckpointReader] = {}
     listing = list_checkpoints(run / SNAPSHOTS)
-    for line in listing.notes:
-        print(line, file=sys.stderr)
+    listing.log_strays(logging.WARNING)
     for path in listing.checkpoints:
-        with _whole(path):
+        with _complete(path):
             reader = CheckpointReader(path)
-        found[reader.manifest["adam_steps"]] = reader
+        found[reader.manifest["num_updates"]] = reader
     found.pop(0, None)
     if not found:
-        raise UserError(f"{run / SNAPSHOTS} has no snapshots: set train.ema_sigma_rel and checkpoint.ema_every")
+        raise UserError(f"{run / SNAPSHOTS} contains no snapshots: train with ema.sigma_rel and ema.snapshot_every")
     return list(found.values())
 
 
 def _check_alike(readers: list[CheckpointReader]) -> None:
-    """Raise UserError for a snapshot of another model, or one whose files are not what was written."""
+    """Raise UserError if a snapshot is of a different model or if its files do not match their digests."""
     shapes = {name: tuple(param["shape"]) for name, param in readers[0].manifest["params"].items()}
     for reader in readers:
         reader.check(shapes)
-        with _whole(reader.folder):
+        with _complete(reader.folder):
             reader.verify(show=True)
 
 
 @contextmanager
-def _whole(path: Path) -> Iterator[None]:
+def _complete(path: Path) -> Iterator[None]:
+    """Raise UserError in place of ``Incomplete`` for the snapshot ``path``."""
     try:
         yield
-    except Torn as error:
-        raise UserError(f"snapshot {path} is incomplete ({error}): delete it to average without it") from None
+    except Incomplete as error:
+        raise UserError(
+            f"snapshot {path} is incomplete ({error}): delete it to average without this snapshot"
+        ) from None
 
 
 def _widths(reader: CheckpointReader) -> dict[str, float]:
-    train = reader.config.train
-    return dict(zip(power_averages(train), train.ema_sigma_rel, strict=True))
+    ema = reader.config.ema
+    return dict(zip(power_averages(ema), ema.sigma_rel, strict=True))
 
 
 def _combined(stored: list[Stored], coefficients: list[float]) -> Iterator[tuple[str, str, Tensor]]:
-    """Each parameter's combination, added up in fp64: coefficients may cancel."""
+    """Yield each parameter's weighted sum, accumulated in fp64 because the coefficients may cancel."""
     params = stored[0].reader.manifest["params"]
     with ProgressBar("average", len(params)) as bar:
         for name, param in params.items():

@@ -1,4 +1,4 @@
-"""A checkpoint cut anew: of thousands of files few, each with what one tensor-parallel rank reads."""
+"""Reshard a checkpoint into one file per tensor-parallel rank, which turns thousands of files into a few."""
 
 from __future__ import annotations
 
@@ -9,17 +9,18 @@ from pathlib import Path
 from torch import Tensor
 
 from checkpoints_tools.write import aside, write_checkpoint
-from megatron_dit.checkpoint.format import CheckpointReader
 from megatron_dit.checkpoint.listing import CHECKPOINTS, step_folder
+from megatron_dit.checkpoint.reader import CheckpointReader
 from megatron_dit.config import save_config
-from megatron_dit.progress import ProgressBar
-from megatron_dit.run_folder import CONFIG
+from megatron_dit.runtime.progress import ProgressBar
+from megatron_dit.training.run_folder import CONFIG
 
 
 def reshard(reader: CheckpointReader, out: Path, tensor_size: int) -> None:
-    """Write the run folder ``out`` with this one checkpoint, cut for ``parallel.tensor=tensor_size``.
+    """Write the run folder ``out`` with this one checkpoint, sharded for ``parallel.tensor=tensor_size``.
 
-    Holds one full tensor at a time. Raises UserError if the model cannot be cut so, or if ``out`` cannot be written.
+    Only one full tensor is held in memory at a time. Raise UserError if the model cannot be divided among
+    ``tensor_size`` ranks or if ``out`` cannot be written.
     """
     parallel = replace(reader.config.parallel, tensor=tensor_size)
     config = replace(reader.config, run_dir=str(out), parallel=parallel)

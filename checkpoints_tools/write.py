@@ -1,4 +1,4 @@
-"""Folders written aside, and checkpoints made of full tensors, one at a time, as training writes them."""
+"""Write folders atomically, and checkpoints in training's format from full tensors, one tensor at a time."""
 
 from __future__ import annotations
 
@@ -21,27 +21,27 @@ from megatron_dit.checkpoint.listing import CHECKPOINTS
 from megatron_dit.checkpoint.manifest import MANIFEST, write_manifest
 from megatron_dit.config import ParallelConfig
 from megatron_dit.data.tar import sha256_of
-from megatron_dit.errors import UserError, writing
-from megatron_dit.mup.init import cut
-from megatron_dit.run_folder import CONFIG, SNAPSHOTS
+from megatron_dit.parallel.sharding import cut
+from megatron_dit.runtime.errors import UserError, writing
 from megatron_dit.runtime.paths import user_path
+from megatron_dit.training.run_folder import CONFIG, SNAPSHOTS
 
 
 def new_folder(out: Path) -> Path:
-    """Return the path of a folder to write, normalised and with ``~`` expanded, after a check that it can be written.
+    """Return the normalized path of a folder to write, with ``~`` expanded, after checking that it can be written.
 
-    Raises UserError if something has that name already, if it is inside of a checkpoint or among a run's checkpoints,
-    or if it cannot be created.
+    Raise UserError if the path exists, if it is inside a checkpoint or a run's folder of checkpoints, or if it cannot
+    be created.
     """
     out = Path(os.path.normpath(user_path(str(out), "the folder to write")))
     with writing(out):
         if os.path.lexists(out):
-            raise UserError(f"{out} exists: give a new folder")
+            raise UserError(f"{out} already exists: give a folder that does not exist")
         parents = [parent for parent in out.absolute().parents if os.path.lexists(parent)]
         for folder in parents:
             of_a_run = folder.name in (CHECKPOINTS, SNAPSHOTS) and (folder.parent / CONFIG).exists()
             if of_a_run or (folder / MANIFEST).exists():
-                raise UserError(f"{out} is inside of {folder}, which holds checkpoints: choose another folder")
+                raise UserError(f"{out} is inside {folder}, which contains checkpoints: choose another folder")
         with suppress(FileNotFoundError):
             _part_of(out).lstat()  # raises if a name is too long or a parent is not a folder
         with tempfile.TemporaryDirectory(dir=parents[0]):
@@ -51,9 +51,9 @@ def new_folder(out: Path) -> Path:
 
 @contextmanager
 def aside(out: Path) -> Iterator[Path]:
-    """A folder beside ``out`` that becomes it if all goes well, and is removed if not.
+    """Yield a temporary folder next to ``out``, which is renamed to ``out`` on success and removed on failure.
 
-    Raises UserError if it cannot be written.
+    Raise UserError if the folder cannot be written.
     """
     out = new_folder(out)
     part = _part_of(out)
@@ -67,22 +67,27 @@ def aside(out: Path) -> Iterator[Path]:
 
 
 def _part_of(out: Path) -> Path:
-    """Return a name that nobody else uses: what is there already is not ours to delete."""
+    """Return a unique path next to ``out``, so that removing it cannot delete the files of another program."""
     return out.with_name(f"{out.name}.{secrets.token_hex(4)}.part")
 
 
 def write_checkpoint(
     folder: Path, manifest: Mapping[str, Any], tensors: Iterable[tuple[str, str, Tensor]], tensor_size: int = 1
 ) -> None:
-    """Fill ``folder`` with one file a tensor-parallel rank and the manifest, its layout and files made anew.
+    """Write a checkpoint with one file per tensor-parallel rank to ``folder``.
 
-    ``tensors`` gives (state, name, full fp32 tensor) in any order; what it does not give is zero.
+    The manifest is ``manifest`` with a new layout and a new list of files. ``tensors`` yields (state, name, full fp32
+    tensor) in any order; tensors that it does not yield are zero. Raise UserError if a parameter cannot be divided
+    among ``tensor_size`` ranks.
     """
     folder.mkdir(parents=True, exist_ok=True)
     params, states = manifest["params"], manifest["states"]
     for name, param in params.items():
-        if param["dim"] is not None and param["shape"][param["dim"]] % (param["pieces"] * tensor_size):
-            raise UserError(f"{name} of shape {param['shape']} cannot be cut for {tensor_size} tensor-parallel ranks")
+        if param["dim"] is not None and param["shape"][param["dim"]] % (param["fused_parts"] * tensor_size):
+            raise UserError(
+                f"{name} of shape {param['shape']} cannot be divided among {tensor_size} tensor-parallel ranks: choose "
+                "a number that divides model.heads"
+            )
     paths = [folder / f"rank_{rank:05d}.safetensors" for rank in range(tensor_size)]
     with ExitStack() as stack:
         files = []
@@ -93,19 +98,19 @@ def write_checkpoint(
                 for state in states
                 for name, param in held.items()
             }
-            about = {"tensor_rank": str(rank), "starts": json.dumps(dict.fromkeys(held, 0))}
-            files.append(stack.enter_context(TensorFile(path, specs, about)))
+            metadata = {"tensor_rank": str(rank), "starts": json.dumps(dict.fromkeys(held, 0))}
+            files.append(stack.enter_context(TensorFile(path, specs, metadata)))
         for state, name, full in tensors:
             param = params[name]
             for rank, file in enumerate(files if param["dim"] is not None else files[:1]):
-                shard = cut(full, param["dim"], param["pieces"], rank, tensor_size)
+                shard = cut(full, param["dim"], param["fused_parts"], rank, tensor_size)
                 file.put(f"{state}/{name}", shard.reshape(-1))
-    whole = {
+    complete = {
         **manifest,
         "layout": {"world": tensor_size, **asdict(ParallelConfig(tensor=tensor_size))},
         "files": {path.name: {"bytes": path.stat().st_size, "sha256": sha256_of(path)} for path in paths},
     }
-    write_manifest(folder, whole)
+    write_manifest(folder, complete)
 
 
 def _numel(param: Mapping[str, Any]) -> int:

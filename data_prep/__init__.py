@@ -1,1 +1,1 @@
-"""``python -m data_prep``: pictures and captions to shards of latents and text features."""
+"""``python -m data_prep``: encode images and captions into shards of latents and text features."""

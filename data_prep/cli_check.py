@@ -1,4 +1,4 @@
-"""``python -m data_prep verify`` and ``stats``: a folder of shards read back, and what is in it."""
+"""``python -m data_prep check`` and ``stats``: check a folder of shards, and report statistics of its contents."""
 
 from __future__ import annotations
 
@@ -7,52 +7,53 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from megatron_dit.cli.common import add_command, write_json
-from megatron_dit.errors import UserError
+from megatron_dit.cli.arguments import file_path, input_path, number
+from megatron_dit.cli.command import add_command, write_json
+from megatron_dit.config.keys import Count
 from megatron_dit.runtime.io import check_output
-from megatron_dit.runtime.paths import user_path
 
 
-def add_commands_to(commands: Any) -> None:
-    command = add_command(
+def add_commands(commands: Any) -> None:
+    """Add the commands of this module."""
+    check = add_command(
         commands,
-        "verify",
-        "Read every shard back and check it; status 1 if anything is wrong.",
-        "python -m data_prep verify data/photos --procs 8",
-        verify,
+        "check",
+        "Read and check every shard. The exit status is 1 if any problem is found.",
+        "python -m data_prep check data/photos --procs 8",
+        _check,
     )
-    command.add_argument("folder", help="folder or URL of shards")
-    command.add_argument("--procs", type=int, default=1, metavar="N", help="shards to check at a time")
-    command = add_command(
+    check.add_argument("folder", type=input_path("FOLDER"), help="folder or URL of shards")
+    procs = number("--procs", Count)
+    check.add_argument("--procs", type=procs, default=1, metavar="N", help="shards to check in parallel")
+    stats = add_command(
         commands,
         "stats",
-        "Buckets, caption lengths, latents and classes of a folder of shards, with pictures.",
+        "Report the buckets, caption lengths, latent statistics and classes of a folder of shards, with plots.",
         "python -m data_prep stats data/photos",
-        stats,
+        _stats,
     )
-    command.add_argument("folder", help="folder of shards")
-    command.add_argument("--samples", type=int, default=10_000, help="samples to look at, drawn at random")
-    command.add_argument("--out", help="folder for stats.json and the pictures (FOLDER/stats)")
+    stats.add_argument("folder", type=input_path("FOLDER"), help="folder of shards")
+    samples = number("--samples", Count)
+    stats.add_argument("--samples", type=samples, default=10_000, metavar="N", help="number of random samples to read")
+    out = file_path("--out")
+    stats.add_argument(
+        "--out", type=out, metavar="FOLDER", help="folder for stats.json and the plots; if omitted, FOLDER/stats"
+    )
 
 
-def verify(parsed: argparse.Namespace) -> int:
-    from data_prep.verify import print_report, verify
+def _check(arguments: argparse.Namespace) -> int:
+    from data_prep.check import check, print_report
 
-    if parsed.procs < 1:
-        raise UserError(f"--procs {parsed.procs}: expected at least 1")
-    report = verify(parsed.folder, parsed.procs)
+    report = check(arguments.folder, arguments.procs)
     print_report(report)
-    write_json(parsed, asdict(report))
+    write_json(arguments, asdict(report))
     return 1 if report.problems else 0
 
 
-def stats(parsed: argparse.Namespace) -> int:
+def _stats(arguments: argparse.Namespace) -> int:
     from data_prep.stats import stats
 
-    if parsed.samples < 1:
-        raise UserError(f"--samples {parsed.samples}: expected at least 1")
-    out = Path(user_path(str(parsed.out or Path(parsed.folder, "stats")), "--out"))
+    out = arguments.out or Path(arguments.folder, "stats")
     check_output(out / "stats.json", "--out", makes_folder=True)
-    figures = stats(parsed.folder, parsed.samples, out)
-    write_json(parsed, figures)
+    write_json(arguments, stats(arguments.folder, arguments.samples, out))
     return 0

@@ -1,7 +1,7 @@
-"""The second phase: the pictures of a planned shard, read again, through the encoders into its tar.
+"""Second phase of the job: read the images of a planned shard again, encode them and write the shard's tar.
 
-Three things go on at once: threads read and fit pictures, one thread runs the encoders, and one writes a shard while
-the next is already being encoded, so that the encoders hardly ever wait.
+Several threads read and resize images, one thread runs the encoders, and another writes a shard while the next one is
+already being encoded, so that the encoders are rarely idle.
 """
 
 from __future__ import annotations
@@ -16,41 +16,45 @@ from dataclasses import asdict
 import numpy as np
 
 from data_prep.encoders import Encoders, Example
+from data_prep.images import Unusable, decode, fit
 from data_prep.job import Claim, Job
-from data_prep.pictures import Unusable, decode, fit
 from data_prep.pipelined import chunks, pipelined
 from data_prep.plan import PlannedShard
 from data_prep.recipe import Recipe
 from data_prep.scan import read_records
 from data_prep.sources import Record, Source
 from megatron_dit.data.tar import write_shard
-from megatron_dit.errors import UserError
+from megatron_dit.runtime.errors import UserError
 
 PHASE = "shards"
-READERS = min(8, os.cpu_count() or 1)  # threads that decode
-AHEAD = 2  # batches before the encoders, and after them
+READERS = min(8, os.cpu_count() or 1)  # threads that decode images
+AHEAD = 2  # batches queued before the encoders, and after them
 
 
 class Stopped(Exception):
-    """The worker is leaving."""
+    """Raised in the threads of a worker that is shutting down."""
 
 
 class ShardEncoder:
-    """Encodes the planned shards that a job lets it have."""
+    """Encodes the planned shards that it can claim from a job."""
 
     def __init__(self, source: Source, recipe: Recipe, encoders: Encoders, job: Job) -> None:
         self._source, self._recipe, self._encoders, self._job = source, recipe, encoders, job
-        self._reading = threading.Lock()  # a source is one reader's at a time; decoding is what takes long
+        self._reading = threading.Lock()  # sources are not thread-safe; only decoding, the slow part, runs in parallel
         self._stop = threading.Event()
         self._readers = ThreadPoolExecutor(READERS)
         self._encoder = ThreadPoolExecutor(1)
 
     def run(self, plans: list[PlannedShard], wait: Callable[[], None], tell: Callable[[int, int], None]) -> None:
-        """Until every shard is done, here or by others. ``tell`` gets a shard's number and how many it has so far."""
+        """Encode until every shard is done, by this worker or by others.
+
+        ``tell`` is called with a shard's number and the number of its samples encoded so far. ``wait`` is called if
+        there is nothing to do until other workers finish.
+        """
         closing: deque[Future[None]] = deque()
 
         def close_one() -> None:
-            """For the oldest shard of ours that is being written, or else for the other workers."""
+            """Wait for this worker's oldest shard that is being written, or if there is none, for other workers."""
             if closing:
                 closing.popleft().result()
             else:
@@ -102,8 +106,9 @@ class ShardEncoder:
                 data = self._source.read(record)
             if isinstance(data, np.ndarray):
                 return Example(key, record, data, (data.shape[1], data.shape[0]))
-            picture = decode(data, self._recipe.limits)
+            image = decode(data, self._recipe.limits)
         except (Unusable, OSError) as error:
-            told = f"{record.name} has changed since the scan ({error}): restore it or begin in a new folder"
-            raise UserError(told) from None
-        return Example(key, record, fit(picture, side), picture.size)
+            raise UserError(
+                f"{record.name} has changed since the scan ({error}); restore it, or start again in a new folder"
+            ) from None
+        return Example(key, record, fit(image, side), image.size)

@@ -1,4 +1,4 @@
-"""Batches of pictures and captions through the codec, the text encoder and the vision encoder."""
+"""Encode batches of images and captions with the codec, the text encoder and the vision encoder."""
 
 from __future__ import annotations
 
@@ -11,32 +11,32 @@ from typing import Any
 import numpy as np
 import torch
 
-from data_prep.pictures import Buckets
+from data_prep.images import Buckets
 from data_prep.recipe import PIXELS, TINY, Recipe
 from data_prep.sources import Record
 from megatron_dit.data.codec import VaeCodec, open_codec
-from megatron_dit.data.identity import weights_sha256
-from megatron_dit.data.shards import OWN
+from megatron_dit.data.encoder_hash import weights_sha256
+from megatron_dit.data.index import OWN
 from megatron_dit.data.tar import npy
 from megatron_dit.data.text import DTYPES, TextEncoder
 from megatron_dit.data.vision import VisionEncoder
-from megatron_dit.errors import UserError
-from megatron_dit.parallel.cpu import device
+from megatron_dit.runtime.device import device
+from megatron_dit.runtime.errors import UserError
 
-TINY_FOLDER = "text_encoder"  # in the folder of the shards
+TINY_FOLDER = "text_encoder"  # inside the folder of the shards
 
 
 @dataclass(frozen=True)
 class Example:
     key: str
     record: Record
-    picture: np.ndarray  # (H, W, 3) uint8
+    image: np.ndarray  # (H, W, 3) uint8
     original: tuple[int, int]  # (width, height) in pixels
 
 
 @dataclass(frozen=True)
 class Batch:
-    """Examples of one bucket, with the ids of all their captions, one after the other."""
+    """Examples of one bucket, with the ids of all their captions, concatenated."""
 
     examples: Sequence[Example]
     ids: Sequence[np.ndarray]
@@ -44,7 +44,7 @@ class Batch:
 
 @dataclass(frozen=True)
 class Encoded:
-    """What the encoders make of a batch, in fp16."""
+    """The encoders' outputs for a batch, in fp16."""
 
     batch: Batch
     mean: np.ndarray  # (B, C, h, w)
@@ -54,7 +54,7 @@ class Encoded:
 
 
 class Encoders:
-    """The encoders of a recipe. Raises UserError where one cannot be loaded or does not go with the sizes."""
+    """The encoders of a recipe. Raise UserError if one cannot be loaded or the image sizes do not fit them."""
 
     def __init__(self, recipe: Recipe, captioned: bool) -> None:
         self._recipe = recipe
@@ -64,14 +64,16 @@ class Encoders:
         self._text: TextEncoder | None = None
         if captioned and recipe.text_encoder != TINY:
             self._open_text(recipe.text_encoder)
-        self._eye = VisionEncoder(recipe.vision_encoder, device()) if recipe.vision_encoder else None
+        self._vision_encoder = VisionEncoder(recipe.vision_encoder, device()) if recipe.vision_encoder else None
 
     def _buckets(self) -> Buckets:
         recipe, scale = self._recipe, self._codec.scale
         token = scale * recipe.patch
         multiple = recipe.multiple or token
         if multiple % (token if recipe.vision_encoder else scale):
-            raise UserError(f"--multiple {multiple}: expected a multiple of {token}, {scale} times --patch")
+            raise UserError(
+                f"--multiple {multiple}: expected a multiple of {token} (the codec's {scale} times --patch)"
+            )
         if recipe.size % multiple:
             of = f"the codec's {scale} times --patch {recipe.patch}" if multiple == token else "--multiple"
             raise UserError(f"--size {recipe.size}: expected a multiple of {multiple} ({of})")
@@ -81,15 +83,15 @@ class Encoders:
         self._text = TextEncoder(name, self._recipe.tokens, device(), DTYPES[self._recipe.dtype])
 
     def open_tiny(self, folder: Path) -> None:
-        """Load the text encoder that was built for the shards' ``folder``."""
+        """Load the tiny text encoder that was built in the shards' ``folder``."""
         self._open_text(str(folder / TINY_FOLDER))
 
     def drop_text(self) -> None:
-        """There are no captions: samples get no text."""
+        """Discard the text encoder because there are no captions; samples get no text."""
         self._text = None
 
     def weights(self) -> dict[str, str]:
-        """SHA-256 of each encoder's weights, "" where there are none yet; the first call reads them all."""
+        """Return the SHA-256 of each encoder's weights, "" if it has none yet. The first call reads all files."""
         text = self._text.sha256 if self._text else ""
         found = {"vae": self._codec.sha256, "text_encoder": text, "vision_encoder": self._eye_sha256()}
         return {f"{name}_sha256": value for name, value in found.items()}
@@ -98,38 +100,38 @@ class Encoders:
         return weights_sha256(self._recipe.vision_encoder) if self._recipe.vision_encoder else ""
 
     def latent(self, side: tuple[int, int]) -> tuple[int, int]:
-        """(height, width) of the latents of a bucket's pictures."""
+        """Return the latents' (height, width) for a bucket of images of size ``side``."""
         return side[0] // self._codec.scale, side[1] // self._codec.scale
 
     def batch(self, examples: Sequence[Example]) -> Batch:
-        """Tokenize. Classified pictures without a caption get the ids of an empty one."""
+        """Tokenize the captions. Labelled images without a caption get the ids of an empty one."""
         if self._text is None:
             return Batch(examples, ())
         texts = [text for example in examples for text, _ in _captions(example.record)]
         return Batch(examples, self._text.tokenize(texts))
 
     def encode(self, batch: Batch) -> Encoded:
-        """Raises UserError where a number that fp16 cannot hold comes out."""
-        pictures = torch.from_numpy(np.stack([each.picture for each in batch.examples])).permute(0, 3, 1, 2)
-        mean, std = self._codec.posterior(pictures)
+        """Run the encoders on a batch. Raise UserError if an output is not finite in fp16."""
+        images = torch.from_numpy(np.stack([each.image for each in batch.examples])).permute(0, 3, 1, 2)
+        mean, std = self._codec.posterior(images)
         text = features = None
         if self._text is not None and self._recipe.text == "features":
             text = [row.half().numpy() for row in self._text.encode_ids(batch.ids)]
-        if self._eye is not None:
+        if self._vision_encoder is not None:
             rows, columns = (side // self._recipe.patch for side in mean.shape[2:])
-            features = self._eye.features(pictures, rows, columns).half().cpu().numpy()
+            features = self._vision_encoder.features(images, rows, columns).half().cpu().numpy()
         halves = mean.half().numpy(), None if std is None else std.half().numpy()
         for encoder, arrays in (("vae", halves), ("text-encoder", text or ()), ("vision-encoder", (features,))):
             if not all(array is None or np.isfinite(array).all() for array in arrays):
                 first, last = batch.examples[0].record.name, batch.examples[-1].record.name
                 raise UserError(
-                    f"--{encoder} gives numbers that are not finite or beyond fp16 between {first} and {last} "
-                    f"in {self._recipe.dtype}: give another --dtype or encoder"
+                    f"--{encoder} produced values that are not finite in fp16, for an image from {first} to {last}, "
+                    f"with --dtype {self._recipe.dtype}; use another --dtype or encoder"
                 )
         return Encoded(batch, *halves, text, features)
 
     def members(self, encoded: Encoded) -> list[dict[str, bytes | str]]:
-        """The samples of a batch, as ``write_shard`` takes them."""
+        """Return the samples of a batch in the form that ``write_shard`` expects."""
         samples = []
         first = 0
         for row, example in enumerate(encoded.batch.examples):
@@ -159,7 +161,7 @@ class Encoders:
         return samples
 
     def describe(self) -> dict[str, Any]:
-        """What the index says of the encoders: channels, codec, text and features."""
+        """Return the index fields that describe the encoders: channels, codec, text and features."""
         recipe, text, features = self._recipe, {}, None
         codec: dict[str, Any] = {"kind": "pixels", "sha256": self._codec.sha256}
         if isinstance(self._codec, VaeCodec):
@@ -173,12 +175,12 @@ class Encoders:
                 "tokens": recipe.tokens,
                 "features": recipe.text == "features",
             }
-        if self._eye is not None:
-            features = {"encoder": recipe.vision_encoder, "sha256": self._eye_sha256(), "dim": self._eye.dim}
+        if self._vision_encoder is not None:
+            features = {"encoder": recipe.vision_encoder, "sha256": self._eye_sha256(), "dim": self._vision_encoder.dim}
             features["patch"] = recipe.patch
         return {"channels": self._codec.channels, "codec": codec, "text": text, "features": features}
 
 
 def _captions(record: Record) -> list[tuple[str, float]]:
-    """(text, weight) of each caption; of an empty one where there is none."""
+    """Return the (text, weight) of each caption, or a single empty caption if there is none."""
     return [(caption.text, caption.weight) for caption in record.captions] or [("", 1.0)]

@@ -1,8 +1,8 @@
-"""A job that any number of processes on any number of hosts share through its folder.
+"""A job whose work is shared by any number of processes on any number of hosts, coordinated through its folder.
 
-A phase is a number of tasks. A task is held by a lock that the system frees when its holder dies, works in a folder of
-its own, and is done when ``job/PHASE/NUMBER.json`` is there. Whatever it leaves is renamed into place, so that a task
-which is killed, or done twice where a file system has no locks, changes nothing.
+Each phase consists of numbered tasks. A worker claims a task with a lock that the system releases if the worker dies,
+works in a scratch folder, and marks the task as done with ``job/PHASE/NUMBER.json``. All outputs are renamed into place
+atomically, so that the result is the same if a task is killed, or is run twice on a file system without locks.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, NonNegativeInt
 
-from megatron_dit.data.index_file import ShardFields
-from megatron_dit.data.shards import INDEX
-from megatron_dit.errors import UserError, writing
+from megatron_dit.data.index import INDEX
+from megatron_dit.data.index_schema import ShardFields
+from megatron_dit.runtime.errors import UserError, writing
 from megatron_dit.runtime.locks import FileLock, try_lock
 from megatron_dit.runtime.text import printable
 
@@ -32,7 +32,7 @@ POLL_SECONDS = 0.5
 
 
 class _ScanFields(BaseModel):
-    """What a unit's scan leaves: records by bucket, how many have captions, and rejections by reason."""
+    """Result of scanning a unit: records per bucket, number of records with captions, and rejections by reason."""
 
     model_config = ConfigDict(strict=True, extra="forbid")
     buckets: dict[str, NonNegativeInt]
@@ -44,7 +44,7 @@ RESULTS: dict[str, type[BaseModel]] = {"scan": _ScanFields, "shards": ShardField
 
 
 class Claim:
-    """A task that this worker holds, and ``scratch``, a fresh folder for its files, until it is left."""
+    """A claimed task, with an empty folder ``scratch`` for its files. Leaving the context releases both."""
 
     def __init__(self, lock: FileLock, scratch: Path, done: Path) -> None:
         self._lock, self.scratch, self._done = lock, scratch, done
@@ -52,11 +52,11 @@ class Claim:
         scratch.mkdir(parents=True)
 
     def finish(self, result: Mapping[str, Any]) -> None:
-        """Mark the task done, with what the later phases must know of it."""
+        """Mark the task as done and store ``result`` for later phases."""
         self.publish("done.json", self._done, json.dumps(result))
 
     def publish(self, name: str, target: Path, text: str | None = None) -> None:
-        """Rename ``name`` of scratch, written here with ``text``, to ``target``."""
+        """Rename the file ``name`` in scratch to ``target``. If ``text`` is given, write it to the file first."""
         path = self.scratch / name
         if text is not None:
             with path.open("w") as file:
@@ -66,7 +66,7 @@ class Claim:
         path.replace(target)
 
     def publish_folder(self, name: str, target: Path) -> None:
-        """Rename a folder of scratch to ``target``, or leave there what another worker, or a killed one, has made."""
+        """Rename a folder in scratch to ``target``, or keep the existing target of another or an earlier worker."""
         try:
             (self.scratch / name).rename(target)
         except OSError as error:
@@ -82,7 +82,7 @@ class Claim:
 
 
 class Job:
-    """The job of one folder: ``job.json`` says what it does, ``job/`` how far it is, ``index.json`` that it is done."""
+    """The job in a folder: ``job.json`` has its arguments, ``job/`` its state; ``index.json`` marks it as finished."""
 
     def __init__(self, folder: Path) -> None:
         self.folder, self.root = folder, folder / "job"
@@ -93,36 +93,36 @@ class Job:
         return (self.folder / INDEX).is_file()
 
     def begun(self, arguments: Mapping[str, Any]) -> bool:
-        """Whether the folder holds a job of these arguments; False for a folder to be made.
+        """Return whether the folder contains a job with these arguments; False if the folder is still to be created.
 
-        Raises UserError for a folder that holds anything else.
+        Raise UserError if the folder contains anything else.
         """
         if not self.folder.exists():
             return False
         notes = self.folder / "job.json"
-        if notes.exists() and not notes.is_file():  # reading a FIFO would wait for its writer
-            raise UserError(f"{notes} is not a regular file: give a new folder")
+        if notes.exists() and not notes.is_file():  # reading a FIFO would block
+            raise UserError(f"{notes} is not a regular file; give a new folder")
         try:
             found = json.loads(notes.read_bytes())
         except (FileNotFoundError, NotADirectoryError):
-            begun = {self.root.name, "job.json"}  # the second may be another worker's of this moment
+            begun = {self.root.name, "job.json"}  # another worker may have just created job.json
             if self.folder.is_dir() and {path.name for path in self.folder.iterdir()} <= begun:
                 return False
-            raise UserError(f"{self.folder} exists and is no job of this command: give a new folder") from None
+            raise UserError(f"{self.folder} exists but was not created by this command; give a new folder") from None
         except (ValueError, RecursionError, OSError) as error:
-            raise UserError(f"{notes} cannot be read ({error}): give a new folder") from None
+            raise UserError(f"{notes} cannot be read ({error}); give a new folder") from None
         if not isinstance(found, dict):
-            raise UserError(f"{notes} holds a {type(found).__name__} and no arguments: give a new folder")
+            raise UserError(f"{notes} contains a {type(found).__name__}, expected an object; give a new folder")
         for name in arguments:
             if name not in found or found[name] != json.loads(json.dumps(arguments[name])):
                 raise UserError(
-                    f"{self.folder} exists and was begun with {_told(name)} {found.get(name)}, not {arguments[name]}: "
-                    "give the same arguments or a new folder"
+                    f"{self.folder} already exists and was started with {_describe(name)} {found.get(name)}, not "
+                    f"{arguments[name]}; use the same arguments or a new folder"
                 )
         return True
 
     def begin(self, arguments: Mapping[str, Any]) -> None:
-        """Make the folder, or join the job in it, which must have the same arguments."""
+        """Create the folder, or join the existing job, which must have the same arguments."""
         with writing(self.folder):
             for name in ("locks", "scan", "shards"):
                 (self.root / name).mkdir(parents=True, exist_ok=True)
@@ -135,7 +135,7 @@ class Job:
                     claim.publish("job.json", self.folder / "job.json", json.dumps(arguments, indent=1) + "\n")
 
     def claim(self, name: str, done: Path | None = None) -> Claim | None:
-        """None where another worker holds the task."""
+        """Claim a task. Return None if another worker holds it."""
         lock = try_lock(self.root / "locks" / name)
         if lock is None:
             return None
@@ -145,9 +145,9 @@ class Job:
         return Claim(lock, scratch, done or scratch / "done")
 
     def results(self, phase: str) -> dict[int, dict[str, Any]]:
-        """What the tasks of a phase that are done by now have left, by number.
+        """Return the results of the phase's finished tasks, by number.
 
-        A damaged mark is removed, and its task done again.
+        A corrupt result file is removed, so that its task is repeated.
         """
         known = self._results.setdefault(phase, {})
         with os.scandir(self.root / phase) as entries:
@@ -160,14 +160,14 @@ class Job:
                     RESULTS[phase].model_validate_json(data)
                     known[int(match[1])] = json.loads(data)
                 except ValueError:
-                    print(f"{printable(entry.path)} is damaged: its task is done again", file=sys.stderr)
+                    print(f"{printable(entry.path)} is corrupt; its task will be repeated", file=sys.stderr)
                     Path(entry.path).unlink(missing_ok=True)
         return known
 
     def claims(self, phase: str, tasks: int, wait: Callable[[], None]) -> Iterator[tuple[int, Claim]]:
-        """Each of a phase's tasks that is neither done nor held by another worker, until all are done.
+        """Claim and yield the phase's tasks that are neither done nor held by another worker, until all are done.
 
-        The caller leaves the claims. ``wait`` is called while there is none to be had.
+        The caller must release the claims. ``wait`` is called while no task is available.
         """
         mine: set[int] = set()
         while not set(range(tasks)) <= (done := self.results(phase)).keys():
@@ -188,17 +188,20 @@ class Job:
                 wait()
 
     def clean(self) -> None:
-        """Drop what only the work needed."""
-        shutil.rmtree(self.root, ignore_errors=True)  # other workers that find the job finished do so too
+        """Remove the job's state, which is not needed once it is finished."""
+        shutil.rmtree(self.root, ignore_errors=True)  # other workers may be removing it at the same time
 
     def abandon(self) -> None:
-        """Remove the folder; ``job.json`` goes last, so that no other job can begin in what a kill leaves of it."""
+        """Remove the folder.
+
+        ``job.json`` is removed last, so that no other job can start in the remains if this process is killed.
+        """
         self.clean()
         (self.folder / "job.json").unlink(missing_ok=True)
         shutil.rmtree(self.folder, ignore_errors=True)
 
 
-def _told(name: str) -> str:
-    """An argument as a flag; what was found out beside them by its name."""
-    found_out = name in ("source", "units") or name.endswith("sha256")
-    return name.replace("_", " ") if found_out else f"--{name.replace('_', '-')}"
+def _describe(name: str) -> str:
+    """Return an argument's name for messages: the option, or plain words if it is not an option."""
+    no_option = name in ("source", "units") or name.endswith("sha256")
+    return name.replace("_", " ") if no_option else f"--{name.replace('_', '-')}"

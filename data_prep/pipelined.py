@@ -1,4 +1,4 @@
-"""Work that goes on in threads while its results are used."""
+"""Run work in threads while earlier results are consumed."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ Out = TypeVar("Out")
 
 
 def pipelined(pool: Executor, function: Callable[[In], Out], items: Iterable[In], depth: int) -> Iterator[Out]:
-    """``function`` of each item in order, at most ``depth`` of them under way beyond the one waited for."""
+    """Yield ``function`` of each item in order, running at most ``depth`` calls ahead of the one waited for."""
     under_way: deque[Future[Out]] = deque()
     for item in items:
         under_way.append(pool.submit(function, item))
@@ -24,6 +24,7 @@ def pipelined(pool: Executor, function: Callable[[In], Out], items: Iterable[In]
 
 
 def chunks(items: Iterable[In], size: int) -> Iterator[list[In]]:
+    """Yield lists of ``size`` consecutive items; the last one may be shorter."""
     iterator = iter(items)
     while chunk := list(itertools.islice(iterator, size)):
         yield chunk

@@ -1,4 +1,4 @@
-"""Which records go into which shard: a function of the scan's counts alone."""
+"""Assignment of records to shards, which depends on the scan's counts only."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class Part:
 
 @dataclass(frozen=True)
 class PlannedShard:
-    side: tuple[int, int]  # (height, width) of its pictures
+    side: tuple[int, int]  # (height, width) of its images
     parts: tuple[Part, ...]
 
 
@@ -30,9 +30,9 @@ def bucket_name(side: tuple[int, int]) -> str:
 def plan_shards(
     units: Sequence[Mapping[str, Any]], sides: Iterable[tuple[int, int]], per_shard: int
 ) -> list[PlannedShard]:
-    """Bucket by bucket the records in the units' order, at most ``per_shard`` to a shard.
+    """Assign the records of each bucket, in the order of the units, to shards of at most ``per_shard`` samples.
 
-    ``units`` are the scan's results: each unit's count of records by bucket.
+    ``units`` are the scan's results, which contain each unit's number of records per bucket.
     """
     shards = []
     for side in sorted(sides):
@@ -54,14 +54,14 @@ def plan_shards(
 
 
 def rejected_counts(units: Iterable[Mapping[str, Any]]) -> Counter[str]:
-    """Rejected pictures by reason."""
+    """Return the number of rejected images by reason."""
     counts: Counter[str] = Counter()
     for result in units:
         counts.update(result["rejected"])
     return counts
 
 
-def tell_rejected(counts: Mapping[str, int]) -> str:
-    """ "3: not a picture 2, truncated 1", the most frequent first."""
+def format_rejected(counts: Mapping[str, int]) -> str:
+    """Format counts as "3 (not an image: 2, truncated: 1)", the most frequent reason first."""
     ordered = sorted(counts.items(), key=lambda item: (-item[1], item[0]))
-    return f"{sum(counts.values())}: " + ", ".join(f"{reason} {count}" for reason, count in ordered)
+    return f"{sum(counts.values())} (" + ", ".join(f"{reason}: {count}" for reason, count in ordered) + ")"

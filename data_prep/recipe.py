@@ -1,25 +1,25 @@
-"""What decides the bytes of the shards, beside the source."""
+"""The settings that, together with the source, determine the content of the shards."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-from data_prep.pictures import Limits
+from data_prep.images import Limits
 from megatron_dit.data.text import DTYPES
-from megatron_dit.errors import UserError
+from megatron_dit.runtime.errors import UserError
 
 TINY = "tiny"
 PIXELS = "pixels"
-GREATEST_SIDE = 2**16  # pixels; an index holds no greater side of a latent
+GREATEST_SIDE = 2**16  # pixels; an index cannot store a larger side of a latent
 
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """The arguments of ``encode`` by their names; checked when made."""
+    """The options of ``encode``, under the same names. They are checked on construction."""
 
     size: int = 256
     ratios: tuple[str, ...] = ("1:1",)
-    multiple: int = 0  # of the pictures' sides; 0: a token of the model
+    multiple: int = 0  # sides of images are multiples of this; 0: side of a token of the model
     min_side: int = 0  # 0: size
     max_aspect: float = 4.0
     max_pixels: int = 178_956_970

@@ -1,4 +1,4 @@
-"""``rejected.jsonl``: a line for each picture that was left out, with its reason."""
+"""Reading of ``rejected.jsonl``, which has a line for each rejected image with the reason."""
 
 from __future__ import annotations
 
@@ -11,10 +11,13 @@ LINE_BYTES = 2**20
 
 
 def read_rejected(path: Path) -> tuple[Counter[str], list[str]]:
-    """Pictures of the file by reason, and what is wrong with its lines; it is for people, and may be missing."""
+    """Return the number of rejected images by reason, and the problems of the file's lines.
+
+    A missing file is not a problem, because it is only informative.
+    """
     reasons: Counter[str] = Counter()
     wrong: list[str] = []
-    if not path.is_file():  # opening a FIFO would wait for its writer
+    if not path.is_file():  # opening a FIFO would block
         return reasons, [f"{path.name} is not a regular file"] if path.exists() else wrong
     with path.open("rb") as file:
         number = 0
@@ -23,12 +26,12 @@ def read_rejected(path: Path) -> tuple[Counter[str], list[str]]:
             try:
                 reasons[_reason(line)] += 1
             except (ValueError, TypeError, KeyError, RecursionError) as error:
-                wrong.append(f"{path.name}, line {number} is no rejected picture ({error!r})")
+                wrong.append(f"{path.name}, line {number} is not a valid entry ({error!r})")
     return reasons, wrong
 
 
 def _reason(line: bytes) -> str:
     reason = json.loads(line)["reason"]
     if not isinstance(reason, str):
-        raise TypeError(f"its reason is {type(reason).__name__}")
+        raise TypeError(f"reason is {type(reason).__name__}, expected str")
     return reason

@@ -1,4 +1,4 @@
-"""A worker of the job from its beginning to its end: scan, plan, encode, index."""
+"""A worker's part in an encoding job: scan, plan, encode and write the index."""
 
 from __future__ import annotations
 
@@ -17,23 +17,23 @@ from data_prep import encode, scan
 from data_prep.encode import READERS, ShardEncoder
 from data_prep.encoders import TINY_FOLDER, Encoders
 from data_prep.job import POLL_SECONDS, Job
-from data_prep.plan import plan_shards, rejected_counts, tell_rejected
+from data_prep.plan import format_rejected, plan_shards, rejected_counts
 from data_prep.recipe import TINY, Recipe
 from data_prep.rejected import REJECTED, read_rejected
 from data_prep.scan import read_captions, rejected_lines, scan_unit
 from data_prep.sources import Source
 from data_prep.tiny_t5 import build_tiny_t5
-from megatron_dit.data.shards import Index, read_index, write_index
+from megatron_dit.data.index import Index, read_index, write_index
 from megatron_dit.data.tar import MEMBERS, Shard
-from megatron_dit.errors import UserError
-from megatron_dit.progress import ProgressBar
+from megatron_dit.runtime.errors import UserError
+from megatron_dit.runtime.progress import ProgressBar
 
 
 @dataclass(frozen=True)
 class Done:
     index: Index
-    rejected: Counter[str]  # pictures left out, by reason
-    before: bool  # whether it had been finished before this run
+    rejected: Counter[str]  # number of rejected images by reason
+    before: bool  # whether the job was already finished before this run
 
 
 def run(
@@ -44,10 +44,11 @@ def run(
     words: Sequence[str] | None = None,
     seed: int = 0,
 ) -> Done:
-    """Do the job of ``folder``, or what is left of it, beside whoever else does.
+    """Run the job of ``folder``, or the rest of it, together with any other workers.
 
-    ``arguments`` are those that chose the source. A tiny text encoder is built with ``seed``; it knows ``words``, or
-    those of the captions. Raises UserError for what cannot be done, before the folder is made if it is known by then.
+    ``arguments`` are the options that selected the source. If a tiny text encoder is built, it is initialized with
+    ``seed``, and its vocabulary is ``words`` or else the words of the captions. Raise UserError if the job is not
+    possible; if this is known in advance, the folder is not created.
     """
     job = Job(folder)
     described = {**arguments, **asdict(recipe)}
@@ -55,16 +56,16 @@ def run(
         return _finished(job, before=True)
     source = open_source()
     if not source.units:
-        raise UserError(f"source {source.spec!r} holds no pictures")
+        raise UserError(f"source {source.spec!r} contains no images")
     with _reproducible():
         encoders = Encoders(recipe, captioned=source.kind != "classes")
         job.begin({**described, "units": source.units, **encoders.weights()})
         try:
             _Worker(job, source, recipe, encoders, words, seed).run()
         except FileNotFoundError:
-            # Another worker was the last and has removed what this one looked for.
+            # Another worker finished the job and removed the files that this one was looking for.
             if not folder.exists():
-                raise UserError(f"source {source.spec!r} has no picture that can be used") from None
+                raise UserError(f"source {source.spec!r} contains no usable image") from None
             if not job.finished:
                 raise
     return _finished(job, before=False)
@@ -80,7 +81,7 @@ def _finished(job: Job, before: bool) -> Done:
 
 @contextmanager
 def _reproducible() -> Iterator[None]:
-    """Sums are taken in one order, however many cores there are, and in the precision that was asked for."""
+    """Make results independent of the number of cores, and disable TF32, so that the requested precision is used."""
     threads, tf32, deterministic = (
         torch.get_num_threads(),
         torch.backends.cudnn.allow_tf32,
@@ -111,8 +112,8 @@ class _Worker:
         plans = plan_shards(units, self._encoders.buckets.sides, self._recipe.per_shard)
         if not plans:
             self._job.abandon()
-            told = tell_rejected(rejected_counts(units))
-            raise UserError(f"source {self._source.spec!r} has no picture that can be used; rejected {told}")
+            rejected = format_rejected(rejected_counts(units))
+            raise UserError(f"source {self._source.spec!r} contains no usable image; rejected {rejected}")
         if not any(unit["captioned"] for unit in units):
             self._encoders.drop_text()
         elif self._recipe.text_encoder == TINY:
@@ -121,7 +122,7 @@ class _Worker:
         with ProgressBar("encode", total, self._encoded()) as bar:
             mine: dict[int, int] = {}
 
-            def tell(number: int, samples: int) -> None:
+            def report(number: int, samples: int) -> None:
                 mine[number] = samples
                 bar.to(self._encoded(mine))
 
@@ -129,24 +130,24 @@ class _Worker:
                 time.sleep(POLL_SECONDS)
                 bar.to(self._encoded(mine))
 
-            ShardEncoder(self._source, self._recipe, self._encoders, self._job).run(plans, wait, tell)
+            ShardEncoder(self._source, self._recipe, self._encoders, self._job).run(plans, wait, report)
             bar.to(self._encoded())
         self._finish(len(plans))
 
     def _scan(self) -> None:
-        """The bar counts units: how many pictures they hold is known at the end."""
+        """Scan all units. The progress bar counts units, because the number of images is not known in advance."""
         limits, sides, units = self._recipe.limits, self._encoders.buckets, self._source.units
 
         def seen() -> int:
             results = self._job.results(scan.PHASE).values()
             return sum(sum(each["buckets"].values()) + sum(each["rejected"].values()) for each in results)
 
-        def tell(more: int = 0) -> None:
-            bar.to(len(self._job.results(scan.PHASE)), f"{seen() + more} pictures")
+        def report(more: int = 0) -> None:
+            bar.to(len(self._job.results(scan.PHASE)), f"{seen() + more} images")
 
         def wait() -> None:
             time.sleep(POLL_SECONDS)
-            tell()
+            report()
 
         done = len(self._job.results(scan.PHASE))
         with ProgressBar("scan", units, done) as bar, ThreadPoolExecutor(READERS) as pool:
@@ -154,17 +155,17 @@ class _Worker:
                 with claim:
                     for count in scan_unit(self._source, unit, limits, sides, pool, self._job, claim):
                         if count % 100 == 0:
-                            tell(count)
-                tell()
+                            report(count)
+                report()
 
     def _encoded(self, mine: Mapping[int, int] | None = None) -> int:
-        """Samples encoded by all workers, as far as is known."""
+        """Return the number of samples encoded so far by all workers, as far as this worker knows."""
         done = self._job.results(encode.PHASE)
         under_way = sum(count for number, count in (mine or {}).items() if number not in done)
         return under_way + sum(shard["samples"] for shard in done.values())
 
     def _build_tiny(self) -> None:
-        """One worker builds the text encoder, in the folder of the shards; the others wait for it."""
+        """Build the tiny text encoder in the folder of the shards. One worker builds it, the others wait."""
         target = self._job.folder / TINY_FOLDER
         while not target.exists():
             if (claim := self._job.claim(TINY_FOLDER)) is None:
@@ -178,7 +179,7 @@ class _Worker:
         self._encoders.open_tiny(self._job.folder)
 
     def _finish(self, shards: int) -> None:
-        """Write the index of so many shards; the worker that comes first does it."""
+        """Write the index of ``shards`` shards. The first worker that gets here does it."""
         job, source = self._job, self._source
         while not job.finished:
             if (claim := job.claim("finish")) is None:

@@ -1,4 +1,4 @@
-"""The first phase: every picture of a unit is decoded and checked; what is kept and what is not is written down."""
+"""First phase of the job: decode and check every image of a unit, and record the accepted and rejected ones."""
 
 from __future__ import annotations
 
@@ -11,27 +11,27 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TextIO
 
+from data_prep.images import Buckets, Limits, Unusable, decode
 from data_prep.job import Claim, Job
-from data_prep.pictures import Buckets, Limits, Unusable, decode
 from data_prep.pipelined import pipelined
 from data_prep.plan import Part, bucket_name
 from data_prep.sources import Record, Rejected, Scanned, Source
-from megatron_dit.errors import UserError
+from megatron_dit.runtime.errors import UserError
 
 PHASE = "scan"
-DEPTH = 32  # pictures read ahead
+DEPTH = 32  # number of images read ahead
 
 
 def scan_unit(
     source: Source, unit: int, limits: Limits, buckets: Buckets, pool: Executor, job: Job, claim: Claim
 ) -> Iterator[int]:
-    """Write the unit's records, one file a bucket, and its rejects; yields how many pictures were looked at so far."""
+    """Write the unit's records, one file per bucket, and its rejections. Yield the number of images checked so far."""
 
     def check(item: Scanned) -> tuple[Record, tuple[int, int]] | Rejected:
         found, data = item
         if isinstance(found, Rejected):
             return found
-        if data is None:  # drawn by the source, in the one size there is
+        if data is None:  # rendered by the source, in a single size
             return found, buckets.sides[0]
         try:
             return found, buckets.nearest(*decode(data, limits).size)
@@ -69,12 +69,12 @@ def _folder(job: Job, unit: int) -> Path:
 def _lines(job: Job, unit: int, name: str) -> Iterator[str]:
     path = _folder(job, unit) / f"{name}.jsonl"
     if path.exists():
-        with path.open(errors="replace") as file:  # what is not UTF-8 is found damaged where it is parsed
+        with path.open(errors="replace") as file:  # lines that are not UTF-8 are detected when they are parsed
             yield from file
 
 
 def read_records(job: Job, side: tuple[int, int], parts: Sequence[Part]) -> Iterator[tuple[str, Record]]:
-    """(key, record) of each of a shard's pictures. Raises UserError where the scan's notes are damaged."""
+    """Yield (key, record) for each image of a shard. Raise UserError if the scan's results are corrupt."""
     for part in parts:
         count = 0
         for row, line in enumerate(_lines(job, part.unit, bucket_name(side))):
@@ -86,7 +86,7 @@ def read_records(job: Job, side: tuple[int, int], parts: Sequence[Part]) -> Iter
 
 
 def read_captions(job: Job, results: dict[int, dict[str, Any]]) -> Iterator[str]:
-    """All captions of the kept pictures. Raises UserError as above."""
+    """Yield all captions of the accepted images. Raise UserError if the scan's results are corrupt."""
     for unit, result in sorted(results.items()):
         for bucket in sorted(result["buckets"]):
             for line in _lines(job, unit, bucket):
@@ -94,7 +94,7 @@ def read_captions(job: Job, results: dict[int, dict[str, Any]]) -> Iterator[str]
 
 
 def rejected_lines(job: Job, units: int) -> Iterator[str]:
-    """The lines of ``rejected.jsonl``, in the units' order."""
+    """Yield the lines of ``rejected.jsonl``, in the order of the units."""
     for unit in range(units):
         yield from _lines(job, unit, "rejected")
 
@@ -109,6 +109,6 @@ def _parse(job: Job, unit: int, line: str) -> tuple[str, Record]:
 
 
 def _damaged(job: Job, unit: int) -> Exception:
-    if job.finished:  # by another worker, which has removed the notes
+    if job.finished:  # by another worker, which has removed the scan's results
         return FileNotFoundError(_folder(job, unit))
-    return UserError(f"{_folder(job, unit)} is damaged: remove {job.root} and start the same command again")
+    return UserError(f"{_folder(job, unit)} is corrupt; remove {job.root} and run the same command again")

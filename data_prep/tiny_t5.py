@@ -1,4 +1,4 @@
-"""A tiny T5 tokenizer and a randomly initialised encoder, saved the way real ones are."""
+"""A tiny T5 tokenizer and a randomly initialised T5 encoder, saved in the same format as published ones."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ from transformers.utils.logging import disable_progress_bar
 
 SPECIAL = ("<pad>", "</s>", "<unk>")
 HEADS = 8
-# One neighbour per head; T5 gives every distance below 8 a bucket of its own.
+# Each head attends to one neighbour; in T5 every distance below 8 has its own bucket.
 OFFSETS = (-1, 1, -2, 2, -3, 3, -4, 4)
 BUCKETS = 32
 
 
 def _bucket(offset: int) -> int:
-    """Index of T5's bidirectional position bucket of a key `offset` tokens after the query, |offset| < 8."""
+    """Return T5's bidirectional position bucket of a key `offset` tokens after the query, |offset| < 8."""
     return abs(offset) + (BUCKETS // 2 if offset > 0 else 0)
 
 
 def _initialise(model: T5EncoderModel, generator: torch.Generator) -> None:
-    """Fill the weights so that each output token tells its own word and, per head, one neighbour's.
+    """Initialise the weights so that each output token encodes its own word and, per head, that of one neighbour.
 
-    Each block adds its attention to the word's embedding; the final norm brings the sum to unit RMS.
+    Each block adds its attention output to the word's embedding; the final norm scales the sum to unit RMS.
     """
     for name, weight in model.named_parameters():
         if weight.ndim == 1:
@@ -34,13 +34,13 @@ def _initialise(model: T5EncoderModel, generator: torch.Generator) -> None:
         elif "relative_attention_bias" in name:
             weight.zero_()
             for head, offset in enumerate(OFFSETS):
-                # At weight e^8 the neighbour outvotes any number of tokens that a caption has.
+                # With weight e^8, the neighbour dominates all other tokens of a caption.
                 weight[_bucket(offset), head] = 8.0
         else:
             if "shared" in name or "embed_tokens" in name:
                 scale = 1.0
             elif name.endswith((".q.weight", ".k.weight")):
-                # T5 does not scale its logits: content must stay small beside the position bias.
+                # T5 does not scale its logits, so the content term must be small compared with the position bias.
                 scale = 0.1 / math.sqrt(weight.shape[1])
             else:
                 scale = 1.0 / math.sqrt(weight.shape[1])
@@ -55,17 +55,17 @@ def build_tiny_t5(
     layers: int = 1,
     max_tokens: int = 24,
 ) -> None:
-    """Save in `folder` a tokenizer with one token per word of `captions` and an encoder `d_model` wide.
+    """Save a tokenizer with one token per word of `captions` and an encoder of width `d_model` in `folder`.
 
-    Ids are 0 pad, 1 end, 2 unknown, then the words in order; the same arguments give the same bytes.
-    `max_tokens` is the length that the tokenizer truncates to, its end token included.
+    The ids are 0 pad, 1 end, 2 unknown, then the words in sorted order. The same arguments give identical files.
+    The tokenizer truncates to `max_tokens`, including its end token.
     """
     counts = Counter(word for caption in captions for word in caption.split())
     if not counts:
-        raise ValueError("build_tiny_t5: the captions hold no word")
+        raise ValueError("build_tiny_t5: the captions contain no words")
     vocab = [(token, 0.0) for token in SPECIAL]
     vocab += [(f"▁{word}", math.log(counts[word] / counts.total())) for word in sorted(counts)]
-    # The default of 100 extra ids would grow the vocabulary, and an unset length reloads as 1e30.
+    # The default of 100 extra ids would enlarge the vocabulary, and an unset length is loaded as 1e30.
     tokenizer = T5Tokenizer(vocab=vocab, extra_ids=0, model_max_length=max_tokens)
 
     config = T5Config(
@@ -81,7 +81,7 @@ def build_tiny_t5(
         pad_token_id=0,
         eos_token_id=1,
     )
-    # Building the model draws from the global generator, which belongs to the caller.
+    # Constructing the model would otherwise advance the caller's global random generator.
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         model = T5EncoderModel(config).float().eval()
         _initialise(model, torch.Generator().manual_seed(seed))

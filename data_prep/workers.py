@@ -1,4 +1,4 @@
-"""``--procs N``: the same command N times on this host, where the folder makes them share the job."""
+"""``--procs N``: run the same command in N processes on this host. They share the job through its folder."""
 
 from __future__ import annotations
 
@@ -13,14 +13,16 @@ from contextlib import ExitStack
 
 import torch
 
-from megatron_dit.launch import die_with_parent
+from megatron_dit.runtime.launcher import die_with_parent
+
+WORKER = "DATA_PREP_WORKER"  # environment variable with the number of a worker that --procs started
 
 
 def run_workers(words: Sequence[str], workers: int) -> int:
-    """Run ``python -m data_prep WORDS`` on ``workers`` processes, each with one of the GPUs.
+    """Run ``python -m data_prep WORDS`` in ``workers`` processes, each with one of the GPUs.
 
-    Returns 0, or the status of the first that fails, whose message is shown and which ends the others: 128 + n for one
-    that signal n killed.
+    Return 0 if all succeed. If one fails, stop the others, print its error message and return its exit status, or
+    128 + n if it was killed by signal n.
     """
     visible = os.environ.get("CUDA_VISIBLE_DEVICES", "")
     devices = visible.split(",") if visible else [str(number) for number in range(torch.cuda.device_count())]
@@ -32,12 +34,11 @@ def run_workers(words: Sequence[str], workers: int) -> int:
             own = {"CUDA_VISIBLE_DEVICES": devices[number % len(devices)]} if devices else {}
             processes.append(
                 subprocess.Popen(
-                    # The last of an option's values counts: a worker starts none, and the first one alone reports.
-                    [sys.executable, "-m", "data_prep", *words, "--procs", "1", *(["--json", ""] if number else [])],
-                    env={**os.environ, **own},
+                    [sys.executable, "-m", "data_prep", *words],
+                    env={**os.environ, **own, WORKER: str(number)},
                     stdout=None if number == 0 else subprocess.DEVNULL,
                     stderr=message,
-                    start_new_session=True,  # the terminal's Ctrl-C reaches us alone
+                    start_new_session=True,  # so that Ctrl-C reaches only this process
                     preexec_fn=die_with_parent,
                     text=True,
                 )
@@ -53,7 +54,8 @@ def run_workers(words: Sequence[str], workers: int) -> int:
         if status < 0:
             name = signal.Signals(-status).name
             print(
-                f"error: worker {failed} of {workers} was killed by {name}: the same command resumes", file=sys.stderr
+                f"error: worker {failed} of {workers} was killed by {name}; run the same command again to resume",
+                file=sys.stderr,
             )
         return status if status > 0 else 128 - status
 

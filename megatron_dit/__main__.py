@@ -1,4 +1,4 @@
 from megatron_dit.cli import main
 
-if __name__ == "__main__":  # a sweep's processes import this module anew
+if __name__ == "__main__":  # the processes that a sweep starts import this module again
     main()

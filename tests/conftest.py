@@ -1,8 +1,10 @@
-"""The pool of ranks and the small dataset that the whole session shares."""
+"""Fixtures shared by the entire test session: the pool of ranks and a small dataset."""
 
 from __future__ import annotations
 
+import fcntl
 import os
+from pathlib import Path
 from unittest import mock
 
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
@@ -11,8 +13,13 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import pytest
 import torch
 
-from data_prep.demo import demo
-from tests.gloo import Pool, leave
+from data_prep.toy import make_toy_dataset
+from megatron_dit.runtime import logging
+from tests.helpers.gloo import Pool, leave
+
+logging.set_up()  # as the programs do, so that tests see the messages on the standard streams
+
+FOLDER = Path(__file__).parent
 
 
 @pytest.fixture(scope="session")
@@ -32,15 +39,47 @@ def restore_process_state():
 
 
 @pytest.fixture(scope="session")
-def dataset(tmp_path_factory):
-    """Folder of 600 embedded pictures in four shards."""
-    folder = tmp_path_factory.mktemp("data") / "scenes"
-    demo(folder, 600, seed=0, per_shard=150)
+def dataset(tmp_path_factory, worker_id):
+    """Folder with 600 toy images in four shards, which all pytest-xdist workers share. Tests must not modify it."""
+    root = tmp_path_factory.getbasetemp()
+    root = root if worker_id == "master" else root.parent
+    folder = root / "scenes"
+    with (root / "scenes.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # released when the file is closed
+        if not folder.exists():
+            make_toy_dataset(root / "scenes.part", 600, seed=0, per_shard=150)
+            (root / "scenes.part").rename(folder)
     return folder
 
 
+# Files that take longest come first, so that the last files that pytest-xdist's workers run are short.
+LONGEST = [
+    "training/test_resume.py",
+    "tuning/test_coord_check.py",
+    "parallel/test_layouts.py",
+    "cli/test_bad_input.py",
+    "optimizer/test_adamw.py",
+    "launch/test_slurm.py",
+    "training/test_compile.py",
+    "verify/test_verify.py",
+    "training/test_ema.py",
+    "tuning/test_sweep.py",
+    "data/test_bad_samples.py",
+    "checkpoint/test_disks.py",
+    "objectives/test_repa.py",
+    "launch/test_launchers.py",
+    "checkpoints_tools/test_average.py",
+    "checkpoint/test_writer.py",
+    "optimizer/test_choice.py",
+    "data_prep/test_job.py",
+    "planning/test_rank_build.py",
+]
+
+
 def pytest_collection_modifyitems(items):
-    """Tests marked ``gpu`` are skipped where there is no CUDA device; -ra lists them with the reason."""
+    """Run the longest files first. Skip tests marked ``gpu`` if there is no CUDA device; -ra lists them."""
+    place = {name: number for number, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: place.get(str(item.path.relative_to(FOLDER)), len(place)))
     for item in items:
         if item.get_closest_marker("gpu") and not torch.cuda.is_available():
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))

@@ -1,1 +1,1 @@
-"""``python -m checkpoints_tools convert``: checkpoints to and from what others read and write."""
+"""``python -m checkpoints_tools convert``: convert checkpoints to and from the formats of other projects."""

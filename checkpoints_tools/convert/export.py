@@ -1,4 +1,4 @@
-"""A checkpoint as a folder that diffusers opens."""
+"""Export a checkpoint as a folder that diffusers can load."""
 
 from __future__ import annotations
 
@@ -19,40 +19,50 @@ from torch import Tensor
 
 import megatron_dit
 from checkpoints_tools.convert import fold
-from checkpoints_tools.convert.counterparts import counterpart_of
-from checkpoints_tools.convert.pixart import NULL_CAPTION
 from checkpoints_tools.convert.read import FACTS, KEY, LOST
-from checkpoints_tools.convert.table import Counterpart, Row, Settings
 from checkpoints_tools.convert.tensors import Spec, TensorFile, write_shards
-from megatron_dit.checkpoint.format import CheckpointReader
 from megatron_dit.checkpoint.manifest import STATE
+from megatron_dit.checkpoint.reader import CheckpointReader
 from megatron_dit.config import Config
 from megatron_dit.data.text import DTYPES
-from megatron_dit.errors import UserError
-from megatron_dit.progress import ProgressBar
+from megatron_dit.models.common.diffusers import DiffusersCounterpart, Settings
+from megatron_dit.models.common.rows import Row
+from megatron_dit.models.registry import counterpart_of
+from megatron_dit.runtime.errors import UserError
+from megatron_dit.runtime.progress import ProgressBar
 
 EXPORTED = Path(__file__).parent / "exported"
 WEIGHTS = {"ema": "ema", "raw": STATE}
-NULL_FILE = "null_caption.safetensors"
 
 
 @dataclass(frozen=True)
 class Export:
-    """A checkpoint and the way it is to be written."""
+    """A checkpoint and the options of its export."""
 
     reader: CheckpointReader
-    weights: str  # of WEIGHTS
-    dtype: str  # of DTYPES
-    largest: int  # bytes of a file of weights
-    text_tokens: int  # at which captions are cut before they are encoded
+    weights: str  # a key of WEIGHTS
+    dtype: str  # a key of DTYPES
+    largest: int  # maximum size of a weights file in bytes
+    text_tokens: int  # number of tokens to which captions are truncated before they are encoded
 
     @cached_property
     def config(self) -> Config:
         return self.reader.config
 
     @cached_property
-    def counterpart(self) -> Counterpart:
-        return counterpart_of(self.config.model)
+    def counterpart(self) -> DiffusersCounterpart:
+        """The model's counterpart. Raises UserError if there is none or it lacks one of the model's options."""
+        model = self.config.model
+        counterpart = counterpart_of(model.arch)
+        if counterpart is None:
+            raise UserError(f"model.arch={model.arch} cannot be exported: diffusers has no counterpart of it")
+        key = counterpart.unsupported(model)
+        if key is not None:
+            raise UserError(
+                f"model.{key}={getattr(model, key)} cannot be exported: {counterpart.class_name} only supports "
+                f"{counterpart.only[key]}"
+            )
+        return counterpart
 
     @cached_property
     def rows(self) -> list[Row]:
@@ -64,23 +74,21 @@ class Export:
 
     @cached_property
     def settings(self) -> Settings:
-        """config.json. What an import read there and our model says nothing of goes back there."""
+        """Contents of config.json, including settings of an imported config.json that our model does not represent."""
         settings = self.counterpart.settings(self.config.model)
-        before = self.reader.manifest.get("diffusers", {})
-        return {
-            **settings,
-            **{name: before[name] for name in ("pooled_projection_dim",) if before.get(name) is not None},
-        }
+        imported = self.reader.manifest.get("diffusers", {})
+        kept = {name: imported.get(name) for name in self.counterpart.kept_settings}
+        return {**settings, **{name: value for name, value in kept.items() if value is not None}}
 
     @property
     def left_out(self) -> list[str]:
-        """Our parameters that the folder has no place for."""
-        carried = {row.ours for row in self.rows} | {NULL_CAPTION}
-        return [name for name in self.reader.manifest["params"] if name not in carried]
+        """Names of our parameters that the exported folder cannot represent."""
+        exported = {row.ours for row in self.rows} | set(self.counterpart.separate)
+        return [name for name in self.reader.manifest["params"] if name not in exported]
 
     @property
     def parameters(self) -> int:
-        """Of the model, without what is left out."""
+        """Number of the model's parameters, excluding those that are left out."""
         params = self.reader.manifest["params"]
         return sum(math.prod(params[name]["shape"]) for name in params if name not in self.left_out)
 
@@ -89,7 +97,10 @@ class Export:
 
 
 def write_model(export: Export, folder: Path) -> list[str]:
-    """The model's folder: config.json, weights, what our import wants to know. Returns lines to say."""
+    """Write the model's folder: config.json, the weights, and the facts that our import reads.
+
+    Return lines to print.
+    """
     dtype = DTYPES[export.dtype]
     constants = export.counterpart.constants(export.config.model, export.settings)
     specs: dict[str, Spec] = {}
@@ -98,7 +109,7 @@ def write_model(export: Export, folder: Path) -> list[str]:
         specs |= dict(zip(row.theirs, ((dtype, shape) for shape in shapes), strict=True))
         specs |= dict.fromkeys(row.copies, (dtype, shapes[0]))
     specs |= {name: (dtype, constant.shape) for name, constant in constants.items()}
-    # In fewer digits there is nothing to give back.
+    # Only an fp32 export can be restored exactly: a cast to bf16 or fp16 loses more digits than folding does.
     kept = [name for name, factor in export.factors.items() if fold.rounds(factor) and dtype == torch.float32]
     kept_specs = {name: (torch.int8, specs[name][1]) for name in kept}
 
@@ -118,19 +129,19 @@ def write_model(export: Export, folder: Path) -> list[str]:
     settings = {"_class_name": class_name, "_diffusers_version": diffusers.__version__, **export.settings}
     _write_json(folder / "config.json", settings)
     _write_json(folder / FACTS, facts(export))
-    if export.config.model.arch == "pixart":
-        save_file({"null_caption": export.full(NULL_CAPTION)}, folder / NULL_FILE)
-    if export.config.model.arch == "uvit":
-        shutil.copy(EXPORTED / "uvit_transformer_2d.py", folder)
+    for ours, name in export.counterpart.separate.items():
+        save_file({name: export.full(ours)}, folder / f"{name}.safetensors")
+    if export.counterpart.source_file is not None:
+        shutil.copy(export.counterpart.source_file, folder)
     notes = [f"wrote {class_name}, {export.parameters:,} parameters of step {export.reader.step} ({export.weights})"]
     notes[0] += f" in {export.dtype}, {files} file{'s' if files > 1 else ''} of weights"
     if export.left_out:
-        notes.append(f"left out, for training alone: {', '.join(export.left_out)}")
+        notes.append(f"left out, only used in training: {', '.join(export.left_out)}")
     return notes
 
 
 def facts(export: Export) -> dict[str, Any]:
-    """What an import makes the same run of again."""
+    """Return the facts from which an import restores the run: its config, step, data and folded factors."""
     manifest = export.reader.manifest
     return {
         "version": megatron_dit.__version__,
@@ -158,7 +169,7 @@ def _folded(export: Export, row: Row, lost: TensorFile | None) -> Iterator[tuple
 def _cast(name: str, value: Tensor, dtype: torch.dtype) -> Tensor:
     cast = value.to(dtype)
     if dtype == torch.float16 and not cast.isfinite().all():
-        raise UserError(f"{name} reaches {value.abs().max():.3g}, beyond fp16: use --dtype bf16 or fp32")
+        raise UserError(f"{name} reaches {value.abs().max():.3g}, which overflows fp16: use --dtype bf16 or fp32")
     return cast
 
 

@@ -1,10 +1,10 @@
-"""Multipliers of the forward pass folded into weights, for models that have none, and taken out again.
+"""Fold the forward pass's multipliers into the weights, for models without multipliers, and unfold them again.
 
-A readout W (α x / n) + b becomes W' = (α / n) W. Attention at scale s, where others have 1/sqrt(d), puts s sqrt(d) into
-the layer that makes queries, weight and bias, or where an RMSNorm follows it into that norm's gain.
+A readout W (α x / n) + b becomes W' = (α / n) W. If the attention scale is s instead of 1/sqrt(d), the factor s sqrt(d)
+is folded into the weight and bias of the query projection or, if an RMSNorm follows it, into that norm's gain.
 
-Powers of two change no digit. Any other factor rounds: so that the way back gives every bit, the differences in units
-in the last place are kept (one byte an element).
+Multiplying by a power of two is exact. Any other factor rounds; to restore every bit, the rounding differences are
+stored in units in the last place (one byte per element).
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from checkpoints_tools.convert.table import Row
 from megatron_dit.config import ModelConfig
+from megatron_dit.models.common.rows import Row
 
 
 def factors(rows: Sequence[Row], config: ModelConfig, multipliers: Mapping[str, float]) -> dict[str, float]:
-    """What each of diffusers' tensors is multiplied by, where it is not 1. ``multipliers`` are a manifest's."""
+    """Return the factor of each diffusers tensor whose factor is not 1. ``multipliers`` come from a manifest."""
     query = config.attention_scale * math.sqrt(config.head_dim)
     found = {}
     for row in rows:
@@ -33,23 +33,23 @@ def factors(rows: Sequence[Row], config: ModelConfig, multipliers: Mapping[str, 
 
 
 def rounds(factor: float) -> bool:
-    """Whether multiplying by ``factor`` loses digits: powers of two do not."""
+    """Return whether multiplying by ``factor`` rounds: only powers of two are exact."""
     return math.frexp(factor)[0] != 0.5
 
 
 def fold(value: Tensor, factor: float) -> Tensor:
-    """fp32 -> fp32."""
+    """Multiply an fp32 tensor by ``factor`` in fp32."""
     return value * _scalar(factor)
 
 
 def unfold(folded: Tensor, factor: float, lost: Tensor | None = None) -> Tensor:
-    """Inverse of :func:`fold`; to the bit with what :func:`lost` gave, for normal numbers."""
+    """Invert :func:`fold`. With the result of :func:`lost` the inverse is bit-exact for normal numbers."""
     value = folded / _scalar(factor)
     return value if lost is None else (value.view(torch.int32) + lost).view(torch.float32)
 
 
 def lost(value: Tensor, factor: float) -> Tensor:
-    """int8: how many units in the last place :func:`unfold` is off."""
+    """Return the error of :func:`unfold` in units in the last place, as int8."""
     back = unfold(fold(value, factor), factor)
     return (value.view(torch.int32) - back.view(torch.int32)).clamp(-128, 127).to(torch.int8)
 

@@ -1,4 +1,4 @@
-"""A diffusers folder as a run."""
+"""Import a diffusers folder as a run."""
 
 from __future__ import annotations
 
@@ -10,112 +10,116 @@ import torch
 from torch import Tensor
 
 from checkpoints_tools.convert import fold
-from checkpoints_tools.convert.counterparts import COUNTERPARTS
-from checkpoints_tools.convert.export import NULL_FILE
-from checkpoints_tools.convert.pixart import NULL_CAPTION
-from checkpoints_tools.convert.read import LOST, DiffusersFolder, read_tensor
+from checkpoints_tools.convert.read import LOST, DiffusersFolder, find_counterpart
 from checkpoints_tools.convert.run import Import, config_of, data_of, fresh, write_run
-from checkpoints_tools.convert.table import Counterpart, Row, common_model
-from megatron_dit.config import OBJECTIVE_OF, Config
-from megatron_dit.data.pretrained import T5, locate, require
-from megatron_dit.data.text import load_t5
-from megatron_dit.errors import UserError
-from megatron_dit.models.counterparts import CLASSES
+from megatron_dit.config import Config
+from megatron_dit.models.common.diffusers import DiffusersCounterpart
+from megatron_dit.models.common.rows import Row
+from megatron_dit.models.registry import counterparts, spec_of
+from megatron_dit.models.spec import ArchitectureSpec
 from megatron_dit.mup.rules import Param
 from megatron_dit.objectives.ddpm import SCHEDULES
+from megatron_dit.runtime.errors import UserError
 from megatron_dit.runtime.text import printable
 
 
 def from_diffusers(asked: Import) -> list[str]:
-    """Write the run; returns lines to say."""
-    if asked.base_shapes:
-        raise UserError("--base-shapes goes with --from dit-mup: here it is --set mup.base_shapes=F.bsh")
+    """Write the run and return lines to print."""
     folder = DiffusersFolder(asked.source, asked.variant)
-    counterpart = next((c for c in COUNTERPARTS.values() if c.class_name == folder.class_name), None)
-    if counterpart is None:
-        known = ", ".join(c.class_name for c in COUNTERPARTS.values())
+    found = find_counterpart(folder.class_name)
+    if found is None:
+        known = ", ".join(each.class_name for each in counterparts().values())
         if "_class_name" not in folder.settings:
-            raise UserError(f"{folder.path / 'config.json'} has no _class_name: add the model's, one of {known}")
+            raise UserError(f"{folder.path / 'config.json'} has no _class_name: add the model's class, one of {known}")
         raise UserError(f"{folder.path} is a {folder.class_name}: expected one of {known}")
-    if asked.drop_clip and counterpart.arch != "mmdit":
-        raise UserError(
-            f"--drop-clip has no effect on a {folder.class_name}, only on a {CLASSES['mmdit']}: leave it out"
-        )
-    config = config_of(_values(folder, counterpart), asked)
+    arch, counterpart = found
+    if asked.drop_clip and not counterpart.has_clip:
+        others = " and ".join(each.class_name for each in counterparts().values() if each.has_clip)
+        raise UserError(f"--drop-clip has no effect on {folder.class_name}, only on {others}: leave it out")
+    config = config_of(_values(folder, arch, counterpart), asked)
     heads = (config.model.heads, config.model.head_dim)
-    if heads != (own := tuple(common_model(folder.settings)[name] for name in ("heads", "head_dim"))):
+    if heads != (own := tuple(counterpart.model_keys(folder.settings)[name] for name in ("heads", "head_dim"))):
         raise UserError(
-            f"--set gives {heads[0]} heads of {heads[1]}, but {folder.path} has {own[0]} of {own[1]}: leave them out"
+            f"the overrides give model.heads={heads[0]} and model.head_dim={heads[1]}, but {folder.path} has "
+            f"{own[0]} and {own[1]}: leave them out"
         )
     if config.model.depth > len(folder.names):
         raise UserError(
-            f"{folder.path} has {len(folder.names)} tensors, fewer than its config.json has blocks "
-            f"({config.model.depth:,}): give the config.json that belongs to the weights"
+            f"{folder.path} has {len(folder.names)} tensors, fewer than the number of blocks in its config.json "
+            f"({config.model.depth:,}): use the config.json that belongs to the weights"
         )
     rows = {row.ours: row for row in counterpart.rows(config.model)}
     _check_names(folder, counterpart, config)
-    added = counterpart.adopt(folder, config.model, asked.drop_clip)
-    notes: list[str] = []
+    unmapped = counterpart.read_unmapped(folder, config.model, asked.drop_clip)
 
     def weights(param: Param) -> Tensor:
-        if param.name == NULL_CAPTION:
-            value, note = _null_caption(folder, config)
-            notes.extend(note)
-            return value
+        if param.name in unmapped.values:
+            return unmapped.values[param.name]
         value = rows[param.name].restore(_unfolded(folder, rows[param.name], config, param), param.shape)
-        return value + added[param.name] if param.name in added else value
+        return value + unmapped.added[param.name] if param.name in unmapped.added else value
 
     data = folder.facts.get("data") or data_of(config, asked)
     count = write_run(config, weights, data, {"diffusers": folder.settings})
-    notes.insert(0, f"wrote {printable(asked.out)}: {folder.class_name} as a run of {count:,} parameters")
-    if added:
-        notes.append("CLIP's pooled text is dropped: what it gives for zeros is part of time_embed now")
+    notes = [
+        f"wrote {printable(asked.out)}: {folder.class_name} as a run of {count:,} parameters",
+        *unmapped.notes,
+    ]
     if not folder.facts:
-        notes.append(f"its training is not known: see {printable(asked.out / 'config.yaml')} before you train it on")
+        notes.append(
+            "the training hyperparameters are unknown: check "
+            f"{printable(asked.out / 'config.yaml')} before continuing training"
+        )
     return notes
 
 
-def _values(folder: DiffusersFolder, counterpart: Counterpart) -> dict[str, Any]:
-    """A config's values: those of the run that was exported, or what the folder says of the model."""
+def _values(folder: DiffusersFolder, arch: str, counterpart: DiffusersCounterpart) -> dict[str, Any]:
+    """Return the values of a config: those of the run that was exported, or values derived from config.json."""
     if folder.facts:
         # REPA's projector is not exported.
-        model = {**folder.facts["config"]["model"], "repa_block": 0, "repa_dim": 0}
+        model = {**folder.facts["config"]["model"], "repa_block": None, "repa_dim": None}
         return {**folder.facts["config"], "model": model}
-    model = {"arch": counterpart.arch, **counterpart.model(folder.settings)}
-    return fresh(model, {"kind": OBJECTIVE_OF[counterpart.arch], **_objective(folder, counterpart.arch)})
+    model = {"arch": arch, **counterpart.model_keys(folder.settings)}
+    return fresh(model, _objective(folder, spec_of(arch)))
 
 
-def _objective(folder: DiffusersFolder, arch: str) -> dict[str, Any]:
-    """What a pipeline's scheduler says of the objective. Raises UserError for another schedule than ours."""
+def _objective(folder: DiffusersFolder, spec: ArchitectureSpec) -> dict[str, Any]:
+    """Return the objective's config keys that a pipeline's scheduler determines.
+
+    Raise UserError if the objective does not support its schedule.
+    """
     found = folder.scheduler()
     if not found:
-        return {}
-    if OBJECTIVE_OF[arch] == "rectified_flow":
+        return {"name": spec.objectives[0]}
+    if "FlowMatch" in str(found.get("_class_name")):
         shift = found.get("shift", 1.0)
         if not (isinstance(shift, int | float) and math.isfinite(shift) and shift > 0):
-            raise UserError(f"its scheduler has shift={json.dumps(shift)}: expected a number above 0")
-        return {"shift": float(shift)}
+            raise UserError(f"the pipeline's scheduler has shift={json.dumps(shift)}: expected a number above 0")
+        return {"name": "rectified_flow", "shift": float(shift)}
     if found.get("prediction_type", "epsilon") != "epsilon" or found.get("trained_betas") is not None:
         wrong = {name: found.get(name) for name in ("prediction_type", "trained_betas")}
-        raise UserError(f"its scheduler has {json.dumps(wrong)}: expected epsilon, and betas of a schedule")
-    asked = {name: found.get(name) for name in SCHEDULES["linear"]}
-    name = next((name for name, schedule in SCHEDULES.items() if schedule == asked), None)
+        raise UserError(
+            f"the pipeline's scheduler has {json.dumps(wrong)}: expected prediction_type epsilon and no trained_betas"
+        )
+    betas = {name: found.get(name) for name in SCHEDULES["linear"]}
+    name = next((name for name, schedule in SCHEDULES.items() if schedule == betas), None)
     if name is None:
-        raise UserError(f"its scheduler has {asked}: expected the schedule of one of {', '.join(SCHEDULES)}")
-    return {"beta_schedule": name}
+        raise UserError(f"the pipeline's scheduler has {betas}: expected the values of one of {', '.join(SCHEDULES)}")
+    return {"name": "ddpm", "beta_schedule": name}
 
 
-def _check_names(folder: DiffusersFolder, counterpart: Counterpart, config: Config) -> None:
-    """Raise UserError with a tensor that no row takes: weights that are left out would change the pictures."""
-    taken = {name for row in counterpart.rows(config.model) for name in (*row.theirs, *row.copies)}
-    taken |= set(counterpart.constants(config.model, folder.settings))
-    extra = next((name for name in folder.names if name not in taken), None)
+def _check_names(folder: DiffusersFolder, counterpart: DiffusersCounterpart, config: Config) -> None:
+    """Raise UserError for a tensor that no row maps: ignoring its weights would change the model's output."""
+    mapped = {name for row in counterpart.rows(config.model) for name in (*row.theirs, *row.copies)}
+    mapped |= set(counterpart.constants(config.model, folder.settings))
+    extra = next((name for name in folder.names if name not in mapped), None)
     if extra is not None:
-        raise UserError(f"{folder.path} has {extra}, which {counterpart.arch} has not: it cannot be imported")
+        raise UserError(
+            f"{folder.path} has {extra}, which has no counterpart in {config.model.arch}: it cannot be imported"
+        )
 
 
 def _unfolded(folder: DiffusersFolder, row: Row, config: Config, param: Param) -> list[Tensor]:
-    """Their tensors without the factors that the run's own forward pass applies."""
+    """Return diffusers' tensors divided by the factors that the run's own forward pass applies."""
     factors = fold.factors([row], config.model, {param.name: param.multiplier})
     parts = []
     for name in row.theirs:
@@ -123,42 +127,15 @@ def _unfolded(folder: DiffusersFolder, row: Row, config: Config, param: Param) -
         expected = row.shapes(tuple(param.shape))[0]
         if tuple(value.shape) != expected:
             raise UserError(
-                f"{folder.path} has {name} of shape {list(value.shape)}, but {list(expected)} is expected of its "
-                "config.json and --set: give the config.json that belongs to the weights"
+                f"{folder.path} has {name} of shape {list(value.shape)}, but its config.json and the overrides require "
+                f"{list(expected)}: use the config.json that belongs to the weights"
             )
         if name in factors:
             factor = factors[name]
             ours = fold.rounds(factor) and folder.facts.get("factors", {}).get(name) == factor
             lost = folder.lost(name) if ours else None
             if lost is not None and (lost.dtype, lost.shape) != (torch.int8, value.shape):
-                raise UserError(f"{folder.path / LOST} does not belong to {name}: remove it, or export the run again")
+                raise UserError(f"{folder.path / LOST} does not match {name}: remove the file, or export the run again")
             value = fold.unfold(value, factor, lost)
         parts.append(value)
     return parts
-
-
-def _null_caption(folder: DiffusersFolder, config: Config) -> tuple[Tensor, list[str]]:
-    """(T, text_dim), and a line to say: ours beside the weights, or made of the pipeline's encoder."""
-    tokens, dim = config.model.text_tokens, config.model.text_dim
-    if (folder.path / NULL_FILE).is_file():
-        require(folder.path / NULL_FILE, "safetensors")
-        return _of_shape(folder, read_tensor(folder.path / NULL_FILE, "null_caption"), (tokens, dim)), []
-    if folder.pipeline is None or not (folder.pipeline / "text_encoder").is_dir():
-        return torch.zeros(tokens, dim), [
-            "there is no null caption here: it is zero, train it, or import a pipeline folder, which has a text encoder"
-        ]
-    # diffusers draws "no caption" with the features of "", one token. That token repeated is attended to alike.
-    encoder = load_t5(locate(T5, str(folder.pipeline / "text_encoder")))
-    with torch.no_grad():
-        feature = encoder(input_ids=torch.tensor([[encoder.config.eos_token_id]])).last_hidden_state[0].float()
-    feature = _of_shape(folder, feature, (1, dim))
-    return feature.expand(tokens, dim).contiguous(), ["the null caption is what the text encoder makes of ''"]
-
-
-def _of_shape(folder: DiffusersFolder, value: Tensor, expected: tuple[int, int]) -> Tensor:
-    if tuple(value.shape) != expected:
-        raise UserError(
-            f"the null caption of {folder.path} has shape {list(value.shape)}, but {list(expected)} is expected of its "
-            "config.json and --set: give the files that belong together"
-        )
-    return value

@@ -1,4 +1,4 @@
-"""A run made of weights from elsewhere: its config and a checkpoint of step 0, as training writes them."""
+"""Write a run from imported weights: its config and a checkpoint of step 0, in training's formats."""
 
 from __future__ import annotations
 
@@ -16,22 +16,21 @@ from checkpoints_tools.write import aside, write_checkpoint
 from megatron_dit.checkpoint.listing import CHECKPOINTS, step_folder
 from megatron_dit.checkpoint.manifest import STATE, manifest_of
 from megatron_dit.config import Config, load_config, save_config
-from megatron_dit.data.fit import identity
-from megatron_dit.data.shards import read_index
-from megatron_dit.errors import UserError
-from megatron_dit.models import build_unsharded
+from megatron_dit.data.index import read_index
+from megatron_dit.data.validate import dataset_fingerprint
+from megatron_dit.models.param_specs import param_specs
 from megatron_dit.mup.rules import Param
-from megatron_dit.mup.shapes import describe
 from megatron_dit.optimizer import averages, state_keys
-from megatron_dit.progress import ProgressBar
-from megatron_dit.run_folder import CONFIG
+from megatron_dit.runtime.errors import UserError
+from megatron_dit.runtime.progress import ProgressBar
+from megatron_dit.training.run_folder import CONFIG
 
-NO_DATA = "give-data.path"  # of a run whose data nobody named
+NO_DATA = "give-data.path"  # data.path of a run that is imported without data
 
 
 @dataclass(frozen=True)
 class Import:
-    """What to read and where to; ``data`` and ``overrides`` go into the run's config."""
+    """Source, destination and options of an import; ``data`` and ``overrides`` go into the run's config."""
 
     source: Path
     out: Path
@@ -39,11 +38,11 @@ class Import:
     overrides: Sequence[str] = ()
     drop_clip: bool = False
     base_shapes: Path | None = None  # a .bsh file
-    variant: str | None = None  # of a diffusers folder's weights
+    variant: str | None = None  # variant of a diffusers folder's weights, such as fp16
 
 
 def config_of(values: Mapping[str, Any], asked: Import) -> Config:
-    """The config of the run: ``values`` (as in a config's YAML), then what was asked for."""
+    """Return the run's config: ``values`` (as in a config's YAML) with the options of the import applied."""
     data = {**values["data"], **({"path": asked.data} if asked.data else {})}
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / f"{asked.out.name}.yaml"
@@ -55,10 +54,13 @@ def config_of(values: Mapping[str, Any], asked: Import) -> Config:
 
 
 def fresh(model: Mapping[str, Any], objective: Mapping[str, Any]) -> dict[str, Any]:
-    """Values of a config for weights that come with none: standard parametrization, so that nothing is to unfold."""
+    """Return config values for weights without a config.
+
+    The parametrization is standard, so that the weights need no unfolding.
+    """
     return {
         "model": dict(model),
-        "mup": {"parametrization": "standard", "base_heads": model["heads"]},
+        "mup": {"enabled": False, "base_heads": model["heads"]},
         "objective": dict(objective),
         "optimizer": {"lr": 1e-4},
         "data": {"path": NO_DATA},
@@ -67,8 +69,12 @@ def fresh(model: Mapping[str, Any], objective: Mapping[str, Any]) -> dict[str, A
 
 
 def data_of(config: Config, asked: Import) -> dict[str, str]:
-    """What the data that the user named are (``data.fit.identity``); {} where nobody named any."""
-    return identity([read_index(path) for path in (config.data.path, *config.data.mix)]) if asked.data else {}
+    """Return the fingerprint of the dataset that the user named; {} if none was named."""
+    return (
+        dataset_fingerprint([read_index(path) for path in (config.data.path, *config.data.mixture)])
+        if asked.data
+        else {}
+    )
 
 
 def write_run(
@@ -78,16 +84,17 @@ def write_run(
     origin: Mapping[str, Any],
     averaged: Callable[[Param], Tensor] | None = None,
 ) -> int:
-    """Write ``config.run_dir``; returns its number of parameters.
+    """Write the run folder ``config.run_dir`` and return its number of parameters.
 
-    ``weights`` gives each parameter's full fp32 tensor, asked for once and in the model's order. Masters begin as the
-    weights, averages as ``averaged`` (the weights, where there are none), moments as zero. ``data`` is what the weights
-    were trained on (``data.fit.identity``), {} where that is not known; ``origin`` goes into the manifest as it is.
+    ``weights`` returns a parameter's full fp32 tensor and is called once per parameter, in the model's order. Master
+    weights start as the weights, averages as ``averaged`` (default: the weights), Adam's moments as zero. ``data`` is
+    the fingerprint of the data that the weights were trained on (``dataset_fingerprint``), {} if unknown. ``origin`` is
+    added to the manifest. Raise UserError if a weight is not finite or the folder cannot be written.
     """
     out = Path(config.run_dir)
-    params = describe(build_unsharded, config)
-    states = [STATE, *state_keys(config.train)]
-    starts = {STATE: weights, **dict.fromkeys(averages(config.train), averaged or weights)}
+    params = param_specs(config)
+    states = [STATE, *state_keys(config.ema)]
+    starts = {STATE: weights, **dict.fromkeys(averages(config.ema), averaged or weights)}
     with aside(out) as part:
         manifest = {**manifest_of(config, params, states, data=dict(data)), **origin}
         write_checkpoint(step_folder(part / CHECKPOINTS, 0), manifest, _tensors(params, starts))
@@ -98,12 +105,12 @@ def write_run(
 def _tensors(
     params: Mapping[str, Param], starts: Mapping[str, Callable[[Param], Tensor]]
 ) -> Iterator[tuple[str, str, Tensor]]:
-    """States that are not in ``starts`` are not given."""
+    """Yield (state, name, tensor) for the states in ``starts``; the other states start as zero."""
     with ProgressBar("convert", len(params)) as bar:
         for name, param in params.items():
             values = {give: give(param) for give in dict.fromkeys(starts.values())}
             if not all(value.isfinite().all() for value in values.values()):
-                raise UserError(f"{name} would get NaN or infinite values: such a model cannot be imported")
+                raise UserError(f"the weights for {name} have NaN or infinite values: expected finite weights")
             for state, give in starts.items():
                 value = values[give]
                 assert tuple(value.shape) == tuple(param.shape), f"{name}: {tuple(value.shape)}, not {param.shape}"

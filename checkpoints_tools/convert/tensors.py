@@ -1,4 +1,4 @@
-"""Safetensors files whose tensors are written one at a time, and models cut into several of them."""
+"""Write safetensors files one tensor at a time, and models as several such files."""
 
 from __future__ import annotations
 
@@ -14,26 +14,26 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from checkpoints_tools.convert.table import Shape
-from megatron_dit.data.pretrained import STEM
-from megatron_dit.errors import UserError
+from megatron_dit.data.hub import STEM
+from megatron_dit.models.common.rows import Shape
+from megatron_dit.runtime.errors import UserError
 
 Spec = tuple[torch.dtype, Shape]
 
 NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.int8: "I8"}
 
 
-# Beginnings that modules which wrap a model give the names of all its parameters: DistributedDataParallel, DeepSpeed,
-# torch.compile, FSDP, and modules that hold the model under one of these names.
+# Prefixes that wrapping modules add to the names of all parameters: DistributedDataParallel, DeepSpeed, torch.compile,
+# FSDP, and modules that have the model as an attribute of one of these names.
 WRAPPERS = ("module.", "_orig_mod.", "_fsdp_wrapped_module.", "model.", "transformer.", "diffusion_model.")
-# What compiles, shards or checkpoints single blocks stands within names.
+# Wrappers of single blocks (torch.compile, FSDP, activation checkpointing) appear inside names.
 INNER = re.compile(r"(?<=\.)(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
 
 
 def unwrapped(names: Iterable[str]) -> dict[str, str]:
-    """Map the names of a model's own parameters to the names given, which wrappers may have prefixed.
+    """Map the names of a model's own parameters to the given names, to which wrappers may have added prefixes.
 
-    A beginning is a wrapper's only if all names have it. Raises UserError if two names become one.
+    A prefix is removed only if all names have it. Raise UserError if two names become equal.
     """
     given = list(names)
     found = [INNER.sub("", name) for name in given]
@@ -42,15 +42,15 @@ def unwrapped(names: Iterable[str]) -> dict[str, str]:
     own: dict[str, str] = {}
     for name, original in zip(found, given, strict=True):
         if name in own:
-            raise UserError(f"{own[name]} and {original} are both the parameter {name}: keep one of them")
+            raise UserError(f"{own[name]} and {original} both name the parameter {name}: keep one of them")
         own[name] = original
     return own
 
 
 class TensorFile:
-    """A safetensors file (8 bytes of the header's length, the header in JSON, bytes), filled in any order.
+    """A safetensors file (8 bytes with the header's length, JSON header, data) whose tensors are written in any order.
 
-    What is never put is zero, and takes no room on a file system with holes.
+    Tensors that are not written are zero, and occupy no space on file systems with sparse files.
     """
 
     def __init__(self, path: Path, specs: Mapping[str, Spec], metadata: Mapping[str, str]) -> None:
@@ -96,11 +96,12 @@ def write_shards(
     largest: int,
     metadata: Mapping[str, str],
 ) -> int:
-    """A model's weights in files of at most ``largest`` bytes, as diffusers names them. ``tensors`` in specs' order.
+    """Write a model's weights in files of at most ``largest`` bytes, named as in diffusers.
 
-    A tensor larger than that has a file of its own. Returns how many files there are.
+    ``tensors`` must be in the order of ``specs``. A tensor of more than ``largest`` bytes gets a file of its own.
+    Return the number of files.
     """
-    shards = _cut(specs, largest)
+    shards = _split(specs, largest)
     single = len(shards) == 1
     names = [f"{STEM}.safetensors" if single else _shard_name(i, len(shards)) for i in range(len(shards))]
     stream = iter(tensors)
@@ -108,9 +109,9 @@ def write_shards(
         with TensorFile(folder / file_name, {name: specs[name] for name in shard}, metadata) as file:
             for expected in shard:
                 name, tensor = next(stream)
-                assert name == expected, f"{name} comes where {expected} is due"
+                assert name == expected, f"got {name}, expected {expected}"
                 file.put(name, tensor)
-                del tensor  # before the next is made
+                del tensor  # free the memory before the next tensor is computed
     assert next(stream, None) is None
     if not single:
         index = {
@@ -121,7 +122,7 @@ def write_shards(
     return len(shards)
 
 
-def _cut(specs: Mapping[str, Spec], largest: int) -> list[list[str]]:
+def _split(specs: Mapping[str, Spec], largest: int) -> list[list[str]]:
     shards: list[list[str]] = []
     size = 0
     for name, spec in specs.items():

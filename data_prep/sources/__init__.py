@@ -1,4 +1,4 @@
-"""Where pictures come from: ``open_source`` tells tars, folders, tables and saved datasets apart."""
+"""Sources of images: tars, folders, tables and saved datasets. ``open_source`` selects the right one."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from data_prep.sources.folder import Folder
 from data_prep.sources.record import Caption, Record, Rejected, Scanned, Source
 from data_prep.sources.table import Table
 from data_prep.sources.tars import Tars
-from megatron_dit.errors import UserError
+from megatron_dit.runtime.errors import UserError
 
 __all__ = ["Caption", "Record", "Rejected", "Scanned", "Source", "is_dataset", "open_source"]
 
@@ -20,59 +20,72 @@ def open_source(
     spec: str,
     *,
     table: str | None = None,
-    classes: bool = False,
+    class_folders: bool = False,
     num_classes: int = 0,
     file_column: str = "file",
     caption_column: str = "caption",
 ) -> Source:
-    """The source that ``spec`` names: a glob of tars, or several with commas between; a folder; a saved dataset.
+    """Open the source ``spec``: one glob of tars or several separated by commas, a folder, or a saved dataset.
 
-    ``table`` stands beside a folder. ``classes`` takes labels from class folders or a dataset's ClassLabel column,
-    ``num_classes`` from tars' KEY.cls. Raises UserError for what names no pictures.
+    ``table`` lists the images of a folder. ``class_folders`` takes labels from class folders or a dataset's ClassLabel
+    column, ``num_classes`` from the KEY.cls in tars. Raise UserError if the source is invalid or has no images.
     """
     if spec.startswith("pipe:") or ",pipe:" in spec:
-        raise UserError(f"source {spec!r}: commands are never run; give tars, a folder or a saved dataset")
+        raise UserError(f"source {spec!r}: pipe: is not supported; give tars, a folder or a saved dataset")
     if "://" in spec and not os.path.lexists(spec):
-        raise UserError(f"source {spec!r} is a URL: copy its tars to a disk and give their paths")
+        raise UserError(f"source {spec!r} is a URL; download its tars and give their paths")
     folder = Path(spec)
-    if not os.path.isdir(spec):  # noqa: PTH112 # Path.is_dir raises for a list of tars longer than a path
-        if table or classes:
+    if not os.path.isdir(spec):  # noqa: PTH112 - Path.is_dir raises for a list of tars longer than a path
+        if table or class_folders:
             raise UserError(
-                f"source {spec!r} is not a folder: {'a table needs' if table else 'class folders need'} one"
+                f"source {spec!r} is not a folder; {'--table requires' if table else '--class-folders requires'} one"
             )
         return Tars(spec, _tars(spec), num_classes)
     if is_dataset(folder):
         if table:
-            raise UserError(f"table {table}: dataset {spec} has its own captions; leave the table out")
-        source = SavedDataset(spec, caption_column, classes or num_classes > 0)
+            raise UserError(f"table {table} cannot be used with dataset {spec}, which has its own captions; omit it")
+        source = SavedDataset(spec, caption_column, class_folders or num_classes > 0)
         if num_classes not in (0, len(source.classes)):
-            raise UserError(f"{num_classes} classes: dataset {spec} has {len(source.classes)}; give that number")
+            raise UserError(
+                f"--num-classes {num_classes} does not match dataset {spec}, which has {len(source.classes)} classes; "
+                "give that number"
+            )
         return source
     if num_classes:
-        raise UserError(f"{num_classes} classes: folder {spec} has no KEY.cls; labels come from class folders")
-    if table and classes:
-        raise UserError(f"table {table}: class folders have no captions; give either the table or the classes")
-    return Table(spec, Path(table), file_column, caption_column) if table else Folder(spec, classes)
+        raise UserError(
+            f"--num-classes {num_classes} is for tars with KEY.cls, but {spec} is a folder; use --class-folders"
+        )
+    if table and class_folders:
+        raise UserError(f"table {table} cannot be combined with class folders, which have no captions; give only one")
+    return Table(spec, Path(table), file_column, caption_column) if table else Folder(spec, class_folders)
 
 
 def _tars(spec: str) -> list[Path]:
-    """The files that one or several globs name, in order. Raises UserError where one names none, or no tar."""
+    """Return the files that match one or several globs, in order.
+
+    Raise UserError if a glob matches no files, or a file that is not a tar.
+    """
     found: dict[Path, None] = {}
     for part in [spec] if _glob(spec) else spec.split(","):
         paths = _glob(part)
         if not paths:
-            raise UserError(f"source {part!r} names no files: give a glob of tars, such as 'photos/*.tar', or a folder")
+            raise UserError(
+                f"source {part!r} matches no files; give a glob of tars, such as 'photos/*.tar', or a folder"
+            )
         found.update(dict.fromkeys(paths))
     for path in found:
         if path.suffix.lower() != ".tar":
-            raise UserError(f"source {str(path)!r} is not a .tar: give a glob of tars, such as 'photos/*.tar'")
+            raise UserError(f"source {str(path)!r} is not a .tar; give a glob of tars, such as 'photos/*.tar'")
         if not path.is_file():
-            raise UserError(f"source {str(path)!r} is not a regular file: a link to nowhere, or a device")
+            raise UserError(f"source {str(path)!r} is not a regular file, but a broken link or a device; remove it")
     return list(found)
 
 
 def _glob(pattern: str) -> list[Path]:
-    """What a path or a glob names, but folders; a part of it that is there by that very name is no pattern."""
+    """Return the files that match a path or glob, without folders.
+
+    Leading parts of the path that exist literally are not treated as patterns.
+    """
     parts = Path(pattern).parts
     root = Path()
     while parts and os.path.lexists(root / parts[0]):
@@ -80,9 +93,9 @@ def _glob(pattern: str) -> list[Path]:
     try:
         paths = root.glob(str(Path(*parts))) if parts else [root]
         return sorted(path for path in paths if not path.is_dir())
-    except (ValueError, NotImplementedError, RecursionError):  # the last for a list of many tars
+    except (ValueError, NotImplementedError, RecursionError):  # RecursionError: a list of many tars
         return []
     except OSError as error:
-        if error.errno != errno.ENAMETOOLONG:  # a list of several tars
+        if error.errno != errno.ENAMETOOLONG:  # ENAMETOOLONG: a list of several tars
             raise
         return []

@@ -1,4 +1,4 @@
-"""Pictures in a folder: with captions beside them, or in one sub-folder for each class."""
+"""Source that reads the images in a folder, with caption files next to them or with one sub-folder per class."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
-from data_prep.pictures import Unusable
+from data_prep.images import Unusable
 from data_prep.sources.record import (
     IMAGE_BYTES,
+    IMAGES,
     PER_UNIT,
-    PICTURES,
     TEXT_BYTES,
     Record,
     Rejected,
@@ -24,15 +24,15 @@ from data_prep.sources.record import (
     scanned,
     shown,
 )
-from megatron_dit.errors import UserError
+from megatron_dit.runtime.errors import UserError
 
 
 class Folder:
-    """A picture ``a.jpg``, however deep, beside ``a.txt`` or ``a.json`` or both; hidden files and folders are not seen.
+    """Reads images such as ``a.jpg`` at any depth, with ``a.txt``, ``a.json`` or both. Hidden files are ignored.
 
-    A key is a path without its last extension, letter by letter: those of other cases or Unicode forms are others.
+    A key is a path without its last extension. Keys that differ in case or Unicode normalization are different.
 
-    With ``classes`` the label is the picture's first folder's place among the sorted ones, and no captions are read.
+    With ``classes``, the label is the index of the image's top-level folder in sorted order, and no captions are read.
     """
 
     def __init__(self, spec: str, classes: bool) -> None:
@@ -43,14 +43,14 @@ class Folder:
         self._labels = {name: label for label, name in enumerate(names)}
         self.classes = tuple(map(shown, names))
         if classes and not self.classes:
-            raise UserError(f"folder {spec} has no sub-folders: class folders are {spec}/CLASS/picture.jpg")
+            raise UserError(f"folder {spec} has no sub-folders; class folders need images as {spec}/CLASS/NAME.jpg")
         by_stem: dict[str, list[str]] = {}
-        for file in _files(self._root, PICTURES if classes else PICTURES | {"txt", "json"}):
+        for file in _files(self._root, IMAGES if classes else IMAGES | {"txt", "json"}):
             by_stem.setdefault(file.rpartition(".")[0], []).append(file)
         self._stems = sorted((stem, sorted(files)) for stem, files in by_stem.items())
-        if not any(_extension(file) in PICTURES for _, files in self._stems for file in files):
+        if not any(_extension(file) in IMAGES for _, files in self._stems for file in files):
             raise UserError(
-                f"folder {spec} holds no picture (.{', .'.join(sorted(PICTURES))}): tars are given as a glob, such as "
+                f"folder {spec} contains no image (.{', .'.join(sorted(IMAGES))}); for tars give a glob such as "
                 f"'{spec}/*.tar'"
             )
 
@@ -60,31 +60,31 @@ class Folder:
 
     def scan(self, unit: int) -> Iterator[Scanned]:
         for stem, files in self._stems[unit * PER_UNIT : (unit + 1) * PER_UNIT]:
-            pictures = [file for file in files if _extension(file) in PICTURES]
-            if not pictures:
-                yield Rejected(shown(stem), "no picture"), None
+            images = [file for file in files if _extension(file) in IMAGES]
+            if not images:
+                yield Rejected(shown(stem), "no image"), None
                 continue
-            beside = [file for file in files if file not in pictures]
-            yield or_rejected(shown(pictures[0]), partial(self._picture, pictures[0], beside))
-            for other in pictures[1:]:
+            sidecars = [file for file in files if file not in images]
+            yield or_rejected(shown(images[0]), partial(self._record, images[0], sidecars))
+            for other in images[1:]:
                 yield Rejected(shown(other), "duplicate key"), None
 
     def read(self, record: Record) -> bytes:
         return file_bytes(self._root / str(record.place[0]), IMAGE_BYTES)
 
-    def _picture(self, file: str, others: list[str]) -> tuple[Record, bytes]:
+    def _record(self, file: str, others: list[str]) -> tuple[Record, bytes]:
         label, meta, captions = None, {}, ()
         if self.classes:
             label = self._labels.get(file.partition("/")[0])
             if label is None:
-                raise Unusable("no class")
+                raise Unusable("no class label")
         else:
-            beside = {_extension(other): self._root / other for other in others}
-            if len(beside) < len(others):  # a.txt and a.TXT
-                raise Unusable("two captions or json files of one name")
-            if "json" in beside:
-                meta = json_object(file_bytes(beside["json"], TEXT_BYTES))
-            text = file_bytes(beside["txt"], TEXT_BYTES) if "txt" in beside else b""
+            sidecars = {_extension(other): self._root / other for other in others}
+            if len(sidecars) < len(others):  # a.txt and a.TXT
+                raise Unusable("two caption or json files with the same key")
+            if "json" in sidecars:
+                meta = json_object(file_bytes(sidecars["json"], TEXT_BYTES))
+            text = file_bytes(sidecars["txt"], TEXT_BYTES) if "txt" in sidecars else b""
             captions = merge_captions(caption_text(text), meta.get("captions"))
         return scanned(Record(shown(file), (file,), captions, label, meta), file_bytes(self._root / file, IMAGE_BYTES))
 
@@ -98,9 +98,9 @@ def _subfolders(root: Path) -> Iterator[str]:
 
 
 def _files(root: Path, extensions: frozenset[str]) -> Iterator[str]:
-    """Paths below ``root``, relative to it, in no order. Links are followed but where they lead round in circles.
+    """Yield paths of files below ``root``, relative to it, in no order. Links are followed unless they form a cycle.
 
-    Raises UserError for a folder that cannot be read, whose pictures would be missing without a word.
+    Raise UserError if a folder cannot be read, because its images would otherwise be missing without notice.
     """
     for folder, subfolders, files in os.walk(root, followlinks=True, onerror=_unreadable):
         here = Path(folder)
@@ -121,4 +121,4 @@ def _files(root: Path, extensions: frozenset[str]) -> Iterator[str]:
 
 
 def _unreadable(error: OSError) -> None:
-    raise UserError(f"folder {error.filename} cannot be read ({error.strerror}): make it readable or move it away")
+    raise UserError(f"folder {error.filename} cannot be read ({error.strerror}); make it readable or move it elsewhere")

@@ -1,4 +1,4 @@
-"""Lines of a text file and records of a csv, each with its place, in bounded memory and whatever the bytes."""
+"""Read lines of a text file and records of a csv with their offsets, in bounded memory, whatever the content."""
 
 from __future__ import annotations
 
@@ -7,25 +7,25 @@ from collections import deque
 from collections.abc import Iterator
 from pathlib import Path
 
-from data_prep.pictures import Unusable
+from data_prep.images import Unusable
 from data_prep.sources.record import TEXT_BYTES
 
 BLOCK = 2**20  # bytes read at a time
 
-csv.field_size_limit(TEXT_BYTES)  # its own limit of 131,072 would end the reading
+csv.field_size_limit(TEXT_BYTES)  # reading would fail at the csv module's default limit of 131,072
 
 
 def lines(path: Path, start: int) -> Iterator[tuple[int, bytes | None]]:
-    r"""(first byte, line with its end) of each line from byte ``start`` on; None for one of more than TEXT_BYTES.
+    r"""Yield (offset, line including its end) for each line from byte ``start`` on.
 
-    A line ends with ``\n``, ``\r\n`` or ``\r``, as the csv module has it.
+    The line is None if it is larger than TEXT_BYTES. As in the csv module, lines end with ``\n``, ``\r\n`` or ``\r``.
     """
     rest, skipped = b"", 0
     with path.open("rb") as file:
         file.seek(start)
         while block := file.read(BLOCK):
             pieces = (rest + block).splitlines(keepends=True)
-            rest = pieces.pop()  # the next block may go on with it, or with the second half of its end
+            rest = pieces.pop()  # the line, or its \r\n, may continue in the next block
             for piece in pieces:
                 yield start, None if skipped or len(piece) > TEXT_BYTES else piece
                 start += skipped + len(piece)
@@ -38,15 +38,16 @@ def lines(path: Path, start: int) -> Iterator[tuple[int, bytes | None]]:
 
 
 def csv_records(path: Path, start: int, delimiter: str) -> Iterator[tuple[int, list[str] | Unusable]]:
-    """(first byte, cells or why they cannot be read) of each record but blank lines, from byte ``start`` on.
+    """Yield (offset, cells) for each record from byte ``start`` on, without blank lines.
 
-    A line whose quotes do not close is a record that cannot be read, and the next line is a record of its own: else a
-    single quote would make one cell of all that follows. Bytes that are not UTF-8 come as half surrogates.
+    Instead of cells, Unusable is yielded for an unreadable record. A line with an unclosed quote is an unreadable
+    record, and the next line starts a new record; otherwise a single quote would merge the rest of the file into one
+    cell. Bytes that are not UTF-8 become lone surrogates.
     """
     source = _Pushback(lines(path, start))
     for begin, line in source:
         if line is None:
-            yield begin, Unusable(f"row of more than {TEXT_BYTES >> 20} MiB")
+            yield begin, Unusable(f"row larger than {TEXT_BYTES >> 20} MiB")
             continue
         text = _text(begin, line)
         if not text.strip("\r\n"):
@@ -57,11 +58,11 @@ def csv_records(path: Path, start: int, delimiter: str) -> Iterator[tuple[int, l
             yield begin, next(record)
         except csv.Error:
             source.push(taken)
-            yield begin, Unusable("a quote is not closed or not doubled")
+            yield begin, Unusable("quote not closed or not doubled")
 
 
 class _Pushback(Iterator[tuple[int, bytes | None]]):
-    """An iterator that takes back what it gave last."""
+    """Iterator to which items can be returned, to be yielded again."""
 
     def __init__(self, items: Iterator[tuple[int, bytes | None]]) -> None:
         self._items = items
@@ -77,7 +78,7 @@ class _Pushback(Iterator[tuple[int, bytes | None]]):
 def _following(
     text: str, source: Iterator[tuple[int, bytes | None]], taken: list[tuple[int, bytes | None]]
 ) -> Iterator[str]:
-    """``text`` and the lines after it, for a record of at most TEXT_BYTES; ``taken`` gets those that were asked for."""
+    """Yield ``text`` and the lines after it, up to TEXT_BYTES in total. Consumed lines are appended to ``taken``."""
     yield text
     size = len(text)
     for begin, line in source:

@@ -1,4 +1,4 @@
-"""What a source gives of each picture: where its bytes are and what is said of it, or why it is left out."""
+"""Records that a source yields for its images: location, captions, label and metadata, or the reason of rejection."""
 
 from __future__ import annotations
 
@@ -11,33 +11,33 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from data_prep.pictures import Unusable
+from data_prep.images import Unusable
 
-PICTURES = frozenset({"jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "avif"})  # extensions
-PER_UNIT = 1000  # pictures of a unit, where the source has no parts of its own
+IMAGES = frozenset({"jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "avif"})  # extensions
+PER_UNIT = 1000  # images per unit, if the source has no natural parts
 
-# One hostile or damaged sample must not take the memory of the job: what is larger is rejected with that reason.
-IMAGE_BYTES = 2**29  # of an image file
-TEXT_BYTES = 2**20  # of a caption or JSON file, and of a row of a csv, tsv or jsonl
-CAPTION_LETTERS = 2**18  # of a sample's captions together
-CAPTIONS = 256  # of a sample
-JSON_DEPTH = 32  # of objects and lists in each other
+# Limits, so that a single malicious or corrupt sample cannot exhaust the job's memory. Larger ones are rejected.
+IMAGE_BYTES = 2**29  # size of an image file
+TEXT_BYTES = 2**20  # size of a caption or JSON file, and of a row of a csv, tsv or jsonl
+CAPTION_LETTERS = 2**18  # total characters of a sample's captions
+CAPTIONS = 256  # captions per sample
+JSON_DEPTH = 32  # nesting depth of objects and lists
 TOO_DEEP = f"json is nested deeper than {JSON_DEPTH}"
 
 
 @dataclass(frozen=True)
 class Caption:
     text: str
-    weight: float  # chance against the picture's other captions, above 0
+    weight: float  # relative probability among the image's captions, above 0
 
 
 @dataclass(frozen=True)
 class Record:
-    """One picture, undecoded; ``as_dict`` and ``from_dict`` go through JSON."""
+    """One image, not decoded. ``as_dict`` and ``from_dict`` convert to and from JSON-compatible dicts."""
 
-    name: str  # for people: "00000.tar/000012", "cats/a.jpg", "part.parquet row 12" (rows count from 0)
-    place: tuple[str | int, ...]  # where Source.read finds the bytes
-    captions: tuple[Caption, ...]  # may be empty where there is a label
+    name: str  # for messages: "00000.tar/000012", "cats/a.jpg", "part.parquet row 12" (rows count from 0)
+    place: tuple[str | int, ...]  # location of the bytes for Source.read
+    captions: tuple[Caption, ...]  # may be empty if there is a label
     label: int | None
     meta: dict[str, Any]
 
@@ -60,29 +60,30 @@ Scanned = tuple[Record, bytes | None] | tuple[Rejected, None]
 
 
 class Source(Protocol):
-    """Pictures in units that any worker takes: the same source has the same units, each in the same order."""
+    """Images in units that are distributed over workers. Units and their order must be the same in every process."""
 
     kind: str  # "tars", "folder", "classes", "table", "dataset" or "scenes"
-    spec: str  # what the user gave
-    classes: tuple[str, ...]  # class names in label order; () without labels
+    spec: str  # source as given by the user
+    classes: tuple[str, ...]  # class names in the order of the labels; () if there are no labels
 
     @property
     def units(self) -> int: ...
 
     def scan(self, unit: int) -> Iterator[Scanned]:
-        """Every picture of the unit once and in order: a record with the picture's bytes, or a rejection.
+        """Yield each image of the unit once, in order: a record and the image's bytes, or a rejection.
 
-        A source that draws its pictures, all in one size, gives no bytes: there is nothing to check.
+        A source that renders its images, all in one size, yields None instead of bytes because there is nothing to
+        check.
         """
         ...
 
     def read(self, record: Record) -> bytes | np.ndarray:
-        """The picture's bytes, wherever in the source it is; if drawn, (H, W, 3) uint8."""
+        """Return the bytes of the image file, or an (H, W, 3) uint8 array if the source renders its images."""
         ...
 
 
 def scanned(record: Record, data: bytes) -> tuple[Record, bytes]:
-    """Raises Unusable for a picture without bytes or of which nothing is said."""
+    """Return a record and its bytes. Raise Unusable if there are no bytes, or neither captions nor a label."""
     if not data:
         raise Unusable("empty file")
     if not record.captions and record.label is None:
@@ -91,7 +92,7 @@ def scanned(record: Record, data: bytes) -> tuple[Record, bytes]:
 
 
 def or_rejected(name: str, make: Callable[[], tuple[Record, bytes]]) -> Scanned:
-    """What ``make`` returns, or why it raised Unusable."""
+    """Return the result of ``make``, or a rejection if it raises Unusable."""
     try:
         return make()
     except Unusable as left_out:
@@ -99,12 +100,12 @@ def or_rejected(name: str, make: Callable[[], tuple[Record, bytes]]) -> Scanned:
 
 
 def shown(name: str) -> str:
-    """A file's name as text: bytes in it that are not UTF-8 become question marks."""
+    """Return a file name as valid text, with bytes that are not UTF-8 replaced by question marks."""
     return name.encode("utf-8", errors="replace").decode()
 
 
 def caption_text(data: bytes) -> str:
-    """A caption file's text without the space around it. Raises Unusable where it is not UTF-8."""
+    """Return a caption file's text without surrounding whitespace. Raise Unusable if it is not UTF-8."""
     try:
         return data.decode("utf-8-sig").strip()
     except UnicodeDecodeError:
@@ -112,7 +113,7 @@ def caption_text(data: bytes) -> str:
 
 
 def json_object(data: bytes | str) -> dict[str, Any]:
-    """Raises Unusable where ``data`` is not a JSON object, has a key twice or is nested deeper than JSON_DEPTH."""
+    """Parse a JSON object. Raise Unusable if it is invalid, has duplicate keys or is nested deeper than JSON_DEPTH."""
     try:
         found = json.loads(data, object_pairs_hook=_distinct)
     except RecursionError:
@@ -128,12 +129,12 @@ def json_object(data: bytes | str) -> dict[str, Any]:
 def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) < len(pairs):
-        raise Unusable("json has a key twice")
+        raise Unusable("json has a duplicate key")
     return found
 
 
 def _check_depth(value: Any) -> None:
-    """Raises Unusable; what copies or writes JSON later calls itself at each level."""
+    """Raise Unusable if ``value`` is nested too deeply for the recursive code that later copies and writes it."""
     level = [value]
     for _ in range(JSON_DEPTH + 1):
         level = [inner for outer in level if isinstance(outer, dict | list) for inner in _inside(outer)]
@@ -146,17 +147,18 @@ def _inside(value: dict[str, Any] | list[Any]) -> list[Any]:
 
 
 def merge_captions(text: str, given: Any) -> tuple[Caption, ...]:
-    """``text`` with weight 1, then ``given``: a text or a list of texts and {"text", "weight"}, or None.
+    """Combine the caption ``text``, with weight 1, and the captions ``given``.
 
-    Texts may be strings or UTF-8 bytes. Empty captions do not count, equal ones are merged: within ``given`` their
-    weights add up, and ``text`` gives way to the same text there. Raises Unusable for what is no caption, and for more
-    or longer ones than CAPTIONS and CAPTION_LETTERS.
+    ``given`` is a caption, a list of captions, or None; a caption is a text or {"text", "weight"}. Texts are strings or
+    UTF-8 bytes. Empty captions are ignored. Equal captions in ``given`` are merged and their weights added; ``text`` is
+    ignored if ``given`` contains the same text. Raise Unusable for invalid captions, and if CAPTIONS or CAPTION_LETTERS
+    is exceeded.
     """
     weights: dict[str, float] = {}
     for entry in [given] if isinstance(given, str | bytes) else [] if given is None else _list(given):
         one = {"text": entry} if isinstance(entry, str | bytes) else entry
         if not isinstance(one, dict) or not isinstance(one.get("text"), str | bytes):
-            raise Unusable("captions are not texts")
+            raise Unusable("captions are not strings")
         weight = one.get("weight")
         weight = 1 if weight is None else weight
         if isinstance(weight, bool) or not isinstance(weight, int | float) or not 0 < weight < 1e100:
@@ -169,8 +171,8 @@ def merge_captions(text: str, given: Any) -> tuple[Caption, ...]:
     if len(weights) > CAPTIONS:
         raise Unusable(f"more than {CAPTIONS} captions")
     if sum(map(len, weights)) > CAPTION_LETTERS:
-        raise Unusable(f"captions of more than {CAPTION_LETTERS} characters")
-    # JSON escapes can spell half a surrogate pair, and undecodable bytes of a table come as such halves.
+        raise Unusable(f"captions with more than {CAPTION_LETTERS} characters")
+    # Lone surrogates come from JSON escapes and from undecodable bytes in a table.
     if any("\ud800" <= letter <= "\udfff" for caption in weights for letter in caption):
         raise Unusable("caption is not UTF-8")
     return tuple(Caption(caption, float(weight)) for caption, weight in weights.items())
@@ -178,12 +180,12 @@ def merge_captions(text: str, given: Any) -> tuple[Caption, ...]:
 
 def _list(given: Any) -> list[Any]:
     if not isinstance(given, list):
-        raise Unusable("captions are not texts")
+        raise Unusable("captions are not strings")
     return given
 
 
 def class_label(text: str, classes: int) -> int:
-    """Raises Unusable for what is not a class number below ``classes``."""
+    """Parse a class label. Raise Unusable if it is not an integer from 0 to ``classes`` - 1."""
     number = text.strip()
     if not (number.isascii() and number.isdecimal() and len(number) < 10 and int(number) < classes):
         raise Unusable(f"class is not a number below {classes}")
@@ -191,16 +193,17 @@ def class_label(text: str, classes: int) -> int:
 
 
 def _plain(meta: dict[str, Any]) -> dict[str, Any]:
-    """``meta`` as any reader of JSON takes it: dates and the like as text, bytes and numbers not finite as null."""
+    """Convert ``meta`` to standard JSON types. Dates and the like become text, bytes and non-finite numbers null."""
     _check_depth(meta)
     text = json.dumps(meta, default=lambda value: None if isinstance(value, bytes) else str(value))
     return json.loads(text, parse_constant=lambda _: None)
 
 
 def file_bytes(path: Path, limit: int) -> bytes:
-    """The bytes of a file of at most ``limit``; a disk's failure is raised as it is.
+    """Return the content of a file of at most ``limit`` bytes.
 
-    Raises Unusable where ``path`` is no regular file to read (a FIFO would not end) or a larger one.
+    Raise Unusable if ``path`` is not a readable regular file (reading a FIFO would block) or is larger. I/O errors of
+    the disk are not caught.
     """
     try:
         if not path.is_file():
@@ -217,6 +220,6 @@ def file_bytes(path: Path, limit: int) -> bytes:
 
 
 def check_size(size: int, limit: int) -> None:
-    """Raises Unusable where ``size`` is above ``limit``, both in bytes."""
+    """Raise Unusable if ``size`` is above ``limit``, both in bytes."""
     if size > limit:
-        raise Unusable(f"file of more than {limit >> 20} MiB")
+        raise Unusable(f"file larger than {limit >> 20} MiB")

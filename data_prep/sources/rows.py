@@ -1,4 +1,4 @@
-"""Rows of a csv, tsv, jsonl or parquet file, read from any unit on."""
+"""Random access to units of rows in a csv, tsv, jsonl or parquet file."""
 
 from __future__ import annotations
 
@@ -12,61 +12,61 @@ from itertools import accumulate, islice
 from pathlib import Path
 from typing import Any, Protocol
 
-from data_prep.pictures import Unusable
+from data_prep.images import Unusable
 from data_prep.sources.lines import csv_records, lines
 from data_prep.sources.record import PER_UNIT, TEXT_BYTES, json_object
-from megatron_dit.errors import UserError
 from megatron_dit.runtime.content import content_of
+from megatron_dit.runtime.errors import UserError
 
-Row = dict[str, Any] | Unusable  # by column, or why the row cannot be read
+Row = dict[str, Any] | Unusable  # values by column, or the reason why the row cannot be read
 
-GROUP_BYTES = 2**32  # of a parquet's row group, which is decoded as a whole
-UTF16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)  # the marks of UTF-32 begin with them or with NULs
+GROUP_BYTES = 2**32  # maximum size of a parquet row group, which is decoded at once
+UTF16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)  # the byte order marks of UTF-32 start with one of these or NUL
 
 
 class Rows(Protocol):
     count: int
-    columns: tuple[str, ...]  # as they are named in the file, be it twice
-    delimiter: str  # between the cells of a row of text
+    columns: tuple[str, ...]  # names as in the file, including duplicates
+    delimiter: str  # between the cells of a text row; "" if there is none
 
     def unit(self, unit: int) -> Iterator[Row]: ...
 
 
 def open_rows(path: Path) -> Rows:
-    """Raises UserError for what is not a table."""
+    """Open a table. Raise UserError if the file is not a valid table."""
     kind = path.suffix.lower()
     if kind not in (".csv", ".tsv", ".jsonl", ".parquet") or not path.is_file():
-        raise UserError(f"table {path}: expected a file .csv, .tsv, .jsonl or .parquet")
+        raise UserError(f"table {path}: expected an existing .csv, .tsv, .jsonl or .parquet file")
     found = content_of(path)
     expected = ("parquet",) if kind == ".parquet" else ("text", "json", "empty", "unknown")
     if found.name not in expected:
-        raise UserError(f"table {path} is {found.description}, not a table of the format {kind}: {found.remedy}")
+        raise UserError(f"table {path} is {found.description}, not a {kind} table; {found.remedy}")
     if kind == ".parquet":
         return _Parquet(path)
     with path.open("rb") as file:
         start = file.read(4)
     if start.startswith(UTF16) or b"\0" in start:
-        raise UserError(f"table {path} is not UTF-8 text, but UTF-16 or UTF-32: save it as UTF-8")
+        raise UserError(f"table {path} is encoded in UTF-16 or UTF-32; save it as UTF-8")
     return _JsonLines(path) if kind == ".jsonl" else _Csv(path, "," if kind == ".csv" else "\t")
 
 
 def import_prep(module: str) -> Any:
-    """A module that comes with the extra ``prep``. Raises UserError where it is not installed."""
+    """Import a module of the extra ``prep``. Raise UserError if it is not installed."""
     try:
         return importlib.import_module(module)
     except ModuleNotFoundError:
-        raise UserError(f"{module} is not installed: pip install 'megatron_dit[prep]'") from None
+        raise UserError(f"{module} is not installed; run: pip install 'megatron_dit[prep]'") from None
 
 
 class _Csv:
-    """The first row names the columns."""
+    """Rows of a csv or tsv, whose first row contains the column names."""
 
     def __init__(self, path: Path, delimiter: str) -> None:
         self._path, self.delimiter = path, delimiter
         records = csv_records(path, 0, delimiter)
         header = next(records, (0, []))[1]
         if isinstance(header, Unusable):
-            raise UserError(f"table {path}: its first line, which names the columns, cannot be read ({header.reason})")
+            raise UserError(f"table {path}: its first line, the column names, cannot be read ({header.reason})")
         self.columns = tuple(header)
         self._names = _distinct(self.columns)
         self._starts, self.count = _index(begin for begin, _ in records)
@@ -78,11 +78,11 @@ class _Csv:
             elif len(cells) == len(self.columns):
                 yield dict(zip(self._names, cells, strict=True))
             else:
-                yield Unusable("row is not as long as the header")
+                yield Unusable("row length differs from the header")
 
 
 class _JsonLines:
-    """An object a line; the columns are those of the first unit."""
+    """Rows of a jsonl file, one object per line. The columns are those that occur in the first unit."""
 
     delimiter = ""
 
@@ -92,8 +92,8 @@ class _JsonLines:
         rows = list(self.unit(0) if self.count else ())
         if rows and all(isinstance(row, Unusable) for row in rows):
             raise UserError(
-                f"table {path}: none of its first {len(rows)} lines is a JSON object; expected one object a line, "
-                "neither an array nor an object spread over lines"
+                f"table {path}: none of its first {len(rows)} lines is a JSON object; expected one object per line, "
+                "not an array or an object that spans several lines"
             )
         self.columns = tuple(dict.fromkeys(column for row in rows if isinstance(row, dict) for column in row))
 
@@ -104,7 +104,7 @@ class _JsonLines:
         for begin, line in islice(self._lines(self._starts[unit]), PER_UNIT):
             try:
                 if line is None:
-                    raise Unusable(f"row of more than {TEXT_BYTES >> 20} MiB")
+                    raise Unusable(f"row larger than {TEXT_BYTES >> 20} MiB")
                 yield json_object(line.decode("utf-8" if begin else "utf-8-sig", errors="surrogateescape"))
             except Unusable as broken:
                 yield broken
@@ -119,9 +119,9 @@ class _Parquet:
         try:
             metadata = parquet.read_metadata(path)
             self.columns = tuple(parquet.read_schema(path).names)
-        except Exception as error:  # pyarrow raises nearly anything on garbage
+        except Exception as error:  # pyarrow can raise almost anything on corrupt data
             reason = (str(error).splitlines() or [type(error).__name__])[0]
-            raise UserError(f"table {path} is not a readable parquet ({reason})") from None
+            raise UserError(f"table {path} is not a readable parquet file ({reason}); export it again") from None
         self.count: int = metadata.num_rows
         sizes = [metadata.row_group(group).num_rows for group in range(metadata.num_row_groups)]
         self._starts = [0, *accumulate(sizes)]
@@ -139,25 +139,29 @@ def _row(group: Any, number: int) -> Row:
         return group.slice(number, 1).to_pylist()[0]
     except UnicodeDecodeError:
         return Unusable("caption is not UTF-8")
-    except Exception:  # as above
+    except Exception:  # pyarrow can raise almost anything on corrupt data
         return Unusable("row cannot be read")
 
 
 @lru_cache(maxsize=1)
 def _row_group(path: Path, group: int) -> Any:
-    """Decoded once for the many units in it, without threads, which would not outlive a fork; None if it cannot be."""
+    """Decode a row group. Return None if it cannot be read.
+
+    The last one is cached because it may contain many units. pyarrow's threads are not used, because they do not
+    survive a fork.
+    """
     try:
         with import_prep("pyarrow.parquet").ParquetFile(path) as file:
             if file.metadata.row_group(group).total_byte_size > GROUP_BYTES:
                 return None
             found = file.read_row_group(group, use_threads=False)
             return found.rename_columns(_distinct(found.column_names))
-    except Exception:  # a damaged page: pyarrow raises nearly anything on garbage
+    except Exception:  # a corrupt page; pyarrow can raise almost anything on corrupt data
         return None
 
 
 def _distinct(columns: Sequence[str]) -> list[str]:
-    """The columns' names, where one comes again as pandas has it: "a", "a.1", "a.2"."""
+    """Return the column names with duplicates numbered as in pandas: "a", "a.1", "a.2"."""
     seen: Counter[str] = Counter()
     names = []
     for name in columns:
@@ -167,7 +171,7 @@ def _distinct(columns: Sequence[str]) -> list[str]:
 
 
 def _index(begins: Iterable[int]) -> tuple[list[int], int]:
-    """The first byte of each unit and the number of rows."""
+    """Return the offset of the first byte of each unit, and the number of rows."""
     starts, count = [], 0
     for begin in begins:
         if count % PER_UNIT == 0:

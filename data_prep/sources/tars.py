@@ -1,4 +1,4 @@
-"""Webdataset tars in img2dataset's layout: KEY.jpg with KEY.txt, KEY.json and KEY.cls; a unit is a tar."""
+"""Source that reads webdataset tars in img2dataset's layout (KEY.jpg, KEY.txt, KEY.json, KEY.cls). A unit is a tar."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from functools import lru_cache, partial
 from pathlib import Path
 from typing import BinaryIO
 
-from data_prep.pictures import Unusable
+from data_prep.images import Unusable
 from data_prep.sources.record import (
     IMAGE_BYTES,
-    PICTURES,
+    IMAGES,
     TEXT_BYTES,
     Record,
     Rejected,
@@ -30,24 +30,24 @@ from data_prep.sources.record import (
 )
 from megatron_dit.runtime.content import content_of
 
-REFUSED = frozenset({"pickle", "pkl", "pyd", "pth", "pt"})  # extensions of what may run code when opened
+REFUSED = frozenset({"pickle", "pkl", "pyd", "pth", "pt"})  # extensions of files that can run code when opened
 BESIDE = frozenset({"txt", "json", "cls"})
 
-HEADER_BYTES = 2**20  # of a long name or of a PAX header
-AFTER_BYTES = 2**16  # looked at after the end mark; padding goes to the next multiple of 10 KiB
+HEADER_BYTES = 2**20  # maximum size of a long name or PAX header
+AFTER_BYTES = 2**16  # bytes checked after the end-of-archive marker; padding extends to the next multiple of 10 KiB
 
 
 @dataclass
 class _Sample:
-    """A key's members as (offset, size) in the tar."""
+    """The members of a key, as (offset, size) in the tar."""
 
-    pictures: list[tuple[int, int]] = field(default_factory=list)
-    beside: dict[str, tuple[int, int]] = field(default_factory=dict)  # by extension
+    images: list[tuple[int, int]] = field(default_factory=list)
+    sidecars: dict[str, tuple[int, int]] = field(default_factory=dict)  # by extension
     problem: str = ""
 
 
 class BoundedFile(io.FileIO):
-    """A file for tarfile, which reads as much for a long name or a PAX header as the tar claims."""
+    """File that limits the size of reads, because tarfile reads long names and PAX headers of any size in the tar."""
 
     def read(self, size: int = -1, /) -> bytes:
         if not 0 <= size <= HEADER_BYTES:
@@ -56,11 +56,11 @@ class BoundedFile(io.FileIO):
 
 
 class Tars:
-    """With ``num_classes``, a picture has its class number in KEY.cls and may lack a caption.
+    """Reads images from tars. With ``num_classes``, the label is in KEY.cls, and captions are optional.
 
-    A key ends at the last dot of its member's name, so that ``a.b.jpg`` and ``a.c.jpg`` are two samples. But where
-    ``a.jpg`` is a sample, a member like ``a.seg.png`` that has no txt, json or cls of its own is a part of it, as
-    webdataset has it, which ends a key at the first dot; such parts are not used.
+    A key ends at the last dot of the member's name, so that ``a.b.jpg`` and ``a.c.jpg`` are two samples. However, if
+    ``a.jpg`` is a sample, a member such as ``a.seg.png`` without its own txt, json or cls belongs to that sample, as in
+    webdataset, where a key ends at the first dot. Such members are not used.
     """
 
     kind = "tars"
@@ -76,19 +76,19 @@ class Tars:
 
     def scan(self, unit: int) -> Iterator[Scanned]:
         path = self._paths[unit]
-        samples, torn, more = _index(path)
+        samples, truncated, more = _index(path)
         for key, sample in samples.items():
             name = shown(f"{path.name}/{key}")
             yield or_rejected(name, partial(self._sample, path, name, sample))
-            for _ in sample.pictures[1:]:
+            for _ in sample.images[1:]:
                 yield Rejected(name, "duplicate key"), None
-        found = content_of(path) if torn and not samples else None
+        found = content_of(path) if truncated and not samples else None
         if found and found.name not in ("tar", "empty", "unknown"):
             yield Rejected(shown(path.name), f"not a tar, but {found.description}"), None
-        elif torn:
-            yield Rejected(shown(path.name), f"tar is torn after {len(samples)} samples"), None
+        elif truncated:
+            yield Rejected(shown(path.name), f"tar is truncated or corrupt after {len(samples)} samples"), None
         if more:
-            yield Rejected(shown(path.name), "more data after the end of the tar: concatenated tars are not read"), None
+            yield Rejected(shown(path.name), "data after the end of the tar: concatenated tars are not supported"), None
 
     def read(self, record: Record) -> bytes:
         path, offset, size = record.place
@@ -97,28 +97,29 @@ class Tars:
     def _sample(self, path: Path, name: str, sample: _Sample) -> tuple[Record, bytes]:
         if sample.problem:
             raise Unusable(sample.problem)
-        if not sample.pictures:
-            raise Unusable("no picture")
-        place = sample.pictures[0]
-        beside = {extension: _member(path, where, TEXT_BYTES) for extension, where in sample.beside.items()}
-        meta = json_object(beside["json"]) if "json" in beside else {}
-        captions = merge_captions(caption_text(beside.get("txt", b"")), meta.get("captions"))
+        if not sample.images:
+            raise Unusable("no image")
+        place = sample.images[0]
+        sidecars = {extension: _member(path, where, TEXT_BYTES) for extension, where in sample.sidecars.items()}
+        meta = json_object(sidecars["json"]) if "json" in sidecars else {}
+        captions = merge_captions(caption_text(sidecars.get("txt", b"")), meta.get("captions"))
         label = None
         if self.classes:
-            if "cls" not in beside:
-                raise Unusable("no class")
-            label = class_label(beside["cls"].decode(errors="replace"), len(self.classes))
+            if "cls" not in sidecars:
+                raise Unusable("no class label")
+            label = class_label(sidecars["cls"].decode(errors="replace"), len(self.classes))
         return scanned(Record(name, (str(path), *place), captions, label, meta), _member(path, place, IMAGE_BYTES))
 
 
 def _index(path: Path) -> tuple[dict[str, _Sample], bool, bool]:
-    """The samples by key, in order of their first members, whether the tar ends before its end mark, and more follows.
+    """Read the headers of a tar.
 
-    A sample with a member that is cut off is not among them.
+    Return the samples by key in the order of their first members, without those that have a truncated member; whether
+    the tar ends without an end-of-archive marker; and whether data follow the marker.
     """
     samples: dict[str, _Sample] = {}
     end = path.stat().st_size
-    torn, more = True, False
+    truncated, more = True, False
     try:
         with BoundedFile(path) as file, tarfile.open(fileobj=file, mode="r:") as tar:
             for member in tar:
@@ -129,17 +130,17 @@ def _index(path: Path) -> tuple[dict[str, _Sample], bool, bool]:
                 if key and not member.isdir():
                     _add(samples.setdefault(key, _Sample()), member, extension)
             else:
-                # tarfile takes a garbled header for the end of the archive.
+                # tarfile treats a corrupt header as the end of the archive.
                 rest = os.pread(_opened(str(path)).fileno(), AFTER_BYTES, tar.offset)
-                torn = rest[: tarfile.BLOCKSIZE] != tarfile.NUL * tarfile.BLOCKSIZE
-                more = not torn and rest.strip(tarfile.NUL) != b""
-    except (tarfile.TarError, ValueError, OverflowError, RecursionError):  # the last for a thousand long names in a row
+                truncated = rest[: tarfile.BLOCKSIZE] != tarfile.NUL * tarfile.BLOCKSIZE
+                more = not truncated and rest.strip(tarfile.NUL) != b""
+    except (tarfile.TarError, ValueError, OverflowError, RecursionError):  # RecursionError: many consecutive long names
         pass
-    return _joined(samples), torn, more
+    return _joined(samples), truncated, more
 
 
 def _split(name: str) -> tuple[str, str]:
-    """The key and the extension of a member; ("", "") of one that has none or is hidden."""
+    """Return the key and extension of a member, or ("", "") if it has no extension or is hidden."""
     folder, slash, base = name.rpartition("/")
     stem, _, extension = base.rpartition(".")
     if not stem or not extension or base.startswith("."):
@@ -148,37 +149,37 @@ def _split(name: str) -> tuple[str, str]:
 
 
 def _joined(samples: dict[str, _Sample]) -> dict[str, _Sample]:
-    """Samples without those that are parts of another, whose problems it takes over."""
+    """Return the samples without those that belong to another sample, which inherits their problems."""
     apart = dict(samples)
     for key, part in samples.items():
         folder, slash, base = key.rpartition("/")
         stem, dot, _ = base.partition(".")
-        whole = samples.get(f"{folder}{slash}{stem}") if dot else None
-        if whole is None or not whole.pictures or (part.pictures and part.beside):
+        owner = samples.get(f"{folder}{slash}{stem}") if dot else None
+        if owner is None or not owner.images or (part.images and part.sidecars):
             continue
-        whole.problem = whole.problem or part.problem
+        owner.problem = owner.problem or part.problem
         del apart[key]
     return apart
 
 
 def _add(sample: _Sample, member: tarfile.TarInfo, extension: str) -> None:
     if extension in REFUSED:
-        sample.problem = f"member .{extension} is refused"
+        sample.problem = f"member .{extension} is not allowed"
     elif member.name.startswith("/") or ".." in member.name.split("/"):
         sample.problem = sample.problem or "unsafe name"
     elif not member.isfile() or member.issparse():
         sample.problem = sample.problem or "member is not a plain file"
-    elif extension in sample.beside:
-        sample.problem = sample.problem or f"two .{extension} of one key"
+    elif extension in sample.sidecars:
+        sample.problem = sample.problem or f"two .{extension} members with the same key"
     where = (member.offset_data, member.size)
-    if extension in PICTURES:
-        sample.pictures.append(where)
+    if extension in IMAGES:
+        sample.images.append(where)
     elif extension in BESIDE:
-        sample.beside[extension] = where
+        sample.sidecars[extension] = where
 
 
 def _member(path: Path, where: tuple[int, int], limit: int) -> bytes:
-    """Raises Unusable for a member of more than ``limit`` bytes."""
+    """Return the content of a member. Raise Unusable if it is larger than ``limit`` bytes."""
     offset, size = where
     check_size(size, limit)
     return os.pread(_opened(str(path)).fileno(), size, offset)

@@ -1,4 +1,4 @@
-"""Time training steps on random weights and random data of a config's shapes."""
+"""Time training steps with random weights and random data in the shapes of a config."""
 
 from __future__ import annotations
 
@@ -13,26 +13,24 @@ import torch
 import torch.distributed as dist
 from rich.console import Console
 
-from megatron_dit.bench.plain import PlainTraining, check_plain
+from megatron_dit.bench.diffusers_baseline import DiffusersBaseline, check_baseline
 from megatron_dit.config import Config
 from megatron_dit.data.batch import Batch
-from megatron_dit.devices import device_peak, peak_memory
-from megatron_dit.engine import Engine
-from megatron_dit.errors import UserError
-from megatron_dit.models.condition import Condition
+from megatron_dit.models.common.condition import Condition
 from megatron_dit.models.flops import model_flops
-from megatron_dit.parallel.cpu import device
-from megatron_dit.parallel.topology import build_topology, connect
-from megatron_dit.progress import ProgressBar
+from megatron_dit.parallel.startup import start_up
+from megatron_dit.runtime.device import device, device_peak, peak_memory
+from megatron_dit.runtime.errors import UserError
+from megatron_dit.runtime.progress import ProgressBar
 from megatron_dit.runtime.table import Table
-from megatron_dit.trainer import use_threads
+from megatron_dit.training.engine import Engine
 
 GIB = 2**30
 
 
 @dataclass(frozen=True)
 class Times:
-    """Seconds of each step."""
+    """Wall-clock seconds of each step."""
 
     seconds: tuple[float, ...]
 
@@ -42,7 +40,7 @@ class Times:
 
     @property
     def quartiles(self) -> tuple[float, float]:
-        """The first and the third."""
+        """First and third quartile, in seconds."""
         low, _, high = statistics.quantiles(self.seconds, n=4, method="inclusive")
         return low, high
 
@@ -53,19 +51,19 @@ class Times:
 
 @dataclass(frozen=True)
 class Measurement:
-    """What training steps took."""
+    """Time and memory that the training steps used."""
 
-    device: str  # as CUDA names it, or cpu
+    device: str  # CUDA's name of the device, or cpu
     devices: int
-    precision: str  # fp32 | bf16 | fp8, whose peak MFU is of
+    precision: str  # fp32 | bf16 | fp8; MFU is relative to the device's peak in this precision
     parameters: int
     global_batch: int
     sample_flops: int  # model FLOPs of one sample, forward and backward
-    peak_flops: float | None  # FLOP/s of one device; None where it is not known
-    peak_memory: int  # bytes, of the rank that took most: allocated on a GPU, resident on a CPU
-    skipped_steps: int  # with a loss or gradient that was not finite: these had no optimizer step
+    peak_flops: float | None  # FLOP/s of one device; None if unknown
+    peak_memory: int  # bytes, maximum over ranks: allocated memory on a GPU, resident memory on a CPU
+    skipped_steps: int  # steps without an optimizer update because the loss or gradient was not finite
     times: Times
-    diffusers: Times | None  # of the plain model, in turn with ours
+    diffusers: Times | None  # the plain model's steps, interleaved with ours
 
     @property
     def samples_per_second(self) -> float:
@@ -73,7 +71,7 @@ class Measurement:
 
     @property
     def flops_per_second(self) -> float:
-        """Of one device: the model's, so that recompute, which takes time, lowers it."""
+        """Model FLOP/s per device. Recomputation takes time but adds no model FLOPs, so it lowers this value."""
         return self.sample_flops * self.samples_per_second / self.devices
 
     @property
@@ -82,11 +80,11 @@ class Measurement:
 
     @property
     def speedup(self) -> float | None:
-        """Median step time of the plain model over ours."""
+        """Median step time of the plain model divided by ours."""
         return None if self.diffusers is None else self.diffusers.median / self.times.median
 
-    def figures(self) -> dict[str, Any]:
-        """For ``--json``."""
+    def results(self) -> dict[str, Any]:
+        """Return the results that ``--json`` prints."""
         derived = {
             "step_seconds": self.times.median,
             "samples_per_second": self.samples_per_second,
@@ -106,14 +104,14 @@ class Measurement:
             "step": str(self.times),
             "samples/s": f"{self.samples_per_second:.1f}",
             "TFLOP/s per device": f"{self.flops_per_second / 1e12:.3g}",
-            "MFU": "this device's peak is not known" if self.mfu is None else f"{100 * self.mfu:.1f}%",
+            "MFU": "unknown (no peak FLOP/s known for this device)" if self.mfu is None else f"{100 * self.mfu:.1f}%",
             "peak memory": f"{self.peak_memory / GIB:.2f} GiB",
         }
         if self.skipped_steps:
-            rows["skipped steps"] = f"{self.skipped_steps}: not finite, so without the optimizer's time"
+            rows["skipped steps"] = f"{self.skipped_steps} (not finite; their times exclude the optimizer update)"
         if self.diffusers is not None:
-            rows["diffusers, step"] = str(self.diffusers)
-            rows["diffusers' time / ours"] = f"{self.speedup:.2f}"
+            rows["diffusers step"] = str(self.diffusers)
+            rows["speed-up over diffusers"] = f"{self.speedup:.2f}"
         table = Table(title=title, show_header=False)
         for row in rows.items():
             table.add_row(*row)
@@ -121,18 +119,18 @@ class Measurement:
 
 
 def measure(config: Config, steps: int, warmup: int, diffusers: bool) -> Measurement:
-    """Time ``steps`` training steps after ``warmup`` others. Collective.
+    """Time ``steps`` training steps after ``warmup`` untimed ones. Collective.
 
-    ``diffusers``: and as many of a plain diffusers model, in turn with ours.
+    If ``diffusers`` is true, also time the same number of steps of a plain diffusers model, interleaved with ours.
     """
-    connect(config.launch.rendezvous_seconds)
-    world = dist.get_world_size()
+    topology = start_up(config)
+    world = topology.world
     if diffusers:
-        check_plain(config.model)
+        check_baseline(config.model)
         if world > 1:
-            raise UserError(f"--diffusers with {world} ranks: the plain model trains on one, leave --procs out")
-    topology = build_topology(config)
-    use_threads(config)
+            raise UserError(
+                f"--diffusers was given with {world} ranks, but the plain model trains on one rank; omit --procs"
+            )
     torch.manual_seed(config.seed)
     engine = Engine(config, topology)
     fill(engine)
@@ -152,7 +150,7 @@ def measure(config: Config, steps: int, warmup: int, diffusers: bool) -> Measure
         memory = _peak_memory()
         turns = {"ours": ours}
         if diffusers:
-            plain = PlainTraining(config)
+            plain = DiffusersBaseline(config)
             turns["diffusers"] = lambda: plain.step(batch)
             for _ in range(warmup):
                 _timed(turns["diffusers"])
@@ -179,18 +177,19 @@ def measure(config: Config, steps: int, warmup: int, diffusers: bool) -> Measure
 
 @torch.no_grad()
 def fill(engine: Engine) -> None:
-    """Small random weights, drawn where they live.
+    """Fill the weights with small random values, generated on the device that holds them.
 
-    ``Engine.initialise`` draws every tensor whole on the CPU, which takes minutes for billions of weights, and starts
-    gates at zero; products of zeros draw less power and so run faster than those of a model in training.
+    ``Engine.initialise`` generates every full tensor on the CPU, which takes minutes for billions of weights, and sets
+    gates to zero. Multiplying zeros consumes less power and therefore runs faster than the products of a model in
+    training.
     """
     for shard in engine.masters.shards.values():
-        engine.view(shard, "master").normal_(std=0.02)
-    engine.masters.publish()
+        engine.state_slice(shard, "master").normal_(std=0.02)
+    engine.masters.sync_model_weights()
 
 
 def random_batch(config: Config, size: int) -> Batch:
-    """``size`` samples of the config's shapes, as the data stream gives them."""
+    """Return ``size`` random samples in the config's shapes, in the form that the data stream yields."""
     model = config.model
     latents = torch.randn(size, model.in_channels, model.sample_size, model.sample_size)
     dropped = torch.rand(size) < config.data.caption_dropout
@@ -206,7 +205,7 @@ def random_batch(config: Config, size: int) -> Batch:
         u=torch.rand(size, dtype=torch.float64).clamp(1e-9, 1 - 1e-9),
         noise=torch.randn_like(latents),
         weight=torch.ones(size),
-        features=torch.randn(size, patches, model.repa_dim) if model.repa_block else None,
+        features=torch.randn(size, patches, model.repa_dim) if model.repa_dim else None,
     )
     return batch.pin_memory() if torch.cuda.is_available() else batch
 
@@ -230,7 +229,7 @@ def _reset_peak_memory() -> None:
 
 
 def _peak_memory() -> int:
-    """Bytes of the rank that took most. Collective."""
-    most = torch.tensor(peak_memory(), device=device())
-    dist.all_reduce(most, op=dist.ReduceOp.MAX)
-    return int(most)
+    """Return the peak memory in bytes, maximum over ranks. Collective."""
+    peak = torch.tensor(peak_memory(), device=device())
+    dist.all_reduce(peak, op=dist.ReduceOp.MAX)
+    return int(peak)

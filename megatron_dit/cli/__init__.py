@@ -1,67 +1,45 @@
-"""The command line: ``megatron-dit COMMAND``, equal to ``python -m megatron_dit COMMAND``.
+"""The command line: ``megatron-dit COMMAND``, equivalent to ``python -m megatron_dit COMMAND``.
 
-Exit status 0: good; 1: a check failed; 2: invalid input or config, with the reason on one line; 128 + n: ended by
-signal n.
+Exit status: 0 on success; 1 if a check failed; 2 for invalid input or config, with the reason printed on one line;
+128 + n if terminated by signal n.
 """
 
 from __future__ import annotations
 
-import argparse
 import os
 import re
 from typing import NoReturn
 
-from megatron_dit.cli import pictures, training, tuning
-from megatron_dit.cli.common import Parser, add_command, exit_status
-from megatron_dit.cli.program import run_program
-from megatron_dit.config import check_overrides
-from megatron_dit.errors import OwnError, UserError
-from megatron_dit.launch import LAUNCHED, leave
+from megatron_dit.cli import planning, sampling, training, tuning
+from megatron_dit.cli.command import Parser, program_parser, run_command
+from megatron_dit.runtime.errors import OwnError, UserError
 from megatron_dit.runtime.launch_environment import is_rank0
-
-__all__ = ["Parser", "add_command", "exit_status", "main", "run", "run_program"]
+from megatron_dit.runtime.launcher import LAUNCHED, leave
+from megatron_dit.runtime.program import run_program
 
 
 def main() -> NoReturn:
+    """Run the command line of this process and exit."""
     leave(run_program(run))
 
 
-def run(arguments: list[str]) -> int:
-    """Run one command; returns the exit status."""
-
-    def command() -> int:
-        parsed = _parse(_without_launcher_flags(arguments))
-        return parsed.run(parsed)
-
-    def shown(error: UserError) -> bool:
-        # Under --procs the launcher shows each message once, whichever ranks print it.
-        return is_rank0() or isinstance(error, OwnError) or LAUNCHED in os.environ
-
-    return exit_status(command, shown)
+def run(words: list[str]) -> int:
+    """Run one command and return its exit status."""
+    # The deepspeed launcher adds --local_rank=N; it also sets LOCAL_RANK.
+    words = [word for word in words if not re.fullmatch(r"--local[_-]rank=\d+", word)]
+    return run_command(command_parser(), words, _is_shown)
 
 
-def _parse(arguments: list[str]) -> argparse.Namespace:
-    """Parse; overrides may stand between and after flags, where argparse takes no more positionals."""
-    parser = _parser()
-    parsed, left = parser.parse_known_args(arguments)
-    overrides = [item for item in left if "=" in item and not item.startswith("-") and hasattr(parsed, "overrides")]
-    unknown = [item for item in left if item not in overrides]
-    if unknown:
-        parser.error(f"unrecognized arguments: {' '.join(unknown)}")
-    if hasattr(parsed, "overrides"):
-        parsed.overrides = [*parsed.overrides, *overrides]
-        check_overrides(parsed.overrides)
-    return parsed
+def command_parser() -> Parser:
+    """Return the parser of all commands. Imports no torch: each command imports what it needs when it runs."""
+    return program_parser(
+        "megatron-dit",
+        "Pretrain diffusion Transformers at scale, tuned by μTransfer.",
+        "megatron-dit train configs/quickstart.yaml",
+        [training.add_commands, planning.add_commands, tuning.add_commands, sampling.add_commands],
+    )
 
 
-def _without_launcher_flags(arguments: list[str]) -> list[str]:
-    """Drop the ``--local_rank=N`` that the deepspeed launcher adds (it sets LOCAL_RANK too)."""
-    return [item for item in arguments if not re.fullmatch(r"--local[_-]rank=\d+", item)]
-
-
-def _parser() -> Parser:
-    parser = Parser(prog="megatron-dit", description="Pretrain diffusion Transformers at scale, tuned by μTransfer.")
-    commands = parser.add_subparsers(required=True, metavar="COMMAND", parser_class=Parser)
-    for room in (training, tuning, pictures):
-        room.add_commands(commands)
-    return parser
+def _is_shown(error: UserError) -> bool:
+    """Return whether this rank prints the error. Under --procs the launcher prints equal messages of ranks once."""
+    return is_rank0() or isinstance(error, OwnError) or LAUNCHED in os.environ

@@ -1,68 +1,44 @@
-"""train, verify, bench."""
+"""The commands that run training steps: train, verify and bench."""
 
 from __future__ import annotations
 
 import argparse
-import math
 from dataclasses import asdict
-from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
-from megatron_dit.cli.common import (
-    add_command,
-    check_ranks,
-    config_arguments,
-    number,
-    ranks_argument,
-    start_ranks,
-    write_json,
-)
-from megatron_dit.config.checks import Count, CountOrZero, Interval
-from megatron_dit.errors import UserError
+from megatron_dit.cli.arguments import config_arguments, number
+from megatron_dit.cli.command import add_command, write_json
+from megatron_dit.cli.ranks import ranks_argument, start_ranks, starts_ranks
+from megatron_dit.config.keys import Count, Interval
+from megatron_dit.runtime.errors import UserError
 from megatron_dit.runtime.launch_environment import is_rank0
 from megatron_dit.runtime.output import keep_going
 from megatron_dit.runtime.signals import signals_end_at_once
 
-if TYPE_CHECKING:  # imports of torch take seconds: each command imports what it needs
-    from megatron_dit.config import Config
-
 
 def add_commands(commands: Any) -> None:
-    """The commands of this file."""
+    """Add the commands of this module."""
     train = add_command(
         commands,
         "train",
-        "Train, or go on where the run's folder stopped.",
+        "Train a model, or resume from the newest checkpoint in the run's folder.",
         "megatron-dit train configs/quickstart.yaml",
         _train,
     )
     config_arguments(train)
     ranks_argument(train)
-    train.add_argument("--dry-run", action="store_true", help="print the resolved config and what is made from it")
-    train.add_argument(
-        "--world", type=number("--world", Count), metavar="N", help="with --dry-run: build the share of one of N ranks"
-    )
-    train.add_argument("--rank", type=number("--rank", CountOrZero), metavar="R", help="with --world: the rank (0)")
 
     verify = add_command(
         commands,
         "verify",
-        "Compare the first steps in each layout with one process.",
+        "Compare the first training steps under each parallel layout with those of a single process.",
         "megatron-dit verify configs/quickstart.yaml",
         _verify,
     )
     config_arguments(verify)
-    verify.add_argument("--layouts", metavar="A,B", help="comma-separated layouts (all)")
-    verify.add_argument("--steps", type=number("--steps", Count), default=10, help="steps to run")
-    verify.add_argument("--resume", action="store_true", help="save each layout's run halfway, go on from it in each")
-    layout = add_command(
-        commands,
-        "verify-layout",
-        "One layout of verify; it starts this itself.",
-        "megatron-dit verify-layout FOLDER",
-        _verify_layout,
-    )
-    layout.add_argument("folder", type=Path)
+    verify.add_argument("--layouts", metavar="A,B", help="comma-separated layouts; if omitted, all")
+    verify.add_argument("--steps", type=number("--steps", Count), default=10, metavar="N", help="number of steps")
+    verify.add_argument("--resume", action="store_true", help="save under each layout halfway, resume under each")
 
     bench = add_command(
         commands,
@@ -73,63 +49,27 @@ def add_commands(commands: Any) -> None:
     )
     config_arguments(bench)
     ranks_argument(bench)
-    bench.add_argument(
-        "--steps", type=number("--steps", Annotated[int, Interval("[2, 2^31)")]), default=20, help="steps to time"
-    )
-    bench.add_argument("--warmup", type=number("--warmup", Count), default=5, help="steps before them")
-    bench.add_argument("--diffusers", action="store_true", help="in turn with a plain diffusers model of the same size")
+    steps = number("--steps", Annotated[int, Interval("[2, 2^31)")])
+    bench.add_argument("--steps", type=steps, default=20, metavar="N", help="number of timed steps")
+    warmup = number("--warmup", Count)
+    bench.add_argument("--warmup", type=warmup, default=5, metavar="N", help="number of untimed steps before them")
+    bench.add_argument("--diffusers", action="store_true", help="also time a diffusers model of the same size")
 
 
 def _train(arguments: argparse.Namespace) -> int:
     from megatron_dit.config import load_config
 
     config = load_config(arguments.config, arguments.overrides)
-    check_ranks(arguments)
-    if arguments.world is not None or arguments.rank is not None:
-        return _share(arguments, config)
-    if arguments.dry_run:
-        return _dry_run(arguments, config)
     keep_going()
-    if arguments.procs > 1:
-        return start_ranks(arguments, config, ["train"])
-    with signals_end_at_once():  # while torch is imported too
-        from megatron_dit.parallel.topology import disconnect
-        from megatron_dit.trainer import train
+    if starts_ranks(arguments):
+        return start_ranks(arguments, config)
+    with signals_end_at_once():  # also while torch is being imported
+        from megatron_dit.parallel.startup import multi_rank_command
+        from megatron_dit.training.trainer import train
 
-        write_json(arguments, train(config))
-        disconnect()
+        with multi_rank_command():
+            write_json(arguments, train(config))
     return 0
-
-
-def _dry_run(arguments: argparse.Namespace, config: Config) -> int:
-    import yaml
-
-    from megatron_dit.config import deepspeed_config
-    from megatron_dit.models import build_unsharded
-    from megatron_dit.mup.shapes import describe
-
-    ranks = config.data_parallel(arguments.procs)
-    params = describe(build_unsharded, config)
-    numel = [math.prod(param.shape) for param in params.values()]
-    figures = {"parameters": sum(numel), "data_parallel": ranks, "deepspeed": deepspeed_config(config, ranks)}
-    print(yaml.safe_dump(asdict(config), sort_keys=False).rstrip())
-    print("---")
-    print(yaml.safe_dump(figures, sort_keys=False).rstrip())
-    write_json(arguments, figures)
-    return 0
-
-
-def _share(arguments: argparse.Namespace, config: Config) -> int:
-    from megatron_dit.dry_run import dry_run, print_share
-
-    if not arguments.dry_run or arguments.world is None:
-        raise UserError("--world N, and --rank R with it, need --dry-run: add what is missing, or leave them out")
-    if arguments.procs > 1:
-        raise UserError(f"--procs {arguments.procs} has no effect with --world: leave it out")
-    share = dry_run(config, arguments.world, arguments.rank or 0)
-    print_share(config, share)
-    write_json(arguments, {**asdict(share), "imbalance": share.imbalance})
-    return 0 if share.held == share.expected else 1
 
 
 def _verify(arguments: argparse.Namespace) -> int:
@@ -140,41 +80,29 @@ def _verify(arguments: argparse.Namespace) -> int:
         raise UserError(f"--steps {arguments.steps}: expected at least {1 + arguments.resume}")
     if arguments.resume:
         pairs = verify_resume(arguments.config, arguments.overrides, names, arguments.steps)
-        figures = {f"{pair.saved} to {pair.loaded}": {**asdict(pair), "good": pair.good} for pair in pairs}
+        report = {f"{pair.saved} to {pair.loaded}": {**asdict(pair), "good": pair.good} for pair in pairs}
         good = all(pair.good for pair in pairs)
     else:
         results = verify(arguments.config, arguments.overrides, names, arguments.steps)
-        figures = {row.layout: {**asdict(row), "good": row.good} for row in results}
+        report = {row.layout: {**asdict(row), "good": row.good} for row in results}
         good = all(row.good for row in results)
-    write_json(arguments, figures)
+    write_json(arguments, report)
     return 0 if good else 1
-
-
-def _verify_layout(arguments: argparse.Namespace) -> int:
-    from megatron_dit.parallel.topology import disconnect
-    from megatron_dit.verify import verify_layout
-
-    verify_layout(arguments.folder)
-    disconnect()
-    return 0
 
 
 def _bench(arguments: argparse.Namespace) -> int:
     from megatron_dit.config import load_config
 
     config = load_config(arguments.config, arguments.overrides)
-    check_ranks(arguments)
-    if arguments.procs > 1:
-        flags = ["--steps", str(arguments.steps), "--warmup", str(arguments.warmup)]
-        return start_ranks(arguments, config, ["bench", *flags, *(["--diffusers"] if arguments.diffusers else [])])
+    if starts_ranks(arguments):
+        return start_ranks(arguments, config)
     from megatron_dit.bench.measure import measure
-    from megatron_dit.memory import explain_out_of_memory
-    from megatron_dit.parallel.topology import disconnect
+    from megatron_dit.parallel.startup import multi_rank_command
+    from megatron_dit.training.memory import explain_out_of_memory
 
-    with explain_out_of_memory(config):
-        found = measure(config, arguments.steps, arguments.warmup, arguments.diffusers)
+    with multi_rank_command(), explain_out_of_memory(config):
+        measured = measure(config, arguments.steps, arguments.warmup, arguments.diffusers)
     if is_rank0():
-        found.print(arguments.config)
-    write_json(arguments, found.figures())
-    disconnect()
+        measured.print(arguments.config)
+    write_json(arguments, measured.results())
     return 0

@@ -1,4 +1,4 @@
-"""mup, coord-check, sweep, transfer."""
+"""The commands for μP and μTransfer: mup, coord-check, sweep and transfer."""
 
 from __future__ import annotations
 
@@ -7,20 +7,18 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from megatron_dit.cli.common import (
-    add_command,
-    check_ranks,
+from megatron_dit.cli.arguments import (
     config_arguments,
     input_path,
     number,
     output_file,
-    output_picture,
-    ranks_argument,
-    start_ranks,
-    write_json,
+    output_image,
+    overrides_argument,
 )
-from megatron_dit.config.checks import Count, CountOrZero
-from megatron_dit.errors import UserError
+from megatron_dit.cli.command import add_command, write_json
+from megatron_dit.cli.ranks import ranks_argument, start_ranks, starts_ranks
+from megatron_dit.config.keys import Count, CountOrZero
+from megatron_dit.runtime.errors import UserError
 from megatron_dit.runtime.launch_environment import is_rank0
 from megatron_dit.runtime.output import keep_going
 from megatron_dit.runtime.text import printable
@@ -30,76 +28,83 @@ if TYPE_CHECKING:  # imports of torch take seconds: each command imports what it
 
 
 def add_commands(commands: Any) -> None:
-    """The commands of this file."""
+    """Add the commands of this module."""
     mup = add_command(
         commands,
         "mup",
-        "The μP table of every parameter.",
+        "Print the μP table: role, initialization and multipliers of every parameter.",
         "megatron-dit mup configs/quickstart.yaml model.heads=8",
         _mup,
     )
     config_arguments(mup)
     mup.add_argument(
-        "--save", type=output_file("--save"), metavar="F.bsh", help="write base shapes for mup.base_shapes"
+        "--save",
+        type=output_file("--save"),
+        metavar="F.bsh",
+        help="write the base shapes to this file, for mup.base_shapes",
     )
 
     check = add_command(
         commands,
         "coord-check",
-        "Sizes of activations over widths, μP beside standard parametrization; exit status 1 if they drift.",
+        "Measure activation sizes over widths, under μP and standard parametrization; exit status 1 if they drift.",
         "megatron-dit coord-check configs/quickstart.yaml --out runs/coord-check.png",
         _coord_check,
     )
     config_arguments(check)
     ranks_argument(check)
-    check.add_argument("--heads", metavar="A,B", help="widths in heads (1, 2, 4 and 8 times mup.base_heads)")
-    check.add_argument("--seeds", type=number("--seeds", Count), default=3, help="seeds a width")
-    check.add_argument("--steps", type=number("--steps", Count), default=4, help="training steps")
-    picture = output_picture("--out", "coord-check.png", makes_folder=True)
-    check.add_argument("--out", type=picture, default="coord-check.png", help="the picture")
+    check.add_argument("--heads", metavar="A,B", help="widths in heads; if omitted, 1, 2, 4, 8 times the base")
+    check.add_argument("--seeds", type=number("--seeds", Count), default=3, metavar="N", help="seeds per width")
+    check.add_argument(
+        "--steps", type=number("--steps", Count), default=4, metavar="N", help="number of training steps"
+    )
+    plot_file = output_image("--out", "coord-check.png", makes_folder=True)
+    check.add_argument("--out", type=plot_file, default="coord-check.png", metavar="FILE", help="file for the plot")
 
     sweep = add_command(
         commands,
         "sweep",
-        "Search base hyperparameters on proxies; started again it goes on, and runs nothing twice.",
-        "megatron-dit sweep configs/quickstart-sweep.yaml parallel=2",
+        "Search base hyperparameters on proxies; run the same command again to resume without repeating trials.",
+        "megatron-dit sweep configs/quickstart-sweep.yaml concurrent_trials=2",
         _sweep,
     )
-    sweep.add_argument("config", type=input_path("config"), help="YAML file of the sweep")
-    sweep.add_argument("overrides", nargs="*", metavar="a.b=v", help="dotted overrides of the sweep's config")
+    sweep.add_argument("config", type=input_path("config"), help="YAML config file of the sweep")
+    overrides_argument(sweep, "concurrent_trials=2")
     sweep.add_argument(
         "--trial",
         type=number("--trial", CountOrZero),
         metavar="K",
-        help="run this trial alone, as one task of a Slurm array",
+        help="run only this trial, for example as a task of a Slurm array",
     )
-    sweep.add_argument("--dry-run", action="store_true", help="print what would be searched and what it costs")
+    sweep.add_argument("--cost", action="store_true", help="print the search space and the cost, then exit")
     sweep.add_argument(
-        "--target", metavar="TARGET", help="with --dry-run: the config that the search's cost is a share of"
+        "--target",
+        type=input_path("--target"),
+        metavar="CONFIG",
+        help="with --cost: print the search's cost relative to the training of this config",
     )
 
     transfer = add_command(
         commands,
         "transfer",
-        "Write the target's config with a sweep's best base hyperparameters.",
+        "Write the target's config with the best base hyperparameters of a sweep.",
         "megatron-dit transfer runs/sweep configs/mmdit/18b.yaml --out runs/target.yaml",
         _transfer,
     )
-    transfer.add_argument("sweep", type=input_path("sweep"), help="folder of a sweep")
+    transfer.add_argument("sweep", type=input_path("sweep"), help="sweep folder")
     config_arguments(transfer)
     config_file = output_file("--out", makes_folder=True)
-    transfer.add_argument("--out", type=config_file, required=True, metavar="FILE", help="the config to write")
+    transfer.add_argument("--out", type=config_file, required=True, metavar="FILE", help="output config")
 
 
 def _mup(arguments: argparse.Namespace) -> int:
     from megatron_dit.config import load_config
-    from megatron_dit.models import build_unsharded
+    from megatron_dit.models.param_specs import param_specs
     from megatron_dit.mup.base_shapes import save_base_shapes
-    from megatron_dit.mup.shapes import describe
     from megatron_dit.mup.table import print_table, rows
 
     config = load_config(arguments.config, arguments.overrides)
-    params = describe(build_unsharded, config)
+    params = param_specs(config)
     print_table(params, config)
     if arguments.save:
         save_base_shapes({name: param.base for name, param in params.items()}, arguments.save)
@@ -109,40 +114,38 @@ def _mup(arguments: argparse.Namespace) -> int:
 
 
 def _coord_check(arguments: argparse.Namespace) -> int:
-    from megatron_dit import coord_check
     from megatron_dit.config import load_config
+    from megatron_dit.tuning import coord_check
 
     config = load_config(arguments.config, arguments.overrides)
-    check_ranks(arguments)
     heads = _widths(arguments.heads, config)
-    if arguments.procs > 1:
-        flags = {"--heads": ",".join(map(str, heads)), "--seeds": arguments.seeds, "--steps": arguments.steps}
-        words = [str(word) for flag in {**flags, "--out": arguments.out}.items() for word in flag]
-        return start_ranks(arguments, config, ["coord-check", *words])
-    from megatron_dit.parallel.topology import disconnect
-    from megatron_dit.progress import ProgressBar
+    if starts_ranks(arguments):
+        return start_ranks(arguments, config)
+    from megatron_dit.parallel.startup import multi_rank_command
+    from megatron_dit.runtime.progress import ProgressBar
 
     first = is_rank0()
-    with ProgressBar("coord-check", 2 * len(heads) * arguments.seeds, show=first) as bar:
+    steps = 2 * len(heads) * arguments.seeds
+    with multi_rank_command(), ProgressBar("coord-check", steps, show=first) as bar:
         sizes = coord_check.coord_check(config, heads, arguments.seeds, arguments.steps, bar.advance)
-    found = coord_check.slopes(sizes)
+    slopes = coord_check.slopes(sizes)
     if first:
         coord_check.draw(sizes, config.model.head_dim, arguments.out)
         for name in coord_check.PARAMETRIZATIONS:
-            row = coord_check.worst(found, name)
-            print(f"{name}: steepest slope {row.slope:+.3f} (spread {row.spread:.3f}), {row.name} at step {row.step}")
-        write_json(arguments, coord_check.figures(sizes, found))
-    good = abs(coord_check.worst(found, config.mup.parametrization).slope) <= coord_check.LIMIT
+            row = coord_check.worst(slopes, name)
+            slope = f"{row.slope:+.3f} (std over seeds {row.spread:.3f})"
+            print(f"{name}: steepest slope {slope}, {row.name} at step {row.step}")
+        write_json(arguments, coord_check.results_of(sizes, slopes))
+    good = abs(coord_check.worst(slopes, config.mup.parametrization).slope) <= coord_check.LIMIT
     if first:
-        verdict = "keeps" if good else "does not keep"
-        out = printable(arguments.out)
-        print(f"{config.mup.parametrization} {verdict} activations within |slope| {coord_check.LIMIT}: {out}")
-    disconnect()
+        verdict = "passes" if good else "fails"
+        print(f"{config.mup.parametrization} {verdict} the coordinate check (|slope| of at most {coord_check.LIMIT})")
+        print(f"plot: {printable(arguments.out)}")
     return 0 if good else 1
 
 
 def _widths(text: str | None, config: Config) -> list[int]:
-    """Heads of the models to compare; every one must suit the config."""
+    """Return the numbers of heads to compare. Raises UserError if one of them is not valid in the config."""
     base = config.mup.base_heads or config.model.heads
     if text is None:
         heads = [base * n for n in (1, 2, 4, 8)]
@@ -151,23 +154,25 @@ def _widths(text: str | None, config: Config) -> list[int]:
         if len(set(heads)) < max(2, len(heads)):
             raise UserError(f"--heads {text}: expected at least two different widths, such as 2,4,8")
     for count in heads:
-        replace(config, model=replace(config.model, heads=count))  # validated as the config is
+        replace(config, model=replace(config.model, heads=count))  # validates the config with this width
     return heads
 
 
 def _sweep(arguments: argparse.Namespace) -> int:
     from megatron_dit.config import load
-    from megatron_dit.sweep import report
-    from megatron_dit.sweep.space import SweepConfig
-    from megatron_dit.sweep.study import Sweep
-    from megatron_dit.transfer import print_plan
+    from megatron_dit.tuning import report
+    from megatron_dit.tuning.space import SweepConfig
+    from megatron_dit.tuning.study import Sweep
+    from megatron_dit.tuning.transfer import print_plan
 
     config = load(SweepConfig, arguments.config, arguments.overrides)
-    if arguments.target and not arguments.dry_run:
-        raise UserError(f"--target {arguments.target} goes with --dry-run: 'megatron-dit transfer' counts what was run")
-    if arguments.dry_run:
+    if arguments.target and not arguments.cost:
+        raise UserError(
+            f"--target {arguments.target} requires --cost: add it, or use 'megatron-dit transfer' for a finished sweep"
+        )
+    if arguments.cost:
         if arguments.trial is not None:
-            raise UserError(f"--trial {arguments.trial} has no effect with --dry-run: leave one out")
+            raise UserError(f"--trial {arguments.trial} has no effect with --cost: omit one of them")
         write_json(arguments, print_plan(config, arguments.target))
         return 0
     if arguments.trial is not None and arguments.trial >= config.count:
@@ -178,22 +183,22 @@ def _sweep(arguments: argparse.Namespace) -> int:
     report.print_table(results)
     if arguments.trial is not None:
         return 0
-    pictures = report.draw(results, config)
+    plots = report.draw(results, config)
     chosen = report.write_best(results, config)
     if chosen is None:
-        print("no trial completed: lower the learning rates, see the table above")
+        print("no trial completed: see the table above for the reasons; lower learning rates may help")
         return 1
     print(printable(f"{report.provenance(chosen, results)}: {config.folder / 'best.yaml'}"))
-    print(printable("pictures: " + ", ".join(map(str, pictures))))
+    print(printable("plots: " + ", ".join(map(str, plots))))
     return 0
 
 
 def _transfer(arguments: argparse.Namespace) -> int:
     from megatron_dit.config import load_config
-    from megatron_dit.transfer import transfer
+    from megatron_dit.tuning.transfer import transfer
 
     target = load_config(arguments.config, arguments.overrides)
-    figures = transfer(Path(arguments.sweep), target, arguments.config, arguments.out)
-    print("\n".join(f"# {line}" for line in figures.pop("header")))
-    write_json(arguments, figures)
+    results = transfer(Path(arguments.sweep), target, arguments.config, arguments.out)
+    print("\n".join(f"# {line}" for line in results.pop("header")))
+    write_json(arguments, results)
     return 0

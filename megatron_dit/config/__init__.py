@@ -1,9 +1,10 @@
-"""One YAML is the truth: frozen dataclasses, dotted overrides, and the configs made from them.
+"""Config of a run: frozen dataclasses read from YAML and overrides, and the configs generated from them.
 
-DeepSpeed's JSON is made by :func:`deepspeed_config` and Megatron's ``TransformerConfig`` by
-``parallel.layers``; neither is ever written by hand.
+DeepSpeed's JSON is made by :func:`deepspeed_config` and Megatron's ``TransformerConfig`` by ``parallel.layers``;
+neither is ever written by hand.
 """
 
+from megatron_dit.config.data import DataConfig
 from megatron_dit.config.deepspeed import deepspeed_config
 from megatron_dit.config.load import (
     RESUMABLE,
@@ -15,26 +16,23 @@ from megatron_dit.config.load import (
     load_config,
     save_config,
 )
-from megatron_dit.config.model import OBJECTIVE_OF, ModelConfig, MupConfig, ObjectiveConfig
+from megatron_dit.config.model import ModelConfig
+from megatron_dit.config.mup import InitConfig, InitStd, MupConfig
+from megatron_dit.config.objective import ObjectiveConfig
+from megatron_dit.config.optimizer import EmaConfig, OptimizerConfig
+from megatron_dit.config.parallel import LaunchConfig, ParallelConfig
 from megatron_dit.config.schema import Config
-from megatron_dit.config.training import (
-    SOLVERS_OF,
-    CheckpointConfig,
-    DataConfig,
-    LaunchConfig,
-    OptimizerConfig,
-    ParallelConfig,
-    SamplingConfig,
-    TrainConfig,
-)
+from megatron_dit.config.training import SOLVERS_OF, CheckpointConfig, SamplingConfig, TrainConfig
 
 __all__ = [
-    "OBJECTIVE_OF",
     "RESUMABLE",
     "SOLVERS_OF",
     "CheckpointConfig",
     "Config",
     "DataConfig",
+    "EmaConfig",
+    "InitConfig",
+    "InitStd",
     "LaunchConfig",
     "ModelConfig",
     "MupConfig",

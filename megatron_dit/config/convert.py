@@ -1,4 +1,4 @@
-"""Values of a config as its dataclasses declare them: from YAML's text, or from values that are typed already."""
+"""Convert YAML scalars, or values that are already typed, to the types that the config dataclasses declare."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ import math
 import re
 import types
 from dataclasses import MISSING, fields, is_dataclass
-from typing import Any, Union, get_args, get_origin
+from typing import Any, Literal, Union, get_args, get_origin
 
-from megatron_dit.config.checks import PATH, check, check_range, hints_of
+from megatron_dit.config.keys import PATH, check, check_choice, check_value, hints_of
 from megatron_dit.config.tree import Scalar
-from megatron_dit.errors import UserError
+from megatron_dit.runtime.errors import UserError
 from megatron_dit.runtime.paths import user_path
 
 INTEGER = re.compile(r"0|-?[1-9][0-9]{0,29}")
@@ -21,9 +21,9 @@ BOOLS = {"true": True, "True": True, "TRUE": True, "false": False, "False": Fals
 
 
 def build(schema: type, values: Any, prefix: str = "") -> Any:
-    """Return a dataclass of ``values``: a mapping whose leaves are ``Scalar`` or typed. Conversions lose nothing.
+    """Build a dataclass from ``values``, a mapping whose leaves are ``Scalar`` or typed. Conversions are lossless.
 
-    Raises UserError for an unknown key (it names the nearest known one), a missing one, and a value of another type.
+    Raises UserError for an unknown key (suggesting the closest known key), a missing key, or a value of the wrong type.
     """
     if not isinstance(values, dict):
         name = prefix.removesuffix(".")
@@ -35,12 +35,12 @@ def build(schema: type, values: Any, prefix: str = "") -> Any:
     converted = {key: convert(hints[key], value, prefix + key) for key, value in values.items()}
     for item in fields(schema):
         if item.default is MISSING and item.default_factory is MISSING and item.name not in values:
-            raise UserError(f"it does not set {prefix}{item.name}: add it, it has no default")
+            raise UserError(f"{prefix}{item.name} is missing: add it, it has no default")
     return schema(**converted)
 
 
 def check_known(schema: type, key: str, prefix: str) -> None:
-    """Raise UserError if ``key`` is none of ``schema``'s; ``prefix`` is where the schema is in the whole config."""
+    """Raise UserError if ``schema`` has no ``key``; ``prefix`` is the dotted position of ``schema`` in the config."""
     if key not in hints_of(schema):
         known = [prefix + name for name in dotted_keys(schema)]
         near = difflib.get_close_matches(prefix + str(key), known, n=1, cutoff=0.0)[0]
@@ -48,7 +48,7 @@ def check_known(schema: type, key: str, prefix: str) -> None:
 
 
 def dotted_keys(schema: type, prefix: str = "") -> list[str]:
-    """Every section and key, dotted."""
+    """Return the dotted names of all sections and keys."""
     keys = []
     for name, kind in hints_of(schema).items():
         keys.append(prefix + name)
@@ -58,21 +58,23 @@ def dotted_keys(schema: type, prefix: str = "") -> list[str]:
 
 
 def bare(kind: Any) -> Any:
-    """Return a type without its annotations."""
+    """Return a type without its ``Annotated`` metadata."""
     return get_args(kind)[0] if hasattr(kind, "__metadata__") else kind
 
 
 def is_scalar(kind: Any) -> bool:
-    """Return whether values of a type are scalars, null or not."""
+    """Return whether values of a type are scalars (possibly null)."""
     kind = bare(kind)
     union = get_origin(kind) in (Union, types.UnionType)
-    return kind in (str, int, float, bool) or (
-        union and all(is_scalar(k) for k in get_args(kind) if k is not type(None))
+    return (
+        kind in (str, int, float, bool)
+        or get_origin(kind) is Literal
+        or (union and all(is_scalar(k) for k in get_args(kind) if k is not type(None)))
     )
 
 
 def convert(kind: Any, value: Any, key: str) -> Any:
-    """Return ``value`` as ``kind``; ``key`` is its dotted name, for messages. Raises UserError."""
+    """Convert ``value`` to ``kind`` or raise UserError; ``key`` is its dotted name, for messages."""
     annotated, kind = kind, bare(kind)
     if kind is Any:
         return _untyped(value)
@@ -81,32 +83,36 @@ def convert(kind: Any, value: Any, key: str) -> Any:
     if get_origin(kind) in (Union, types.UnionType):
         (inner,) = (item for item in get_args(kind) if item is not type(None))
         return None if _is_null(value) else convert(inner, value, key)
+    if get_origin(kind) is Literal:
+        text = _text(value, key)
+        check_choice(key, text, get_args(kind))
+        return text
     if get_origin(kind) is list:
         check(isinstance(value, list), f"{key}={show(value)}: expected a list such as [A, B]")
         return [convert(get_args(kind)[0], item, f"{key}[{i}]") for i, item in enumerate(value)]
     if get_origin(kind) is dict:
         check(isinstance(value, dict), f"{key}={show(value)}: expected a mapping such as {{KEY: VALUE}}")
         name_kind, item_kind = get_args(kind)
-        found = {
+        converted = {
             convert(name_kind, _key(name, item), key): convert(item_kind, item, f"{key}.{name}")
             for name, item in value.items()
         }
-        check(len(found) == len(value), f"{key}={show(value)}: two of its keys are the same path")
-        return found
+        check(len(converted) == len(value), f"{key}={show(value)}: two keys are the same path, remove one")
+        return converted
     text = {str: _text, int: _integer, float: _number, bool: _boolean}[kind](value, key)
     expand = isinstance(value, Scalar) and PATH in getattr(annotated, "__metadata__", ())
     return user_path(text, key) if expand else text
 
 
 def read_number(kind: Any, text: str, key: str) -> Any:
-    """Return a number that a user wrote as ``kind``. Raises UserError if it is none or not in its interval."""
+    """Parse a user's number as ``kind``. Raises UserError if it is not a number or outside its interval."""
     value = convert(kind, Scalar(text), key)
-    check_range(key, value, kind)
+    check_value(key, value, kind)
     return value
 
 
 def show(value: Any) -> str:
-    """Return a value as it was written, cut to a length that suits a message."""
+    """Format a value as it was written, truncated for messages."""
     if isinstance(value, dict):
         text = "{" + ", ".join(f"{key}: {show(item)}" for key, item in value.items()) + "}"
     elif isinstance(value, list):
@@ -117,7 +123,7 @@ def show(value: Any) -> str:
 
 
 def _key(name: Any, item: Any) -> Any:
-    """A mapping's key is the user's own text, and may start with ``~``, if its value is."""
+    """Return a mapping's key as a Scalar if its value came from YAML, so that a leading ``~`` in it is expanded."""
     return Scalar(name, plain=False) if isinstance(item, Scalar) else name
 
 
@@ -126,14 +132,12 @@ def _is_null(value: Any) -> bool:
 
 
 def _text(value: Any, key: str) -> str:
-    check(not _is_null(value), f"{key} has no value: expected text, leave the key out for its default")
+    check(not _is_null(value), f"{key} has no value: expected text; leave the key out to use its default")
     special = isinstance(value, Scalar) and value.plain and value.text in BOOLS
-    check(not special, f'{key}={show(value)}: expected text, write "{show(value)}" in quotes if it is a name')
+    check(not special, f'{key}={show(value)}: expected text; write "{show(value)}" in quotes if it is a name')
     text = value.text if isinstance(value, Scalar) else value
     check(isinstance(text, str), f"{key}={show(value)}: expected text")
-    check(
-        "${" not in text, f"{key}={show(value)}: '${{...}}' is not supported, nothing is interpolated; write the value"
-    )
+    check("${" not in text, f"{key}={show(value)}: '${{...}}' interpolation is not supported; write the value itself")
     check("\0" not in text, f"{key}={show(value)}: expected text without NUL characters")
     return text
 
@@ -167,7 +171,7 @@ def _boolean(value: Any, key: str) -> bool:
 
 
 def _untyped(value: Any) -> Any:
-    """What a value is by YAML 1.2's core rules, for keys that hold values of other keys."""
+    """Convert a value by the YAML 1.2 core schema, for keys without a declared type (values of other keys)."""
     if isinstance(value, list):
         return [_untyped(item) for item in value]
     if isinstance(value, dict):

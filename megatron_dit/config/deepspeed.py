@@ -1,4 +1,4 @@
-"""DeepSpeed's JSON, made from the config."""
+"""Generate DeepSpeed's JSON config from the run config."""
 
 from __future__ import annotations
 
@@ -8,31 +8,34 @@ from megatron_dit.config.schema import Config
 
 
 def deepspeed_config(config: Config, data_parallel: int) -> dict[str, Any]:
-    """DeepSpeed's JSON. Stage 0 clips in ``engine`` (DeepSpeed's own norm there is blind to sharding)."""
+    """Return DeepSpeed's JSON config as a dictionary.
+
+    At ZeRO stage 0 gradients are clipped in ``engine``, because DeepSpeed's own norm ignores tensor-parallel sharding.
+    """
     stage, bf16 = config.parallel.zero_stage, config.train.dtype == "bf16"
     micro = config.train.micro_batch
     result: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": micro,
         "gradient_accumulation_steps": config.train.global_batch // (micro * data_parallel),
-        "gradient_clipping": config.optimizer.grad_clip if stage else 0.0,
+        "gradient_clipping": (config.optimizer.grad_clip or 0.0) if stage else 0.0,
         "zero_allow_untested_optimizer": True,
-        # memory_efficient_linear would replace torch.nn.functional.linear for the whole process.
+        # memory_efficient_linear would replace torch.nn.functional.linear in the whole process.
         "zero_optimization": {
             "stage": stage,
             "memory_efficient_linear": False,
-            # At stage 1 gradients are reduced once a step, after the last backward pass.
-            "overlap_comm": config.parallel.overlap and stage >= 2,
-            "reduce_bucket_size": config.parallel.bucket,
-            "allgather_bucket_size": config.parallel.bucket,
-            "stage3_prefetch_bucket_size": config.parallel.prefetch,
+            # At stage 1 gradients are reduced once per step, after the last backward pass, so nothing overlaps.
+            "overlap_comm": config.parallel.overlap_comm and stage >= 2,
+            "reduce_bucket_size": config.parallel.reduce_bucket_size,
+            "allgather_bucket_size": config.parallel.reduce_bucket_size,
+            "stage3_prefetch_bucket_size": config.parallel.prefetch_bucket_size,
         },
         "steps_per_print": 2**31 - 1,
     }
     if config.optimizer.offload:
         result["zero_optimization"]["offload_optimizer"] = {"device": "cpu"}
-        result["zero_force_ds_cpu_optimizer"] = False  # ours holds a DeepSpeedCPUAdam and is none itself
+        result["zero_force_ds_cpu_optimizer"] = False  # ours wraps a DeepSpeedCPUAdam, it is not a subclass
     if bf16:
-        # Each gradient goes to fp32 as it is ready: a pipeline's micro-batches would else add up in bf16.
+        # Copy each gradient to fp32 as soon as it is ready, else a pipeline's micro-batches are accumulated in bf16.
         result["bf16"] = {"enabled": True, "check_grad_overflow": True, "immediate_grad_update": True}
         if stage:
             result["data_types"] = {"grad_accum_dtype": "fp32"}

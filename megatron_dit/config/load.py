@@ -1,4 +1,4 @@
-"""A YAML file and dotted overrides to a validated dataclass, and back."""
+"""Load a YAML file and dotted overrides into a validated dataclass, and save it again."""
 
 from __future__ import annotations
 
@@ -9,32 +9,18 @@ from typing import Any, TypeVar, get_args, get_origin
 
 import yaml
 
-from megatron_dit.config.checks import check, hints_of
 from megatron_dit.config.convert import bare, build, check_known, is_scalar, show
+from megatron_dit.config.keys import check, hints_of, resumable_keys
 from megatron_dit.config.schema import Config
 from megatron_dit.config.tree import Scalar, Tree, parse_tree, read_tree
-from megatron_dit.errors import UserError
+from megatron_dit.runtime.errors import UserError
 from megatron_dit.runtime.paths import user_path
 
 T = TypeVar("T")
 
-# What a run may change when it is started again in its folder: how it is run, not what it computes.
-RESUMABLE = ("run_dir", "parallel", "launch", "train.micro_batch", "train.steps")
-RESUMABLE += ("data.path", "data.workers", "data.max_bad_share", "data.cache", "data.cache_gib")
-RESUMABLE += (
-    "train.recompute",
-    "train.recompute_blocks",
-    "train.compile",
-    "train.log_every",
-    "train.monitor_every",
-    "train.threads",
-)
-RESUMABLE += ("data.text_encoder", "data.text_sharded")
-RESUMABLE += ("train.max_skipped_steps", "checkpoint", "sampling", "optimizer.fused", "optimizer.offload")
-
 
 def load_config(path: str | Path, overrides: Sequence[str] = (), values: Mapping[str, Any] | None = None) -> Config:
-    """A run's config; see :func:`load`."""
+    """Load the config of a run; see :func:`load`."""
     return load(Config, path, overrides, values)
 
 
@@ -43,17 +29,17 @@ def load(
 ) -> T:
     """Read a YAML file and validate it as the dataclass ``schema``.
 
-    ``overrides`` such as ``a.b=value`` replace what the file has, dotted ``values`` that are typed already replace
-    both. An override's value is written as in YAML, but text needs no quotes. A section is merged key by key, any
-    other value is replaced as a whole.
+    ``overrides`` such as ``a.b=value`` take precedence over the file, and ``values`` (typed, by dotted key) over both.
+    An override's value is written as in YAML, except that text needs no quotes. Sections are merged key by key; any
+    other value replaces the old one completely.
 
-    Raises UserError, which names the file, if it cannot be read; if a key of it is unknown, missing, ill-typed or given
-    twice; and for anything that the dataclasses refuse.
+    Raises UserError naming the file if it cannot be read, if a key is unknown, missing, duplicated or of the wrong
+    type, or if the dataclasses reject a value.
     """
     tree = read_tree(Path(user_path(str(path), "config")), f"config {path}")
     try:
         if not isinstance(tree, dict):
-            raise UserError(f"expected keys such as run_dir and their values, it holds {show(tree)}")
+            raise UserError(f"expected a mapping with keys such as run_dir, but it contains {show(tree)}")
         for item in overrides:
             key, equals, text = item.partition("=")
             check(bool(equals), f"override {item!r}: expected key=value, such as train.steps=100")
@@ -66,14 +52,14 @@ def load(
 
 
 def check_overrides(overrides: Sequence[str]) -> None:
-    """Raise UserError if one of a user's overrides has no effect because a later one sets the same key."""
+    """Raise UserError if two overrides set the same key, because the first would have no effect."""
     keys = [item.partition("=")[0] for item in overrides]
     twice = next((key for key in keys if keys.count(key) > 1), None)
-    check(twice is None, f"override {twice} is given twice: leave one out")
+    check(twice is None, f"override {twice} is given twice: remove one")
 
 
 def config_from_dict(values: Any, source: str = "the checkpoint's config") -> Config:
-    """The config that ``dataclasses.asdict`` gave, validated anew. Raises UserError, which names ``source``."""
+    """Rebuild and validate a config from the output of ``dataclasses.asdict``. Raises UserError naming ``source``."""
     try:
         return build(Config, values)
     except UserError as error:
@@ -81,21 +67,21 @@ def config_from_dict(values: Any, source: str = "the checkpoint's config") -> Co
 
 
 def _assign(tree: dict[str, Any], schema: type, key: str, value: Callable[[Any], Any]) -> None:
-    """Set the dotted ``key`` in a tree; ``value`` gives what is set for the key's type."""
+    """Set the dotted ``key`` in a tree; ``value`` is called with the type of the key and returns the new value."""
     names, kind, is_section = _place(schema, key)
     for i, name in enumerate(names[:-1]):
         tree = tree.setdefault(name, {})
         given = f"{'.'.join(names[: i + 1])}={show(tree)}"
-        check(isinstance(tree, dict), f"{given}: expected a section, in which {key} can be set")
+        check(isinstance(tree, dict), f"{given}: expected a section, because {key} is set")
     item, old = value(kind), tree.get(names[-1], {})
     merged = is_section and isinstance(item, dict) and isinstance(old, dict)
     tree[names[-1]] = {**old, **item} if merged else item
 
 
 def _place(schema: type, key: str) -> tuple[list[str], Any, bool]:
-    """The names on the way to a dotted key, its type, and whether it is a section.
+    """Return the parts of a dotted key, its type, and whether it is a section.
 
-    A mapping's own keys may hold dots: all that follows the mapping's name is one key.
+    A mapping's own keys may contain dots, so everything after the mapping's name is one key.
     """
     names: list[str] = []
     rest = key
@@ -113,7 +99,7 @@ def _place(schema: type, key: str) -> tuple[list[str], Any, bool]:
 
 
 def _parsed(kind: Any, text: str, override: str) -> Tree:
-    """An override's value; scalars are taken as they are unless they are in quotes, so that paths need none."""
+    """Parse an override's value. Scalars are taken literally unless quoted, so that paths need no quotes."""
     text = text.strip()
     if is_scalar(kind) and not text.startswith(("'", '"')):
         return Scalar(text, plain=bool(text))
@@ -121,7 +107,7 @@ def _parsed(kind: Any, text: str, override: str) -> Tree:
 
 
 def _quoted(value: Any) -> Any:
-    """Typed values as parts of a tree: text is the user's own, and means itself."""
+    """Convert typed values to parts of a tree. Text becomes a quoted scalar, so that it is never reinterpreted."""
     if isinstance(value, dict):
         return {key: _quoted(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
@@ -130,14 +116,14 @@ def _quoted(value: Any) -> Any:
 
 
 def save_config(config: Config, path: Path) -> None:
-    """Write the resolved config as YAML, aside and then renamed."""
+    """Write the resolved config as YAML, atomically (to a temporary file that is then renamed)."""
     part = path.with_suffix(".part")
     part.write_text(yaml.safe_dump(asdict(config), sort_keys=False))
     part.replace(path)
 
 
 def flatten(config: Any, prefix: str = "") -> dict[str, Any]:
-    """``{"model.depth": 4, ...}`` of a dataclass."""
+    """Return the values of a nested dataclass by dotted key, such as ``{"model.depth": 4, ...}``."""
     flat: dict[str, Any] = {}
     for item in fields(config):
         value = getattr(config, item.name)
@@ -146,11 +132,13 @@ def flatten(config: Any, prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def first_difference(old: Config, new: Config, free: Sequence[str] = RESUMABLE) -> str | None:
-    """The first key but ``free`` ones in which ``new`` may not continue ``old``'s run, with both values, or None."""
+RESUMABLE = resumable_keys(Config)
+
+
+def first_difference(old: Config, new: Config, free: frozenset[str] = RESUMABLE) -> str | None:
+    """Describe the first key outside ``free`` that differs between ``old`` and ``new``; None if there is none."""
     before, after = flatten(old), flatten(new)
     for key, value in before.items():
-        may_change = any(key == name or key.startswith(name + ".") for name in free)
-        if not may_change and after[key] != value:
+        if key not in free and after[key] != value:
             return f"{key} is {value!r} there and {after[key]!r} here"
     return None

@@ -1,79 +1,84 @@
-"""The keys of a model, its parametrization and its objective."""
+"""Config section ``model``."""
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Annotated
 
-from megatron_dit.config.checks import (
-    FilePath,
-    Interval,
-    NonNegative,
-    Positive,
-    at_least,
-    check,
-    check_ranges,
-    choice,
-)
+from megatron_dit.config.keys import Interval, Positive, Section, Size, SizeOrZero, at_least, check, check_choice, key
+from megatron_dit.models.registry import ARCHITECTURES, spec_of
+from megatron_dit.models.spec import ArchitectureSpec
 
-Size = Annotated[int, Interval("[1, 2^20]")]  # of one dimension of a tensor
-SizeOrZero = Annotated[int, Interval("[0, 2^20]")]
-
-OBJECTIVE_OF = {"dit": "ddpm", "mmdit": "rectified_flow", "pixart": "ddpm", "uvit": "ddpm"}
+CONDITION_KEYS = ("num_classes", "text_dim", "text_tokens")
 
 
 @dataclass(frozen=True, kw_only=True)
-class ModelConfig:
-    """Shape of one diffusion Transformer. Width is ``heads * head_dim``."""
+class ModelConfig(Section):
+    """Architecture and size of a diffusion Transformer. Its width is ``heads * head_dim``."""
 
-    arch: str  # dit | mmdit | pixart | uvit
-    depth: Annotated[int, Interval("[1, 10000]")]  # Transformer blocks; uvit: odd, the middle one has no skip
-    heads: Size  # attention heads; width grows by heads at a fixed head_dim
-    head_dim: Size
-    # Attention's scale is sqrt(base_head_dim) / head_dim; 0: head_dim, which gives 1/sqrt
-    base_head_dim: SizeOrZero = 0
-    patch_size: Size  # side of a patch in latent pixels
-    in_channels: Size  # latent channels
-    sample_size: Size  # latent side at which positions are 0, 1, 2, ...
-    text_dim: SizeOrZero = 0  # mmdit, pixart, uvit: features of one text token
-    text_tokens: SizeOrZero = 0  # mmdit, pixart, uvit: tokens a caption is padded or cut to
-    num_classes: SizeOrZero = 0  # dit, uvit: class labels (uvit: these or text)
-    train_null_caption: bool = False  # pixart: train the null caption; the original's is fixed at its random values
-    mlp_ratio: Annotated[int, Interval("[1, 1024]")] = 4
-    # mmdit: side of the position table in patches (SD3 crops its centre); 0: as sample_size
-    position_size: SizeOrZero = 0
-    interpolation_scale: Positive = 1.0  # dit, pixart: positions are divided by it
-    repa_block: SizeOrZero = 0  # REPA: the tokens after this block (from 1) are aligned; 0: no projector
-    repa_dim: SizeOrZero = 0  # REPA: features of the vision encoder
+    prefix = "model."
 
-    def __post_init__(self) -> None:
-        choice("model.arch", self.arch, tuple(OBJECTIVE_OF))
-        check_ranges(self, "model.")
-        check(0 <= self.repa_block <= self.depth, f"model.repa_block={self.repa_block}: expected 0 to {self.depth}")
+    arch: str = key("architecture: the name of a folder of megatron_dit/models")
+    depth: Annotated[int, Interval("[1, 10000]")] = key("number of Transformer blocks")
+    heads: Size = key("attention heads; models are widened by adding heads at a fixed head_dim")
+    head_dim: Size = key("width of one attention head")
+    base_head_dim: Size | None = key(
+        "head_dim of the base model, if widths differ in head_dim: the attention scale is sqrt(base_head_dim) / "
+        "head_dim; null: 1 / sqrt(head_dim)",
+        None,
+    )
+    patch_size: Size = key("side of a patch", unit="latent pixels")
+    in_channels: Size = key("number of latent channels")
+    sample_size: Size = key("side of the latents at which patch positions are 0, 1, 2, ...", unit="latent pixels")
+    learn_sigma: bool = key(
+        "predict the variance of each reverse step in addition to ε (improved DDPM, arXiv 2102.09672); ddpm only", False
+    )
+    text_dim: SizeOrZero = key("feature dimension of a text token; 0 for class labels", 0)
+    text_tokens: SizeOrZero = key(
+        "length to which captions are padded or truncated; 0 for class labels", 0, unit="tokens"
+    )
+    num_classes: SizeOrZero = key("number of class labels; 0 for text", 0)
+    train_null_caption: bool = key(
+        "PixArt-α: train the null caption; the original keeps its random initial values", False
+    )
+    mlp_ratio: Annotated[int, Interval("[1, 1024]")] = key("width of the MLP over the width of the model", 4)
+    position_size: Size | None = key(
+        "MMDiT: side of the position table, whose center is cropped as in SD3; null: sample_size / patch_size",
+        None,
+        unit="patches",
+    )
+    interpolation_scale: Positive = key("DiT, PixArt-α: positions are divided by this", 1.0)
+    repa_block: Size | None = key("REPA: block, counted from 1, whose output tokens are aligned; null: no REPA", None)
+    repa_dim: Size | None = key("REPA: feature dimension of the vision encoder", None)
+
+    def check(self) -> None:
+        check_choice("model.arch", self.arch, tuple(ARCHITECTURES))
         check(
-            bool(self.repa_block) == bool(self.repa_dim),
-            f"model.repa_block={self.repa_block} and model.repa_dim={self.repa_dim}: REPA needs both",
+            (self.repa_block is None) == (self.repa_dim is None),
+            f"model.repa_block={self.repa_block} and model.repa_dim={self.repa_dim}: set both or neither",
         )
-        labels = self.arch == "dit" or (self.arch == "uvit" and self.num_classes > 0)
-        conditions = ("num_classes",) if labels else ("text_dim", "text_tokens")
-        for name in conditions:
-            at_least(f"model.{name}", getattr(self, name), 1)
-        for name in {"num_classes", "text_dim", "text_tokens"} - set(conditions):
-            check(getattr(self, name) == 0, f"model.{name}={getattr(self, name)}: {self.arch} has none, leave it out")
-        check(
-            not self.train_null_caption or self.arch == "pixart",
-            f"model.train_null_caption=true: {self.arch} has no null caption, remove the key",
-        )
-        check(self.arch != "uvit" or self.depth % 2 == 1, f"model.depth={self.depth}: uvit expects an odd number")
+        check((self.repa_block or 0) <= self.depth, f"model.repa_block={self.repa_block}: expected 1 to {self.depth}")
+        expected = ("num_classes",) if self.spec.uses_labels(self) else ("text_dim", "text_tokens")
+        for name in CONDITION_KEYS:
+            value = getattr(self, name)
+            if name in expected:
+                at_least(f"model.{name}", value, 1)
+            else:
+                check(value == 0, f"model.{name}={value}: {self.arch} has none, remove the key")
         check(
             self.width % 4 == 0,
-            f"model.heads * model.head_dim = {self.width}: 2-D sin-cos positions need a multiple of 4",
+            f"model.heads * model.head_dim = {self.width}: expected a multiple of 4, for 2-D sin-cos positions",
         )
         check(
             self.sample_size % self.patch_size == 0,
             f"model.sample_size={self.sample_size}: expected a multiple of model.patch_size={self.patch_size}",
         )
+        self.spec.check(self)
+
+    @property
+    def spec(self) -> ArchitectureSpec:
+        return spec_of(self.arch)
 
     @property
     def width(self) -> int:
@@ -81,77 +86,10 @@ class ModelConfig:
 
     @property
     def attention_scale(self) -> float:
-        """1/sqrt(d) at the base head_dim, falling as 1/d beyond it (Tensor Programs V, definition 4.1)."""
+        """1/sqrt(d) at the base head_dim, from there proportional to 1/d (Tensor Programs V, definition 4.1)."""
         return math.sqrt(self.base_head_dim or self.head_dim) / self.head_dim
 
     @property
     def out_channels(self) -> int:
-        """DiT and PixArt-α predict ε and the variance's interpolation (learned range), U-ViT ε, MMDiT the velocity."""
-        return self.in_channels * (2 if self.arch in ("dit", "pixart") else 1)
-
-    @property
-    def tokens(self) -> int:
-        """Tokens of the sequence that the blocks work on, at ``sample_size`` (MMDiT's and PixArt-α's text apart)."""
-        patches = (self.sample_size // self.patch_size) ** 2
-        return patches + (1 + (self.text_tokens or 1) if self.arch == "uvit" else 0)
-
-
-@dataclass(frozen=True, kw_only=True)
-class InitStd:
-    """Standard deviation of the initial weights of a role at the base width; null: as ``mup.init`` has it.
-
-    Hidden weights of other widths get it divided by sqrt(n). Biases, norm gains and gates that start at zero stay.
-    """
-
-    input: NonNegative | None = None
-    hidden: NonNegative | None = None
-    output: NonNegative | None = None
-    vector: NonNegative | None = None  # tables: labels, positions, modulation
-
-    def __post_init__(self) -> None:
-        check_ranges(self, "mup.init_std.")
-
-
-@dataclass(frozen=True, kw_only=True)
-class MupConfig:
-    """Parametrization: ``mup`` (Table 8 of arXiv 2203.03466) or ``standard``."""
-
-    parametrization: str = "mup"
-    init: str = "default"  # initial values: default (Kaiming normal) | dit | dit-mup | pixart | pixart-mup | uvit
-    init_std: InitStd = field(default_factory=InitStd)
-    zero_output: bool = True  # the readout starts at zero; else at 1 / sqrt(base fan-in)
-    zero_adaln: bool | None = None  # adaLN starts at zero (true), at 1 / sqrt(fan-in) (false), or as ``init`` has it
-    coupled_decay: bool = True  # hidden weights decay with wd * n, so that lr * wd stays (package mup); else with wd
-    base_heads: SizeOrZero = 0  # width multiplier n = heads / base_heads
-    base_shapes: FilePath = ""  # instead of base_heads: a .bsh file (megatron-dit mup CONFIG --save FILE)
-    output_multiplier: Positive = 1.0  # the readout computes W (output_multiplier * x / n) + b
-
-    def __post_init__(self) -> None:
-        choice("mup.parametrization", self.parametrization, ("mup", "standard"))
-        choice("mup.init", self.init, ("default", "dit", "dit-mup", "pixart", "pixart-mup", "uvit"))
-        check_ranges(self, "mup.")
-        check(
-            bool(self.base_heads) != bool(self.base_shapes),
-            f"mup.base_heads={self.base_heads} and mup.base_shapes={self.base_shapes!r}: set one of the two",
-        )
-
-
-@dataclass(frozen=True, kw_only=True)
-class ObjectiveConfig:
-    """``rectified_flow`` (logit-normal t, shift) or ``ddpm`` (1000 steps, ε, learned range where the model has it)."""
-
-    kind: str
-    # rectified_flow: location of logit(t) (SD3, arXiv 2403.03206, eq. 19)
-    logit_mean: Annotated[float, Interval("[-100, 100]")] = 0.0
-    logit_std: Positive = 1.0
-    shift: Positive = 1.0  # rectified_flow: resolution shift of t (SD3, eq. 23)
-    # With model.repa_block: weight of the alignment loss (REPA, arXiv 2410.06940, table 2)
-    repa_weight: NonNegative = 0.5
-    beta_schedule: str = "linear"  # ddpm: linear (1e-4 to 0.02) | scaled_linear (Stable Diffusion's)
-    normal_cdf: str = "exact"  # ddpm, learned range: exact | tanh, the approximation of DiT's and PixArt-α's own code
-
-    def __post_init__(self) -> None:
-        choice("objective.kind", self.kind, ("rectified_flow", "ddpm"))
-        choice("objective.beta_schedule", self.beta_schedule, ("linear", "scaled_linear"))
-        choice("objective.normal_cdf", self.normal_cdf, ("exact", "tanh"))
-        check_ranges(self, "objective.")
+        """Channels of the prediction: ε or the velocity and, with ``learn_sigma``, as many of the variance."""
+        return self.in_channels * (2 if self.learn_sigma else 1)

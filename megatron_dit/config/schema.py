@@ -1,115 +1,141 @@
-"""A run's YAML, whole: its sections, and what must hold between them."""
+"""Complete config of a run, with the checks that involve several sections."""
 
 from __future__ import annotations
 
 import itertools
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from typing import Annotated
 
-from megatron_dit.config.checks import FilePath, Interval, check, check_ranges
-from megatron_dit.config.model import OBJECTIVE_OF, ModelConfig, MupConfig, ObjectiveConfig
-from megatron_dit.config.training import (
-    SOLVERS_OF,
-    CheckpointConfig,
-    DataConfig,
-    LaunchConfig,
-    OptimizerConfig,
-    ParallelConfig,
-    SamplingConfig,
-    TrainConfig,
-)
+from megatron_dit.config.data import DataConfig
+from megatron_dit.config.keys import FilePath, Interval, Section, check, key
+from megatron_dit.config.model import ModelConfig
+from megatron_dit.config.mup import InitConfig, MupConfig
+from megatron_dit.config.objective import ObjectiveConfig
+from megatron_dit.config.optimizer import EmaConfig, OptimizerConfig
+from megatron_dit.config.parallel import LaunchConfig, ParallelConfig
+from megatron_dit.config.training import SOLVERS_OF, CheckpointConfig, SamplingConfig, TrainConfig
+
+FP8_MULTIPLE = 16  # every dimension of an FP8 GEMM must be a multiple (cuBLAS needs rows of 16 bytes)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config:
-    """A run, whole. Rank-independent checks live here; those that need the world size in ``check_world``."""
+class Config(Section):
+    """Complete config of a run. Checks that need the world size are in :meth:`data_parallel`, all others run here."""
 
-    run_dir: FilePath
-    seed: Annotated[int, Interval("[0, 2^63)")] = 0
-    model: ModelConfig
-    mup: MupConfig
-    objective: ObjectiveConfig
-    optimizer: OptimizerConfig
-    data: DataConfig
-    train: TrainConfig
-    parallel: ParallelConfig = field(default_factory=ParallelConfig)
-    launch: LaunchConfig = field(default_factory=LaunchConfig)
-    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
-    sampling: SamplingConfig = field(default_factory=SamplingConfig)
+    run_dir: FilePath = key("folder of the run: config, metrics, checkpoints, images", resumable=True)
+    seed: Annotated[int, Interval("[0, 2^63)")] = key("seed of initial weights, sample order and noise", 0)
+    model: ModelConfig = key("architecture and size")
+    mup: MupConfig = key("parametrization")
+    init: InitConfig = key("initial values", factory=InitConfig)
+    objective: ObjectiveConfig = key("training objective", factory=ObjectiveConfig)
+    optimizer: OptimizerConfig = key("AdamW and learning-rate schedule")
+    ema: EmaConfig = key("moving averages of the weights", factory=EmaConfig)
+    data: DataConfig = key("training data")
+    train: TrainConfig = key("batch sizes, precision and logging")
+    parallel: ParallelConfig = key("layout", factory=ParallelConfig)
+    launch: LaunchConfig = key("timeouts of a job", factory=LaunchConfig)
+    checkpoint: CheckpointConfig = key("checkpoints", factory=CheckpointConfig)
+    sampling: SamplingConfig = key("defaults of sampling", factory=SamplingConfig)
 
     def __post_init__(self) -> None:
+        if self.objective.name is None:
+            default = replace(self.objective, name=self.model.spec.objectives[0])
+            object.__setattr__(self, "objective", default)
+        super().__post_init__()
+
+    def check(self) -> None:
         check(bool(self.run_dir), "run_dir is empty: expected a folder")
-        check_ranges(self)
-        model, tensor = self.model, self.parallel.tensor
+        self._check_objective()
+        self._check_layout()
+        self._check_fp8()
+
+    @property
+    def objective_name(self) -> str:
+        assert self.objective.name is not None  # set when the config is created
+        return self.objective.name
+
+    def _check_objective(self) -> None:
+        model, name = self.model, self.objective_name
+        check(
+            name in model.spec.objectives,
+            f"objective.name={name!r}: expected {' or '.join(model.spec.objectives)} for model.arch={model.arch}",
+        )
+        check(
+            name == "ddpm" or not model.learn_sigma,
+            f"model.learn_sigma=true with objective.name={name}: only ddpm has a variance to learn, set it to false",
+        )
+        allowed = ("auto", *SOLVERS_OF[name])
+        check(
+            self.sampling.solver in allowed,
+            f"sampling.solver={self.sampling.solver!r}: expected one of {', '.join(allowed)} for {name}",
+        )
+
+    def _check_layout(self) -> None:
+        model, parallel, tensor = self.model, self.parallel, self.parallel.tensor
         check(
             model.heads % tensor == 0,
             f"model.heads={model.heads} is not divisible by parallel.tensor={tensor}: "
             f"choose parallel.tensor among the divisors of {model.heads}",
         )
+        error = self.sequence_error((model.sample_size // model.patch_size) ** 2)
+        check(error is None, f"at model.sample_size={model.sample_size} {error}")
         check(
-            not self.parallel.sequence or model.tokens % tensor == 0,
-            f"{model.tokens} tokens are not divisible by parallel.tensor={tensor}: set parallel.sequence=false",
-        )
-        check(
-            not self.parallel.sequence or model.arch != "mmdit" or model.text_tokens % tensor == 0,
-            f"model.text_tokens={model.text_tokens} is not divisible by parallel.tensor={tensor}, which "
-            "parallel.sequence=true needs: change model.text_tokens or set parallel.sequence=false",
-        )
-        check(
-            not self.train.compile or self.parallel.zero_stage < 3,
-            "train.compile=true with parallel.zero_stage=3: gathering weights breaks every compiled block to pieces; "
+            not self.train.compile or parallel.zero_stage < 3,
+            "train.compile=true with parallel.zero_stage=3: gathering weights breaks the graph of every block; "
             "set train.compile=false or use ZeRO 0, 1 or 2",
         )
         check(
-            not self.optimizer.offload or self.parallel.zero_stage > 0,
+            not self.optimizer.offload or parallel.zero_stage > 0,
             "optimizer.offload=true with parallel.zero_stage=0: only ZeRO can offload, set the stage to 1, 2 or 3",
         )
-        runs = self.parallel.pipeline * self.parallel.chunks
+        stages = parallel.pipeline * parallel.virtual_stages
         check(
-            runs <= model.depth,
-            f"model.depth={model.depth} blocks are fewer than parallel.pipeline={self.parallel.pipeline} * "
-            f"parallel.chunks={self.parallel.chunks} = {runs}: choose fewer stages or chunks",
+            stages <= model.depth,
+            f"model.depth={model.depth} blocks are fewer than parallel.pipeline={parallel.pipeline} * "
+            f"parallel.virtual_stages={parallel.virtual_stages} = {stages}: lower one of them",
         )
-        blocks = self.parallel.blocks
+        blocks = parallel.blocks_per_stage
         check(
-            not blocks or (len(blocks) == runs and sum(blocks) == model.depth and min(blocks) >= 1),
-            f"parallel.blocks={blocks}: expected {runs} positive numbers (parallel.pipeline * parallel.chunks) "
-            f"that add up to model.depth={model.depth}, or leave it out",
+            blocks is None or (len(blocks) == stages and sum(blocks) == model.depth),
+            f"parallel.blocks_per_stage={blocks}: expected {stages} positive numbers (parallel.pipeline * "
+            f"parallel.virtual_stages) that sum to model.depth={model.depth}; fix the list or remove it",
+        )
+
+    def sequence_error(self, patches: int) -> str | None:
+        """Return which sequence of an image of ``patches`` tokens sequence parallelism cannot shard; None if it can."""
+        tensor = self.parallel.tensor
+        if not self.parallel.sequence:
+            return None
+        for name, sequence in self.model.spec.sequences(self.model, patches).items():
+            if sequence.sharded and sequence.tokens % tensor:
+                return (
+                    f"the {name} sequence has {sequence.tokens} tokens, not divisible by parallel.tensor={tensor}: "
+                    "set parallel.sequence=false"
+                )
+        return None
+
+    def _check_fp8(self) -> None:
+        model, tensor, fp8 = self.model, self.parallel.tensor, self.train.fp8
+        if fp8 == "none":
+            return
+        check(
+            self.parallel.backend != "local",
+            f"train.fp8={fp8} and parallel.backend=local: FP8 needs Transformer Engine, "
+            "set parallel.backend=te or train.fp8=none",
         )
         check(
-            not self.checkpoint.ema_every or bool(self.train.ema_sigma_rel),
-            f"checkpoint.ema_every={self.checkpoint.ema_every} saves the averages of train.ema_sigma_rel: set it, for "
-            "example to [0.05, 0.1]",
+            model.width // tensor % FP8_MULTIPLE == 0,
+            f"model.heads * model.head_dim / parallel.tensor = {model.width // tensor}: "
+            f"expected a multiple of {FP8_MULTIPLE} for train.fp8={fp8}",
         )
-        expected = OBJECTIVE_OF[model.arch]
-        check(
-            self.objective.kind == expected,
-            f"objective.kind={self.objective.kind!r}: model.arch={model.arch} is trained with {expected}",
-        )
-        allowed = ("auto", *SOLVERS_OF[self.objective.kind])
-        check(
-            self.sampling.solver in allowed,
-            f"sampling.solver={self.sampling.solver!r}: {self.objective.kind} has {', '.join(allowed)}",
-        )
-        if self.train.fp8 != "none":
-            check(
-                self.parallel.backend != "local",
-                f"train.fp8={self.train.fp8} and parallel.backend=local: FP8 is Transformer Engine's, "
-                "set parallel.backend=te or train.fp8=none",
-            )
-            check(
-                model.width // tensor % FP8_MULTIPLE == 0,
-                f"model.heads * model.head_dim / parallel.tensor = {model.width // tensor}: "
-                f"train.fp8={self.train.fp8} needs a multiple of {FP8_MULTIPLE}",
-            )
-            self.check_fp8_tokens(model.sample_size, model.sample_size)
+        self.check_fp8_tokens(model.sample_size, model.sample_size)
 
     def check_fp8_tokens(self, height: int, width: int) -> None:
-        """Raise UserError where FP8 cannot multiply the tokens that a rank has of latents of this size, or of a text.
+        """Raise UserError if FP8 does not support the number of tokens per rank, for latents of this size or for text.
 
-        They are a leading dimension in the weight gradient's GEMM. Blocks that sequence-parallel ranks gather must be
-        whole on each.
+        The token count is the inner dimension of the weight gradient's GEMM. With blockwise scaling and sequence
+        parallelism every rank must hold complete blocks of 128 tokens, because the ranks' tokens are gathered.
         """
         model, micro, fp8 = self.model, self.train.micro_batch, self.train.fp8
         if fp8 == "none":
@@ -117,25 +143,20 @@ class Config:
         shards = self.parallel.tensor if self.parallel.sequence else 1
         multiple = 128 if fp8 == "blockwise" and shards > 1 else FP8_MULTIPLE
         patches = height * width // model.patch_size**2
-        sequences = {
-            "dit": {"picture": patches // shards},
-            "mmdit": {"picture": patches // shards, "text": model.text_tokens // shards},
-            "pixart": {"picture": patches // shards, "text": model.text_tokens},
-            "uvit": {"sequence": (patches + 1 + (model.text_tokens or 1)) // shards},
-        }[model.arch]
-        for name, tokens in sequences.items():
+        for name, sequence in model.spec.sequences(model, patches).items():
+            tokens = sequence.tokens // shards if sequence.sharded else sequence.tokens
             check(
                 tokens * micro % multiple == 0,
-                f"{tokens} tokens of the {name} on a rank * train.micro_batch={micro} = {tokens * micro}: "
-                f"train.fp8={fp8} needs a multiple of {multiple}, choose train.micro_batch a multiple of "
+                f"{tokens} {name} tokens per rank * train.micro_batch={micro} = {tokens * micro}: expected a "
+                f"multiple of {multiple} for train.fp8={fp8}; choose train.micro_batch as a multiple of "
                 f"{multiple // math.gcd(multiple, tokens)}",
             )
 
     def data_parallel(self, world_size: int) -> int:
-        """Number of data-parallel ranks among ``world_size``.
+        """Return the number of data-parallel ranks for ``world_size`` ranks.
 
-        Raises UserError where the ranks do not divide into tensor- and pipeline-parallel groups, or the global
-        batch not into data-parallel ranks times micro-batches.
+        Raises UserError if ``world_size`` is not divisible by tensor times pipeline ranks, or if the global batch is
+        not divisible by data-parallel ranks times micro-batch.
         """
         parallel, batch, micro = self.parallel, self.train.global_batch, self.train.micro_batch
         model_ranks = parallel.tensor * parallel.pipeline
@@ -154,18 +175,24 @@ class Config:
         )
         micro_batches = batch // (ranks * micro)
         check(
-            parallel.chunks == 1 or micro_batches % parallel.pipeline == 0,
-            f"{micro_batches} micro-batches are not divisible by parallel.pipeline={parallel.pipeline}, which the "
-            "interleaved schedule of parallel.chunks needs: change train.micro_batch or set parallel.chunks=1",
+            parallel.virtual_stages == 1 or micro_batches % parallel.pipeline == 0,
+            f"{micro_batches} micro-batches are not divisible by parallel.pipeline={parallel.pipeline}, as the "
+            "interleaved schedule of parallel.virtual_stages requires: change train.micro_batch or set "
+            "parallel.virtual_stages=1",
         )
         return ranks
 
-    def block_runs(self) -> list[range]:
-        """The blocks of each run in the model's order: run r is chunk r // pipeline of stage r % pipeline."""
-        depth, runs = self.model.depth, self.parallel.pipeline * self.parallel.chunks
-        counts = self.parallel.blocks or [(r + 1) * depth // runs - r * depth // runs for r in range(runs)]
+    def stage_blocks(self, pipeline_rank: int) -> list[range]:
+        """Return the consecutive blocks of each virtual stage of a pipeline stage."""
+        return self.virtual_stage_blocks()[pipeline_rank :: self.parallel.pipeline]
+
+    def virtual_stage_blocks(self) -> list[range]:
+        """Return the consecutive blocks of every virtual stage, in the model's order.
+
+        Element i is virtual stage i // pipeline of pipeline stage i % pipeline.
+        """
+        depth, stages = self.model.depth, self.parallel.pipeline * self.parallel.virtual_stages
+        even = [(i + 1) * depth // stages - i * depth // stages for i in range(stages)]
+        counts = self.parallel.blocks_per_stage or even
         ends = list(itertools.accumulate(counts))
         return [range(end - count, end) for end, count in zip(ends, counts, strict=True)]
-
-
-FP8_MULTIPLE = 16  # of every dimension of an FP8 GEMM (cuBLAS wants rows of 16 bytes)

@@ -1,4 +1,4 @@
-"""One rank's share of an optimizer step."""
+"""The part of a global batch that one data-parallel rank processes in an optimizer step."""
 
 from __future__ import annotations
 
@@ -9,26 +9,26 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from megatron_dit.models.condition import Condition
+from megatron_dit.models.common.condition import Condition
 
 
 @dataclass(frozen=True, kw_only=True)
 class Batch:
-    """Latents, what they are drawn from, and the randomness of the step."""
+    """Latents, their conditioning, and the random numbers of the step."""
 
     latents: Tensor  # (B, C, H, W) fp32
     condition: Condition
     u: Tensor  # (B,) fp64 in (0, 1)
     noise: Tensor  # (B, C, H, W) fp32
-    weight: Tensor  # (B,) fp32 of the losses: 0 for a sample that could not be read (its latents are zeros), else 1
-    features: Tensor | None = None  # (B, S, repa_dim) of a vision encoder, for REPA
-    # Of the whole batch, not of a micro-batch:
+    weight: Tensor  # (B,) fp32 loss weights: 0 for an unreadable sample (its latents are zeros), otherwise 1
+    features: Tensor | None = None  # (B, S, repa_dim) vision encoder features, for REPA
+    # These fields describe the complete batch; `split` does not divide them among the micro-batches.
     keys: tuple[str, ...] = ()  # shard/key of each sample
-    bad: tuple[tuple[str, str], ...] = ()  # (cause, text) of each sample that could not be read
-    ids: tuple[np.ndarray, ...] = ()  # token ids of each caption, where the text encoder runs online
+    bad: tuple[tuple[str, str], ...] = ()  # (cause, message) of each unreadable sample
+    ids: tuple[np.ndarray, ...] = ()  # token ids of each caption, if the text encoder runs online
 
     def map(self, function: Callable[[Tensor], Tensor]) -> Batch:
-        """The batch with ``function`` applied to each tensor."""
+        """Return a copy of the batch with ``function`` applied to each tensor."""
         return replace(
             self,
             latents=function(self.latents),
@@ -40,11 +40,11 @@ class Batch:
         )
 
     def split(self, size: int) -> list[Batch]:
-        """Micro-batches of ``size`` samples."""
+        """Split the batch into micro-batches of ``size`` samples."""
         return [self.map(lambda x, i=i: x[i : i + size]) for i in range(0, len(self.u), size)]
 
     def pin_memory(self) -> Batch:
-        """Called by torch's loader, so that :meth:`to` overlaps with compute."""
+        """Pin the tensors' memory. The DataLoader calls this, so that :meth:`to` overlaps with compute."""
         return self.map(Tensor.pin_memory)
 
     def to(self, device: torch.device) -> Batch:

@@ -1,4 +1,4 @@
-"""Pictures to latents and back: diffusers' AutoencoderKL, or the pixels themselves."""
+"""Codecs that convert images to latents and back: diffusers' AutoencoderKL, or the pixels themselves."""
 
 from __future__ import annotations
 
@@ -10,34 +10,35 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from megatron_dit.data.identity import weights_sha256
-from megatron_dit.data.pretrained import VAE, load, locate
-from megatron_dit.errors import UserError
+from megatron_dit.data.encoder_hash import weights_sha256
+from megatron_dit.data.hub import VAE, load, locate
+from megatron_dit.runtime.errors import UserError
 
 
 class Codec(Protocol):
     channels: int
-    scale: int  # picture pixels per latent pixel, along each side
+    scale: int  # image pixels per latent pixel along each side
 
     @property
     def sha256(self) -> str:
-        """Of the weights; "" where there are none."""
+        """SHA-256 of the weights; "" if the codec has none."""
         ...
 
     def posterior(self, pictures: Tensor) -> tuple[Tensor, Tensor | None]:
-        """(B, 3, H, W) uint8 -> mean and standard deviation of the latents, (B, channels, H / scale, W / scale) fp32.
+        """Encode (B, 3, H, W) uint8 images.
 
-        Without a standard deviation the latents are certain.
+        Return the mean and standard deviation of the latents, (B, channels, H / scale, W / scale) fp32. The standard
+        deviation is None if the latents are deterministic.
         """
         ...
 
     def decode(self, latents: Tensor) -> Tensor:
-        """Latents -> (B, 3, H, W) uint8."""
+        """Decode latents to (B, 3, H, W) uint8 images."""
         ...
 
 
 class PixelCodec:
-    """The identity: pixels in [-1, 1] are the latents. For the embedded data."""
+    """Identity codec, whose latents are the pixels scaled to [-1, 1]. The toy dataset uses it."""
 
     channels, scale, sha256 = 3, 1, ""
 
@@ -49,17 +50,21 @@ class PixelCodec:
 
 
 class VaeCodec:
-    """An AutoencoderKL from a local folder or hub name, or of a pipeline with one in it; it runs in ``dtype``.
+    """AutoencoderKL from a local folder, a hub name or a pipeline that contains one; it runs in ``dtype``.
 
-    Latents are (x - shift) * scale with its own scaling factor and shift, or mean and standard deviation per channel.
+    Latents are (x - shift) * scale, with the shift and scaling factor, or the per-channel mean and standard deviation,
+    of the VAE's own config.json.
     """
 
     def __init__(self, path: str, device: torch.device | None = None, dtype: torch.dtype = torch.float32) -> None:
-        """Raises UserError if ``path`` has no AutoencoderKL in safetensors, or factors that latents cannot have."""
+        """Load the VAE.
+
+        Raise UserError if ``path`` has no AutoencoderKL in safetensors, or an invalid shift or scaling factor.
+        """
         from diffusers import AutoencoderKL
 
         source = locate(VAE, path)
-        self.path = source.name  # of a pipeline, its folder of the VAE
+        self.path = source.name  # for a pipeline, the VAE's folder inside it
         self._device, self._dtype = device or torch.device("cpu"), dtype
         self._sha256: str | None = None
         self._vae: Any = load(VAE, source, AutoencoderKL, torch_dtype=dtype, use_safetensors=True)
@@ -71,14 +76,14 @@ class VaeCodec:
 
     @property
     def sha256(self) -> str:
-        """SHA-256 of the weights' files; the first use reads them all."""
+        """SHA-256 of the weight files. The first access reads all of them."""
         if self._sha256 is None:
             self._sha256 = weights_sha256(self.path)
         return self._sha256
 
     @torch.no_grad()
     def posterior(self, pictures: Tensor) -> tuple[Tensor, Tensor]:
-        """Shifted and scaled; on the CPU."""
+        """Return the shifted and scaled mean and the scaled standard deviation, on the CPU."""
         x, _ = PixelCodec().posterior(pictures.to(self._device))
         found = self._vae.encode(x.to(self._dtype)).latent_dist
         mean = (found.mean.float().cpu() - self.shift_factor) * self.scaling_factor
@@ -93,23 +98,24 @@ class VaeCodec:
 
 
 def vae_factors(config: Mapping[str, Any], path: str) -> tuple[Tensor, Tensor]:
-    """Shift and scale of the latents, fp64 of shape () or (channels, 1, 1), of a VAE's config.json.
+    """Return the latents' shift and scale from a VAE's config.json, fp64 of shape () or (channels, 1, 1).
 
-    diffusers' pipelines take ``latents_mean`` and ``latents_std`` in addition to the scaling factor, and then no
-    ``shift_factor``. Raises UserError for a factor that is not finite, or not positive where latents are divided by it.
+    diffusers' pipelines apply ``latents_mean`` and ``latents_std`` in addition to the scaling factor, and ignore
+    ``shift_factor`` if they do. Raise UserError if a factor is not finite, or if a factor that latents are divided by
+    is not positive.
     """
 
     def number(name: str, value: Any, positive: bool) -> float:
-        fine = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-        if not fine or (positive and value <= 0):
+        valid = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+        if not valid or (positive and value <= 0):
             kind = "a finite number above 0" if positive else "a finite number"
-            raise UserError(f"VAE {path} has {name}={json.dumps(value)} in its config.json: expected {kind}")
+            raise UserError(f"VAE {path} has {name}={json.dumps(value)} in its config.json; expected {kind}")
         return float(value)
 
     def channels(name: str, positive: bool) -> Tensor:
         values, count = config[name], config["latent_channels"]
         if not isinstance(values, list | tuple) or len(values) != count:
-            raise UserError(f"VAE {path} has {name}={json.dumps(values)} in its config.json: expected {count} numbers")
+            raise UserError(f"VAE {path} has {name}={json.dumps(values)} in its config.json; expected {count} numbers")
         return torch.tensor([number(name, value, positive) for value in values], dtype=torch.float64)[:, None, None]
 
     given = config.get("shift_factor")
@@ -124,8 +130,8 @@ def vae_factors(config: Mapping[str, Any], path: str) -> tuple[Tensor, Tensor]:
     if len(whitened) == 1 or shift:
         given = [*whitened, *(["shift_factor"] if shift else [])]
         raise UserError(
-            f"VAE {path} has {' and '.join(given)} in its config.json: expected latents_mean with latents_std, or "
-            "shift_factor"
+            f"VAE {path} has {' and '.join(given)} in its config.json; expected either both latents_mean and "
+            "latents_std, or shift_factor"
         )
     return channels("latents_mean", positive=False), scale / channels("latents_std", positive=True)
 
@@ -136,14 +142,14 @@ def open_codec(
     dtype: torch.dtype = torch.float32,
     channels: int | None = None,
 ) -> Codec:
-    """The codec that an index describes: {"kind": "pixels"} or {"kind": "vae", "path": ...}.
+    """Return the codec that an index describes: {"kind": "pixels"} or {"kind": "vae", "path": ...}.
 
-    Raises UserError if it cannot be loaded, or has latents of other ``channels``.
+    Raise UserError if the codec cannot be loaded, or if its latents do not have ``channels`` channels.
     """
     codec = PixelCodec() if description["kind"] == "pixels" else VaeCodec(description["path"], device, dtype)
     if channels not in (None, codec.channels):
         raise UserError(
-            f"VAE {description.get('path')} has latents of {codec.channels} channels, but the data have {channels}: "
-            "restore the VAE that made them"
+            f"VAE {description.get('path')} has {codec.channels} latent channels, but the dataset has {channels}; "
+            "restore the VAE that encoded the dataset"
         )
     return codec

@@ -1,11 +1,12 @@
-"""The sample order: a function of (seed, step) alone, whatever ranks and workers read it.
+"""The sample order, a function of (seed, step) only: it does not depend on the number of ranks or workers.
 
-Each dataset's epoch goes over its buckets in proportion to their sizes, a global batch of one bucket at a step. Within
-a bucket the shards are permuted and laid end to end, the samples of each permuted; the sequence is cut into ``lanes``
-of equal length, and every global batch takes the same number of samples from each lane, at the same places of the
-batch. So a rank reads its own lanes alone, a few shards at a time, while a batch is drawn from all over the data.
-Within a lane samples are shuffled again, over windows of a few shards. Nothing is held but the list of shards and one
-epoch's list of buckets, whatever the number of samples.
+An epoch of a dataset visits its buckets in proportion to their sizes; each step's global batch is from one bucket.
+Within a bucket the shards are permuted and concatenated, with the samples of each shard permuted. The resulting
+sequence is divided into ``lanes`` of equal length. Every global batch takes the same number of samples from each lane,
+at the same positions of the batch. A rank therefore reads only its own lanes, a few shards at a time, while a batch
+contains samples from the entire dataset. Within a lane, samples are shuffled again over windows of a few shards.
+
+Only the list of shards and one epoch's list of buckets are kept in memory, regardless of the number of samples.
 """
 
 from __future__ import annotations
@@ -15,19 +16,19 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from megatron_dit.data.shards import Index
+from megatron_dit.data.index import Index
 from megatron_dit.data.shuffle import key_of, shuffle
-from megatron_dit.errors import UserError
+from megatron_dit.runtime.errors import UserError
 
-LANES = 256  # at most: more ranks than that share lanes with their neighbours
-BLOCK = 1024  # steps in which every dataset of a mixture has its exact share
+LANES = 256  # maximum; with more ranks than this, neighbouring ranks share lanes
+BLOCK = 1024  # steps per block; every block contains each dataset of a mixture in its exact proportion
 
 
 class DatasetOrder:
-    """One dataset's batches, numbered from 0 over all epochs.
+    """The batches of one dataset, numbered from 0 across all epochs.
 
-    A bucket's tail that fills no global batch is left out of an epoch; another epoch leaves out others. ``left_out``
-    counts the samples of buckets that are smaller than a global batch and never come.
+    The last samples of a bucket, if they do not fill a global batch, are dropped for that epoch; each epoch drops
+    different ones. ``left_out`` counts the samples in buckets smaller than a global batch, which are never used.
     """
 
     def __init__(self, index: Index, key: Sequence[int], global_batch: int, window: int) -> None:
@@ -38,32 +39,32 @@ class DatasetOrder:
         self._samples = np.array([shard.samples for shard in index.shards])
         self._shards = [np.array(numbers) for numbers in shards.values()]
         sizes = np.array([self._samples[numbers].sum() for numbers in self._shards])
-        self._batches = sizes // global_batch  # of an epoch, by bucket
+        self._batches = sizes // global_batch  # per epoch, by bucket
         self._windows = [max(1, window * int(self._samples[numbers].max())) for numbers in self._shards]
         self._lanes = next(n for n in range(min(LANES, global_batch), 0, -1) if global_batch % n == 0)
         self.batches_per_epoch = int(self._batches.sum())
         self.left_out = int(sizes[self._batches == 0].sum())
         if not self.batches_per_epoch:
             raise UserError(
-                f"train.global_batch={global_batch} is larger than any bucket of {index.folder} "
-                f"(largest: {sizes.max()} samples): lower it or prepare more data"
+                f"train.global_batch={global_batch} is larger than every bucket of {index.folder} "
+                f"(largest: {sizes.max()} samples); reduce it or prepare more data"
             )
         self._epoch = functools.lru_cache(maxsize=2)(self._buckets)
         self._sequence = functools.lru_cache(maxsize=2 * len(self._shards))(self._shard_sequence)
 
     def _buckets(self, epoch: int) -> np.ndarray:
-        """The bucket of each batch of an epoch."""
+        """Return the bucket of each batch of an epoch."""
         rng = np.random.Generator(np.random.Philox(int(key_of(*self._key, 0, epoch))))
         return rng.permutation(np.repeat(np.arange(len(self._batches), dtype=np.int16), self._batches))
 
     def _shard_sequence(self, epoch: int, bucket: int) -> tuple[np.ndarray, np.ndarray]:
-        """A bucket's shards in an epoch's order, and where each ends in their sequence of samples."""
+        """Return a bucket's shards in the epoch's order, and where each ends in the sequence of samples."""
         rng = np.random.Generator(np.random.Philox(int(key_of(*self._key, 1, epoch, bucket))))
         order = rng.permutation(self._shards[bucket])
         return order, np.cumsum(self._samples[order])
 
     def batch(self, number: int, places: slice) -> np.ndarray:
-        """(places, 2) of (shard number, sample number) of batch ``number``, at some places of the global batch."""
+        """Return (shard number, sample number) of the ``places`` of batch ``number``, of shape (places, 2)."""
         epoch, position = divmod(number, self.batches_per_epoch)
         buckets = self._epoch(epoch)
         bucket = int(buckets[position])
@@ -71,8 +72,8 @@ class DatasetOrder:
         order, ends = self._sequence(epoch, bucket)
         lane, slot = np.divmod(np.arange(self._batch)[places], self._batch // self._lanes)
         length = int(self._batches[bucket]) * (self._batch // self._lanes)
-        at = turn * (self._batch // self._lanes) + slot  # in the lane
-        # Windows begin at another place in each lane, so that not all lanes need new shards at the same step.
+        at = turn * (self._batch // self._lanes) + slot  # position in the lane
+        # Windows are offset differently in each lane, so that the lanes do not all need new shards at the same step.
         window = min(self._windows[bucket], length)
         phase = lane * window // self._lanes
         number_of_window = (at + phase) // window
@@ -88,9 +89,10 @@ class DatasetOrder:
 
 
 class SampleOrder:
-    """Batches of a dataset, or of several, each with its share of the steps.
+    """The batches of one dataset, or of a mixture of several.
 
-    ``shares`` are by dataset, beyond the first, which has the rest; every 1,024 steps hold each in its exact share.
+    ``shares`` are the fractions of the steps of all datasets except the first, which gets the remaining steps. Every
+    block of 1,024 steps contains each dataset in its exact proportion.
     """
 
     def __init__(
@@ -100,10 +102,10 @@ class SampleOrder:
         self._seed = seed
         self.datasets = [DatasetOrder(index, (seed, i), global_batch, window) for i, index in enumerate(indexes)]
         counts = [round(share * BLOCK) for share in shares]
-        self._ends = np.cumsum([BLOCK - sum(counts), *counts])  # of each dataset's turns, in a block of steps
+        self._ends = np.cumsum([BLOCK - sum(counts), *counts])  # end of each dataset's turns in a block of steps
 
     def dataset(self, step: int) -> tuple[int, int]:
-        """(the dataset that has ``step``, how many steps it had before)."""
+        """Return (the dataset of ``step``, the number of earlier steps with that dataset)."""
         if len(self.datasets) == 1:
             return 0, step
         block, position = divmod(step, BLOCK)
@@ -114,7 +116,10 @@ class SampleOrder:
         return number, int(block * per_block + (chosen[:-1] == number).sum())
 
     def batch(self, step: int, places: slice = slice(None)) -> np.ndarray:
-        """(places, 3) of (dataset, shard, sample) of step ``step`` (from 0), at some places of its global batch."""
+        """Return (dataset, shard, sample) of the ``places`` of the global batch of ``step``, of shape (places, 3).
+
+        Steps count from 0.
+        """
         number, turn = self.dataset(step)
         found = self.datasets[number].batch(turn, places)
         return np.insert(found, 0, number, axis=1)

@@ -1,4 +1,4 @@
-"""Samples by their place in the order: read, checked, and given their randomness; then batches of them."""
+"""Dataset that reads and checks samples by their place in the order, draws their random numbers and batches them."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ from torch.utils.data import Dataset
 
 from megatron_dit.config import Config
 from megatron_dit.data.batch import Batch
+from megatron_dit.data.index import Index
 from megatron_dit.data.members import check_captions, class_number, member_array
-from megatron_dit.data.shards import Index
-from megatron_dit.data.store import open_store
+from megatron_dit.data.shard_cache import open_store
 from megatron_dit.data.tar import BadSample, ShardReader
 from megatron_dit.data.text import pad
-from megatron_dit.models.condition import Condition
+from megatron_dit.models.common.condition import Condition
 
 Place = tuple[int, int, int, int, int]  # (step, position in the global batch, dataset, shard, sample)
 
-OPEN_SHARDS = 256  # files kept open by a worker
-RETRY_SECONDS = 60.0  # before a shard that could not be had is asked for again
+OPEN_SHARDS = 256  # maximum number of files that a worker keeps open
+RETRY_SECONDS = 60.0  # delay before retrying to open an unavailable shard
 
 
 @dataclass(frozen=True)
@@ -43,15 +43,15 @@ class Sample:
 
 
 class Samples(Dataset[Sample]):
-    """Random access by :data:`Place`; a sample that cannot be read says so and is otherwise zeros.
+    """Random access to samples by :data:`Place`. An unreadable sample has ``bad`` set and zero latents.
 
-    All randomness comes from (seed, step, position): the noise, t's quantile, what is dropped, which of several
-    captions is taken, and the draw from a VAE's posterior, anew each epoch.
+    All random numbers depend on (seed, step, position) only: the noise, the quantile of t, the caption dropout, the
+    choice among several captions, and the sample from a VAE's posterior. They therefore differ in each epoch.
     """
 
     def __init__(self, data: Sequence[Index], config: Config) -> None:
         self._data, self._config = data, config
-        self._shards = Shards(data, config)
+        self._shards = ShardPool(data, config)
         model = config.model
         self._text = "ids.npy" if config.data.text_encoder else "text.npy"
         self._has_features = bool(model.repa_block) and not config.data.repa_encoder
@@ -64,7 +64,7 @@ class Samples(Dataset[Sample]):
         shape = (self._data[dataset].channels, *shard.bucket)
         rng = np.random.Generator(np.random.Philox(key=[self._config.seed, step], counter=[0, 0, 0, position + 1]))
         u, drop = rng.random(2)
-        u = min(max(u, 1e-9), 1 - 1e-9)  # a quantile of t: 0 and 1 themselves stand for infinities
+        u = min(max(u, 1e-9), 1 - 1e-9)  # quantile of t; exactly 0 or 1 would map to infinity
         noise = rng.standard_normal(shape, dtype=np.float32)
         try:
             key, members = self._shards.open(dataset, number).read(sample, self._wanted)
@@ -102,7 +102,10 @@ class Samples(Dataset[Sample]):
                 tokens = array(self._text, (None, model.text_dim))
             check_captions(captions, where)
             if captions[:, 0].sum() != len(tokens):
-                raise BadSample("wrong_shape", f"{where}: {self._text} has {len(tokens)} tokens, not its captions'")
+                raise BadSample(
+                    "wrong_shape",
+                    f"{where}: {self._text} has {len(tokens)} tokens, but captions.npy has {captions[:, 0].sum():g}",
+                )
             tokens = _one_of(captions, tokens, rng)
             text, ids = (None, tokens) if self._text == "ids.npy" else (tokens, None)
         return Sample(where, latent, u, drop, noise, text, ids, label, features)
@@ -112,6 +115,7 @@ class Samples(Dataset[Sample]):
         features = None
         if self._has_features:
             height, width = samples[0].latent.shape[1:]
+            assert model.repa_dim is not None
             blank = np.zeros((height * width // model.patch_size**2, model.repa_dim))
             features = _stack([blank if sample.features is None else sample.features for sample in samples])
         ids = ()
@@ -142,13 +146,13 @@ class Samples(Dataset[Sample]):
 
 
 def with_text(dropped: Tensor, features: Sequence[Tensor], tokens: int) -> Condition:
-    """The condition of captions' features (tokens, dim), padded; a caption of no tokens is the null caption."""
+    """Return the condition for captions' features (tokens, dim), padded. A caption without tokens counts as dropped."""
     text, mask = pad(features, tokens)
     return Condition(dropped | ~mask.any(1), text, mask)
 
 
-class Shards:
-    """The open shards of several datasets, the longest unused closed first."""
+class ShardPool:
+    """The open shards of several datasets. If there are too many, the least recently used one is closed."""
 
     def __init__(self, data: Sequence[Index], config: Config) -> None:
         self._data = data
@@ -157,7 +161,7 @@ class Shards:
         self._failed: dict[tuple[int, int], tuple[float, BadSample]] = {}
 
     def open(self, dataset: int, number: int) -> ShardReader:
-        """Raises BadSample where the shard is missing or torn, deleted since it was opened among it."""
+        """Return a reader of the shard, reopening it if its file was deleted. Raise BadSample if missing or corrupt."""
         place = dataset, number
         reader = self._open.get(place)
         if reader is not None and not reader.deleted:
@@ -182,7 +186,7 @@ class Shards:
 
 
 def _one_of(captions: np.ndarray, tokens: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """The tokens of one caption, drawn by weight."""
+    """Return the tokens of one caption, chosen at random in proportion to the captions' weights."""
     if len(captions) == 1:
         return tokens
     chances = np.cumsum(captions[:, 1])

@@ -1,13 +1,13 @@
-"""Small drawn scenes with captions, and a scorer that reads a picture back.
+"""Toy dataset of rendered scenes with captions, and a scorer that recognises the objects in an image.
 
-A picture is (16, 16, 3) uint8: four 8x8 cells named by their quadrant, each empty or holding one flat
-coloured shape about 6 pixels wide. Captions come in three kinds:
+An image is (16, 16, 3) uint8: four 8x8 cells named by their quadrant, each empty or containing one flat
+coloured shape about 6 pixels wide. There are three kinds of captions:
 
     single   "a red circle at the top left"
-    counted  "three green squares"                 drawn from the top left on, right in any cells
+    counted  "three green squares"                 rendered from the top left on; any cells score as correct
     pair     "a red circle at the top left and a blue square at the bottom right"
 
-A fixed sixth of each kind's combinations is held out: training draws never show them, while every word and
+A fixed sixth of each kind's combinations is held out: training scenes never contain them, while every word and
 every (colour, shape) still occurs in training in other combinations.
 """
 
@@ -44,13 +44,13 @@ COUNTS: dict[str, int] = {"two": 2, "three": 3, "four": 4}
 HOLD_EVERY = 6
 KINDS = len(COLOURS) * len(SHAPES)
 
-# Noise of sigma 12 alone leaves an empty cell with a spread of 12; a shape at a quarter of its contrast has
-# about 20, so a visible ghost is no empty cell.
+# An empty cell with noise of sigma 12 has a standard deviation of 12; a shape at a quarter of its contrast has
+# about 20. A cell with a faintly visible shape therefore does not count as empty.
 EMPTY_SPREAD = 20.0
 BACKGROUND_LIMIT = 80.0
-# The share of a cell's variance that one flat shape on one flat ground must explain.
+# Fraction of a cell's variance that one flat shape on a flat background must explain.
 FIT_LIMIT = 0.85
-# Below half of the smallest distance between two palette colours, so no colour is near two names.
+# Less than half of the smallest distance between two palette colours, so that no colour matches two names.
 COLOUR_LIMIT = 75.0
 
 
@@ -65,7 +65,7 @@ class SceneObject:
 
 @dataclass(frozen=True)
 class Scene:
-    """A caption and 1 to 4 objects, at most one per position, that fulfil it exactly."""
+    """A caption and the 1 to 4 objects, at most one per position, that it describes exactly."""
 
     caption: str
     objects: tuple[SceneObject, ...]
@@ -73,29 +73,29 @@ class Scene:
 
 @dataclass(frozen=True)
 class CountedKind:
-    """A request for `count` (2 to 4) equal objects in any cells."""
+    """A request for `count` (2 to 4) identical objects in any cells."""
 
     count: int
     colour: str
     shape: str
 
 
-class _SmearError(Exception):
-    """A cell is neither empty nor a shape that can be named."""
+class _UnrecognisedCell(Exception):
+    """Raised if a cell is neither empty nor a recognisable shape."""
 
 
 Combination = tuple[SceneObject, ...] | CountedKind
 
 
 def kind_index(colour: str, shape: str) -> int:
-    """Number of a (colour, shape) in [0, KINDS); the first object's is the picture's class label."""
+    """Return the index of a (colour, shape) in [0, KINDS). That of the first object is the image's class label."""
     return tuple(COLOURS).index(colour) * len(SHAPES) + SHAPES.index(shape)
 
 
 def is_held_out(combination: Combination) -> bool:
-    """Whether training must never show this combination: a placed object, a counted kind or a pair of kinds.
+    """Return whether a combination (a placed object, a counted kind or a pair) is excluded from training.
 
-    A pair is held out by its two (colour, shape) kinds, whatever the order and the positions.
+    For a pair this depends only on the two (colour, shape) kinds, not on their order or positions.
     """
     if isinstance(combination, CountedKind):
         colour, shape = tuple(COLOURS).index(combination.colour), SHAPES.index(combination.shape)
@@ -109,10 +109,10 @@ def is_held_out(combination: Combination) -> bool:
 
 @cache
 def combinations(held_out: bool) -> tuple[tuple[Combination, ...], ...]:
-    """All (singles, counted, ordered pairs) of training, or those held out.
+    """Return all (singles, counted, ordered pairs) of training, or all held-out ones.
 
-    A pair holds no held-out placed object on either side of the split, so a held-out pair is new by its
-    pairing alone.
+    Pairs of both splits contain only placed objects that occur in training, so that only the pairing is new in a
+    held-out pair.
     """
     placed = [SceneObject(*names) for names in product(COLOURS, SHAPES, POSITIONS)]
     singles = [(one,) for one in placed if is_held_out((one,)) == held_out]
@@ -138,12 +138,13 @@ def _caption(combination: Combination) -> str:
 
 
 def draw_scene(rng: np.random.Generator, held_out: bool = False) -> Scene:
-    """Draw a scene: a kind of caption with equal chances, then one of its combinations of that split."""
+    """Sample a scene: first the kind of caption, then one of its combinations in the split, both uniformly."""
     kinds = combinations(held_out)
     kind = kinds[rng.integers(len(kinds))]
     combination = kind[rng.integers(len(kind))]
     if isinstance(combination, CountedKind):
-        # Free cells would make each picture a set of coin flips that must agree, which small models miscount.
+        # With random cells, the model's choices for the individual cells would have to agree on the total count, which
+        # small models get wrong.
         cells = POSITIONS[: combination.count]
         objects = tuple(SceneObject(combination.colour, combination.shape, cell) for cell in cells)
     else:
@@ -152,12 +153,12 @@ def draw_scene(rng: np.random.Generator, held_out: bool = False) -> Scene:
 
 
 def held_out_captions(n: int, seed: int) -> list[str]:
-    """`n` distinct held-out captions, taken from the three kinds in turn while each lasts."""
+    """Return `n` distinct held-out captions, taken in turn from each of the three kinds until it is exhausted."""
     rng = np.random.default_rng(seed)
     queues = [[_caption(kind[index]) for index in rng.permutation(len(kind))] for kind in combinations(True)]
     total = sum(len(queue) for queue in queues)
     if not 0 <= n <= total:
-        raise ValueError(f"held_out_captions: n must be from 0 to {total}, got {n}")
+        raise ValueError(f"held_out_captions: n={n}, expected 0 to {total}")
     captions: list[str] = []
     while len(captions) < n:
         captions.extend(queue.pop() for queue in queues if queue)
@@ -165,13 +166,13 @@ def held_out_captions(n: int, seed: int) -> list[str]:
 
 
 def vocabulary() -> tuple[str, ...]:
-    """Every word a caption can hold, sorted."""
+    """Return all words that occur in captions, sorted."""
     captions = [_caption(each) for split in (False, True) for kind in combinations(split) for each in kind]
     return tuple(sorted({word for caption in captions for word in caption.split()}))
 
 
 def _coverage(shape: str, dy: float, dx: float, samples: int = 8) -> np.ndarray:
-    """Share of each pixel of a cell, (8, 8) in [0, 1], that `shape` covers at (dy, dx) pixels off centre."""
+    """Return the fraction of each pixel of a cell, (8, 8), that `shape` covers if it is (dy, dx) pixels off centre."""
     at = (np.arange(CELL * samples) + 0.5) / samples - CELL / 2
     y, x = (at[:, None] - dy) / RADIUS, (at[None, :] - dx) / RADIUS
     reach = np.maximum(abs(y), abs(x)) <= 1
@@ -192,7 +193,7 @@ def _cell(position: str) -> tuple[slice, slice]:
 
 
 def render(scene: Scene, rng: np.random.Generator) -> np.ndarray:
-    """Draw `scene` as (16, 16, 3) uint8, with each object's place and colour and the ground jittered."""
+    """Render `scene` as (16, 16, 3) uint8, with random jitter of object positions, object colours and background."""
     ground = rng.uniform(12, 40) + rng.uniform(-4, 4, size=3)
     picture = np.broadcast_to(ground, (SIDE, SIDE, 3)).copy()
     for placed in scene.objects:
@@ -205,7 +206,7 @@ def render(scene: Scene, rng: np.random.Generator) -> np.ndarray:
 
 @cache
 def _templates() -> tuple[np.ndarray, tuple[str, ...]]:
-    """Centred coverages (templates, 64) at quarter-pixel shifts with the pixel means in a last column."""
+    """Return zero-mean coverages (templates, 64) at quarter-pixel shifts, with their means as the last column."""
     shifts = np.arange(-JITTER, JITTER + 0.01, 0.25)
     keys = list(product(SHAPES, shifts, shifts))
     cover = np.stack([_coverage(*key).ravel() for key in keys])
@@ -214,38 +215,44 @@ def _templates() -> tuple[np.ndarray, tuple[str, ...]]:
 
 
 def _read_cell(cell: np.ndarray) -> tuple[str, str] | None:
-    """(colour, shape) of a cell (64, 3) in [0, 255], None when it is empty; _SmearError when neither."""
+    """Return the (colour, shape) in a cell (64, 3) with values in [0, 255], or None if it is empty.
+
+    Raise _UnrecognisedCell if it is neither.
+    """
     mean = cell.mean(axis=0)
     centred = cell - mean
     if np.sqrt((centred**2).mean()) < EMPTY_SPREAD:
         if mean.max() > BACKGROUND_LIMIT:
-            raise _SmearError("a bright cell without a shape")
+            raise _UnrecognisedCell("bright cell without a shape")
         return None
     templates, names = _templates()
     cover, cover_mean = templates[:, :-1], templates[:, -1:]
-    # Least squares of the cell on (coverage, 1): slope is the step from ground to object, per channel.
+    # Least-squares fit of the cell on (coverage, 1): the slope is the step from background to object, per channel.
     power = (cover**2).sum(axis=1, keepdims=True)
     slope = cover @ centred / power
     explained = (slope**2 * power).sum(axis=1) / (centred**2).sum()
     best = int(explained.argmax())
     ground = mean - slope[best] * cover_mean[best]
     if explained[best] < FIT_LIMIT or ground.max() > BACKGROUND_LIMIT:
-        raise _SmearError("a smear")
+        raise _UnrecognisedCell("no shape fits the cell")
     distance = np.linalg.norm(np.array(list(COLOURS.values())) - (ground + slope[best]), axis=1)
     if distance.min() > COLOUR_LIMIT:
-        raise _SmearError("a colour without a name")
+        raise _UnrecognisedCell("colour is not in the palette")
     return tuple(COLOURS)[int(distance.argmin())], names[best]
 
 
 def read_picture(picture: np.ndarray) -> tuple[SceneObject, ...] | None:
-    """Objects of a (16, 16, 3) picture in [0, 255], in POSITIONS' order; None when a cell is a smear."""
+    """Return the objects in a (16, 16, 3) image with values in [0, 255], in the order of POSITIONS.
+
+    Return None if a cell cannot be recognised.
+    """
     if picture.shape != (SIDE, SIDE, 3):
-        raise ValueError(f"a picture must have shape ({SIDE}, {SIDE}, 3), got {picture.shape}")
+        raise ValueError(f"image has shape {picture.shape}, expected ({SIDE}, {SIDE}, 3)")
     found = []
     for position in POSITIONS:
         try:
             kind = _read_cell(picture[_cell(position)].reshape(-1, 3).astype(np.float64))
-        except _SmearError:
+        except _UnrecognisedCell:
             return None
         if kind is not None:
             found.append(SceneObject(*kind, position))
@@ -253,7 +260,7 @@ def read_picture(picture: np.ndarray) -> tuple[SceneObject, ...] | None:
 
 
 def parse_caption(caption: str) -> Combination:
-    """What a caption asks for; ValueError when it is of none of the three kinds."""
+    """Return the combination that a caption describes. Raise ValueError if it is none of the three kinds."""
     colours, shapes, positions = "|".join(COLOURS), "|".join(SHAPES), "|".join(POSITIONS)
     counted = re.fullmatch(f"({'|'.join(COUNTS)}) ({colours}) ({'|'.join(PLURALS.values())})", caption)
     if counted:
@@ -264,12 +271,12 @@ def parse_caption(caption: str) -> Combination:
     objects = tuple(SceneObject(*match.groups()) for match in matches if match)
     places = {placed.position for placed in objects}
     if len(objects) != len(matches) or len(objects) > 2 or len(places) != len(objects):
-        raise ValueError(f"not a caption of a scene: {caption!r}")
+        raise ValueError(f"not a scene caption: {caption!r}")
     return objects
 
 
 def score(picture: np.ndarray, caption: str) -> bool:
-    """Whether a (16, 16, 3) picture in [0, 255] shows all that `caption` asks for and nothing else."""
+    """Return whether a (16, 16, 3) image with values in [0, 255] shows exactly what `caption` describes."""
     wanted = parse_caption(caption)
     found = read_picture(picture)
     if found is None:

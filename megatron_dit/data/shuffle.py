@@ -1,4 +1,4 @@
-"""Permutations that are evaluated where they are asked, so that none is ever held in memory."""
+"""Pseudorandom permutations that are evaluated per element, so that no permutation is stored in memory."""
 
 from __future__ import annotations
 
@@ -8,26 +8,27 @@ ROUNDS = 8
 
 
 def mix(x: np.ndarray) -> np.ndarray:
-    """A bijection of uint64 in which each bit of the input flips about half of the output (splitmix64's finalizer)."""
+    """Apply splitmix64's finalizer, a bijection of uint64 in which each input bit flips about half of the output."""
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return x ^ (x >> np.uint64(31))
 
 
 def key_of(*parts: int | np.ndarray) -> np.ndarray:
-    """uint64 keys that differ wherever one of ``parts`` does; arrays broadcast."""
+    """Hash ``parts`` to uint64 keys. Arrays broadcast."""
     key = np.zeros(np.broadcast_shapes(*(np.shape(part) for part in parts)), dtype=np.uint64)
-    with np.errstate(over="ignore"):  # of scalars, which arrays do not mention
+    with np.errstate(over="ignore"):  # NumPy warns about the overflow of scalars, but not of arrays
         for part in parts:
             key = mix(key + np.uint64(0x9E3779B97F4A7C15) + np.asarray(part).astype(np.uint64))
     return key
 
 
 def shuffle(position: np.ndarray, length: np.ndarray | int, key: np.ndarray) -> np.ndarray:
-    """Images of ``position`` under the permutations of range(``length``) that ``key`` names, element by element.
+    """Map each ``position`` with the pseudorandom permutation of range(``length``) selected by ``key``, elementwise.
 
-    A Feistel network on the smallest domain of an even number of bits that holds ``length``; values that fall outside
-    are sent through again, which ends since the network is a permutation (cycle walking).
+    This is a Feistel network on the smallest domain with an even number of bits that contains range(``length``). Values
+    outside the range are mapped again until they fall into it (cycle walking), which terminates because the network is
+    a permutation.
     """
     value = np.asarray(position).astype(np.uint64)
     length, key = np.broadcast_to(length, value.shape).astype(np.uint64), np.broadcast_to(key, value.shape)

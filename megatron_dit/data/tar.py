@@ -1,19 +1,19 @@
-"""One shard: a plain tar that webdataset opens, with a table of its samples at the end.
+"""One shard: a tar in webdataset format, with a table of its samples at the end.
 
-A sample's members are ``KEY.EXTENSION``:
+A sample's members are named ``KEY.EXTENSION``:
 
-    latent.npy    (C, H, W) fp16; the mean of a VAE's posterior, shifted and scaled
-    std.npy       (C, H, W) fp16; its standard deviation, scaled; none where the latents are pixels
-    ids.npy       (tokens,) int32 of all captions, one after the other, as the tokenizer ends them
-    text.npy      (tokens, text_dim) fp16 of the same, unpadded; none where the text encoder runs online
-    captions.npy  (captions, 2) fp64: tokens and weight of each caption
-    features.npy  (tokens, dim) fp16 of a vision encoder
-    cls           the number of the class
-    txt, json     the first caption and what is known of the picture, for people
+    latent.npy    (C, H, W) fp16, mean of the VAE's posterior, shifted and scaled
+    std.npy       (C, H, W) fp16, standard deviation of the posterior, scaled; absent if the latents are pixels
+    ids.npy       (tokens,) int32, token ids of all captions, concatenated, each with its end token
+    text.npy      (tokens, text_dim) fp16, text features of these tokens, unpadded; absent if encoded online
+    captions.npy  (captions, 2) fp64, number of tokens and weight of each caption
+    features.npy  (tokens, dim) fp16, features of a vision encoder
+    cls           class label, as text
+    txt, json     first caption and the image's metadata, for human readers only
 
 Arrays are read without pickle, and no other member is ever opened. The table ``__table__/samples.npy``, which
-webdataset skips, says where each member lies and its CRC-32: opening a shard takes one read however many samples it
-has, and a sample takes two.
+webdataset skips, contains the offset, size and CRC-32 of each member. Opening a shard takes one read, regardless of the
+number of samples, and reading a sample takes two.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from pathlib import Path
 
 import numpy as np
 
-from megatron_dit.data.pretrained import reason_of
+from megatron_dit.data.hub import reason_of
 
 MEMBERS = ("latent.npy", "std.npy", "ids.npy", "text.npy", "captions.npy", "features.npy", "cls", "txt", "json")
 TABLE = "__table__/samples.npy"
@@ -49,7 +49,7 @@ CAUSES = (
 
 
 class BadSample(Exception):
-    """A sample or shard that cannot be used; ``cause`` is one of CAUSES."""
+    """Raised if a sample or shard cannot be used. ``cause`` is one of CAUSES."""
 
     def __init__(self, cause: str, text: str) -> None:
         super().__init__(text)
@@ -66,56 +66,56 @@ class Shard:
     samples: int
     bytes: int
     sha256: str
-    bucket: tuple[int, int]  # (height, width) of its latents
-    table: int  # where its table's rows begin
+    bucket: tuple[int, int]  # (height, width) of the latents
+    table: int  # byte offset of the rows of the table
 
 
 def table_dtype(members: int, key: int) -> np.dtype:
-    """A row of the table; a member that a sample lacks has size -1."""
+    """Return the dtype of the table's rows. A member that a sample lacks has size -1."""
     return np.dtype([("key", f"S{key}"), ("offset", "<i8", members), ("size", "<i4", members), ("crc", "<u4", members)])
 
 
 class ShardReader:
-    """Random access to the samples of one tar. Nothing but an open file is held."""
+    """Random access to the samples of one tar. It keeps the file open and nothing in memory."""
 
     def __init__(self, path: Path, shard: Shard, members: Sequence[str]) -> None:
-        """Raises BadSample where the file is missing or is not the shard of the index."""
+        """Open the shard. Raise BadSample if the file is missing or does not match its entry in the index."""
         self.path, self._samples, self._members = path, shard.samples, tuple(members)
         self._rows = shard.table
         try:
-            if path.exists() and not path.is_file():  # opening a FIFO would wait for its writer
+            if path.exists() and not path.is_file():  # opening a FIFO would block
                 raise OSError(errno.EINVAL, "not a regular file")
             self._file = path.open("rb")
         except OSError as error:
-            raise BadSample("missing_shard", f"shard {path} is missing ({error.strerror}): restore it") from None
+            raise BadSample("missing_shard", f"shard {path} is missing ({error.strerror}); restore it") from None
         size = os.fstat(self._file.fileno()).st_size
         if size != shard.bytes:
-            raise BadSample("torn_shard", f"shard {path} has {size} bytes, its index says {shard.bytes}: restore it")
+            raise BadSample("torn_shard", f"shard {path} has {size} bytes, expected {shard.bytes}; restore it")
         self._size = size
         self._dtype = self._table_dtype()
 
     def _table_dtype(self) -> np.dtype:
-        """The rows' type, by the header that stands before them."""
+        """Return the dtype of the rows, read from the array header that precedes them."""
         length = 128 + 64 * 4
         head = self._pread(max(0, self._rows - length), min(length, self._rows))
         try:
             file = io.BytesIO(head[head.rindex(np.lib.format.MAGIC_PREFIX) :])
             np.lib.format.read_magic(file)
             shape, _, dtype = np.lib.format.read_array_header_1_0(file)
-            whole = file.read() == b"" and shape == (self._samples,) and dtype.names is not None
-            if not whole or dtype != table_dtype(len(self._members), dtype["key"].itemsize):
-                raise ValueError(f"{shape} rows of {dtype}")
+            complete = file.read() == b"" and shape == (self._samples,) and dtype.names is not None
+            if not complete or dtype != table_dtype(len(self._members), dtype["key"].itemsize):
+                raise ValueError(f"found {shape} rows of {dtype}")
             if self._rows + self._samples * dtype.itemsize > self._size:
-                raise ValueError("its rows go beyond the end of the file")
+                raise ValueError("its rows extend beyond the end of the file")
         except Exception as error:  # as in parse_array
             raise BadSample(
-                "torn_shard", f"shard {self.path} has no table of {self._samples} samples ({error}): restore it"
+                "torn_shard", f"shard {self.path} has no valid table of {self._samples} samples ({error}); restore it"
             ) from None
         return dtype
 
     @property
     def deleted(self) -> bool:
-        """Whether the file has been unlinked since it was opened."""
+        """Return whether the file was deleted after it was opened."""
         return os.fstat(self._file.fileno()).st_nlink == 0
 
     def close(self) -> None:
@@ -128,16 +128,19 @@ class ShardReader:
             raise BadSample("missing_shard", f"shard {self.path} cannot be read ({error.strerror})") from None
 
     def rows(self, start: int = 0, stop: int | None = None) -> np.ndarray:
-        """Rows of the table: key, and offset, size and crc of each member."""
+        """Return rows of the table: the key, and the offset, size and CRC-32 of each member."""
         size = self._dtype.itemsize
         count = (self._samples if stop is None else stop) - start
         data = self._pread(self._rows + start * size, count * size)
         if len(data) != count * size:
-            raise BadSample("torn_shard", f"shard {self.path} ends within its table: restore it")
+            raise BadSample("torn_shard", f"shard {self.path} ends within its table; restore it")
         return np.frombuffer(data, self._dtype)
 
     def read(self, number: int, wanted: Sequence[str]) -> tuple[str, dict[str, bytes]]:
-        """(key, the ``wanted`` members that sample ``number`` has), read in one piece and checked."""
+        """Return (key, members) of sample ``number``, where members are those of ``wanted`` that the sample has.
+
+        They are read at once, and their CRC-32 is checked.
+        """
         row = self.rows(number, number + 1)[0]
         key = row["key"].decode("ascii", errors="replace")
         held = {
@@ -145,9 +148,9 @@ class ShardReader:
             for i, name in enumerate(self._members)
             if row["size"][i] >= 0
         }
-        lacking = row["size"] == -1  # what is less is no size
+        lacking = row["size"] == -1  # smaller values are invalid
         if (row["size"][~lacking] < 0).any() or not self._plausible([place[:2] for place in held.values()]):
-            raise BadSample("torn_shard", f"sample {key} of shard {self.path}: its row of the table is corrupt")
+            raise BadSample("torn_shard", f"sample {key} of shard {self.path}: its row in the table is corrupt")
         places = {name: place for name, place in held.items() if name in wanted}
         if not places:
             return key, {}
@@ -161,10 +164,10 @@ class ShardReader:
         return key, found
 
     def _plausible(self, places: list[tuple[int, int]]) -> bool:
-        """Whether a sample's members, (offset, size), lie in the file one after the other, as write_shard puts them.
+        """Return whether members at (offset, size) are contiguous in the file, as write_shard writes them.
 
-        A row of the table has no checksum. With an offset or size off by one bit, the piece to read could be as large
-        as the shard.
+        The table's rows have no checksum. If one bit of an offset or size were wrong, the range to read could be as
+        large as the shard.
         """
         places = sorted(places)
         ends = [offset + -(-size // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE for offset, size in places]
@@ -173,7 +176,7 @@ class ShardReader:
 
 
 def sha256_of(*paths: Path) -> str:
-    """Of the files' bytes, one after the other."""
+    """Return the SHA-256 of the concatenated content of the files."""
     digest = hashlib.sha256()
     for path in paths:
         with path.open("rb") as file:
@@ -183,10 +186,10 @@ def sha256_of(*paths: Path) -> str:
 
 
 def parse_array(data: bytes, where: str) -> np.ndarray:
-    """Return the array of an ``.npy`` file.
+    """Return the array in the bytes of an ``.npy`` file.
 
-    Raises BadSample, which names ``where``, for anything else: pickled objects, or a header whose shape is not that of
-    the bytes that follow.
+    Raise BadSample, which mentions ``where``, for anything else, such as pickled objects or a header whose shape does
+    not match the number of bytes that follow.
     """
     try:
         file = io.BytesIO(data)
@@ -195,14 +198,14 @@ def parse_array(data: bytes, where: str) -> np.ndarray:
         shape, _, dtype = read(file)
         size = math.prod(shape) * dtype.itemsize
         if size != len(data) - file.tell() or min(shape, default=0) < 0:
-            raise ValueError(f"its header tells of {size} bytes, and {len(data) - file.tell()} follow")
+            raise ValueError(f"its header describes {size} bytes, but {len(data) - file.tell()} follow")
         return np.lib.format.read_array(io.BytesIO(data), allow_pickle=False)
-    except Exception as error:  # a header may be any text: SyntaxError, TokenError, OverflowError, MemoryError, ...
-        raise BadSample("not_an_array", f"{where} is no array ({reason_of(error)})") from None
+    except Exception as error:  # a corrupt header can raise SyntaxError, TokenError, OverflowError, MemoryError, ...
+        raise BadSample("not_an_array", f"{where} is not a valid array ({reason_of(error)})") from None
 
 
 def npy(array: np.ndarray) -> bytes:
-    """The bytes of an ``.npy`` file."""
+    """Return an array as the bytes of an ``.npy`` file."""
     buffer = io.BytesIO()
     np.save(buffer, array, allow_pickle=False)
     return buffer.getvalue()
@@ -211,13 +214,16 @@ def npy(array: np.ndarray) -> bytes:
 def write_shard(
     path: Path, samples: Iterable[Mapping[str, bytes | str]], bucket: tuple[int, int], members: Sequence[str] = MEMBERS
 ) -> Shard:
-    """Write samples (members by extension, and ``__key__``) to ``path``, atomically and reproducibly."""
+    """Write samples to ``path``, atomically and reproducibly.
+
+    A sample maps the extensions of its members to their contents, and ``__key__`` to its key.
+    """
     part = path.with_suffix(".part")
     rows: list[tuple[bytes, list[int], list[int], list[int]]] = []
     with part.open("wb") as file, tarfile.open(fileobj=file, mode="w", format=tarfile.USTAR_FORMAT) as tar:
 
         def add(name: str, data: bytes) -> int:
-            """Where the data begin."""
+            """Add a member and return the offset of its data."""
             info = tarfile.TarInfo(name)
             info.size = len(data)
             tar.addfile(info, io.BytesIO(data))
@@ -236,7 +242,7 @@ def write_shard(
         width = max((len(key) for key, *_ in rows), default=1)
         table = npy(np.array(rows, dtype=table_dtype(len(members), width)))
         begin = add(TABLE, table) + len(table) - len(rows) * table_dtype(len(members), width).itemsize
-        tar.close()  # writes the end of the archive
+        tar.close()  # writes the end-of-archive marker
         file.flush()
         os.fsync(file.fileno())
     size, digest = part.stat().st_size, sha256_of(part)

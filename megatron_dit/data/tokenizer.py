@@ -1,4 +1,4 @@
-"""T5's tokenizers: a ``tokenizer.json``, or the ``spiece.model`` that Google's T5 and PixArt-α's pipelines have."""
+"""T5 tokenizers, from a ``tokenizer.json`` or from the ``spiece.model`` of Google's T5 and PixArt-α's pipelines."""
 
 from __future__ import annotations
 
@@ -6,29 +6,29 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-from megatron_dit.data.pretrained import T5, Source, loading, read_json
-from megatron_dit.errors import UserError
+from megatron_dit.data.hub import T5, Source, loading, read_json
 from megatron_dit.runtime.content import content_of
+from megatron_dit.runtime.errors import UserError
 
 FAST, PIECES = "tokenizer.json", "spiece.model"
 
 
 class _Backend(Protocol):
-    vocabulary: int  # ids are below it
+    vocabulary: int  # vocabulary size; ids are below it
 
     def encode(self, captions: Sequence[str]) -> list[list[int]]:
-        """Ids with T5's end token last, at most as many as the tokenizer was opened for."""
+        """Return each caption's ids, ending with T5's end token and truncated to the maximum given on construction."""
         ...
 
 
 class Tokenizer:
-    """Ids of captions. ``path`` is the file that it was read from."""
+    """Converts captions to token ids. ``path`` is the file that the tokenizer was read from."""
 
     def __init__(self, path: Path, backend: _Backend) -> None:
         self.path, self._backend = path, backend
 
     def encode(self, captions: Sequence[str]) -> list[list[int]]:
-        # JSON may hold halves of surrogate pairs, which neither library takes.
+        # Captions from JSON may contain lone surrogates, which neither library accepts.
         return self._backend.encode([text.encode("utf-8", "replace").decode() for text in captions])
 
     def check(self, name: str, config: Any) -> None:
@@ -36,24 +36,24 @@ class Tokenizer:
         if self._backend.vocabulary > config.vocab_size:
             raise UserError(
                 f"text encoder {name} has embeddings of {config.vocab_size:,} tokens, but {self.path} has "
-                f"{self._backend.vocabulary:,}: give the tokenizer that belongs to it"
+                f"{self._backend.vocabulary:,} tokens; use the tokenizer that belongs to the encoder"
             )
         (empty,) = self.encode([""])
         if empty != [config.eos_token_id]:
             raise UserError(
-                f"{self.path} encodes an empty caption as {empty}, not as T5's end token {config.eos_token_id}: it is "
-                "the tokenizer of another model"
+                f"{self.path} encodes an empty caption as {empty}, expected T5's end token {config.eos_token_id}; it "
+                "belongs to another model, use T5's tokenizer"
             )
 
 
 class _Fast:
-    """A ``tokenizer.json``, which describes the tokenizer completely."""
+    """Tokenizer from a ``tokenizer.json``, which describes it completely."""
 
     def __init__(self, path: Path, max_tokens: int) -> None:
         from tokenizers import Tokenizer as Library
 
         self._tokenizer = Library.from_file(str(path))
-        # A file may have kept the padding of the program that saved it.
+        # The file may contain the padding settings of the program that saved it.
         self._tokenizer.no_padding()
         self._tokenizer.enable_truncation(max_tokens)
         self.vocabulary = 1 + max(self._tokenizer.get_vocab().values(), default=-1)
@@ -63,7 +63,7 @@ class _Fast:
 
 
 class _SentencePiece:
-    """A ``spiece.model``. transformers' conversion of it gives other ids for some Unicode text."""
+    """Tokenizer from a ``spiece.model``. transformers' conversion of it gives different ids for some Unicode text."""
 
     def __init__(self, path: Path, max_tokens: int) -> None:
         from sentencepiece import SentencePieceProcessor
@@ -78,9 +78,10 @@ class _SentencePiece:
 
 
 def open_tokenizer(source: Source, max_tokens: int) -> Tokenizer:
-    """The tokenizer in a text encoder's folder, or beside it in a pipeline (``tokenizer_3`` for ``text_encoder_3``).
+    """Open the tokenizer of a text encoder.
 
-    Raises UserError if there is none, or none that can be read.
+    It is searched for in the encoder's folder and, in a pipeline, in the corresponding tokenizer folder
+    (``tokenizer_3`` for ``text_encoder_3``). Raise UserError if there is none that can be read.
     """
     places = [source]
     if source.last.startswith("text_encoder"):
@@ -93,8 +94,8 @@ def open_tokenizer(source: Source, max_tokens: int) -> Tokenizer:
                     return Tokenizer(path, _read(path, kind, max_tokens))
     folders = " or ".join(place.name for place in places)
     raise UserError(
-        f"text encoder {source.name} has no tokenizer ({FAST} or {PIECES} in {folders}): give a folder that has one, "
-        "such as the whole pipeline"
+        f"text encoder {source.name} has no tokenizer ({FAST} or {PIECES} in {folders}); give a folder that has one, "
+        "such as that of the complete pipeline"
     )
 
 
@@ -105,7 +106,7 @@ def _read(path: Path, kind: type[_Fast | _SentencePiece], max_tokens: int) -> _B
         return kind(path, max_tokens)
     except ImportError:
         raise
-    except Exception as error:  # both libraries raise bare exceptions
+    except Exception as error:  # both libraries raise plain Exception
         found = content_of(path)
         description = "damaged" if found.name in ("unknown", "json") else found.description
-        raise UserError(f"{path} is no tokenizer (it is {description}): {found.remedy}") from error
+        raise UserError(f"{path} is not a valid tokenizer (it is {description}); {found.remedy}") from error

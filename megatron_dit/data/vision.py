@@ -1,4 +1,4 @@
-"""Features of a pretrained vision encoder, which REPA aligns a block's tokens to."""
+"""Features of a pretrained vision encoder, with which REPA aligns the tokens of a block."""
 
 from __future__ import annotations
 
@@ -8,17 +8,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from megatron_dit.data.pretrained import DINOV2, load, locate
+from megatron_dit.data.hub import DINOV2, load, locate
 
 # DINOv2's preprocessing (ImageNet's statistics).
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 class VisionEncoder:
-    """A DINOv2 from a local folder or hub name, in evaluation mode."""
+    """DINOv2 from a local folder or hub name, in evaluation mode."""
 
     def __init__(self, name: str, device: torch.device | None = None) -> None:
-        """Raises UserError if ``name`` has no DINOv2, or files that do not belong together."""
+        """Load the encoder. Raise UserError if ``name`` has no DINOv2, or if its files do not belong together."""
         from transformers import Dinov2Model
 
         self._device = device or torch.device("cpu")
@@ -32,14 +32,14 @@ class VisionEncoder:
 
     @torch.no_grad()
     def features(self, pictures: Tensor, rows: int, columns: int) -> Tensor:
-        """(B, 3, H, W) uint8 -> patch tokens (B, rows * columns, dim) fp32, row by row.
+        """Return the patch tokens (B, rows * columns, dim) fp32, row by row, of (B, 3, H, W) uint8 images.
 
-        The pictures are resized so that the encoder's patches are ``rows`` by ``columns``, one for each of the
-        diffusion model's (REPA, arXiv 2410.06940, section 3).
+        The images are resized so that the encoder has ``rows`` by ``columns`` patches, one for each patch of the
+        diffusion model (REPA, arXiv 2410.06940, section 3).
         """
         patch = self._model.config.patch_size
         x = pictures.to(self._device).float() / 255
         x = F.interpolate(x, (rows * patch, columns * patch), mode="bicubic", antialias=True).clamp(0, 1)
         mean, std = (torch.tensor(values, device=self._device)[:, None, None] for values in (MEAN, STD))
         tokens = self._model(pixel_values=(x - mean) / std).last_hidden_state
-        return tokens[:, 1:].float()  # the first is the class token
+        return tokens[:, 1:].float()  # the first token is the class token

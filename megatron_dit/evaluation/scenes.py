@@ -1,4 +1,4 @@
-"""Score a checkpoint on the embedded data: are prompts whose combinations were held out drawn right?"""
+"""Score images generated for prompts of the toy dataset, whose held-out combinations test generalisation."""
 
 from __future__ import annotations
 
@@ -11,15 +11,19 @@ from megatron_dit.data import scenes
 
 @dataclass(frozen=True)
 class SceneScore:
+    """Generated images and whether each shows what its prompt describes."""
+
     prompts: list[str]
-    pictures: np.ndarray  # (N, 16, 16, 3) uint8
+    images: np.ndarray  # (N, 16, 16, 3) uint8
     right: list[bool]
 
     @property
-    def share(self) -> float:
+    def fraction(self) -> float:
+        """Fraction of correct images."""
         return sum(self.right) / len(self.right)
 
 
-def score_pictures(pictures: np.ndarray, prompts: list[str]) -> SceneScore:
-    right = [scenes.score(picture, prompt) for picture, prompt in zip(pictures, prompts, strict=True)]
-    return SceneScore(prompts=prompts, pictures=pictures, right=right)
+def score_images(images: np.ndarray, prompts: list[str]) -> SceneScore:
+    """Return the score of images (N, 16, 16, 3) uint8, one per prompt."""
+    right = [scenes.score(image, prompt) for image, prompt in zip(images, prompts, strict=True)]
+    return SceneScore(prompts=prompts, images=images, right=right)

@@ -1,57 +1,62 @@
-"""FLOPs of one sample by formula, part by part, from the config alone.
+"""FLOPs of one sample by part of the model, counted by torch on the meta device.
 
-A multiply-add is 2 FLOPs. Matrix products, attention and convolutions count; norms, activations, softmax, modulation
-and other pointwise work do not. Attention counts every query with every key, whether a mask hides it or not.
-
-Backward, a product costs itself once for each factor that needs a gradient: twice, or once where its input is data
-(patches, timestep features, text that is not learned). That a fused attention kernel computes its scores anew
-backward is the kernel's affair and is not counted (as PaLM, arXiv 2204.02311, appendix B).
+A multiply-add is 2 FLOPs. Matrix products, attention and convolutions are counted; norms, activations, softmax,
+modulation and other pointwise operations are not. Attention counts every query with every key, masked or not. Fused
+attention kernels recompute the scores in the backward pass; this is not counted (as in PaLM, arXiv 2204.02311,
+appendix B).
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 
-from megatron_dit.config import ModelConfig
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 
-TIMESTEP_FEATURES = 256
+from megatron_dit.config import ModelConfig
+from megatron_dit.models.build import build_unsharded
+from megatron_dit.models.common.base import State
+from megatron_dit.models.common.condition import Condition
+from megatron_dit.models.common.modules import Intermediates, Projector
 
 
 @dataclass(frozen=True)
 class Flops:
-    """FLOPs of a part for one sample; parts add up."""
+    """FLOPs of a part of a model for one sample. Parts can be added."""
 
     forward: int = 0
     backward: int = 0
-    recomputed: int = 0  # of the forward pass, run again during the backward pass
+    recomputed: int = 0  # forward FLOPs run again during the backward pass
 
     def __add__(self, other: Flops) -> Flops:
         return Flops(self.forward + other.forward, self.backward + other.backward, self.recomputed + other.recomputed)
 
     @property
     def model(self) -> int:
-        """What a training step needs: the numerator of MFU, whatever is recomputed."""
+        """FLOPs that a training step needs without recomputation; the numerator of MFU."""
         return self.forward + self.backward
 
     @property
     def hardware(self) -> int:
-        """What a training step runs."""
+        """FLOPs that a training step executes, including recomputation."""
         return self.model + self.recomputed
 
 
 @dataclass(frozen=True)
 class ModelFlops:
-    """A model's parts, as a pipeline cuts them."""
+    """FLOPs of the parts into which a pipeline splits a model."""
 
     embed: Flops
     blocks: tuple[Flops, ...]
     head: Flops
-    projector: Flops  # REPA's, zero without it
-    projector_block: int  # the block it follows; -1 without REPA
+    projector: Flops  # REPA's projector; zero without REPA
+    projector_block: int  # index of the block before the projector; -1 without REPA
 
     def stage(self, blocks: Iterable[int]) -> Flops:
-        """The share with ``blocks``: block 0 brings the embedders, the last block the head."""
+        """Return the FLOPs of a stage with ``blocks``; block 0 includes the embedders, the last block the head."""
         total = Flops()
         for i in blocks:
             total += self.blocks[i]
@@ -69,97 +74,67 @@ class ModelFlops:
 
 
 def model_flops(config: ModelConfig, height: int, width: int, recomputed_blocks: int = 0) -> ModelFlops:
-    """FLOPs per sample of latents (height, width), the text padded to ``text_tokens``.
+    """Return the FLOPs per sample for latents (height, width) and text padded to ``text_tokens``.
 
-    The first ``recomputed_blocks`` blocks keep their inputs alone and run again during the backward pass.
+    The first ``recomputed_blocks`` blocks store only their inputs and run again during the backward pass.
     """
-    patches = height // config.patch_size * (width // config.patch_size)
-    embed, blocks, head = PARTS[config.arch](config, patches)
-    tokens = config.tokens if config.arch == "uvit" else patches
-    return ModelFlops(
-        embed=embed,
-        blocks=tuple(
-            replace(block, recomputed=block.forward if i < recomputed_blocks else 0) for i, block in enumerate(blocks)
-        ),
-        head=head,
-        projector=_projector(config, tokens, patches) if config.repa_block else Flops(),
-        projector_block=config.repa_block - 1,
+    counted = _count_model(config, height, width)
+    blocks = enumerate(counted.blocks)
+    return replace(
+        counted,
+        blocks=tuple(replace(block, recomputed=block.forward if i < recomputed_blocks else 0) for i, block in blocks),
     )
 
 
-def _linear(tokens: int, inputs: int, outputs: int, *, of_data: bool = False) -> Flops:
-    """(tokens, inputs) -> (tokens, outputs); ``of_data``: the input needs no gradient."""
-    forward = 2 * tokens * inputs * outputs
-    return Flops(forward, forward if of_data else 2 * forward)
+@functools.cache
+def _count_model(config: ModelConfig, height: int, width: int) -> ModelFlops:
+    with torch.device("meta"):
+        model = build_unsharded(config)
+        x, t = torch.empty(1, config.in_channels, height, width), torch.empty(1)
+        condition = _condition(config)
+    state, embed = _count(lambda _: model.embed(x, t, condition, None), ())
+    blocks, counted = [], {}
+    projector, patches = Flops(), height * width // config.patch_size**2
+    for i in range(config.depth):
+        block = model.get_submodule(f"blocks.{i}")
+        # Blocks with the same weights and inputs have the same FLOPs.
+        kind = tuple(p.shape for p in block.parameters()), tuple(value.shape for value in state)
+        if kind not in counted:
+            counted[kind] = _count(lambda state, i=i: model.run_block(i, state, condition), state)[1]
+        blocks.append(counted[kind])
+        with torch.no_grad():
+            state = model.run_block(i, state, condition)
+        if i + 1 == config.repa_block and model.projector is not None:
+            projector = _count(functools.partial(_project, model.projector, i, patches), state[:1])[1]
+    head = _count(lambda state: (model.readout(state, height, width),), state)[1]
+    return ModelFlops(embed, tuple(blocks), head, projector, (config.repa_block or 0) - 1)
 
 
-def _attention(queries: int, keys: int, width: int) -> Flops:
-    """Scores and weighted sum of the values, over all heads."""
-    forward = 2 * (2 * queries * keys * width)
-    return Flops(forward, 2 * forward)
+def _project(projector: Projector, block: int, patches: int, state: State) -> State:
+    found: Intermediates = {}
+    projector.record(found, block, state[0], patches)
+    return (found["projection"],)
 
 
-def _layer(config: ModelConfig, tokens: int) -> Flops:
-    """Products of a Transformer layer: qkv, output and MLP."""
-    d, hidden = config.width, config.mlp_ratio * config.width
-    return _linear(tokens, d, 3 * d) + _linear(tokens, d, d) + _linear(tokens, d, hidden) + _linear(tokens, hidden, d)
+def _condition(config: ModelConfig) -> Condition:
+    dropped = torch.zeros(1, dtype=torch.bool)
+    if config.num_classes:
+        return Condition(dropped, label=torch.zeros(1, dtype=torch.long))
+    return Condition(
+        dropped,
+        torch.empty(1, config.text_tokens, config.text_dim),
+        torch.ones(1, config.text_tokens, dtype=torch.bool),
+    )
 
 
-def _patch_embed(config: ModelConfig, patches: int) -> Flops:
-    return _linear(patches, config.in_channels * config.patch_size**2, config.width, of_data=True)
-
-
-def _time_embed(config: ModelConfig) -> Flops:
-    return _linear(1, TIMESTEP_FEATURES, config.width, of_data=True) + _linear(1, config.width, config.width)
-
-
-def _readout(config: ModelConfig, patches: int) -> Flops:
-    return _linear(patches, config.width, config.patch_size**2 * config.out_channels)
-
-
-def _projector(config: ModelConfig, tokens: int, patches: int) -> Flops:
-    """REPA's MLP: the hidden layers see all tokens, the last one the patches."""
-    d = config.width
-    return _linear(tokens, d, 2 * d) + _linear(tokens, 2 * d, 2 * d) + _linear(patches, 2 * d, config.repa_dim)
-
-
-Parts = tuple[Flops, list[Flops], Flops]  # embed, blocks, head
-
-
-def _dit(config: ModelConfig, patches: int) -> Parts:
-    d = config.width
-    embed = _patch_embed(config, patches) + _time_embed(config)
-    block = _linear(1, d, 6 * d) + _layer(config, patches) + _attention(patches, patches, d)
-    head = _linear(1, d, 2 * d) + _readout(config, patches)
-    return embed, [block] * config.depth, head
-
-
-def _mmdit(config: ModelConfig, patches: int) -> Parts:
-    d, text = config.width, config.text_tokens
-    embed = _patch_embed(config, patches) + _time_embed(config) + _linear(text, config.text_dim, d, of_data=True)
-    image = _linear(1, d, 6 * d) + _layer(config, patches) + _attention(patches + text, patches + text, d)
-    block = image + _linear(1, d, 6 * d) + _layer(config, text)
-    last = image + _linear(1, d, 2 * d) + _linear(text, d, 3 * d)  # its text only serves the attention
-    head = _linear(1, d, 2 * d) + _readout(config, patches)
-    return embed, [block] * (config.depth - 1) + [last], head
-
-
-def _pixart(config: ModelConfig, patches: int) -> Parts:
-    d, text = config.width, config.text_tokens
-    captions = _linear(text, config.text_dim, d, of_data=not config.train_null_caption) + _linear(text, d, d)
-    embed = _patch_embed(config, patches) + _time_embed(config) + _linear(1, d, 6 * d) + captions
-    cross = _linear(patches, d, d) + _linear(text, d, 2 * d) + _attention(patches, text, d) + _linear(patches, d, d)
-    block = _layer(config, patches) + _attention(patches, patches, d) + cross
-    return embed, [block] * config.depth, _readout(config, patches)
-
-
-def _uvit(config: ModelConfig, patches: int) -> Parts:
-    d, tokens, half, channels = config.width, config.tokens, config.depth // 2, config.out_channels
-    embed = _patch_embed(config, patches) + _linear(config.text_tokens, config.text_dim, d, of_data=True)
-    block = _layer(config, tokens) + _attention(tokens, tokens, d)
-    skipped = _linear(tokens, 2 * d, d) + block
-    conv = _linear(patches * config.patch_size**2, 3 * 3 * channels, channels)
-    return embed, [block] * (half + 1) + [skipped] * half, _readout(config, patches) + conv
-
-
-PARTS: dict[str, Callable[[ModelConfig, int], Parts]] = {"dit": _dit, "mmdit": _mmdit, "pixart": _pixart, "uvit": _uvit}
+def _count(function: Callable[[State], State], state: State) -> tuple[State, Flops]:
+    """Return a part's output and its FLOPs, with gradients for its weights and the state that it receives."""
+    inputs = tuple(value.detach().requires_grad_() for value in state)
+    with sdpa_kernel(SDPBackend.MATH):
+        with FlopCounterMode(display=False) as forward:
+            out = function(inputs)
+        # A state that is passed on unchanged has no backward pass here.
+        outputs = [value for value in out if value.requires_grad and not any(value is each for each in inputs)]
+        with FlopCounterMode(display=False) as backward:
+            torch.autograd.backward(outputs, [torch.empty_like(value) for value in outputs])
+    return out, Flops(forward.get_total_flops(), backward.get_total_flops())

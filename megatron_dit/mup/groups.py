@@ -1,4 +1,4 @@
-"""Optimizer groups: parameters that share a learning rate and a weight decay."""
+"""Optimizer parameter groups: parameters with the same learning rate and weight decay."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from megatron_dit.mup.rules import Param
 def optimizer_groups(
     named: Iterable[tuple[str, nn.Parameter]], params: Mapping[str, Param], config: OptimizerConfig
 ) -> list[dict[str, Any]]:
-    """Groups for torch's optimizers, made before DeepSpeed flattens or empties the parameters.
+    """Return parameter groups for torch optimizers. Call this before DeepSpeed flattens or frees the parameters.
 
-    Each carries ``names`` and its peak rate as ``initial_lr``, which the schedule multiplies: one lr set
-    for all groups would erase μP.
+    Each group has ``names`` and its peak learning rate ``initial_lr``, which the schedule multiplies: setting one lr
+    for all groups would undo μP.
     """
     groups: dict[tuple[float, float], dict[str, Any]] = {}
     count = 0

@@ -1,23 +1,23 @@
-"""THE table: what μP does to a parameter, by its role.
+"""The μP table: how initialization, forward multiplier, learning rate and weight decay scale with width, by role.
 
 Source: Tensor Programs V (arXiv 2203.03466), Table 8, as used for diffusion Transformers by
-arXiv 2505.15270. Every entry is a power of the width multiplier n = fan-in / base fan-in.
+arXiv 2505.15270. Every entry is an exponent of the width multiplier n = fan-in / base fan-in.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-from megatron_dit.config import MupConfig
-from megatron_dit.mup.schemes import FAN_IN, ZERO, Scheme, scheme_of
+from megatron_dit.config import InitConfig, MupConfig
+from megatron_dit.mup.init_rules import FAN_IN, ZERO, InitKind, InitRule, init_rule_of
 
 
 @dataclass(frozen=True)
 class Rule:
     multiplier: float  # forward multiplier n^multiplier
-    init_std: float  # standard deviation of the initial values: that of the base shape * n^init_std
-    lr: float  # learning rate n^lr
-    weight_decay: float  # decoupled weight decay n^weight_decay, so that lr * wd stays (as package mup)
+    init_std: float  # standard deviation of the initial values is that of the base shape * n^init_std
+    lr: float  # learning rate multiplier n^lr
+    weight_decay: float  # decoupled weight decay multiplier n^weight_decay, keeps lr * wd constant (as package mup)
 
 
 RULES: dict[str, Rule] = {
@@ -35,28 +35,29 @@ class Param:
 
     name: str
     shape: tuple[int, ...]  # global shape
-    base: tuple[int | None, ...]  # base shape; None where the dimension does not grow with width
-    init_kind: str  # what its layer marked it with: a key of schemes.KINDS
+    base: tuple[int | None, ...]  # base shape; None for dimensions that do not grow with width
+    init_kind: InitKind  # set by its layer
     mup: MupConfig
-    dim: int | None = None  # the dimension that tensor parallelism cuts, each of ``pieces`` equal parts of it
-    pieces: int = 1
-    trained: bool = True  # False: it keeps its initial values
-    kernel: int = 1  # elements of the convolution kernel that the columns of a patch embedding stand for
+    init: InitConfig
+    dim: int | None = None  # dimension sharded by tensor parallelism, in each of its ``fused_parts`` equal parts
+    fused_parts: int = 1
+    trained: bool = True  # False: the parameter keeps its initial values
+    kernel: int = 1  # patch embedding: number of elements of the equivalent convolution kernel
 
     @property
     def role(self) -> str:
         infinite = [size is not None for size in self.base]
         if not any(infinite):
             return "constant"
-        if len(infinite) == 1 or self.init_kind == "table":
+        if len(infinite) == 1 or self.init_kind is InitKind.TABLE:
             return "vector"
         fan_out, fan_in = infinite[:2]  # a convolution's kernel is finite
         return "hidden" if fan_out and fan_in else "input" if fan_out else "output"
 
     @property
     def width_multiplier(self) -> float:
-        """n, from the last infinite dimension (fan-in); 1 under standard parametrization."""
-        if self.mup.parametrization == "standard":
+        """Width multiplier n of the last infinite dimension (fan-in); 1 under standard parametrization."""
+        if not self.mup.enabled:
             return 1.0
         ratios = [size / base for size, base in zip(self.shape, self.base, strict=True) if base is not None]
         return ratios[-1] if ratios else 1.0
@@ -77,36 +78,35 @@ class Param:
         return self._power(RULES[self.role].weight_decay) if self.mup.coupled_decay else 1.0
 
     @property
-    def scheme(self) -> Scheme:
-        """How the parameter starts at the base width."""
-        options = self.mup
-        asked = getattr(options.init_std, self.role, None) if self._is_weight else None
-        if asked is not None:
-            return Scheme(lambda _: asked)
-        if self.init_kind == "readout":
+    def init_rule(self) -> InitRule:
+        """Distribution of the initial values at the base width."""
+        options = self.init
+        std = getattr(options.std, self.role, None) if self._is_weight else None
+        if std is not None:
+            return InitRule(lambda _: std)
+        if self.init_kind is InitKind.READOUT:
             return ZERO if options.zero_output else FAN_IN
-        if self.init_kind == "adaln" and options.zero_adaln is not None:
+        if self.init_kind is InitKind.ADALN and options.zero_adaln is not None:
             return ZERO if options.zero_adaln else FAN_IN
-        return scheme_of(self.name, self.init_kind, options.init)
+        return init_rule_of(self.name, self.init_kind, options.rules)
 
     @property
     def init_std(self) -> float:
-        """Standard deviation of the initial values; 0 for constants (see :attr:`init_constant`)."""
-        standard = self.mup.parametrization == "standard"
+        """Standard deviation of the initial values; 0 if they are constant (see :attr:`init_constant`)."""
         sizes = zip(self.shape, self.base, strict=True)
-        base_shape = tuple(size if base is None or standard else base for size, base in sizes)
-        if self.kernel > 1:  # (outputs, channels, kernel), as the convolution's
+        base_shape = tuple(size if base is None or not self.mup.enabled else base for size, base in sizes)
+        if self.kernel > 1:  # (outputs, channels, kernel), as in the convolution
             base_shape = (base_shape[0], base_shape[1] // self.kernel, self.kernel)
-        return self.scheme.std(base_shape) * self._power(RULES[self.role].init_std)
+        return self.init_rule.std(base_shape) * self._power(RULES[self.role].init_std)
 
     @property
     def init_constant(self) -> float:
-        return self.scheme.constant
+        return self.init_rule.constant
 
     @property
     def _is_weight(self) -> bool:
-        """Whether it is drawn at random in the first place: not a bias, a gain, or a gate that starts at zero."""
-        return self.init_kind in ("fan_in", "table", "readout")
+        """Whether it is initialized randomly by default, unlike biases, gains, and gates that start at zero."""
+        return self.init_kind in (InitKind.FAN_IN, InitKind.TABLE, InitKind.READOUT)
 
     def _power(self, exponent: float) -> float:
         return self.width_multiplier**exponent

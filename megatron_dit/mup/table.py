@@ -1,4 +1,4 @@
-"""The μP table of a model, for people: parameters alike but for their block's number share a row."""
+"""Print the μP table of a model; parameters that differ only in their block's index share a row."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from megatron_dit.config import Config
 from megatron_dit.mup.rules import Param
 from megatron_dit.runtime.table import Table
 
-WIDTH = 140  # of the table: on a narrow terminal its lines wrap, but nothing is cut
+WIDTH = 140  # characters; on a narrower terminal lines wrap, but nothing is truncated
 
 
 def rows(params: Mapping[str, Param]) -> list[dict[str, Any]]:
-    """One entry a parameter, with what the rules make of it."""
+    """Return one row per parameter, with its shapes and the multipliers from the rules."""
     return [
         {
             "name": name,
@@ -36,7 +36,7 @@ def rows(params: Mapping[str, Param]) -> list[dict[str, Any]]:
 
 
 def print_table(params: Mapping[str, Param], config: Config) -> None:
-    """Rows grouped over blocks, then tensors and elements of each role."""
+    """Print the rows grouped over blocks, then the number of tensors and elements of each role."""
     title = f"{config.model.arch}, width {config.model.width}, {config.mup.parametrization} parametrization"
     table = Table(title=title)
     for column in ("parameter", "count", "role", "shape", "base", "n", "init", "forward", "lr", "wd"):
@@ -59,7 +59,7 @@ def print_table(params: Mapping[str, Param], config: Config) -> None:
     console = Console(width=WIDTH)
     console.print(table)
     for role in dict.fromkeys(param.role for param in params.values()):
-        held = [math.prod(param.shape) for param in params.values() if param.role == role]
-        console.print(f"{role}: {sum(held):,} elements in {len(held)} tensors", highlight=False)
+        sizes = [math.prod(param.shape) for param in params.values() if param.role == role]
+        console.print(f"{role}: {sum(sizes):,} elements in {len(sizes)} tensors", highlight=False)
     total = sum(math.prod(param.shape) for param in params.values())
     console.print(f"all: {total:,} parameters", highlight=False)

@@ -1,13 +1,13 @@
-"""Training objectives by name: small functions of (x, randomness) and of the model's prediction."""
+"""Training objectives by name: functions that perturb the latents and compute the loss of a prediction."""
 
 from __future__ import annotations
 
 from megatron_dit.objectives import ddpm, rectified_flow
-from megatron_dit.objectives.base import Noised, Objective
+from megatron_dit.objectives.base import NoiseDraw, Objective
 
 OBJECTIVES: dict[str, Objective] = {
     "rectified_flow": Objective(rectified_flow.perturb, rectified_flow.loss),
     "ddpm": Objective(ddpm.perturb, ddpm.loss),
 }
 
-__all__ = ["OBJECTIVES", "Noised", "Objective"]
+__all__ = ["OBJECTIVES", "NoiseDraw", "Objective"]

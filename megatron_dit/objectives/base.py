@@ -1,4 +1,4 @@
-"""What every objective is made of."""
+"""Types shared by all objectives."""
 
 from __future__ import annotations
 
@@ -11,20 +11,20 @@ from megatron_dit.config import ObjectiveConfig
 
 
 @dataclass(frozen=True)
-class Noised:
-    """The randomness of a batch, drawn by the data stream from (seed, step, position) alone."""
+class NoiseDraw:
+    """Random draws of a batch. The data stream derives them from (seed, step, position) only."""
 
-    u: Tensor  # (B,) fp64 uniform in (0, 1): the quantile of t
-    noise: Tensor  # (B, C, H, W) fp32 standard normal
+    u: Tensor  # (B,) fp64, uniform in (0, 1): quantiles of t
+    noise: Tensor  # (B, C, H, W) fp32, standard normal
 
 
 @dataclass(frozen=True)
 class Objective:
-    """Two functions around the model, so that a pipeline's first stage runs one and its last the other.
+    """Training objective as two functions, which the first and the last pipeline stage call separately.
 
-    ``perturb(x, noised, config)``: latents (B, C, H, W) to the model's inputs, x_t alike and t (B,) in [0, 1000].
-    ``loss(prediction, x, noised, config)``: the model's output to a loss per sample (B,).
+    ``perturb(x, draw, config)`` maps latents (B, C, H, W) to the model's inputs: x_t of the same shape and t (B,) in
+    [0, 1000]. ``loss(prediction, x, draw, config)`` maps the model's output to the loss per sample (B,).
     """
 
-    perturb: Callable[[Tensor, Noised, ObjectiveConfig], tuple[Tensor, Tensor]]
-    loss: Callable[[Tensor, Tensor, Noised, ObjectiveConfig], Tensor]
+    perturb: Callable[[Tensor, NoiseDraw, ObjectiveConfig], tuple[Tensor, Tensor]]
+    loss: Callable[[Tensor, Tensor, NoiseDraw, ObjectiveConfig], Tensor]

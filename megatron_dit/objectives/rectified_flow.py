@@ -6,27 +6,27 @@ import torch
 from torch import Tensor
 
 from megatron_dit.config import ObjectiveConfig
-from megatron_dit.objectives.base import Noised
+from megatron_dit.objectives.base import NoiseDraw
 
 
 def sample_t(u: Tensor, config: ObjectiveConfig) -> Tensor:
-    """Uniform quantiles (B,) in (0, 1) -> t (B,) in (0, 1): logit-normal (eq. 19), then shifted (eq. 23)."""
+    """Map uniform quantiles (B,) in (0, 1) to t (B,) in (0, 1): logit-normal (eq. 19), then shifted (eq. 23)."""
     t = torch.sigmoid(config.logit_mean + config.logit_std * torch.special.ndtri(u))
     return shift_t(t, config.shift)
 
 
 def shift_t(t: Tensor, shift: float) -> Tensor:
-    """Resolution shift, eq. 23: more time at high noise for shift > 1."""
+    """Apply the resolution shift (eq. 23); shift > 1 moves t towards high noise."""
     return shift * t / (1 + (shift - 1) * t)
 
 
-def perturb(x: Tensor, noised: Noised, config: ObjectiveConfig) -> tuple[Tensor, Tensor]:
-    """The straight path from data to noise (eq. 13): x_t (B, C, H, W) and 1000 t (B,)."""
-    t = sample_t(noised.u, config).to(torch.float32)
+def perturb(x: Tensor, draw: NoiseDraw, config: ObjectiveConfig) -> tuple[Tensor, Tensor]:
+    """Return x_t (B, C, H, W) on the straight path from data to noise (eq. 13), and 1000 t (B,)."""
+    t = sample_t(draw.u, config).to(torch.float32)
     expanded = t[:, None, None, None]
-    return (1 - expanded) * x + expanded * noised.noise, 1000 * t
+    return (1 - expanded) * x + expanded * draw.noise, 1000 * t
 
 
-def loss(velocity: Tensor, x: Tensor, noised: Noised, config: ObjectiveConfig) -> Tensor:
-    """Per-sample mean squared error of the velocity ``noise - x`` (eq. 13): (B, C, H, W) -> (B,)."""
-    return (velocity.float() - (noised.noise - x)).square().flatten(1).mean(1)
+def loss(velocity: Tensor, x: Tensor, draw: NoiseDraw, config: ObjectiveConfig) -> Tensor:
+    """Return the mean squared error per sample (B,) of the velocity ``noise - x`` (B, C, H, W) (eq. 13)."""
+    return (velocity.float() - (draw.noise - x)).square().flatten(1).mean(1)

@@ -1,4 +1,4 @@
-"""The learning rate's schedule: it multiplies each group's own peak rate."""
+"""Learning-rate schedule: a factor that multiplies the peak learning rate of each group."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from megatron_dit.config import OptimizerConfig
 
 
 def lr_factor(step: int, config: OptimizerConfig, steps: int) -> float:
-    """What every group's own peak lr is multiplied by in ``step`` (from 0) of ``steps``."""
+    """Return the factor by which each group's peak lr is multiplied at ``step`` (from 0) of ``steps``."""
     if step < config.warmup_steps:
         return (step + 1) / config.warmup_steps
     if config.schedule == "constant":

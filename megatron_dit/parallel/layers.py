@@ -1,8 +1,8 @@
-"""The layer backend: every parallel layer a model may use, so that no model asks for a rank.
+"""The layer backend: all parallel layers that models use, so that model code does not depend on ranks.
 
-Activations between layers are (S, B, D). Under sequence parallelism S is this rank's share of the
-tokens outside attention and MLP. Weights carry Megatron's ``tensor_model_parallel``,
-``partition_dim`` and ``partition_stride``, which say how the shard is cut from the full tensor.
+Activations between layers are (S, B, D). Under sequence parallelism S is the number of this rank's tokens, except in
+attention and MLP. Weights have Megatron's attributes ``tensor_model_parallel``, ``partition_dim`` and
+``partition_stride``, which define how they are sharded.
 """
 
 from __future__ import annotations
@@ -26,35 +26,39 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
 from megatron_dit.config import ModelConfig, ParallelConfig
+from megatron_dit.mup.init_rules import InitKind
 from megatron_dit.parallel.recompute import Recompute
 from megatron_dit.parallel.topology import SOLO, Topology
 
 
 class Linear(nn.Linear):
-    """A replicated linear layer. ``multiplier`` is μP's forward multiplier (readouts: 1/n).
+    """Replicated linear layer. ``multiplier`` is μP's forward multiplier (readouts: 1/n).
 
-    ``kernel`` is the number of elements of the convolution kernel that the layer stands for (patch embedding: p²).
+    ``kernel`` is the number of elements of the equivalent convolution kernel (patch embedding: p²).
     """
 
-    def __init__(self, inputs: int, outputs: int, *, init: str = "fan_in", kernel: int = 1) -> None:
+    def __init__(self, inputs: int, outputs: int, *, init: InitKind = InitKind.FAN_IN, kernel: int = 1) -> None:
         super().__init__(inputs, outputs)
         self.multiplier = 1.0
         self.weight.kernel = kernel  # pyright: ignore[reportAttributeAccessIssue]
         set_init(self.weight, init)
-        set_init(self.bias, "zero")
+        set_init(self.bias, InitKind.ZERO)
 
     def reset_parameters(self) -> None:
-        """Nothing: ``mup.init`` fills every parameter by its global name."""
+        """Do nothing: ``mup.initial_values`` initializes every parameter by its global name."""
 
     def forward(self, x: Tensor) -> Tensor:
         return super().forward(x if self.multiplier == 1.0 else x * self.multiplier)
 
 
 class ColumnLinear(ColumnParallelLinear):
-    """Outputs are cut over the tensor-parallel ranks, ``pieces`` equal parts of them each (qkv: 3)."""
+    """Column-parallel linear layer: outputs are sharded over the tensor-parallel ranks.
+
+    The outputs consist of ``fused_parts`` equal parts (qkv: 3), each of which is sharded.
+    """
 
     def __init__(
-        self, backend: Backend, inputs: int, outputs: int, *, pieces: int, sharded_input: bool, bias: bool = True
+        self, backend: Backend, inputs: int, outputs: int, *, fused_parts: int, sharded_input: bool, bias: bool = True
     ) -> None:
         super().__init__(
             inputs,
@@ -62,27 +66,27 @@ class ColumnLinear(ColumnParallelLinear):
             config=backend.sharded_config if sharded_input else backend.config,
             init_method=_never,
             bias=bias,
-            stride=pieces,
+            stride=fused_parts,
             tp_group=backend.topology.tensor_group,
         )
-        set_tensor_model_parallel_attributes(self.weight, True, 0, pieces)
-        set_init(self.weight, "fan_in")
+        set_tensor_model_parallel_attributes(self.weight, True, 0, fused_parts)
+        set_init(self.weight, InitKind.FAN_IN)
         if bias:
-            set_init(self.bias, "zero")
+            set_init(self.bias, InitKind.ZERO)
 
     def forward(self, x: Tensor) -> Tensor:
         return super().forward(x)[0]
 
 
-class GatheredLinear(ColumnLinear):
-    """Column-parallel with the output gathered, for adaLN modulation: (B, D) -> (B, outputs) on every rank.
+class ColumnGatheredLinear(ColumnLinear):
+    """Column-parallel linear layer with gathered output, for adaLN modulation: (B, D) -> (B, outputs) on every rank.
 
-    It is a third of an MMDiT's weights, so it is sharded. Under sequence parallelism each rank applies
-    the result to its own tokens, so the backward sums the ranks' gradients (reduce-scatter).
+    Modulation is sharded because it has a third of an MMDiT's weights. Under sequence parallelism each rank applies
+    the output to its own tokens, so the backward pass sums the ranks' gradients (reduce-scatter).
     """
 
-    def __init__(self, backend: Backend, inputs: int, outputs: int, *, init: str) -> None:
-        super().__init__(backend, inputs, outputs, pieces=1, sharded_input=False)
+    def __init__(self, backend: Backend, inputs: int, outputs: int, *, init: InitKind) -> None:
+        super().__init__(backend, inputs, outputs, fused_parts=1, sharded_input=False)
         self.gather = (
             all_gather_last_dim_from_tensor_parallel_region
             if backend.sharded_config.sequence_parallel
@@ -94,24 +98,25 @@ class GatheredLinear(ColumnLinear):
         return self.gather(super().forward(x), group=self.tp_group)
 
 
-class TokenwiseLinear(ColumnLinear):
-    """Column-parallel with whole outputs of the tokens it was given: (S, B, inputs) -> (S, B, outputs).
+class ColumnThenGatherLinear(ColumnLinear):
+    """Column-parallel linear layer with all output features of its tokens: (S, B, inputs) -> (S, B, outputs).
 
-    For long skips, which sit where every rank has whole tokens: all of them, under sequence parallelism its own.
+    For long skip connections, where a rank has all features of its tokens: of all tokens, or of its own under sequence
+    parallelism.
     """
 
     def __init__(self, backend: Backend, inputs: int, outputs: int) -> None:
-        super().__init__(backend, inputs, outputs, pieces=1, sharded_input=True)
+        super().__init__(backend, inputs, outputs, fused_parts=1, sharded_input=True)
         self.backend = backend
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.backend.whole_outputs(super().forward(x))
+        return self.backend.gather_output_features(super().forward(x))
 
 
 class RowLinear(RowParallelLinear):
-    """Inputs are cut over the tensor-parallel ranks; outputs are summed over them."""
+    """Row-parallel linear layer: inputs are sharded over the tensor-parallel ranks, outputs are summed over them."""
 
-    def __init__(self, backend: Backend, inputs: int, outputs: int, *, init: str) -> None:
+    def __init__(self, backend: Backend, inputs: int, outputs: int, *, init: InitKind) -> None:
         super().__init__(
             inputs,
             outputs,
@@ -125,11 +130,11 @@ class RowLinear(RowParallelLinear):
         self.backend = backend
         set_tensor_model_parallel_attributes(self.weight, True, 1, 1)
         set_init(self.weight, init)
-        set_init(self.bias, "zero")
+        set_init(self.bias, InitKind.ZERO)
 
     def forward(self, x: Tensor) -> Tensor:
         out, bias = super().forward(x)
-        return out + self.backend.seen_by_tokens(cast(Tensor, bias))
+        return out + self.backend.sum_grad_over_sequence_ranks(cast(Tensor, bias))
 
 
 class HeadNorm(nn.Module):
@@ -139,10 +144,10 @@ class HeadNorm(nn.Module):
         super().__init__()
         self.backend, self.eps = backend, eps
         self.gain = nn.Parameter(torch.empty(head_dim))
-        set_init(self.gain, "one")
+        set_init(self.gain, InitKind.ONE)
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x, x.shape[-1:], self.backend.seen_by_heads(self.gain), self.eps)
+        return F.rms_norm(x, x.shape[-1:], self.backend.sum_grad_over_tensor_ranks(self.gain), self.eps)
 
 
 class LayerNorm(nn.Module):
@@ -152,28 +157,31 @@ class LayerNorm(nn.Module):
         super().__init__()
         self.backend, self.eps = backend, eps
         self.gain, self.bias = nn.Parameter(torch.empty(width)), nn.Parameter(torch.empty(width))
-        set_init(self.gain, "one")
-        set_init(self.bias, "zero")
+        set_init(self.gain, InitKind.ONE)
+        set_init(self.bias, InitKind.ZERO)
 
     def forward(self, x: Tensor) -> Tensor:
-        gain, bias = self.backend.seen_by_tokens(self.gain), self.backend.seen_by_tokens(self.bias)
+        gain, bias = (
+            self.backend.sum_grad_over_sequence_ranks(self.gain),
+            self.backend.sum_grad_over_sequence_ranks(self.bias),
+        )
         return F.layer_norm(x, x.shape[-1:], gain, bias, self.eps)
 
 
 class Conv(nn.Conv2d):
-    """A replicated convolution that keeps height and width."""
+    """Replicated convolution that preserves height and width."""
 
     def __init__(self, inputs: int, outputs: int, side: int) -> None:
         super().__init__(inputs, outputs, side, padding=side // 2)
-        set_init(self.weight, "fan_in")
-        set_init(self.bias, "zero")
+        set_init(self.weight, InitKind.FAN_IN)
+        set_init(self.bias, InitKind.ZERO)
 
     def reset_parameters(self) -> None:
-        """Nothing: ``mup.init`` fills every parameter by its global name."""
+        """Do nothing: ``mup.initial_values`` initializes every parameter by its global name."""
 
 
 class Backend:
-    """Megatron-core's local layers for one model and one topology."""
+    """Layers of one model on Megatron-core's local implementation, for one topology."""
 
     def __init__(
         self,
@@ -181,7 +189,7 @@ class Backend:
         parallel: ParallelConfig,
         topology: Topology,
         recompute: str = "none",
-        recompute_blocks: int = 0,
+        recompute_blocks: int | None = None,
     ) -> None:
         assert topology.tensor_size == parallel.tensor
         self.topology = topology
@@ -192,7 +200,7 @@ class Backend:
             num_attention_heads=model.heads,
             ffn_hidden_size=model.width * model.mlp_ratio,
             tensor_model_parallel_size=parallel.tensor,
-            use_cpu_initialization=True,  # allocate on torch's default device; values come from mup.init
+            use_cpu_initialization=True,  # allocate on torch's default device; mup.initial_values sets the values
             perform_initialization=False,
         )
         self.sharded_config = TransformerConfig(**{**self.config.__dict__, "sequence_parallel": parallel.sequence})
@@ -201,21 +209,24 @@ class Backend:
     def unsharded(cls, model: ModelConfig) -> Backend:
         return cls(model, ParallelConfig(), SOLO)
 
-    def linear(self, inputs: int, outputs: int, *, init: str = "fan_in") -> Linear:
+    def linear(self, inputs: int, outputs: int, *, init: InitKind = InitKind.FAN_IN) -> Linear:
         return Linear(inputs, outputs, init=init)
 
     def patch_embedding(self, channels: int, patch: int, outputs: int) -> Linear:
-        """A convolution of stride ``patch`` as a linear layer of patches (S, B, channels * patch²)."""
+        """Return a linear layer on patches (S, B, channels * patch²), equivalent to a strided convolution."""
         return Linear(channels * patch**2, outputs, kernel=patch**2)
 
     def column(
-        self, inputs: int, outputs: int, *, pieces: int = 1, sharded_input: bool = True, bias: bool = True
+        self, inputs: int, outputs: int, *, fused_parts: int = 1, sharded_input: bool = True, bias: bool = True
     ) -> ColumnLinear:
-        """``sharded_input``: the input's tokens are cut under sequence parallelism (text of PixArt: not)."""
-        return ColumnLinear(self, inputs, outputs, pieces=pieces, sharded_input=sharded_input, bias=bias)
+        """Return a column-parallel linear layer.
 
-    def tokenwise(self, inputs: int, outputs: int) -> TokenwiseLinear:
-        return TokenwiseLinear(self, inputs, outputs)
+        ``sharded_input``: the input's tokens are sharded under sequence parallelism (PixArt-α's text is not).
+        """
+        return ColumnLinear(self, inputs, outputs, fused_parts=fused_parts, sharded_input=sharded_input, bias=bias)
+
+    def column_then_gather(self, inputs: int, outputs: int) -> ColumnThenGatherLinear:
+        return ColumnThenGatherLinear(self, inputs, outputs)
 
     def conv(self, inputs: int, outputs: int, side: int) -> Conv:
         return Conv(inputs, outputs, side)
@@ -223,17 +234,17 @@ class Backend:
     def layer_norm(self, width: int) -> LayerNorm:
         return LayerNorm(self, width)
 
-    def gathered(self, inputs: int, outputs: int, *, init: str = "fan_in") -> GatheredLinear:
-        return GatheredLinear(self, inputs, outputs, init=init)
+    def column_gathered(self, inputs: int, outputs: int, *, init: InitKind = InitKind.FAN_IN) -> ColumnGatheredLinear:
+        return ColumnGatheredLinear(self, inputs, outputs, init=init)
 
-    def row(self, inputs: int, outputs: int, *, init: str = "fan_in") -> RowLinear:
+    def row(self, inputs: int, outputs: int, *, init: InitKind = InitKind.FAN_IN) -> RowLinear:
         return RowLinear(self, inputs, outputs, init=init)
 
     def head_norm(self, head_dim: int) -> HeadNorm:
         return HeadNorm(self, head_dim)
 
     def attention(self, q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor | None = None) -> Tensor:
-        """Scaled dot-product attention of the local heads.
+        """Compute scaled dot-product attention of this rank's heads.
 
         q (S, B, H, d), k and v (T, B, H, d); mask (B, 1, 1, T) bool, True = attend. Returns (S, B, H * d).
         """
@@ -242,57 +253,63 @@ class Backend:
         return out.permute(2, 0, 1, 3).flatten(2)  # (S, B, H * d)
 
     def precision(self) -> AbstractContextManager[Any]:
-        """The context that a model's forward pass runs in."""
+        """Return the context manager for the forward pass of the model (FP8 with Transformer Engine)."""
         return nullcontext()
 
-    def whole_outputs(self, x: Tensor) -> Tensor:
-        """(S, B, D / ranks) of all tokens, as column-parallel layers return them -> this rank's tokens (S', B, D)."""
+    def gather_output_features(self, x: Tensor) -> Tensor:
+        """Gather the output (S, B, D / ranks) of a column-parallel layer into (S', B, D) of this rank's tokens."""
         group = self.topology.tensor_group
         if not self.sharded_config.sequence_parallel:
             return gather_from_tensor_model_parallel_region(x, group=group)
         return all_to_all_hp2sp(x, group=group).view(-1, x.shape[1], x.shape[2] * group.size())
 
     def shard_tokens(self, x: Tensor) -> Tensor:
-        """(S, B, D) whole -> this rank's tokens under sequence parallelism."""
+        """Return this rank's tokens of the full (S, B, D) under sequence parallelism; otherwise return ``x``."""
         if not self.sharded_config.sequence_parallel:
             return x
         return scatter_to_sequence_parallel_region(x, group=self.topology.tensor_group)
 
-    def share_of_tokens(self, tokens: int) -> int:
-        """How many of ``tokens`` :meth:`shard_tokens` leaves on this rank."""
+    def tokens_per_rank(self, tokens: int) -> int:
+        """Return the number of tokens on this rank after :meth:`shard_tokens` of ``tokens`` tokens."""
         return tokens // self.topology.tensor_size if self.sharded_config.sequence_parallel else tokens
 
     def gather_tokens(self, x: Tensor) -> Tensor:
-        """Inverse of :meth:`shard_tokens`, for what every rank then computes alike (the head)."""
+        """Inverse of :meth:`shard_tokens`, before layers that every rank computes identically (the head)."""
         if not self.sharded_config.sequence_parallel:
             return x
         group = self.topology.tensor_group
         return gather_from_sequence_parallel_region(x, tensor_parallel_output_grad=False, group=group)
 
-    def seen_by_tokens(self, x: Tensor) -> Tensor:
-        """A replicated tensor that meets only this rank's tokens under sequence parallelism."""
+    def sum_grad_over_sequence_ranks(self, x: Tensor) -> Tensor:
+        """Return a replicated tensor that is applied to this rank's tokens only under sequence parallelism.
+
+        Its gradient is summed over the ranks.
+        """
         return self._sum_gradient(x) if self.sharded_config.sequence_parallel else x
 
-    def seen_by_heads(self, x: Tensor) -> Tensor:
-        """A replicated parameter that meets only this rank's heads under tensor parallelism."""
+    def sum_grad_over_tensor_ranks(self, x: Tensor) -> Tensor:
+        """Return a replicated parameter that is applied to this rank's heads only under tensor parallelism.
+
+        Its gradient is summed over the ranks.
+        """
         return self._sum_gradient(x) if self.topology.tensor_size > 1 else x
 
     def _sum_gradient(self, x: Tensor) -> Tensor:
         out = copy_to_tensor_model_parallel_region(x, group=self.topology.tensor_group)
         if out.requires_grad:
-            # Megatron all-reduces ``grad.contiguous()`` and returns ``grad``: a strided one would go unsummed.
+            # Megatron all-reduces ``grad.contiguous()`` but returns ``grad``: a strided one would not be summed.
             out.register_hook(torch.Tensor.contiguous)
         return out
 
 
-def set_init(parameter: Any, kind: str, *, trained: bool = True) -> None:
-    """Mark how ``mup.rules`` treats a parameter: ``kind`` is a key of ``mup.schemes.KINDS``.
+def set_init(parameter: Any, kind: InitKind, *, trained: bool = True) -> None:
+    """Set how ``mup.rules`` treats a parameter; ``kind`` is a key of ``mup.schemes.KINDS``.
 
-    One that is not ``trained`` keeps its initial values: its learning rate and weight decay are zero, and its module
-    detaches it.
+    A parameter with ``trained=False`` keeps its initial values: its learning rate and weight decay are zero, and its
+    module detaches it.
     """
     parameter.init_kind, parameter.trained = kind, trained
 
 
 def _never(_: Tensor) -> None:
-    raise AssertionError("parameters are initialised by mup.init")
+    raise AssertionError("parameters are initialized by mup.initial_values")

@@ -1,7 +1,7 @@
-"""Where this rank keeps each parameter's fp32 master and optimizer state, in every ZeRO stage.
+"""Location of each parameter's fp32 master weights and optimizer state on this rank, for every ZeRO stage.
 
-The only place that knows DeepSpeed's partitions. A :class:`MasterShard` is a flat range of one
-tensor-parallel shard; initialisation, checkpoints and EMA all go through it.
+This is the only module that depends on DeepSpeed's partitioning. A :class:`MasterShard` is a flat range of a
+parameter's tensor-parallel shard; initialization, checkpoints and EMA all use it.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ class MasterShard:
 
     start: int
     numel: int
-    flat: Tensor  # the fp32 tensor the optimizer steps on; key of its state
+    flat: Tensor  # fp32 tensor that the optimizer updates; key of its state
     offset: int  # where the range begins in ``flat``
 
     def master(self) -> Tensor:
@@ -29,12 +29,15 @@ class MasterShard:
         return self.of(optimizer.state[self.flat][key])
 
     def of(self, tensor: Tensor) -> Tensor:
-        """The parameter's range of a tensor that is laid out as ``flat``."""
+        """Return the parameter's range of ``tensor``, which has the same layout as ``flat``."""
         return tensor.reshape(-1).narrow(0, self.offset, self.numel)
 
 
 class Masters:
-    """Shards by global name, for a DeepSpeed engine of any ZeRO stage. A name may have none on this rank."""
+    """This rank's shards of the master weights by global parameter name, for a DeepSpeed engine at any ZeRO stage.
+
+    A parameter without a shard on this rank is not in ``shards``.
+    """
 
     def __init__(self, engine: Any, stage: int) -> None:
         self._zero, self._stage = engine.optimizer, stage
@@ -50,20 +53,20 @@ class Masters:
 
     @property
     def whole(self) -> bool:
-        """Whether every data-parallel rank holds all of it."""
+        """Whether every data-parallel rank holds the complete master weights (stage 0)."""
         return self._stage == 0
 
     @property
-    def flats(self) -> list[Tensor]:
-        """Every tensor the optimizer steps on, once each, be it all padding."""
+    def optimizer_tensors(self) -> list[Tensor]:
+        """Every flat tensor the optimizer updates, exactly once, including tensors that are all padding."""
         if self._stage == 0:
             return list(self._masters.values())
         return list(self._zero.fp32_partitioned_groups_flat if self._stage == 3 else self._partitions)
 
     def held_bytes(self) -> tuple[int, int, int]:
-        """Bytes on this rank of the weights that compute, the gradients, and the fp32 masters beside the weights.
+        """Return the bytes on this rank of the model weights, the gradients, and separate fp32 master weights.
 
-        Gradients are those of a step's micro-batches added up, which stages 0 to 2 only hold during a step.
+        Gradients are those accumulated over the micro-batches of a step. Stages 0 to 2 hold them only during a step.
         """
         zero, fp32 = self._zero, torch.float32.itemsize
         if self._stage == 3:
@@ -74,21 +77,21 @@ class Masters:
         else:
             weights = getattr(zero, "bit16_groups_flat", None) or zero.bf16_groups_flat
             groups = getattr(zero, "bit16_groups", None) or zero.bf16_groups
-            whole = sum(p.numel() for group in groups for p in group)
-            gradients = fp32 * (whole if self._stage == 1 else sum(flat.numel() for flat in self.flats))
-        own = {tensor.data_ptr() for tensor in weights}
-        masters = sum(flat.nbytes for flat in self.flats if flat.data_ptr() not in own)
+            numel = sum(p.numel() for group in groups for p in group)
+            gradients = fp32 * (numel if self._stage == 1 else sum(flat.numel() for flat in self.optimizer_tensors))
+        weight_pointers = {tensor.data_ptr() for tensor in weights}
+        masters = sum(flat.nbytes for flat in self.optimizer_tensors if flat.data_ptr() not in weight_pointers)
         return sum(tensor.nbytes for tensor in weights), gradients, masters
 
     @property
     def _partitions(self) -> list[Tensor]:
-        """Stages 1 and 2: this rank's share of each group."""
+        """Stages 1 and 2: this rank's partition of each group."""
         zero = self._zero
         return getattr(zero, "single_partition_of_fp32_groups", None) or zero.fp32_groups_flat_partition
 
     @torch.no_grad()
-    def publish(self) -> None:
-        """Copy the masters into the weights that compute, after they were written from outside. Collective."""
+    def sync_model_weights(self) -> None:
+        """Copy the master weights to the model weights, after they were written from outside. Collective."""
         zero = self._zero
         if self._stage == 0:
             for p, master in self._masters.items():
@@ -104,15 +107,16 @@ class Masters:
             zero.update_lp_params()
 
     def drop_gradients(self) -> None:
-        """Forget the gradients of a skipped step.
+        """Discard the gradients of a skipped step.
 
-        DeepSpeed does, but for offload in bf16 at stages 1 and 2, which would add the next step's to them.
+        DeepSpeed does this itself, except with offload in bf16 at stages 1 and 2: there it would add the next step's
+        gradients to them.
         """
-        if getattr(self._zero, "cpu_offload", False):  # stages 1 and 2 alone have it
+        if getattr(self._zero, "cpu_offload", False):  # only stages 1 and 2 have this attribute
             self._zero.averaged_gradients.update(dict.fromkeys(self._zero.averaged_gradients))
 
     def _map_whole(self) -> None:
-        """Stage 0: the parameter itself, or the fp32 copy DeepSpeed's bf16 wrapper steps on."""
+        """Stage 0: the parameter itself, or the fp32 copy that DeepSpeed's bf16 wrapper updates."""
         zero = self._zero
         self._masters: dict[nn.Parameter, Tensor] = {}
         if hasattr(zero, "fp32_groups"):
@@ -125,7 +129,7 @@ class Masters:
         return MasterShard(start=0, numel=p.numel(), flat=self._masters[p], offset=0)
 
     def _fragment(self, p: nn.Parameter) -> MasterShard | None:
-        """Stages 1 and 2: a group's parameters end to end, cut evenly over the data-parallel ranks."""
+        """Stages 1 and 2: a group's parameters are concatenated and divided evenly over the data-parallel ranks."""
         mapping = p._hp_mapping  # pyright: ignore[reportAttributeAccessIssue]
         if mapping is None:
             return None
@@ -138,7 +142,7 @@ class Masters:
         return next(flat for flat in self._partitions if flat.untyped_storage().data_ptr() == storage)
 
     def _partition(self, p: nn.Parameter) -> MasterShard:
-        """Stage 3: every parameter cut evenly over the data-parallel ranks, the last share padded."""
+        """Stage 3: every parameter is divided evenly over the data-parallel ranks; the last partition is padded."""
         zero: Any = self._zero
         group, offset, size = zero.grad_position[zero.get_param_id(p)]
         full: int = p.ds_numel  # pyright: ignore[reportAttributeAccessIssue]

@@ -1,7 +1,7 @@
-"""Activation recompute: what the backward pass works out again instead of keeping it.
+"""Activation recompute: the backward pass recomputes activations that the forward pass does not store.
 
-``full``: a block keeps its inputs alone. ``selective``: it keeps what its matrix products and attention returned,
-and works out modulations and activation functions again, which costs next to nothing.
+``full``: a block stores its inputs only. ``selective``: it stores the outputs of matrix products and attention, and
+recomputes modulations and activation functions, which costs almost nothing.
 """
 
 from __future__ import annotations
@@ -20,15 +20,15 @@ KEEP_INPUTS: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": Fal
 
 
 class Recompute:
-    """Runs blocks of a model under a policy; blocks from number ``blocks`` on keep everything."""
+    """Run the blocks of a model with activation recompute. Blocks from index ``blocks`` on store all activations."""
 
     def __init__(self, mode: str, blocks: int, precision: Callable[[], AbstractContextManager[Any]]) -> None:
-        """``precision`` gives the context in which a block that runs anew must run."""
+        """``precision`` returns the context manager in which a block must be recomputed."""
         self._mode, self._blocks, self._precision = mode, blocks, precision
-        self._recipes: dict[int, _Recipe] | None = None  # by address, while a block runs selectively
+        self._recipes: dict[int, _Recipe] | None = None  # by data pointer, while a block runs in selective mode
 
     def block(self, i: int, step: Callable[..., Any], *arguments: Any) -> Any:
-        """``step(i, *arguments)``, block ``i`` of the model."""
+        """Return ``step(i, *arguments)``, the output of block ``i`` of the model."""
         if self._mode == "none" or i >= self._blocks or not torch.is_grad_enabled():
             return step(i, *arguments)
         if self._mode == "full":
@@ -41,7 +41,7 @@ class Recompute:
             self._recipes = None
 
     def pointwise(self, function: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
-        """``function(*inputs)``, not kept by a block that runs selectively."""
+        """Return ``function(*inputs)``, which is not stored if the block runs in selective mode."""
         if self._recipes is None:
             return function(*inputs)
         out = checkpoint(function, *inputs, **KEEP_INPUTS)
@@ -50,9 +50,9 @@ class Recompute:
         return out
 
     def _pack(self, saved: Tensor) -> Any:
-        """What autograd keeps of a tensor it was asked to save."""
+        """Return what autograd stores for a saved tensor: the tensor itself, or how to recompute it."""
         recipe = (self._recipes or {}).get(saved.data_ptr())
-        # A tensor that is gone may have left its address to another.
+        # A new tensor may have been allocated at the address of a freed one.
         known = recipe is not None and recipe.out() is not None and recipe.numel == saved.numel()
         return (recipe, saved.shape) if known and saved.is_contiguous() else saved
 

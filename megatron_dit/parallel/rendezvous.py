@@ -1,6 +1,6 @@
-"""The rendezvous of a job's ranks: it polls, prints which ranks are missing, and ends after a limit.
+"""Rendezvous of the ranks of a job: it polls, prints which ranks are missing, and fails after a time limit.
 
-``torch.distributed``'s own rendezvous waits inside C++, where it prints nothing and only SIGKILL ends it.
+``torch.distributed``'s own rendezvous waits inside C++, prints nothing, and can only be ended by SIGKILL.
 """
 
 from __future__ import annotations
@@ -17,30 +17,30 @@ from collections.abc import Iterator, Sequence
 
 import torch.distributed as dist
 
-from megatron_dit.errors import OwnError, UserError
+from megatron_dit.runtime.errors import OwnError, UserError
 from megatron_dit.runtime.launch_environment import LaunchEnvironment
 
-SILENT_SECONDS = 10.0  # before the first line about missing ranks
-REPEAT_SECONDS = 30.0
+SILENT_SECONDS = 10.0  # before the first message about missing ranks
+REPEAT_SECONDS = 30.0  # between messages
 POLL_SECONDS = 0.1
-NAME_SECONDS = 30.0  # for which a host name that cannot be resolved is tried again: a new pod's takes a while
-STORE_SECONDS = 10.0  # one connection to the store
-FAREWELL_SECONDS = 3.0  # that rank 0 serves the others its refusal
-GROUP_TIMEOUT = datetime.timedelta(minutes=30)  # of collectives, once all ranks are there
+NAME_SECONDS = 30.0  # retry resolving a host name for this long: the name of a new pod takes a while to appear
+STORE_SECONDS = 10.0  # timeout of one connection to the store
+FAREWELL_SECONDS = 3.0  # for which rank 0 keeps the store open so that the others can read its error
+GROUP_TIMEOUT = datetime.timedelta(minutes=30)  # of collectives, after all ranks have connected
 DEFAULT_PORT = "29500"
 
 
 def rendezvous(place: LaunchEnvironment, limit: float) -> dist.Store:
-    """Return the store that all ranks of the job share, once all of them have connected to MASTER_ADDR:MASTER_PORT.
+    """Return the store shared by all ranks of the job, after all of them have connected to MASTER_ADDR:MASTER_PORT.
 
-    Raises UserError after ``limit`` seconds, naming the missing ranks, and if the ranks' settings contradict.
+    Raises UserError naming the missing ranks after ``limit`` seconds, and if the ranks' settings contradict each other.
     """
     address, port = _master()
     return _Meeting(place, address, port, time.monotonic(), limit).hold()
 
 
 def ranges(numbers: Sequence[int]) -> str:
-    """Return numbers as text with runs abbreviated: ``1, 3-6`` for 1, 3, 4, 5, 6."""
+    """Format numbers with consecutive ones abbreviated: ``1, 3-6`` for 1, 3, 4, 5, 6."""
     runs: list[list[int]] = []
     for number in sorted(numbers):
         if runs and number == runs[-1][-1] + 1:
@@ -54,7 +54,7 @@ def _master() -> tuple[str, int]:
     address = os.environ.get("MASTER_ADDR", "").strip()
     if not address:
         raise UserError(
-            "several ranks but MASTER_ADDR is not set: start with --procs, torchrun or deepspeed, or export "
+            "there are several ranks, but MASTER_ADDR is not set: start with --procs, torchrun or deepspeed, or export "
             "MASTER_ADDR and MASTER_PORT in the sbatch script"
         )
     text = os.environ.get("MASTER_PORT", "").strip() or DEFAULT_PORT
@@ -64,11 +64,11 @@ def _master() -> tuple[str, int]:
 
 
 class _Meeting:
-    """One rank's part in the rendezvous. Rank 0 serves the store, unless torchrun's agent does."""
+    """Rendezvous from the side of one rank. Rank 0 serves the store, unless torchrun's agent does."""
 
     def __init__(self, place: LaunchEnvironment, address: str, port: int, started: float, limit: float) -> None:
         self._place, self._address, self._port, self._limit = place, address, port, limit
-        self._started, self._said = started, started + SILENT_SECONDS - REPEAT_SECONDS
+        self._started, self._last_message = started, started + SILENT_SECONDS - REPEAT_SECONDS
         self._who = f"process {os.getpid()} on host {socket.gethostname()}"
 
     def hold(self) -> dist.Store:
@@ -76,7 +76,7 @@ class _Meeting:
         serving = self._place.rank == 0 and not by_agent
         store: dist.Store = self._serve() if serving else self._join()
         try:
-            # An agent's store lives through restarts of its ranks.
+            # The store of torchrun's agent outlives restarts of its ranks.
             attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
             store = dist.PrefixStore(f"megatron_dit/{attempt}", store)
             self._register(store)
@@ -91,7 +91,7 @@ class _Meeting:
 
     def _serve(self) -> dist.TCPStore:
         try:
-            # The others connect to MASTER_ADDR, which may be a service's address that this host itself cannot reach.
+            # Other ranks connect to MASTER_ADDR, which may be a service address that this host itself cannot reach.
             return self._store("127.0.0.1", serve=True)
         except (dist.DistError, RuntimeError) as error:
             raise OwnError(
@@ -100,7 +100,7 @@ class _Meeting:
             ) from None
 
     def _join(self) -> dist.TCPStore:
-        """Connect to the store. A plain socket tries first, because Python can interrupt it."""
+        """Connect to the store. Try a plain socket first, because Python can interrupt it."""
         while True:
             try:
                 socket.create_connection((self._address, self._port), timeout=2.0).close()
@@ -108,7 +108,7 @@ class _Meeting:
             except socket.gaierror as error:
                 reason = f"MASTER_ADDR={self._address} cannot be resolved: {error.strerror}"
                 if time.monotonic() - self._started > min(NAME_SECONDS, self._limit):
-                    raise self._failed(reason, "correct it") from None
+                    raise self._failed(reason, "correct MASTER_ADDR") from None
             except OSError as error:
                 reason = f"{self._address}:{self._port} does not answer: {error.strerror or error}"
             except (dist.DistError, RuntimeError) as error:
@@ -117,7 +117,7 @@ class _Meeting:
 
     def _store(self, host: str, serve: bool) -> dist.TCPStore:
         seconds = datetime.timedelta(seconds=STORE_SECONDS)
-        with _without_stderr():  # a failed attempt prints a stack trace in addition to its exception
+        with _without_stderr():  # a failed attempt prints a stack trace in addition to raising
             return dist.TCPStore(host, self._port, None, serve, timeout=seconds, wait_for_workers=False)
 
     def _register(self, store: dist.Store) -> None:
@@ -126,19 +126,19 @@ class _Meeting:
         if expected != str(world):
             raise OwnError(
                 f"rank {rank} ({self._who}) was started with WORLD_SIZE={world}, other ranks with {expected}: start "
-                "all with the same WORLD_SIZE, and each job with its own MASTER_PORT"
+                "all ranks with the same WORLD_SIZE, and each job with its own MASTER_PORT"
             )
-        mine = f"{self._who}\n{secrets.token_hex(8)}"  # containers may share a host name and process ids
-        found = store.compare_set(f"rank{rank}", "", mine).decode()
-        if found != mine:
-            other = found.partition("\n")[0]
+        mine = f"{self._who}\n{secrets.token_hex(8)}"  # containers may have equal host names and process ids
+        registered = store.compare_set(f"rank{rank}", "", mine).decode()
+        if registered != mine:
+            other = registered.partition("\n")[0]
             raise OwnError(
                 f"RANK={rank} is set for {other} and for {self._who}: give each process its own rank, and "
                 f"each job its own MASTER_PORT (now {self._port})"
             )
 
     def _gather(self, store: dist.Store) -> None:
-        """On rank 0, wait for the other ranks, and publish whether all have connected."""
+        """On rank 0, wait for the other ranks and publish whether all have connected."""
         others = range(1, self._place.world)
         while not store.check([f"rank{rank}" for rank in others]):
             if not self._due():
@@ -148,7 +148,7 @@ class _Meeting:
             few = f"rank {missing[0]}" if len(missing) == 1 else f"ranks {ranges(missing)}"
             text = f"{few} of {self._place.world} did not connect to {self._address}:{self._port}"
             try:
-                self._pause(text, "start the missing ranks, or look for their errors")
+                self._pause(text, "start the missing ranks, or check their logs for errors")
             except UserError as error:
                 store.set("end", str(error))
                 time.sleep(FAREWELL_SECONDS)
@@ -161,24 +161,24 @@ class _Meeting:
             if store.check(["rank0"]):
                 time.sleep(POLL_SECONDS)
             else:
-                self._pause(f"rank 0 did not connect to {self._address}:{self._port}", "look for its error")
+                self._pause(f"rank 0 did not connect to {self._address}:{self._port}", "check its log for errors")
         if message := store.get("end").decode():
             raise UserError(message)
 
     def _pause(self, reason: str, remedy: str) -> None:
-        """Wait a moment; print the reason if it is time to. Raises UserError after the limit."""
+        """Sleep briefly, and print the reason for waiting if it is due. Raises UserError after the limit."""
         if time.monotonic() - self._started > self._limit:
             raise self._failed(reason, remedy)
         if self._due():
-            self._said = time.monotonic()
-            waited = f"waited {self._said - self._started:.0f} of launch.rendezvous_seconds={self._limit:g} s"
+            self._last_message = time.monotonic()
+            waited = f"waited {self._last_message - self._started:.0f} of launch.rendezvous_seconds={self._limit:g} s"
             print(f"rank {self._place.rank} on {socket.gethostname()}: {reason}; {waited}", file=sys.stderr, flush=True)
         time.sleep(POLL_SECONDS)
 
     def _due(self) -> bool:
-        """Return whether it is time to print a line or to give up."""
+        """Return whether it is time to print a message or to give up."""
         now = time.monotonic()
-        return now - self._said > REPEAT_SECONDS or now - self._started > self._limit
+        return now - self._last_message > REPEAT_SECONDS or now - self._started > self._limit
 
     def _failed(self, reason: str, remedy: str) -> UserError:
         waited = f"after {time.monotonic() - self._started:.0f} s"
@@ -190,7 +190,7 @@ _stderr = threading.Lock()
 
 @contextlib.contextmanager
 def _without_stderr() -> Iterator[None]:
-    """Discard what C++ prints to standard error."""
+    """Discard what C++ code prints to standard error."""
     with _stderr, open(os.devnull, "w") as null:  # noqa: PTH123
         sys.stderr.flush()
         before = os.dup(2)

@@ -1,8 +1,9 @@
-"""The layer backend on Transformer Engine: hidden linears in bf16 or FP8, attention on cuDNN.
+"""Layer backend on Transformer Engine (TE): hidden linear layers in bf16 or FP8, attention on cuDNN.
 
-Embedders, conditioning and output stay as they are, in bf16: they are little of the work and lose most by FP8.
-So do norms: their gains are read through ``seen_by_heads`` and ``seen_by_tokens``, for which TE's modules have no
-place. Weights are held in bf16 and cast to FP8 at each use.
+Embedders, conditioning and output layers are those of the local backend, in bf16: they are a small part of the
+computation and the most sensitive to FP8. Norms are too, because their gains are read through
+``sum_grad_over_tensor_ranks`` and ``sum_grad_over_sequence_ranks``, which TE's modules do not support. Weights are
+stored in bf16 and cast to FP8 at each use.
 """
 
 from __future__ import annotations
@@ -24,13 +25,14 @@ from transformer_engine.pytorch.quantization import (  # pyright: ignore[reportM
 )
 
 from megatron_dit.config import Config
+from megatron_dit.mup.init_rules import InitKind
 from megatron_dit.parallel.layers import Backend, set_init
 from megatron_dit.parallel.topology import Topology
 
 RECIPES = {
-    "delayed": recipe.DelayedScaling,  # per tensor, from the greatest |x| of past steps
-    "current": recipe.Float8CurrentScaling,  # per tensor, from the greatest |x| itself
-    "blockwise": recipe.Float8BlockScaling,  # 1 x 128 of activations and gradients, 128 x 128 of weights
+    "delayed": recipe.DelayedScaling,  # per tensor, from the maximum of |x| in past steps
+    "current": recipe.Float8CurrentScaling,  # per tensor, from its current maximum of |x|
+    "blockwise": recipe.Float8BlockScaling,  # blocks of 1 x 128 (activations, gradients) or 128 x 128 (weights)
 }
 FORMATS = {"hybrid": recipe.Format.HYBRID, "e4m3": recipe.Format.E4M3}
 ATTENTION = [
@@ -38,24 +40,24 @@ ATTENTION = [
     SDPBackend.FLASH_ATTENTION,
     SDPBackend.EFFICIENT_ATTENTION,
     SDPBackend.MATH,
-]  # in the order of preference
+]  # in order of preference
 
 
 class TeLinear(te.Linear):
-    """What both kinds of parallel linear share: (S, B, D) in, (S', B, D') out."""
+    """Base class of both kinds of parallel linear layer: (S, B, D) -> (S', B, D')."""
 
     def __init__(self, backend: TeBackend, inputs: int, outputs: int, **options: Any) -> None:
         super().__init__(inputs, outputs, tp_group=backend.te_group, device=torch.get_default_device(), **options)
         self.backend = backend
 
     def reset_parameters(self, defer_init: bool = False) -> None:
-        """Nothing: ``mup.init`` fills every parameter by its global name."""
+        """Do nothing: ``mup.initial_values`` initializes every parameter by its global name."""
 
     @property
     def is_fsdp2(self) -> bool:
-        """Whether the weight is gone between forward and backward, as under ZeRO-3.
+        """Whether the weight is freed between forward and backward pass, as under ZeRO-3.
 
-        TE then keeps no FP8 copy of it meanwhile, which would undo ZeRO-3's sharding, but casts it anew.
+        TE then casts the weight to FP8 again in the backward pass instead of keeping an unsharded FP8 copy.
         """
         return self.backend.sharded_weights
 
@@ -64,48 +66,48 @@ class TeColumn(TeLinear):
     """``layers.ColumnLinear`` on TE."""
 
     def __init__(
-        self, backend: TeBackend, inputs: int, outputs: int, *, pieces: int, sharded_input: bool, bias: bool = True
+        self, backend: TeBackend, inputs: int, outputs: int, *, fused_parts: int, sharded_input: bool, bias: bool = True
     ) -> None:
         sequence = sharded_input and backend.sharded_config.sequence_parallel
         super().__init__(backend, inputs, outputs, parallel_mode="column", sequence_parallel=sequence, bias=bias)
-        set_tensor_model_parallel_attributes(self.weight, True, 0, pieces)
-        set_init(self.weight, "fan_in")
+        set_tensor_model_parallel_attributes(self.weight, True, 0, fused_parts)
+        set_init(self.weight, InitKind.FAN_IN)
         if bias:
-            set_tensor_model_parallel_attributes(self.bias, True, 0, pieces)
-            set_init(self.bias, "zero")
+            set_tensor_model_parallel_attributes(self.bias, True, 0, fused_parts)
+            set_init(self.bias, InitKind.ZERO)
 
 
-class TeTokenwise(TeColumn):
-    """``layers.TokenwiseLinear`` on TE."""
+class TeColumnThenGather(TeColumn):
+    """``layers.ColumnThenGatherLinear`` on TE."""
 
     def __init__(self, backend: TeBackend, inputs: int, outputs: int) -> None:
-        super().__init__(backend, inputs, outputs, pieces=1, sharded_input=True)
+        super().__init__(backend, inputs, outputs, fused_parts=1, sharded_input=True)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.backend.whole_outputs(super().forward(x))
+        return self.backend.gather_output_features(super().forward(x))
 
 
 class TeRow(TeLinear):
     """``layers.RowLinear`` on TE.
 
-    TE returns the bias instead of adding it: it would leave the sum of its gradient under sequence parallelism to the
-    training loop, and here autograd sums it.
+    TE returns the bias instead of adding it, so that autograd sums its gradient under sequence parallelism; TE would
+    leave the sum to the training loop.
     """
 
-    def __init__(self, backend: TeBackend, inputs: int, outputs: int, *, init: str) -> None:
+    def __init__(self, backend: TeBackend, inputs: int, outputs: int, *, init: InitKind) -> None:
         sequence = backend.sharded_config.sequence_parallel
         super().__init__(backend, inputs, outputs, parallel_mode="row", sequence_parallel=sequence, return_bias=True)
         set_tensor_model_parallel_attributes(self.weight, True, 1, 1)
         set_init(self.weight, init)
-        set_init(self.bias, "zero")
+        set_init(self.bias, InitKind.ZERO)
 
     def forward(self, x: Tensor) -> Tensor:
         out, bias = super().forward(x)
-        return out + self.backend.seen_by_tokens(bias)
+        return out + self.backend.sum_grad_over_sequence_ranks(bias)
 
 
 class TeBackend(Backend):
-    """Layers of one model on Transformer Engine; the same parameters as :class:`Backend`'s by name, shape and role."""
+    """Layers of one model on Transformer Engine, with the parameter names, shapes and roles of :class:`Backend`."""
 
     def __init__(self, config: Config, topology: Topology) -> None:
         train = config.train
@@ -114,36 +116,36 @@ class TeBackend(Backend):
         self.sharded_weights = config.parallel.zero_stage == 3
         fp8 = train.fp8
         self.recipe = None if fp8 == "none" else RECIPES[fp8](fp8_format=FORMATS[train.fp8_format])
-        # Delayed scaling agrees on the scales of a layer among all ranks that hold it: left to itself, TE asks every
-        # rank there is, those of other pipeline stages too.
+        # Delayed scaling reduces the scales of a layer over all ranks that hold it. By default TE would reduce over all
+        # ranks, including those of other pipeline stages.
         self.amax_group = parallel_state.get_amax_reduction_group() if fp8 == "delayed" else None
         self.fp8_state = FP8GlobalState()
 
     def column(
-        self, inputs: int, outputs: int, *, pieces: int = 1, sharded_input: bool = True, bias: bool = True
+        self, inputs: int, outputs: int, *, fused_parts: int = 1, sharded_input: bool = True, bias: bool = True
     ) -> TeColumn:
-        return TeColumn(self, inputs, outputs, pieces=pieces, sharded_input=sharded_input, bias=bias)
+        return TeColumn(self, inputs, outputs, fused_parts=fused_parts, sharded_input=sharded_input, bias=bias)
 
-    def tokenwise(self, inputs: int, outputs: int) -> TeTokenwise:
-        return TeTokenwise(self, inputs, outputs)
+    def column_then_gather(self, inputs: int, outputs: int) -> TeColumnThenGather:
+        return TeColumnThenGather(self, inputs, outputs)
 
-    def row(self, inputs: int, outputs: int, *, init: str = "fan_in") -> TeRow:
+    def row(self, inputs: int, outputs: int, *, init: InitKind = InitKind.FAN_IN) -> TeRow:
         return TeRow(self, inputs, outputs, init=init)
 
     def attention(self, q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor | None = None) -> Tensor:
-        # The kernels are those of TE's DotProductAttention. That is a module, with one scale and one kind of mask for
-        # life; it takes a padding mask as lengths only, and would join delayed scaling's bookkeeping for nothing.
+        # These are the kernels of TE's DotProductAttention, which is not used because its scale and mask type are fixed
+        # at construction, it takes padding masks as lengths only, and delayed scaling would track it needlessly.
         with sdpa_kernel(ATTENTION, set_priority=True):
             return super().attention(q, k, v, scale, mask)
 
     def precision(self) -> AbstractContextManager[Any]:
-        """FP8 for the linears called in it, forward and (without it) in the backward pass that follows."""
+        """Return a context manager that enables FP8 for linear layers called in it, and for their backward pass."""
         return nullcontext() if self.recipe is None else self._fp8()
 
     @contextmanager
     def _fp8(self) -> Iterator[None]:
-        # TE keeps the scales' history of all modules of a process in one place, and reduces that of models long gone
-        # too. The backward pass that follows reads it as well, so it stays after this context.
+        # TE stores the scale history of all modules in one global state, and reduces even that of deleted models, so
+        # each backend has its own state. It stays set after this context, because the backward pass reads it too.
         FP8GlobalStateManager.quantization_state = self.fp8_state
         with te.autocast(recipe=self.recipe, amax_reduction_group=self.amax_group):
             yield

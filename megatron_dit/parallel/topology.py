@@ -1,32 +1,33 @@
-"""Process groups: who shares a layer, who shares the data, and DeepSpeed's view of both."""
+"""Process groups for tensor, data and pipeline parallelism, and their interface for DeepSpeed."""
 
 from __future__ import annotations
 
+import logging
 import os
 import socket
-import sys
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, TypeVar, cast
+from typing import Any
 
 import torch
 import torch.distributed as dist
 
 from megatron_dit.config import Config, LaunchConfig
-from megatron_dit.errors import UserError
-from megatron_dit.parallel.cpu import device, let_megatron_run_on_cpu
+from megatron_dit.parallel.failures import use_store
 from megatron_dit.parallel.rendezvous import GROUP_TIMEOUT, rendezvous
+from megatron_dit.runtime.compat import let_megatron_run_on_cpu, prepare_deepspeed
 from megatron_dit.runtime.launch_environment import LaunchEnvironment, launch_environment
+from megatron_dit.runtime.logging import THIS_RANK
 from megatron_dit.runtime.signals import signals_end_at_once
 
-CONNECT_SECONDS = 30.0  # in which ranks that have met should connect; a line is printed if they have not
+CONNECT_SECONDS = 30.0  # print a message if ranks are not connected to each other this long after the rendezvous
 
-T = TypeVar("T")
+logger = logging.getLogger(__name__)
 
 
 class SoloGroup:
-    """A group of one, for models built outside ``torch.distributed`` (shapes, sampling)."""
+    """Process group of size one, for models built without ``torch.distributed`` (shapes, sampling)."""
 
     def size(self) -> int:
         return 1
@@ -37,8 +38,11 @@ class SoloGroup:
 
 @dataclass(frozen=True)
 class Topology:
-    """This rank's place. Tensor-parallel ranks are neighbours (the fastest links), then data-parallel ones, and
-    pipeline stages, which exchange least, are farthest apart."""
+    """This rank's process groups.
+
+    Tensor-parallel ranks are adjacent (fastest links), then data-parallel ranks; pipeline stages, which communicate
+    least, are farthest apart.
+    """
 
     rank: int = 0
     world: int = 1
@@ -75,9 +79,9 @@ SOLO = Topology()
 
 
 class DeepSpeedMpu:
-    """What DeepSpeed asks a model-parallel unit; answered from Megatron's ``parallel_state``.
+    """Model-parallel unit (mpu) for DeepSpeed, based on Megatron's ``parallel_state``.
 
-    Its model-parallel group must be tensor x pipeline, else the gradient norm misses other stages.
+    The model-parallel group must be tensor x pipeline; otherwise the gradient norm would omit other pipeline stages.
     """
 
     def __init__(self) -> None:
@@ -99,10 +103,10 @@ class DeepSpeedMpu:
 
 
 def connect(limit: float = LaunchConfig.rendezvous_seconds) -> None:
-    """Join the default process group (nccl on GPUs, gloo on CPUs); a lone process gets a group of one.
+    """Join the default process group (nccl on GPUs, gloo on CPUs); a single process gets a group of size one.
 
-    Raises UserError, naming them, if ranks are still missing after ``limit`` seconds. Until all are there SIGTERM and
-    Ctrl-C end the process at once.
+    Raises UserError naming the missing ranks after ``limit`` seconds. Until all ranks have connected, SIGTERM and
+    Ctrl-C end the process immediately.
     """
     if dist.is_initialized():
         return
@@ -113,9 +117,9 @@ def connect(limit: float = LaunchConfig.rendezvous_seconds) -> None:
         torch.cuda.set_device(place.local_rank % torch.cuda.device_count())
     with signals_end_at_once():
         store = dist.HashStore() if place.world == 1 else rendezvous(place, limit)
-        patience = threading.Timer(CONNECT_SECONDS, _say_unconnected, [place])
-        patience.daemon = True
-        patience.start()
+        timer = threading.Timer(CONNECT_SECONDS, _warn_unconnected, [place])
+        timer.daemon = True
+        timer.start()
         try:
             dist.init_process_group(
                 "nccl" if cuda else "gloo",
@@ -125,30 +129,35 @@ def connect(limit: float = LaunchConfig.rendezvous_seconds) -> None:
                 timeout=GROUP_TIMEOUT,
             )
         finally:
-            patience.cancel()
+            timer.cancel()
+        use_store(store if place.world > 1 else None)
 
 
-def _say_unconnected(place: LaunchEnvironment) -> None:
-    print(
-        f"rank {place.rank} on {socket.gethostname()}: all {place.world} ranks are there, but have not connected to "
-        f"each other within {CONNECT_SECONDS:.0f} s: set GLOO_SOCKET_IFNAME or NCCL_SOCKET_IFNAME to the network "
-        "interface that joins the hosts",
-        file=sys.stderr,
-        flush=True,
+def _warn_unconnected(place: LaunchEnvironment) -> None:
+    logger.warning(
+        "rank %d on %s: all %d ranks have started, but did not connect to each other within %.0f s: set "
+        "GLOO_SOCKET_IFNAME or NCCL_SOCKET_IFNAME to the network interface that connects the hosts",
+        place.rank,
+        socket.gethostname(),
+        place.world,
+        CONNECT_SECONDS,
+        extra=THIS_RANK,
     )
 
 
 def disconnect() -> None:
-    """Leave the process group at the end of a multi-rank command; a lone process may run another."""
+    """Destroy the process group at the end of a multi-rank command. A single process keeps it for further commands."""
     if dist.is_initialized() and dist.get_world_size() > 1:
         dist.destroy_process_group()
+        use_store(None)
 
 
 def build_topology(config: Config) -> Topology:
-    """Megatron's process groups for ``config``; the default process group must exist."""
+    """Create Megatron's process groups for ``config``. The default process group must exist."""
     from megatron.core import parallel_state
 
     let_megatron_run_on_cpu()
+    prepare_deepspeed()
     config.data_parallel(dist.get_world_size())
     if parallel_state.is_initialized():
         parallel_state.destroy_model_parallel()
@@ -156,7 +165,7 @@ def build_topology(config: Config) -> Topology:
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=parallel.tensor,
         pipeline_model_parallel_size=parallel.pipeline,
-        virtual_pipeline_model_parallel_size=parallel.chunks if parallel.chunks > 1 else None,
+        virtual_pipeline_model_parallel_size=parallel.virtual_stages if parallel.virtual_stages > 1 else None,
         create_gloo_process_groups=False,
     )
     return Topology(
@@ -166,53 +175,3 @@ def build_topology(config: Config) -> Topology:
         data_group=parallel_state.get_data_parallel_group(),
         pipeline_group=parallel_state.get_pipeline_model_parallel_group(),
     )
-
-
-def agree(error: Exception | None) -> None:
-    """Raise on every rank the first UserError that any rank met, so that none waits for the others.
-
-    Collective. ``error`` None means that this rank is fine.
-    """
-    if not dist.is_initialized() or dist.get_world_size() == 1 or dist.get_backend() == "fake":
-        if error is not None:
-            raise error
-        return
-    messages = gather(None if error is None else str(error))
-    first = next((message for message in messages if message is not None), None)
-    if first is not None:
-        raise UserError(first)
-
-
-def agreed(function: Callable[[], T]) -> T:
-    """``function()``; where it raises a UserError on one rank, all raise it. Collective."""
-    result, error = None, None
-    try:
-        result = function()
-    except UserError as caught:
-        error = caught
-    agree(error)
-    return cast(T, result)
-
-
-def gather(value: T) -> list[T]:
-    """Every rank's value, in their order. Collective."""
-    values: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(values, value)
-    return values
-
-
-def sum_over_ranks(figures: Sequence[float]) -> list[float]:
-    """Collective."""
-    total = torch.tensor(figures, dtype=torch.float64, device=device())
-    if dist.get_world_size() > 1:
-        dist.all_reduce(total)
-    return total.tolist()
-
-
-def mean_over_ranks(figures: Mapping[str, float]) -> dict[str, float]:
-    """Means by name over the ranks that have it: pipeline stages have different ones. Collective."""
-    found: dict[str, list[float]] = {}
-    for share in gather(dict(figures)):
-        for name, value in share.items():
-            found.setdefault(name, []).append(value)
-    return {name: sum(values) / len(values) for name, values in found.items()}

@@ -1,1 +1,1 @@
-"""What every package may use: text for terminals, locks, signals, standard output, the launchers' environment."""
+"""Utilities that every package may use: terminal text, locks, signals, standard output, the launch environment."""

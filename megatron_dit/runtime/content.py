@@ -1,4 +1,4 @@
-"""What a file is by its first bytes. Clones and downloads leave files that are not what their names say."""
+"""Detect a file's format from its first bytes: clones and failed downloads leave files of another format than named."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 
-_HEAD = 512  # bytes read of every file
+_HEAD = 512  # bytes read from each file
 _LARGEST_HEADER = 100_000_000  # bytes; the safetensors library refuses longer ones
 _AGAIN = "download or export it again"
 _LFS = b"version https://git-lfs.github.com/spec/"
-# First bytes, in lower case -> (name, description).
+# First bytes in lower case -> (name, description).
 _MAGIC = {
     b"<!doctype": ("html", "a web page"),
     b"<html": ("html", "a web page"),
@@ -30,15 +30,15 @@ _MAGIC = {
 
 @dataclass(frozen=True)
 class Content:
-    """What a file holds: ``name`` for programs, ``description`` and ``remedy`` for messages."""
+    """Format of a file: ``name`` for programs, ``description`` and ``remedy`` for messages."""
 
     name: str  # "safetensors", "torch", "pickle", "zip", "json", "html", "lfs", "empty", "truncated", "text", ...
     description: str
-    remedy: str = "give the right file"
+    remedy: str = "pass the path of the right file"
 
 
 def content_of(path: Path) -> Content:
-    """Return what ``path`` is, whatever its ending says."""
+    """Return the format of the file at ``path``, ignoring its extension."""
     try:
         with path.open("rb") as file:
             head = file.read(_HEAD)
@@ -47,7 +47,7 @@ def content_of(path: Path) -> Content:
     if not head:
         return Content("empty", "an empty file", _AGAIN)
     if is_lfs_pointer(head):
-        return Content("lfs", "a Git LFS pointer in place of the file itself", 'run "git lfs pull" in its repository')
+        return Content("lfs", "a Git LFS pointer instead of the file itself", 'run "git lfs pull" in its repository')
     start = head.removeprefix(b"\xef\xbb\xbf").lstrip().lower()
     for magic, (name, description) in _MAGIC.items():
         if start.startswith(magic) or head.lower().startswith(magic):
@@ -57,12 +57,12 @@ def content_of(path: Path) -> Content:
     if head[8:9] == b"{" and b"\0" in head[:8]:
         return _safetensors(path)
     if head[:1] == b"\x80" and head[1:2] in b"\x02\x03\x04\x05":
-        return Content("pickle", "a pickle, such as torch.save wrote before version 1.6")
+        return Content("pickle", "a pickle, the format of torch.save before PyTorch 1.6")
     if head[257:262] == b"ustar":
         return Content("tar", "a tar archive", "unpack it")
     if b"\0" in head:
-        unset = not head.strip(b"\0")
-        return Content("unknown", "zeros" if unset else "binary data of an unknown format", _AGAIN)
+        all_zero = not head.strip(b"\0")
+        return Content("unknown", "filled with zeros" if all_zero else "binary data of an unknown format", _AGAIN)
     if start.startswith((b"{", b"[")):
         return Content("json", "JSON text")
     try:
@@ -73,19 +73,23 @@ def content_of(path: Path) -> Content:
 
 
 def is_lfs_pointer(data: bytes) -> bool:
-    """Return whether ``data`` is what a clone without Git LFS has in place of a large file."""
+    """Return whether ``data`` is a Git LFS pointer, which a clone without Git LFS has instead of a large file."""
     return data.startswith(_LFS)
 
 
 def mismatch(path: Path, *names: str) -> str | None:
-    """Message about a ``path`` that is none of ``names`` (see ``Content.name``); None if it is one of them."""
+    """Return an error message if the format of ``path`` is none of ``names`` (see ``Content.name``), else None."""
     found = content_of(path)
     if found.name in names:
         return None
     return f"{path} is {found.description}, not {' or '.join(_EXPECTED[name] for name in names)}: {found.remedy}"
 
 
-_EXPECTED = {"safetensors": "a safetensors file", "torch": "what torch.save writes", "pickle": "a pickle of tensors"}
+_EXPECTED = {
+    "safetensors": "a safetensors file",
+    "torch": "a file written by torch.save",
+    "pickle": "a pickle of tensors",
+}
 
 
 def _zip(path: Path) -> Content:
@@ -93,9 +97,9 @@ def _zip(path: Path) -> Content:
         with zipfile.ZipFile(path) as archive:
             torch_file = any(name.endswith("/data.pkl") for name in archive.namelist())
     except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError):
-        return Content("truncated", "a truncated zip archive or file of torch.save", _AGAIN)
+        return Content("truncated", "a truncated zip archive or torch.save file", _AGAIN)
     if torch_file:
-        return Content("torch", "a file of torch.save (pickle)", "save its tensors as safetensors")
+        return Content("torch", "a torch.save file (pickle)", "save its tensors as safetensors")
     return Content("zip", "a zip archive", "unpack it")
 
 
@@ -107,7 +111,7 @@ def _safetensors(path: Path) -> Content:
             return Content("unknown", "binary data of an unknown format", _AGAIN)
         if 8 + length > size:
             return Content(
-                "truncated", f"a truncated safetensors file ({size:,} bytes, its header alone has more)", _AGAIN
+                "truncated", f"a truncated safetensors file ({size:,} bytes, fewer than its header declares)", _AGAIN
             )
         try:
             header = json.loads(file.read(length))

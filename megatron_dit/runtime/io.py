@@ -1,4 +1,4 @@
-"""Read small files that users or other programs wrote, and write result files safely."""
+"""Read small text files from users or other programs, and write result files atomically."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from megatron_dit.errors import UserError, writing
+from megatron_dit.runtime.errors import UserError, writing
 
 TEXT_LIMIT = 4 << 20  # bytes of a YAML file: parsing takes about a second per MiB
 
@@ -18,8 +18,8 @@ TEXT_LIMIT = 4 << 20  # bytes of a YAML file: parsing takes about a second per M
 def read_text(path: Path, name: str, expected: str = "a file", limit: int = TEXT_LIMIT) -> str:
     """Return the text of a regular UTF-8 file of at most ``limit`` bytes, without a byte-order mark.
 
-    ``name`` is how messages call the file, such as ``config a.yaml``, and ``expected`` what it should be. Raises
-    UserError if there is no such file, or if it cannot be read, is too large or is not UTF-8.
+    ``name`` identifies the file in messages, such as ``config a.yaml``; ``expected`` describes the expected file.
+    Raises UserError if the file does not exist, cannot be read, is too large or is not UTF-8.
     """
     try:
         status = path.stat()
@@ -27,7 +27,7 @@ def read_text(path: Path, name: str, expected: str = "a file", limit: int = TEXT
             kind = "a folder" if stat.S_ISDIR(status.st_mode) else "not a regular file"
             raise UserError(f"{name} is {kind}: expected {expected}")
         if status.st_size > limit:
-            raise UserError(f"{name} has {status.st_size:,} bytes, expected at most {limit:,}: it is another file")
+            raise UserError(f"{name} has {status.st_size:,} bytes, expected at most {limit:,}: check the path")
         return path.read_bytes().decode("utf-8-sig")
     except UnicodeDecodeError as error:
         byte = error.object[error.start]
@@ -35,15 +35,15 @@ def read_text(path: Path, name: str, expected: str = "a file", limit: int = TEXT
             f"{name} is not UTF-8 (byte 0x{byte:02x} at position {error.start}): save it as UTF-8"
         ) from None
     except FileNotFoundError:
-        raise UserError(f"{name} does not exist: give the path of {expected}") from None
+        raise UserError(f"{name} does not exist: pass the path of {expected}") from None
     except (OSError, ValueError) as error:
         raise UserError(f"{name} cannot be read ({error})") from None
 
 
 def check_output(path: Path, option: str, *, makes_folder: bool = False) -> None:
-    """Raise UserError if a file cannot be created at ``path``, which ``option`` named; nothing is left behind.
+    """Raise UserError if a file cannot be created at ``path``, the value of ``option``. No file is left behind.
 
-    Long work calls this before it starts. ``makes_folder``: missing folders will be created by the writer.
+    Long-running commands call this before they start. ``makes_folder``: the writer will create missing folders.
     """
     try:
         if path.is_dir():
@@ -66,7 +66,7 @@ def check_output(path: Path, option: str, *, makes_folder: bool = False) -> None
 
 @contextmanager
 def replacing(path: Path, *, makes_folder: bool = False) -> Iterator[Path]:
-    """Yield a path beside ``path`` to write to, which takes its place at the end; if that fails, the old file stays.
+    """Yield a temporary path in the same folder, and rename it to ``path`` at the end. On failure the old file stays.
 
     Devices and pipes, such as /dev/stdout, are written in place. ``makes_folder``: create missing folders.
     Raises UserError if the file cannot be written.
@@ -75,7 +75,7 @@ def replacing(path: Path, *, makes_folder: bool = False) -> Iterator[Path]:
         with writing(path):
             yield path
         return
-    target = path.resolve()  # of a link to a file the link stays
+    target = path.resolve()  # replace the target of a symbolic link, not the link
     part = target.with_name(f".{os.getpid()}.part{target.suffix}")
     try:
         with writing(path):

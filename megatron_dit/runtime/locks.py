@@ -1,4 +1,4 @@
-"""Locks on files, which the kernel frees when their process ends, and the lock of a run's folder."""
+"""File locks, which the kernel releases when their process ends, and the lock of a run folder."""
 
 from __future__ import annotations
 
@@ -7,33 +7,34 @@ import datetime
 import errno
 import fcntl
 import json
+import logging
 import os
 import socket
 import stat
 import threading
 import time
 import weakref
-from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from megatron_dit.errors import UserError
-from megatron_dit.runtime.text import printable
+from megatron_dit.runtime.errors import UserError
 
-NO_LOCKS = (errno.ENOTSUP, errno.ENOSYS, errno.ENOLCK)  # of file systems without flock
+logger = logging.getLogger(__name__)
+
+NO_LOCKS = (errno.ENOTSUP, errno.ENOSYS, errno.ENOLCK)  # errors of file systems without flock
 HEARTBEAT_SECONDS = 5.0
-SILENCE_SECONDS = 20.0  # without a heartbeat of its holder on another host, after which a lock is stale
+SILENCE_SECONDS = 20.0  # a lock held on another host is stale after this time without a heartbeat
 
 
 _held: weakref.WeakSet[FileLock] = weakref.WeakSet()
 
 
 class FileLock:
-    """An exclusive lock on a file, by ``flock``: the kernel frees it when the process ends, also by SIGKILL."""
+    """Exclusive ``flock`` on a file. The kernel releases it when the process ends, even by SIGKILL."""
 
     def __init__(self, descriptor: int, supported: bool) -> None:
-        self.supported = supported  # False: the file system has no locks, and another process may hold this one too
+        self.supported = supported  # False: no locks on this file system, so another process may hold this one too
         self._descriptor: int | None = descriptor
         _held.add(self)
 
@@ -46,7 +47,7 @@ class FileLock:
             os.fsync(self._descriptor)
 
     def release(self) -> None:
-        """Give the lock up; a second time does nothing."""
+        """Release the lock. Further calls have no effect."""
         if self._descriptor is not None:
             os.close(self._descriptor)
             self._descriptor = None
@@ -59,7 +60,10 @@ class FileLock:
 
 
 def _forget_in_child() -> None:
-    """A forked child, such as a loader's worker, shares the open file: a lock would outlive its killed parent."""
+    """Close inherited locks in a forked child, such as a data-loader worker.
+
+    The child shares the open file, so it would otherwise keep the lock after its parent was killed.
+    """
     for lock in list(_held):
         lock.release()
 
@@ -68,18 +72,18 @@ os.register_at_fork(after_in_child=_forget_in_child)
 
 
 def _open(path: Path) -> int:
-    """Open a lock's file, which is created if it is missing. Raises UserError if it is anything but a regular file.
+    """Open a lock file, creating it if it is missing. Raises UserError if it is not a regular file.
 
-    A link would lead to a file that is not ours to write to, and a FIFO would be read for ever.
+    A symbolic link could point to a file we must not write to, and reading a FIFO would block forever.
     """
     with contextlib.suppress(FileNotFoundError):
         if not stat.S_ISREG(path.lstat().st_mode):
-            raise UserError(f"{path} is not a regular file, as a lock must be: move it away")
+            raise UserError(f"{path} is not a regular file, but a lock file must be: move it away")
     return os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
 
 
 def wait_for_lock(path: Path) -> FileLock:
-    """Lock ``path``, which is created if it is missing, waiting for its holder. Raises OSError."""
+    """Lock ``path``, creating it if it is missing and waiting until its holder releases it. Raises OSError."""
     descriptor = _open(path)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX)
@@ -90,9 +94,9 @@ def wait_for_lock(path: Path) -> FileLock:
 
 
 def try_lock(path: Path) -> FileLock | None:
-    """Lock ``path``, which is created if it is missing; return None if another process holds it.
+    """Lock ``path``, creating it if it is missing. Return None if another process holds it.
 
-    On a file system without locks, return one that is not ``supported``. Raises OSError for other failures.
+    On a file system without locks, return a lock with ``supported=False``. Raises OSError for other failures.
     """
     descriptor = _open(path)
     try:
@@ -108,27 +112,27 @@ def try_lock(path: Path) -> FileLock | None:
     return FileLock(descriptor, supported=True)
 
 
-def _print(line: str) -> None:
-    print(printable(line), flush=True)
-
-
 class RunLock:
-    """The lock of a run's folder. Its file names the holder: host, process id, start time, and a heartbeat.
+    """Lock of a run folder. Its file records the holder (host, process id, start time) and a heartbeat counter.
 
-    ``flock`` decides on one machine, and also between machines on NFS 4 and most cluster file systems: the lock is
-    stale as soon as its process is dead. But some mounts apply ``flock`` to one machine only, and some lack it. If it
-    succeeds although the file names a process of another machine, or if it is missing, then the lock is stale once its
-    heartbeat has not changed for ``SILENCE_SECONDS``, or if the process that it names on this host does not exist.
+    ``flock`` is sufficient on one machine, and between machines on NFS 4 and most cluster file systems: the lock is
+    stale as soon as its process has ended. Some mounts, however, apply ``flock`` to one machine only, and some do not
+    support it. If ``flock`` succeeds although the file names a process on another machine, or if it is not supported,
+    the lock is stale once its heartbeat has not changed for ``SILENCE_SECONDS``, or if it names a process on this host
+    that does not exist.
     """
 
-    def __init__(self, path: Path, say: Callable[[str], None] = _print) -> None:
-        """Raises UserError naming the holder if another process has the lock, OSError if it cannot be written."""
+    def __init__(self, path: Path) -> None:
+        """Acquire the lock.
+
+        Raises UserError naming the holder if another process has the lock, and OSError if it cannot be written.
+        """
         lock = try_lock(path)
         if lock is None:
             raise UserError(_in_use(path, _read(path)))
         try:
             holder = _read(path)
-            if holder and _alive(path, holder, lock.supported, say):
+            if holder and _alive(path, holder, lock.supported):
                 raise UserError(_in_use(path, holder))
             now = datetime.datetime.now(datetime.timezone.utc)
             self._holder = {**_here(), "started": f"{now:%Y-%m-%d %H:%M:%S} UTC"}
@@ -146,11 +150,11 @@ class RunLock:
 
     def _keep_beating(self) -> None:
         while not self._ended.wait(HEARTBEAT_SECONDS):
-            with contextlib.suppress(OSError):  # saving reports a full or lost disk
+            with contextlib.suppress(OSError):  # a full or lost disk is reported when a checkpoint is saved
                 self._beat()
 
     def release(self) -> None:
-        """Empty the file and give the lock up."""
+        """Empty the file and release the lock."""
         self._ended.set()
         self._heart.join()
         with contextlib.suppress(OSError):
@@ -165,7 +169,7 @@ class RunLock:
 
 
 def _here() -> dict[str, Any]:
-    """Describe this process. ``boot`` tells apart machines of one name, and a machine before and after a restart."""
+    """Describe this process. ``boot`` distinguishes machines with the same name, and reboots of one machine."""
     boot = Path("/proc/sys/kernel/random/boot_id")
     return {
         "host": socket.gethostname(),
@@ -175,7 +179,7 @@ def _here() -> dict[str, Any]:
 
 
 def _read(path: Path) -> dict[str, Any]:
-    """Return the holder that a lock's file names; empty if it names none (it is free, or just being taken)."""
+    """Return the holder recorded in a lock file; empty if there is none (the lock is free, or just being acquired)."""
     try:
         holder = json.loads(path.read_text())
     except (OSError, ValueError):
@@ -183,21 +187,21 @@ def _read(path: Path) -> dict[str, Any]:
     return holder if isinstance(holder, dict) else {}
 
 
-def _alive(path: Path, holder: dict[str, Any], locked: bool, say: Callable[[str], None]) -> bool:
-    """Return whether the process that the file names still has the lock, although ``flock`` did not refuse it to us."""
+def _alive(path: Path, holder: dict[str, Any], locked: bool) -> bool:
+    """Return whether the process recorded in the file still has the lock although ``flock`` succeeded here."""
     here = _here()
     if holder.get("boot") == here["boot"]:
         if locked:
             return False
         if holder.get("host") == here["host"] and not Path(f"/proc/{holder.get('pid')}").exists():
             return False
-    say(f"{path} names {_describe(holder)}: waiting {SILENCE_SECONDS:.0f} s for its heartbeat")
+    logger.info("%s was taken by %s; waiting %.0f s for its heartbeat", path, _describe(holder), SILENCE_SECONDS)
     until = time.monotonic() + SILENCE_SECONDS
     while time.monotonic() < until:
         time.sleep(min(1.0, HEARTBEAT_SECONDS / 4))
-        found = _read(path)  # opened anew each time: NFS then asks the server
+        found = _read(path)  # reopened each time, so that NFS queries the server
         if not found:
-            return False  # it has just ended
+            return False  # the holder has just released it
         if found.get("heartbeat") != holder.get("heartbeat"):
             return True
     return False

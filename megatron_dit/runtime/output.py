@@ -1,4 +1,4 @@
-"""Standard output and error that can fail: the reader leaves, the disk is full, or the terminal is closed."""
+"""Handle write errors of standard output and error: a closed pipe, a full disk, or a closed terminal."""
 
 from __future__ import annotations
 
@@ -8,14 +8,16 @@ import signal
 import sys
 from typing import Any, TextIO, cast
 
-from megatron_dit.errors import UserError
+from megatron_dit.runtime.errors import UserError
 
-READER_LEFT = 128 + signal.SIGPIPE  # exit status of a command whose reader left, as of any other in a pipe
+READER_LEFT = 128 + signal.SIGPIPE  # exit status if the reader of the pipe has exited, as for any shell command
 
 
 class GuardedStream:
-    """A text stream whose write errors end the command: quietly with status 141 if its reader left (``… | head``), with
-    a UserError otherwise. After :func:`keep_going`, and always for standard error, they are ignored instead.
+    """Text stream whose write errors end the command.
+
+    If the reader of the pipe has exited (``… | head``), the command ends silently with status 141; other errors raise
+    UserError. After :func:`keep_going`, and always for standard error, write errors are ignored instead.
     """
 
     def __init__(self, stream: TextIO, name: str, *, drop: bool) -> None:
@@ -37,25 +39,25 @@ class GuardedStream:
     def _fail(self, error: OSError) -> None:
         if self.drop:
             return
-        self.drop = True  # what is left in its buffers is tried again when the process ends
+        self.drop = True  # Python writes the remaining buffer again when the process ends
         if error.errno == errno.EPIPE:
             raise SystemExit(READER_LEFT)
-        raise UserError(f"{self._name} cannot be written ({error.strerror}): send it elsewhere") from None
+        raise UserError(f"{self._name} cannot be written ({error.strerror}): redirect it to another file") from None
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._stream, name)
 
 
 def guard_output() -> None:
-    """Guard this process's standard streams, and open those that are closed as /dev/null.
+    """Wrap this process's standard streams in :class:`GuardedStream`, and open closed ones as /dev/null.
 
-    Otherwise the next file that is opened would get their descriptor, and with it what C libraries print.
+    Otherwise the next file opened would get the descriptor of a closed stream, and receive what C libraries print.
     """
     for descriptor in range(3):
         try:
             os.fstat(descriptor)
         except OSError:
-            os.open(os.devnull, os.O_RDWR)  # takes the lowest descriptor that is free
+            os.open(os.devnull, os.O_RDWR)  # gets the lowest free descriptor
             os.set_inheritable(descriptor, True)
     for descriptor, name, title in ((1, "stdout", "standard output"), (2, "stderr", "standard error")):
         stream = getattr(sys, name) or open(descriptor, "w", closefd=False)  # noqa: SIM115
@@ -64,9 +66,9 @@ def guard_output() -> None:
 
 
 def keep_going() -> None:
-    """Continue without a terminal or reader from now on: for commands that run for hours and keep results in files.
+    """Ignore write errors and SIGHUP from now on, for commands that run for hours and write results to files.
 
-    SIGHUP, which is sent when a terminal is closed, is ignored, also by processes that are started later.
+    SIGHUP is sent when a terminal is closed. Processes started later ignore it too.
     """
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, GuardedStream):

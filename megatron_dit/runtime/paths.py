@@ -1,4 +1,4 @@
-"""Paths as users write them on a command line or in a config."""
+"""Expand and validate paths from the command line or a config."""
 
 from __future__ import annotations
 
@@ -6,37 +6,37 @@ import os
 import re
 from pathlib import Path
 
-from megatron_dit.errors import UserError
+from megatron_dit.runtime.errors import UserError
 
-NAME_BYTES = 255  # of a file's name, as Linux's file systems have it
-PATH_BYTES = 4095
-SHOWN = 60  # characters of a path that is too long
+NAME_BYTES = 255  # limit of a file name on Linux file systems
+PATH_BYTES = 4095  # limit of a path on Linux (PATH_MAX without the final NUL)
+SHOWN = 60  # characters of an over-long path shown in messages
 _VARIABLE = re.compile(r"\$(?:[A-Za-z_]\w*|\{[^}]*\})")
 
 
 def user_path(path: str, name: str) -> str:
     """Return ``path`` with a leading ``~`` or ``~USER`` expanded, as fsspec and shells do; URLs are returned as given.
 
-    ``name`` is the key or option that holds the path, for messages. Raises UserError if the path holds a variable such
-    as ``$SCRATCH``, which would otherwise become part of a folder's name, starts with the ``~`` of an unknown user, or
-    cannot be a path: a name in it is too long, the whole is too long, or it holds a NUL.
+    ``name`` is the config key or option that holds the path, for messages. Raises UserError if the path contains a
+    variable such as ``$SCRATCH``, which would otherwise become part of a folder name; if it starts with ``~`` and an
+    unknown user; or if it is not a valid path: a name or the path is too long, or it contains a NUL character.
     """
     if variable := _VARIABLE.search(path):
         raise UserError(
-            f"{name}={path}: {variable[0]} is not expanded here; write the path itself, or use double quotes so that "
-            "the shell expands it"
+            f"{name}={path}: {variable[0]} is not expanded; write the path itself, or use double quotes so that the "
+            "shell expands it"
         )
     names = [len(os.fsencode(part)) for part in path.split("/")]
     if "://" not in path and (max(names) > NAME_BYTES or len(os.fsencode(path)) > PATH_BYTES or "\0" in path):
         raise UserError(
-            f"{name}={path[:SHOWN]}… is not a path: expected at most {NAME_BYTES} bytes in each name, {PATH_BYTES:,} "
-            "in all, and no NUL"
+            f"{name}={path[:SHOWN]}… is not a valid path: expected at most {NAME_BYTES} bytes in each name, "
+            f"{PATH_BYTES:,} bytes in total, and no NUL character"
         )
     if path.startswith("./") and str(Path(path)).startswith("~"):
-        return str(Path(path).absolute())  # a Path loses the "./" that lets a folder be called "~x"
-    # A Path raises for unknown users.
+        return str(Path(path).absolute())  # pathlib drops the "./", which lets a folder be named "~x"
+    # Path.expanduser raises for unknown users.
     expanded = path if "://" in path else os.path.expanduser(path)  # noqa: PTH111
     if expanded.startswith("~"):
         user = expanded.partition("/")[0]
-        raise UserError(f"{name}={path}: no home folder of {user} is known; write ./{user} for a folder of that name")
+        raise UserError(f"{name}={path}: no home folder found for {user}; write ./{user} for a folder with that name")
     return expanded

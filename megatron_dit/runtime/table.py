@@ -1,4 +1,4 @@
-"""Tables for terminals whose cells may hold foreign text."""
+"""Terminal tables whose cells may contain untrusted text."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from megatron_dit.runtime.text import printable
 
 
 class Table(rich.table.Table):
-    """A rich table that shows its title, headings and cells as they are: no markup, no emoji codes, no controls."""
+    """Rich table that shows its title, headings and cells literally, with control characters escaped."""
 
     def __init__(self, *, title: str | None = None, **options: Any) -> None:
         super().__init__(title=None if title is None else plain(title), **options)
@@ -24,5 +24,5 @@ class Table(rich.table.Table):
 
 
 def plain(text: str | Text) -> Text:
-    """Return foreign text for rich on one line, as it is but for its controls, which are escaped."""
+    """Return untrusted text as a one-line rich ``Text``, without markup and with control characters escaped."""
     return text if isinstance(text, Text) else Text(printable(text))

@@ -1,26 +1,21 @@
-"""Foreign text on a terminal: file names, captions and fields of files that other people wrote."""
+"""Print untrusted text, such as file names, captions and fields of files from others, safely on a terminal."""
 
 from __future__ import annotations
 
-import sys
 import unicodedata
 
-_UNSAFE = {"Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp"}  # Unicode categories: controls, formats, surrogates, separators
-_EMOJI_JOINER = "\u200d"  # a format character, but harmless, and part of many emoji
+# Unicode categories: control, format, surrogate, private use, unassigned, line and paragraph separators.
+_UNSAFE = {"Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp"}
+_EMOJI_JOINER = "\u200d"  # a format character, but harmless and part of many emoji
 
 
 def printable(text: object) -> str:
     r"""Return ``str(text)`` on one line, with every control, format and unassigned character escaped.
 
     An escape sequence, a newline or a bidirectional override in a file name or caption would otherwise reach the
-    terminal: ``printable("a\x1b[2J")`` is ``a\x1b[2J`` in printable characters. Spaces of all kinds and emoji stay.
+    terminal: ``printable("a\x1b[2J")`` is ``a\x1b[2J`` in printable characters. Spaces and emoji are not changed.
     """
     return "".join(_escape(character) for character in str(text))
-
-
-def warn(message: str) -> None:
-    """Print a warning to standard error, on one line."""
-    print(printable(f"warning: {message}"), file=sys.stderr, flush=True)
 
 
 def _escape(character: str) -> str:

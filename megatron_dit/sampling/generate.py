@@ -1,4 +1,4 @@
-"""Pictures from a checkpoint: one process, whatever layout wrote it."""
+"""Generate images from a checkpoint of any layout in one process."""
 
 from __future__ import annotations
 
@@ -11,34 +11,34 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from megatron_dit.checkpoint.format import CheckpointReader
 from megatron_dit.checkpoint.load import check_model, open_checkpoint
+from megatron_dit.checkpoint.reader import CheckpointReader
 from megatron_dit.config import Config
 from megatron_dit.data.codec import open_codec
-from megatron_dit.data.shards import Index, read_index
+from megatron_dit.data.index import Index, read_index
 from megatron_dit.data.text import DTYPES, TextEncoder, pad
-from megatron_dit.errors import UserError
-from megatron_dit.models import build_unsharded
-from megatron_dit.models.condition import Condition
-from megatron_dit.mup.init import set_multipliers
-from megatron_dit.parallel.cpu import device
+from megatron_dit.models.build import build_unsharded
+from megatron_dit.models.common.condition import Condition
+from megatron_dit.mup.multipliers import set_multipliers
 from megatron_dit.parallel.topology import connect
-from megatron_dit.progress import ProgressBar
+from megatron_dit.runtime.device import device
+from megatron_dit.runtime.errors import UserError
+from megatron_dit.runtime.progress import ProgressBar
 from megatron_dit.sampling.solvers import guide, scheduler_for, solve
 
 
 def load_model(reader: CheckpointReader, config: Config, *, ema: bool = True) -> nn.Module:
-    """The unsharded model with a checkpoint's EMA (or raw) weights, multipliers set, in evaluation mode."""
+    """Return the unsharded model in evaluation mode, with a checkpoint's EMA (or raw) weights and multipliers."""
     connect()
     check_model(reader)
     with torch.device(device()):
         model = build_unsharded(config.model)
     multipliers = reader.manifest["multipliers"]
-    taken = {f"{name}.weight" for name, layer in model.named_modules() if hasattr(layer, "multiplier")}
-    unknown = next((name for name in multipliers if name not in taken), None)
+    supported = {f"{name}.weight" for name, layer in model.named_modules() if hasattr(layer, "multiplier")}
+    unknown = next((name for name in multipliers if name not in supported), None)
     if unknown is not None:
         raise UserError(
-            f"{reader.folder} has a forward multiplier of {unknown}, whose layer takes none: use another one"
+            f"{reader.folder} has a forward multiplier for {unknown}, whose layer supports none; use another checkpoint"
         )
     set_multipliers(model, multipliers)
     with torch.no_grad():
@@ -48,14 +48,14 @@ def load_model(reader: CheckpointReader, config: Config, *, ema: bool = True) ->
 
 
 def noise_of(prompt: str, copy: int, seed: int, shape: tuple[int, ...]) -> Tensor:
-    """Initial noise of a prompt's ``copy``-th picture: it does not depend on the batch it is drawn in."""
+    """Return the initial noise of a prompt's ``copy``-th image, which does not depend on the batch."""
     digest = hashlib.sha256(f"{seed}/{copy}/{prompt}".encode()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
     return torch.randn(shape, generator=generator)
 
 
 class Sampler:
-    """Draws prompts with one checkpoint. ``data`` overrides the folder that names its codec and text encoder."""
+    """Generator of images from one checkpoint. ``data`` overrides the dataset, which names codec and text encoder."""
 
     def __init__(self, checkpoint: str | Path, *, data: str | None = None, ema: bool = True) -> None:
         reader = open_checkpoint(checkpoint)
@@ -65,11 +65,14 @@ class Sampler:
         model = self.config.model
         if index.channels != model.in_channels:
             raise UserError(
-                f"{index.folder} has {index.channels} channels, but the checkpoint's model has {model.in_channels}: "
-                "give --data that were made as the run's were"
+                f"{index.folder} has {index.channels} channels, but the checkpoint's model has {model.in_channels}; "
+                "set --data to a dataset encoded like the run's"
             )
         if not model.num_classes and not index.text:
-            raise UserError(f"{index.folder} has no captions, but the checkpoint's model has: give other --data")
+            raise UserError(
+                f"{index.folder} has no captions, but the checkpoint's model expects text; "
+                "set --data to a dataset with captions"
+            )
         self._text = None if model.num_classes else self._text_encoder(index)
         self.codec = open_codec(index.codec, device(), channels=index.channels)
         self.model = load_model(reader, self.config, ema=ema)
@@ -86,10 +89,11 @@ class Sampler:
         batch: int = 64,
         show: bool = True,
     ) -> np.ndarray:
-        """Pictures (N, H, W, 3) uint8. ``size`` is (height, width) in pixels; the rest defaults to the config's.
+        """Return images (N, H, W, 3) uint8, one per prompt.
 
-        A prompt is a caption, or the number of a class where the model has classes.
-        The k-th occurrence of a prompt gets the k-th noise of (seed, prompt).
+        ``size`` is (height, width) in pixels. The other parameters default to the config's values. A prompt is a
+        caption, or the number of a class if the model has classes. The k-th occurrence of a prompt uses the k-th noise
+        of (seed, prompt).
         """
         model, defaults = self.config.model, self.config.sampling
         chosen = replace(
@@ -98,12 +102,12 @@ class Sampler:
             steps=defaults.steps if steps is None else steps,
             guidance=defaults.guidance if guidance is None else guidance,
         )
-        config = replace(self.config, sampling=chosen)  # validated anew
+        config = replace(self.config, sampling=chosen)  # validates the new values
         shape = (model.in_channels, *self._latent_size(size))
         copies = [list(prompts[:i]).count(prompt) for i, prompt in enumerate(prompts)]
         noise = torch.stack([noise_of(p, c, seed, shape) for p, c in zip(prompts, copies, strict=True)])
         condition = self._condition(prompts)
-        pictures = []
+        images = []
         groups = range(0, len(prompts), batch)
         with ProgressBar("sample", len(groups) * chosen.steps, show=show) as bar:
             for i in groups:
@@ -111,19 +115,19 @@ class Sampler:
                 guided = guide(self.model, part, chosen.guidance, model.in_channels)
                 scheduler = scheduler_for(config, chosen.solver)
                 latents = solve(guided, noise[i : i + batch].to(device()), scheduler, chosen.steps, bar.advance)
-                pictures.append(self.codec.decode(latents.cpu()).permute(0, 2, 3, 1))
-        return torch.cat(pictures).numpy()
+                images.append(self.codec.decode(latents.cpu()).permute(0, 2, 3, 1))
+        return torch.cat(images).numpy()
 
     def _text_encoder(self, index: Index) -> TextEncoder:
-        """The encoder whose features the model was trained on. Raises UserError where another is found in its place."""
+        """Return the encoder whose features the model was trained on. Raises UserError if its weights differ."""
         name, model = self.config.data.text_encoder or index.text_encoder, self.config.model
         encoder = TextEncoder(name, index.text["tokens"], device(), DTYPES[index.text["dtype"]])
         if encoder.dim != model.text_dim:
-            raise UserError(f"text encoder {name} has {encoder.dim} features, not {model.text_dim}")
+            raise UserError(f"text encoder {name} has {encoder.dim} features, but model.text_dim={model.text_dim}")
         if encoder.sha256 != index.text["sha256"]:
             raise UserError(
                 f"text encoder {name} has weights {encoder.sha256[:12]}, but {index.folder} was made with "
-                f"{index.text['sha256'][:12]}: restore that encoder"
+                f"{index.text['sha256'][:12]}; restore that encoder"
             )
         return encoder
 
@@ -134,16 +138,19 @@ class Sampler:
         classes = self.config.model.num_classes
         wrong = next((p for p in prompts if not (p.isdecimal() and int(p) < classes)), None)
         if wrong is not None:
-            raise UserError(f"prompt {wrong!r}: expected the number of a class, 0 to {classes - 1}")
+            raise UserError(f"prompt {wrong!r} is invalid; expected the number of a class, 0 to {classes - 1}")
         return Condition(dropped, label=torch.tensor([int(prompt) for prompt in prompts]))
 
     def _latent_size(self, size: tuple[int, int] | None) -> tuple[int, int]:
         model = self.config.model
         if size is None:
             return model.sample_size, model.sample_size
-        if model.arch == "uvit":
-            raise UserError(f"--size {size[0]}x{size[1]}: uvit learns the positions of its training size, leave it out")
+        if model.spec.fixed_size:
+            raise UserError(
+                f"--size {size[0]}x{size[1]} is not supported by uvit, which learns the positions of its training "
+                "size; omit --size"
+            )
         multiple = self.codec.scale * model.patch_size
         if any(side % multiple or side <= 0 for side in size):
-            raise UserError(f"--size {size[0]}x{size[1]}: expected positive multiples of {multiple} pixels")
+            raise UserError(f"--size {size[0]}x{size[1]} is invalid: expected positive multiples of {multiple} pixels")
         return size[0] // self.codec.scale, size[1] // self.codec.scale

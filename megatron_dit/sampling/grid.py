@@ -1,4 +1,4 @@
-"""A grid of pictures, each prompt under its picture."""
+"""Plot a grid of images with their prompts."""
 
 from __future__ import annotations
 
@@ -14,23 +14,23 @@ from megatron_dit.runtime.text import printable
 
 
 def save_grid(
-    pictures: np.ndarray | Sequence[np.ndarray],
+    images: np.ndarray | Sequence[np.ndarray],
     captions: Sequence[str],
     path: Path,
     colours: Sequence[str] | None = None,
 ) -> None:
-    """Write (H, W, 3) uint8 pictures, of any sizes, as a PNG; ``colours`` are those of the captions."""
-    columns = min(8, math.ceil(math.sqrt(len(pictures))))
-    rows = math.ceil(len(pictures) / columns)
+    """Write a PNG with (H, W, 3) uint8 images of any sizes, each above its caption. ``colours`` are the captions'."""
+    columns = min(8, math.ceil(math.sqrt(len(images))))
+    rows = math.ceil(len(images) / columns)
     figure = Figure(figsize=(1.7 * columns, 2.0 * rows), layout="constrained")
     cells = figure.subplots(rows, columns, squeeze=False).ravel()
     for cell in cells:
         cell.set(xticks=[], yticks=[])
         cell.spines[:].set_visible(False)
-    for i, (cell, picture, caption) in enumerate(zip(cells, pictures, captions, strict=False)):
-        cell.imshow(picture, interpolation="nearest")
+    for i, (cell, image, caption) in enumerate(zip(cells, images, captions, strict=False)):
+        cell.imshow(image, interpolation="nearest")
         colour = colours[i] if colours else "black"
-        cell.set_xlabel(_wrap(printable(caption)), fontsize=7, color=colour, parse_math=False)  # a caption may have a $
+        cell.set_xlabel(_wrap(printable(caption)), fontsize=7, color=colour, parse_math=False)  # for captions with a $
     with replacing(path) as part:
         figure.savefig(part, dpi=110)
 

@@ -1,4 +1,4 @@
-"""Samplers: small functions of (velocity or ε, noise) over diffusers' schedulers."""
+"""Solvers: integrate a model's velocity or ε from noise to latents with diffusers' schedulers."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from diffusers.schedulers import DDIMScheduler, DPMSolverMultistepScheduler, Flo
 from torch import Tensor
 
 from megatron_dit.config import SOLVERS_OF, Config
-from megatron_dit.models.condition import Condition
+from megatron_dit.models.common.condition import Condition
 from megatron_dit.objectives.ddpm import SCHEDULES
 
 Model = Callable[[Tensor, Tensor], Tensor]  # (x (B, C, H, W), t (B,) in [0, 1000]) -> (B, C, H, W)
 
 
 def scheduler_for(config: Config, solver: str) -> Any:
-    """The diffusers scheduler of ``solver``; ``auto`` is the objective's first."""
+    """Return the diffusers scheduler for ``solver``; ``auto`` selects the objective's default."""
     if solver == "auto":
-        solver = SOLVERS_OF[config.objective.kind][0]
+        solver = SOLVERS_OF[config.objective_name][0]
     if solver == "euler":
         return FlowMatchEulerDiscreteScheduler(shift=config.objective.shift)
     betas = SCHEDULES[config.objective.beta_schedule]
@@ -32,7 +32,7 @@ def scheduler_for(config: Config, solver: str) -> Any:
 
 @torch.no_grad()
 def solve(model: Model, noise: Tensor, scheduler: Any, steps: int, each_step: Callable[[], None]) -> Tensor:
-    """Latents from ``noise`` (B, C, H, W) in ``steps`` steps of a diffusers scheduler."""
+    """Return latents generated from ``noise`` (B, C, H, W) in ``steps`` steps of a diffusers scheduler."""
     scheduler.set_timesteps(steps)
     x = noise * scheduler.init_noise_sigma if hasattr(scheduler, "init_noise_sigma") else noise
     for t in scheduler.timesteps:
@@ -43,9 +43,9 @@ def solve(model: Model, noise: Tensor, scheduler: Any, steps: int, each_step: Ca
 
 
 def guide(model: Callable[..., Tensor], condition: Condition, scale: float, channels: int) -> Model:
-    """Classifier-free guidance (arXiv 2207.12598): null + scale * (conditional - null).
+    """Return a model with classifier-free guidance (arXiv 2207.12598): null + scale * (conditional - null).
 
-    A learned variance (outputs beyond ``channels``) is cut off.
+    A learned variance (outputs beyond ``channels``) is discarded.
     """
     null = replace(condition, dropped=torch.ones_like(condition.dropped))
     both = Condition.cat([condition, null])

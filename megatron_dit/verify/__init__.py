@@ -1,15 +1,8 @@
-"""``megatron-dit verify``: layouts against a single process, in their first steps and across checkpoints."""
+"""``megatron-dit verify``: compare layouts with a single process, in the first steps and across checkpoints."""
 
-from __future__ import annotations
-
-import json
-from dataclasses import asdict
-from pathlib import Path
-
-from megatron_dit.config import load_config
-from megatron_dit.verify.first_steps import Comparison, Trace, compare, disturbed, first_steps, verify
-from megatron_dit.verify.layouts import FOUND, LAYOUTS, REFERENCE, TASK, Layout
-from megatron_dit.verify.resume import Pair, resumed, verify_resume
+from megatron_dit.verify.layout_parity import Comparison, Trace, compare, disturbed, verify
+from megatron_dit.verify.layouts import LAYOUTS, REFERENCE, Layout
+from megatron_dit.verify.resume_parity import Pair, verify_resume
 
 __all__ = [
     "LAYOUTS",
@@ -20,16 +13,6 @@ __all__ = [
     "Trace",
     "compare",
     "disturbed",
-    "first_steps",
     "verify",
-    "verify_layout",
     "verify_resume",
 ]
-
-
-def verify_layout(folder: Path) -> None:
-    """One rank of one layout, started by :func:`verify` and :func:`verify_resume`."""
-    config, task = load_config(folder / "config.yaml"), json.loads((folder / TASK).read_text())
-    found = resumed(config, folder, **task) if task else first_steps(config, folder / "checkpoints")
-    if found is not None:
-        (folder / FOUND).write_text(json.dumps(asdict(found)))

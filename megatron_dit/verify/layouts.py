@@ -1,8 +1,9 @@
-"""Layouts by name, and a process group for each of them."""
+"""The layouts that ``verify`` compares, and a function that runs one of them in its own processes."""
 
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,14 +11,18 @@ from typing import Any
 
 from megatron_dit.config import Config, load_config, save_config
 from megatron_dit.data.stream import read_data
-from megatron_dit.errors import UserError
-from megatron_dit.launch import run_ranks
+from megatron_dit.runtime.errors import UserError
+from megatron_dit.runtime.launcher import run_ranks
 
-TASK, FOUND = "task.json", "found.json"
+logger = logging.getLogger(__name__)
+
+TASK, RESULT = "task.json", "result.json"
 
 
 @dataclass(frozen=True)
 class Layout:
+    """A parallel layout, number of accumulated micro-batches and recomputation mode."""
+
     ranks: int
     tensor: int = 1
     sequence: bool = False
@@ -28,19 +33,19 @@ class Layout:
     recompute: str = "none"
 
     def overrides(self, config: Config) -> list[str]:
-        """Overrides that give ``config`` this layout, with its own global batch."""
+        """Return the overrides that set this layout in ``config`` and keep its global batch."""
         replicas = self.ranks // (self.tensor * self.pipeline)
-        share = max(1, config.train.global_batch // (replicas * self.accumulation))
+        micro_batch = max(1, config.train.global_batch // (replicas * self.accumulation))
         return [
             f"parallel.tensor={self.tensor}",
             f"parallel.sequence={str(self.sequence).lower()}",
             f"parallel.pipeline={self.pipeline}",
-            f"parallel.chunks={self.chunks}",
-            "parallel.blocks=[]",
+            f"parallel.virtual_stages={self.chunks}",
+            "parallel.blocks_per_stage=null",
             f"parallel.zero_stage={self.zero}",
             f"train.recompute={self.recompute}",
-            "train.recompute_blocks=0",
-            f"train.micro_batch={share}",
+            "train.recompute_blocks=null",
+            f"train.micro_batch={micro_batch}",
         ]
 
 
@@ -66,20 +71,20 @@ LAYOUTS = {
 
 def layouts_of(
     path: str, overrides: Sequence[str], names: Sequence[str], steps: int, *, all_of_them: bool
-) -> tuple[dict[str, tuple[Layout, Config]], list[str]]:
-    """The reference and each named layout with its config, and lines to say of those that the model cannot have.
+) -> dict[str, tuple[Layout, Config]]:
+    """Return the reference and each named layout with its config; log layouts that the model does not support.
 
-    Raises UserError for these too if it is to be ``all_of_them``, and for a name that is none.
+    Raises UserError for an unknown name and, if ``all_of_them`` is true, for a layout that the model does not support.
     """
     known = {SINGLE: REFERENCE, **LAYOUTS}
     unknown = next((name for name in names if name not in known), None)
     if unknown is not None:
-        raise UserError(f"layout {unknown!r}: expected some of {', '.join(known)}")
-    # Stage 0 cannot offload; Transformer Engine multiplies fp32 in TF32, whose differences exceed the tolerance.
+        raise UserError(f"unknown layout {unknown!r}; expected some of {', '.join(known)}")
+    # ZeRO stage 0 cannot offload. Transformer Engine computes fp32 products in TF32, whose error exceeds the tolerance.
     forced = [*overrides, "train.dtype=fp32", "optimizer.offload=false", "train.fp8=none", "parallel.backend=local"]
     base = load_config(path, forced)
     read_data(base.data)
-    found, impossible = {}, []
+    found = {}
     for name in dict.fromkeys([SINGLE, *names]):
         layout = known[name]
         try:
@@ -89,16 +94,16 @@ def layouts_of(
         except UserError as error:
             if all_of_them or name == SINGLE:
                 raise
-            impossible.append(f"{name} not run: {error}")
-    return found, impossible
+            logger.info("skipping layout %s: %s", name, error)
+    return found
 
 
 def run_layout(folder: Path, name: str, layout: Layout, config: Config, task: dict[str, Any]) -> Any:
-    """What rank 0 of ``megatron-dit verify-layout`` made of a ``task``, in processes of their own."""
+    """Run ``verify.worker`` with a ``task`` in separate processes and return rank 0's result."""
     folder.mkdir()
     save_config(config, folder / "config.yaml")
     (folder / TASK).write_text(json.dumps(task))
-    status = run_ranks(["verify-layout", str(folder)], layout.ranks, quiet=True)
+    status = run_ranks([str(folder)], layout.ranks, module="megatron_dit.verify.worker", quiet=True)
     if status:
-        raise UserError(f"layout {name} ended with status {status}: see its message above")
-    return json.loads((folder / FOUND).read_text())
+        raise UserError(f"layout {name} ended with exit status {status}; see its message above")
+    return json.loads((folder / RESULT).read_text())

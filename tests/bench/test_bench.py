@@ -1,4 +1,4 @@
-"""The bench command: arithmetic in closed form, FLOPs against torch's count of a step, sizes of the plain models."""
+"""The bench command: derived metrics, FLOPs compared with torch's count of a step, sizes of the plain models."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from megatron_dit.bench import measure
+from megatron_dit.bench.diffusers_baseline import DiffusersBaseline
 from megatron_dit.bench.measure import Measurement, Times
-from megatron_dit.bench.plain import POOLED_TEXT, PlainTraining
 from megatron_dit.cli import run
-from megatron_dit.engine import Engine
-from megatron_dit.models import build_unsharded
 from megatron_dit.models.flops import model_flops
-from megatron_dit.mup.shapes import describe
+from megatron_dit.models.mmdit.diffusers import BASELINE_POOLED_TEXT
+from megatron_dit.models.param_specs import param_specs
 from megatron_dit.parallel.topology import build_topology, connect
-from tests.configs import ARCHITECTURES, small, small_dict
+from megatron_dit.training.engine import Engine
+from tests.helpers.configs import ARCHITECTURES, small, small_dict
 
 REPA = {"model.repa_block": 1, "model.repa_dim": 24}
 PLAIN = ["dit", "mmdit", "pixart"]
@@ -33,12 +33,12 @@ def written(folder, arch, **overrides):
 
 
 def bench(config, folder, *flags):
-    figures = folder / "figures.json"
-    assert run(["bench", config, "--steps", "4", "--warmup", "1", "--json", str(figures), *flags]) == 0
-    return json.loads(figures.read_text())
+    results = folder / "results.json"
+    assert run(["bench", config, "--steps", "4", "--warmup", "1", "--json", str(results), *flags]) == 0
+    return json.loads(results.read_text())
 
 
-def test_arithmetic():
+def test_derived_metrics_equal_closed_forms():
     found = Measurement(
         device="x", devices=4, precision="bf16", parameters=7, global_batch=30, sample_flops=10**12,
         peak_flops=100e12, peak_memory=3 * 2**30, skipped_steps=0, times=Times((0.4, 0.5, 0.6, 0.5, 9.0)),
@@ -50,12 +50,12 @@ def test_arithmetic():
     assert found.flops_per_second == pytest.approx(15e12)
     assert found.mfu == pytest.approx(0.15)
     assert found.speedup == pytest.approx(1.6)
-    assert found.figures()["peak_memory_gib"] == 3
+    assert found.results()["peak_memory_gib"] == 3
 
 
 @pytest.mark.parametrize("recompute", ["none", "selective", "full"])
 @pytest.mark.parametrize("arch", ARCHITECTURES)
-def test_flops_equal_what_torch_counts_of_a_step(arch, recompute):
+def test_flops_equal_torchs_count_of_a_training_step(arch, recompute):
     connect()
     config = small(arch, **REPA, **{"train.threads": 1, "train.recompute": recompute})
     engine = Engine(config, build_topology(config))
@@ -65,13 +65,13 @@ def test_flops_equal_what_torch_counts_of_a_step(arch, recompute):
         metrics = engine.train_step(batch)
     assert not metrics.skipped
     found = measure.measure(config, steps=2, warmup=1, diffusers=False)
-    again = config.model.depth if recompute == "full" else 0
-    flops = model_flops(config.model, 16, 16, again).total
+    recomputed_blocks = config.model.depth if recompute == "full" else 0
+    flops = model_flops(config.model, 16, 16, recomputed_blocks).total
     assert found.sample_flops == flops.model
     assert config.train.global_batch * flops.hardware == counter.get_total_flops()
 
 
-def test_command_writes_its_figures(tmp_path, capsys, monkeypatch):
+def test_bench_prints_mfu_and_writes_metrics(tmp_path, capsys, monkeypatch):
     config = written(tmp_path, "mmdit")
     slow = Engine.train_step
 
@@ -90,7 +90,7 @@ def test_command_writes_its_figures(tmp_path, capsys, monkeypatch):
     assert f"{100 * found['mfu']:.1f}%" in capsys.readouterr().out
 
 
-def test_two_ranks_share_the_batch(tmp_path):
+def test_two_ranks_split_the_global_batch(tmp_path):
     found = bench(written(tmp_path, "dit", **{"parallel.zero_stage": 1}), tmp_path, "--procs", "2")
     assert (found["devices"], found["device"], found["mfu"]) == (2, "cpu", None)
     assert found["samples_per_second"] == pytest.approx(8 / found["step_seconds"])
@@ -100,14 +100,14 @@ def test_two_ranks_share_the_batch(tmp_path):
 
 @pytest.mark.parametrize("recompute", ["none", "full"])
 @pytest.mark.parametrize("arch", PLAIN)
-def test_beside_diffusers(tmp_path, arch, recompute):
+def test_speedup_is_the_ratio_of_diffusers_step_time_to_ours(tmp_path, arch, recompute):
     found = bench(written(tmp_path, arch, **{"train.recompute": recompute}), tmp_path, "--diffusers")
     assert len(found["diffusers"]["seconds"]) == 4
     assert found["speedup"] == pytest.approx(found["diffusers_step_seconds"] / found["step_seconds"])
 
 
 @pytest.mark.parametrize("arch", PLAIN)
-def test_the_plain_model_is_as_large_as_ours(arch):
+def test_plain_model_has_as_many_parameters_as_ours_and_trains(arch):
     config = small(arch)
     model = config.model
     d = model.width
@@ -115,31 +115,31 @@ def test_the_plain_model_is_as_large_as_ours(arch):
     more = {
         "dit": (model.depth - 1) * (embedder + (model.num_classes + 1) * d),  # embedders in every block
         "pixart": -model.text_tokens * model.text_dim,  # no learned null caption
-        "mmdit": (POOLED_TEXT + 1) * d + (d + 1) * d,  # pooled text
+        "mmdit": (BASELINE_POOLED_TEXT + 1) * d + (d + 1) * d,  # pooled text
     }[arch]
-    ours = sum(torch.Size(param.shape).numel() for param in describe(build_unsharded, config).values())
-    plain = PlainTraining(config)
+    ours = sum(torch.Size(param.shape).numel() for param in param_specs(config).values())
+    plain = DiffusersBaseline(config)
     assert sum(p.numel() for p in plain.model.parameters()) == ours + more
     before = [p.detach().clone() for p in plain.model.parameters()]
     plain.step(measure.random_batch(config, config.train.global_batch))
     assert sum(not torch.equal(p, old) for p, old in zip(plain.model.parameters(), before, strict=True)) > 20
 
 
-def test_mistakes_are_told(tmp_path, capsys, monkeypatch):
-    def told(words, arch, *arguments, **overrides):
+def test_invalid_arguments_and_out_of_memory_are_reported_on_one_line(tmp_path, capsys, monkeypatch):
+    def reported(words, arch, *arguments, **overrides):
         assert run(["bench", written(tmp_path, arch, **overrides), *arguments]) == 2
         line = capsys.readouterr().err.strip()
         assert words in line
         assert "\n" not in line
 
-    told("--steps 1", "dit", "--steps", "1")
-    told("--warmup 0", "dit", "--warmup", "0")
-    told("model.arch=uvit", "uvit", "--diffusers")
-    told("diffusers has none", "mmdit", "--diffusers", **REPA)
-    told("model.mlp_ratio=2", "mmdit", "--diffusers", **{"model.mlp_ratio": 2})
+    reported("--steps 1", "dit", "--steps", "1")
+    reported("--warmup 0", "dit", "--warmup", "0")
+    reported("model.arch=uvit", "uvit", "--diffusers")
+    reported("does not support REPA", "mmdit", "--diffusers", **REPA)
+    reported("model.mlp_ratio=2", "mmdit", "--diffusers", **{"model.mlp_ratio": 2})
 
     def full(*_):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB\nmore")
 
     monkeypatch.setattr(Engine, "train_step", full)
-    told("train.micro_batch=4 or set train.recompute=full", "mmdit")
+    reported("train.micro_batch=4 or set train.recompute=full", "mmdit")

@@ -1,4 +1,4 @@
-"""The GPU check with a stand-in for the GPU: a Python that makes up tests and figures. Report and exit status."""
+"""Report and exit status of the GPU check, with a fake Python interpreter that writes made-up tests and metrics."""
 
 from __future__ import annotations
 
@@ -25,7 +25,8 @@ TESTS = """<testsuites><testsuite>
 <testcase classname="tests.a" name="five"><skipped message="no fp4"/></testcase>
 </testsuite></testsuites>"""
 
-# Stands for python3: pytest as FAIL says, bench by the name of its figures, and the report for real.
+# Replaces python3: pytest exits with FAIL, bench behaves according to the name of its output file, and the report is
+# run by the real interpreter.
 STAND_IN = """#!/usr/bin/env bash
 if [[ $* == *"-m pytest"* ]]; then
     echo "$@ $DS_ACCELERATOR" >>"$CALLS"
@@ -68,19 +69,19 @@ def report(folder):
     return json.loads((folder / "results" / "gpu.json").read_text()), (folder / "results" / "gpu.md").read_text()
 
 
-def test_everything_is_run_and_reported(tmp_path):
+def test_all_tests_and_benchmarks_are_run_and_reported(tmp_path):
     done, calls = check(tmp_path)
     assert done.returncode == 0, done.stderr
     assert "-m pytest -m gpu" in calls[0]
     assert calls[0].endswith("cuda")
     assert len(calls) == 1 + 4 * 2 * 2 + 3
-    figures, text = report(tmp_path)
+    results, text = report(tmp_path)
     assert done.stdout.strip().endswith(text.strip())
-    assert figures["tests"]["passed"] == 2
-    assert figures["tests"]["failed"] == ["tests.a::three", "tests.a::four"]
+    assert results["tests"]["passed"] == 2
+    assert results["tests"]["failed"] == ["tests.a::three", "tests.a::four"]
     assert "2 passed, 2 failed, 1 skipped" in text
     assert "- skipped: tests.a::five: no fp4" in text
-    errors = {f"{r['model']}.{r['precision']}.{r['recompute']}": r["error"] for r in figures["runs"] if r["error"]}
+    errors = {f"{r['model']}.{r['precision']}.{r['recompute']}": r["error"] for r in results["runs"] if r["error"]}
     assert errors == {
         "mmdit-18b.bf16.none": "error: does not fit | at all",
         "mmdit-18b.fp8.none": "exit status 3",
@@ -91,11 +92,13 @@ def test_everything_is_run_and_reported(tmp_path):
     assert all(line.count("|") == len(COLUMNS) + 1 for line in lines)
     assert "| mmdit-2b | 2.02B | 128 | bf16 | none | 500.0 | 256.0 | 413 | 41.8% | 81.3 |  |  |" in lines
     assert "| mmdit-2b | 2.02B | 128 | fp8 | none | 400.0 | 256.0 | 413 | 41.8% | 81.3 | 1.25 |  |" in lines
-    assert any(line.startswith("| dit-xl2 ") and "beside diffusers" in line and "| 1.25 |" in line for line in lines)
-    assert set(figures["environment"]) >= {"date", "GPU", "torch", "deepspeed", "megatron-core", "transformer-engine"}
+    assert any(
+        line.startswith("| dit-xl2 ") and "compared with diffusers" in line and "| 1.25 |" in line for line in lines
+    )
+    assert set(results["environment"]) >= {"date", "GPU", "torch", "deepspeed", "megatron-core", "transformer-engine"}
 
 
-def test_every_run_has_a_valid_config(tmp_path):
+def test_every_benchmark_run_has_a_valid_config(tmp_path):
     _, calls = check(tmp_path, "bench")
     for call in calls:
         path, *overrides = call.split(" bench ")[1].split(" --steps")[0].split()
@@ -104,45 +107,45 @@ def test_every_run_has_a_valid_config(tmp_path):
         assert (config.train.fp8 == "none") == (".bf16." in call)
 
 
-def test_a_failed_test_fails_the_check_and_ends_nothing(tmp_path):
+def test_failed_tests_set_the_exit_status_and_do_not_stop_the_benchmarks(tmp_path):
     done, calls = check(tmp_path, fail=1)
     assert done.returncode == 1
     assert len(calls) == 1 + 19
     assert len(report(tmp_path)[0]["runs"]) == 19
 
 
-def test_parts(tmp_path):
+def test_tests_and_bench_can_be_run_separately(tmp_path):
     done, calls = check(tmp_path, "tests", fail=1)
     assert (done.returncode, len(calls)) == (1, 1)
     assert report(tmp_path)[0]["runs"] == []
     done, calls = check(tmp_path, "bench")
     assert (done.returncode, len(calls)) == (0, 1 + 19)
-    figures, _ = report(tmp_path)
-    assert figures["tests"]["passed"] == 2  # the tests' part's
-    assert len(figures["runs"]) == 19
+    results, _ = report(tmp_path)
+    assert results["tests"]["passed"] == 2  # from the earlier run of the tests
+    assert len(results["runs"]) == 19
 
 
-def test_an_unknown_part_is_told(tmp_path):
+def test_an_unknown_part_is_an_error(tmp_path):
     done, calls = check(tmp_path, "test")
     assert (done.returncode, calls) == (2, [])
     assert "part 'test': expected tests or bench" in done.stderr
 
 
-def test_what_the_budget_does_not_reach_is_said(tmp_path):
+def test_runs_beyond_the_budget_are_reported_as_not_run(tmp_path):
     done, calls = check(tmp_path, "bench", BUDGET=-1)
     assert done.returncode == 0
     assert not calls
-    figures, text = report(tmp_path)
-    assert {run["error"] for run in figures["runs"]} == {"not run: -1 s were over"}
+    results, text = report(tmp_path)
+    assert {run["error"] for run in results["runs"]} == {"not run: the budget of -1 s was exceeded"}
     assert "Tests: not run" in text
 
 
 def made(precision, seconds, recompute="none", error=None):
-    figures = {} if error else {**FIGURES, "step_seconds": seconds}
-    return Run("m", precision, recompute, diffusers=False, error=error, figures=figures)
+    results = {} if error else {**FIGURES, "step_seconds": seconds}
+    return Run("m", precision, recompute, diffusers=False, error=error, results=results)
 
 
-def test_fp8_beside_bf16():
+def test_fp8_speedup_compares_with_the_same_run_in_bf16():
     bf16, fp8, full = made("bf16", 0.6), made("fp8", 0.4), made("bf16", 0.9, "full")
     assert fp8_speedup(fp8, [full, bf16, fp8]) == pytest.approx(1.5)
     assert fp8_speedup(bf16, [bf16, fp8]) is None
@@ -150,6 +153,6 @@ def test_fp8_beside_bf16():
     assert row(made("fp8", 0, error="a|b"), [])[5] == "failed: a/b"
 
 
-def test_without_a_single_run(tmp_path):
+def test_report_without_any_runs(tmp_path):
     assert read_runs(tmp_path) == []
     assert "Tests: not run" in write_report({"GPU": "none"}, tmp_path, tmp_path)

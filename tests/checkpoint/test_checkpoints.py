@@ -1,4 +1,4 @@
-"""Checkpoints across layouts, and what is refused."""
+"""Checkpoints are loaded in any layout; incomplete and incompatible ones are refused."""
 
 from __future__ import annotations
 
@@ -10,51 +10,27 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from megatron_dit.checkpoint import format as format_module
-from megatron_dit.checkpoint.format import CheckpointReader
+from megatron_dit.checkpoint import reader as format_module
 from megatron_dit.checkpoint.listing import clear, old_ones, step_folder
-from megatron_dit.checkpoint.manifest import Torn
-from megatron_dit.errors import UserError
-from megatron_dit.models import build_unsharded
-from megatron_dit.mup.init import cut, unshard
-from megatron_dit.mup.shapes import describe
-from tests.checkpoint.made import checkpoint
-from tests.configs import small
-from tests.test_engine import batch, start
-
-LAYOUTS = {
-    "one": (1, {}),
-    "dp2-zero0": (2, {}),
-    "dp2-zero1-bf16": (2, {"parallel.zero_stage": 1, "train.dtype": "bf16"}),
-    "dp2-zero2": (2, {"parallel.zero_stage": 2}),
-    "dp2-zero3": (2, {"parallel.zero_stage": 3}),
-    "tp2-sp": (2, {"parallel.tensor": 2, "parallel.sequence": True}),
-    "tp2-pp2": (4, {"parallel.tensor": 2, "parallel.pipeline": 2, "train.micro_batch": 2}),
-    "dp2-pp2-zero1": (4, {"parallel.pipeline": 2, "parallel.zero_stage": 1, "train.micro_batch": 2}),
-    "dp2-tp2-zero3": (4, {"parallel.tensor": 2, "parallel.zero_stage": 3}),
-}
-
-
-def save_after(arch, layout, folder):
-    from pathlib import Path
-
-    from megatron_dit.checkpoint.save import save
-
-    config = small(arch, **layout)
-    engine = start(config)
-    for step in range(2):
-        engine.train_step(batch(config, engine.topology, step))
-    save(engine, Path(folder))
+from megatron_dit.checkpoint.manifest import Incomplete
+from megatron_dit.checkpoint.reader import CheckpointReader
+from megatron_dit.models.param_specs import param_specs
+from megatron_dit.parallel.sharding import cut, unshard
+from megatron_dit.runtime.errors import UserError
+from tests.helpers.checkpoints import checkpoint
+from tests.helpers.configs import small
+from tests.helpers.engine import start
+from tests.helpers.trained_checkpoints import LAYOUTS, save_after
 
 
 def load_and_save_again(arch, layout, source, folder):
     from pathlib import Path
 
     from megatron_dit.checkpoint.load import newest, restore
-    from megatron_dit.checkpoint.save import save
+    from megatron_dit.checkpoint.writer import save
 
     engine = start(small(arch, **layout))
-    restore(engine, newest(Path(source))[0])
+    restore(engine, newest(Path(source)).reader)
     save(engine, Path(folder))
 
 
@@ -66,7 +42,7 @@ def everything(folder):
 
 @pytest.fixture(scope="module")
 def saved(pool, tmp_path_factory):
-    """Checkpoints of two steps from four ranks, tensor parallel and ZeRO-3, of each architecture."""
+    """Checkpoints of step 2 of each architecture, written by four ranks with tensor parallelism and ZeRO-3."""
     folders = {arch: tmp_path_factory.mktemp(arch) for arch in ("mmdit", "pixart")}
     for arch, folder in folders.items():
         pool.run(4, save_after, arch, LAYOUTS["dp2-tp2-zero3"][1], str(folder))
@@ -75,7 +51,7 @@ def saved(pool, tmp_path_factory):
 
 @pytest.mark.parametrize("name", LAYOUTS)
 @pytest.mark.parametrize("arch", ["mmdit", "pixart"])
-def test_a_checkpoint_goes_through_any_layout_without_a_bit_changed(pool, saved, tmp_path, arch, name):
+def test_loading_and_saving_in_any_layout_changes_no_bit(pool, saved, tmp_path, arch, name):
     ranks, layout = LAYOUTS[name]
     pool.run(ranks, load_and_save_again, arch, layout, str(saved[arch]), str(tmp_path))
     expected, found = everything(saved[arch]), everything(tmp_path)
@@ -83,8 +59,8 @@ def test_a_checkpoint_goes_through_any_layout_without_a_bit_changed(pool, saved,
     assert all(torch.equal(found[key], value) for key, value in expected.items())
 
 
-def test_every_rank_writes_only_its_share(saved):
-    """The files together hold each element of each state once."""
+def test_each_element_is_written_by_one_rank_only(saved):
+    """The files together contain each element of each state once."""
     folder = step_folder(saved["mmdit"], 2)
     reader = CheckpointReader(folder)
     elements = sum(torch.Size(p["shape"]).numel() for p in reader.manifest["params"].values())
@@ -96,50 +72,50 @@ def test_every_rank_writes_only_its_share(saved):
 
 
 @pytest.mark.parametrize("size", [1, 2, 4])
-def test_a_part_is_that_of_the_full_tensor(saved, size):
-    """The checkpoint is of two tensor-parallel and two ZeRO-3 ranks: parts lie in one file, or across several."""
+def test_part_equals_slice_of_full_tensor(saved, size):
+    """The checkpoint has two tensor-parallel and two ZeRO-3 ranks, so a part is in one file or in several."""
     reader = CheckpointReader(step_folder(saved["mmdit"], 2))
-    draw = random.Random(size)
+    rng = random.Random(size)
     for name, param in reader.manifest["params"].items():
         for rank in range(size):
-            whole = cut(reader.full("ema", name), param["dim"], param["pieces"], rank, size).reshape(-1)
-            start = draw.randrange(len(whole))
-            numel = draw.randint(1, len(whole) - start)
+            shard = cut(reader.full("ema", name), param["dim"], param["fused_parts"], rank, size).reshape(-1)
+            start = rng.randrange(len(shard))
+            numel = rng.randint(1, len(shard) - start)
             part = reader.part("ema", name, rank, size, start, numel)
-            assert torch.equal(part, whole[start : start + numel])
+            assert torch.equal(part, shard[start : start + numel])
 
 
-def test_a_rank_of_the_same_cut_reads_its_own_files_alone(saved, monkeypatch):
+def test_rank_opens_only_its_own_file_if_tensor_parallel_size_is_unchanged(saved, monkeypatch):
     reader = CheckpointReader(step_folder(saved["mmdit"], 2))
     name = next(name for name, param in reader.manifest["params"].items() if param["dim"] is not None)
-    whole = reader.part("master", name, 1, 2, 0, math.prod(reader.manifest["params"][name]["shape"]) // 2)
+    shard = reader.part("master", name, 1, 2, 0, math.prod(reader.manifest["params"][name]["shape"]) // 2)
     opened = []
     monkeypatch.setattr(
         format_module, "safe_open", lambda file, **kw: opened.append(file.name) or safe_open(file, **kw)
     )
-    assert torch.equal(reader.part("master", name, 1, 2, 3, 2), whole[3:5])
+    assert torch.equal(reader.part("master", name, 1, 2, 3, 2), shard[3:5])
     assert len(opened) == 1
 
 
-def test_other_ratios_of_mup_are_refused(saved):
-    """A checkpoint whose hidden weights learned at half the base rate, opened where the table gives another ratio."""
+def test_checkpoint_with_other_mup_multipliers_is_refused(saved):
+    """The hidden weights were trained at half the base learning rate; the config gives another multiplier."""
     config = small("mmdit", **{"mup.base_heads": 4})
     reader = CheckpointReader(step_folder(saved["mmdit"], 2))
-    reader.check_mup(describe(build_unsharded, small("mmdit")))
-    with pytest.raises(UserError, match=r"was trained with lr x 0\.5 on .*, which μP's table gives x 1 here"):
-        reader.check_mup(describe(build_unsharded, config))
+    reader.check_mup(param_specs(small("mmdit")))
+    with pytest.raises(UserError, match=r"was trained with lr x 0\.5 for .*, but the config's μP rules give x 1;"):
+        reader.check_mup(param_specs(config))
 
 
-def test_shards_and_full_tensors_are_inverse():
+def test_unshard_is_the_inverse_of_cut():
     full = torch.arange(24.0).view(12, 2)
     shards = [cut(full, 0, 3, rank, 2) for rank in range(2)]
-    # q, k and v are 4 rows each; rank 0 has the first half of each.
+    # q, k and v have 4 rows each; rank 0 has the first half of each.
     assert shards[0][:, 0].tolist() == [0, 2, 8, 10, 16, 18]
     assert torch.equal(unshard(shards, 0, 3), full)
 
 
-@pytest.mark.parametrize("harm", ["short", "missing", "manifest", "version", "figure"])
-def test_torn_checkpoints_are_seen(pool, tmp_path, harm):
+@pytest.mark.parametrize("harm", ["short", "missing", "manifest", "version", "digit"])
+def test_incomplete_and_corrupt_checkpoints_are_detected(pool, tmp_path, harm):
     pool.run(1, save_after, "mmdit", {}, str(tmp_path))
     folder = step_folder(tmp_path, 2)
     file = folder / "rank_00000.safetensors"
@@ -150,17 +126,17 @@ def test_torn_checkpoints_are_seen(pool, tmp_path, harm):
         file.unlink()
     elif harm == "manifest":
         manifest.write_text(manifest.read_text()[:100])
-    elif harm == "figure":  # one digit: still a manifest in every other way
+    elif harm == "digit":  # otherwise still a valid manifest
         text = manifest.read_text()
-        assert '"adam_steps": 2,' in text
-        manifest.write_text(text.replace('"adam_steps": 2,', '"adam_steps": 3,'))
+        assert '"num_updates": 2,' in text
+        manifest.write_text(text.replace('"num_updates": 2,', '"num_updates": 3,'))
     else:
         manifest.write_text(json.dumps({k: v for k, v in json.loads(manifest.read_text()).items() if k != "files"}))
-    with pytest.raises(Torn):
+    with pytest.raises(Incomplete):
         CheckpointReader(folder)
 
 
-def test_retention_keeps_the_newest_and_every_mth(tmp_path):
+def test_old_ones_excludes_the_newest_and_every_mth_step(tmp_path):
     for step in (1, 20, 300):
         checkpoint(tmp_path, step)
     (tmp_path / "step_00000400.part").mkdir()
@@ -173,28 +149,28 @@ def test_retention_keeps_the_newest_and_every_mth(tmp_path):
     assert len(list(tmp_path.iterdir())) == 6
 
 
-def save_where_it_cannot(folder):
+def save_to_unwritable_folder(folder):
     from pathlib import Path
 
-    from megatron_dit.checkpoint.save import save
+    from megatron_dit.checkpoint.writer import save
 
     engine = start(small("mmdit"))
     save(engine, Path(folder))
 
 
-def test_a_folder_that_cannot_be_written_is_told_on_every_rank(pool, tmp_path):
+def test_unwritable_folder_raises_on_every_rank(pool, tmp_path):
     (tmp_path / "file").write_text("")
-    for outcome in pool.outcomes(2, save_where_it_cannot, str(tmp_path / "file" / "x")):
+    for outcome in pool.outcomes(2, save_to_unwritable_folder, str(tmp_path / "file" / "x")):
         assert "cannot be written" in outcome.user_error
 
 
-def test_inspect(pool, tmp_path, capsys):
+def test_inspect_prints_and_writes_a_summary(pool, tmp_path, capsys):
     from checkpoints_tools.__main__ import main
 
     pool.run(1, save_after, "pixart", {}, str(tmp_path))
-    figures = tmp_path / "figures.json"
-    assert main(["inspect", str(step_folder(tmp_path, 2)), "--json", str(figures)]) == 0
-    found = json.loads(figures.read_text())
+    summary = tmp_path / "summary.json"
+    assert main(["inspect", str(step_folder(tmp_path, 2)), "--json", str(summary)]) == 0
+    found = json.loads(summary.read_text())
     assert (found["arch"], found["step"]) == ("pixart", 2)
     assert found["roles"]["output"]["tensors"] == 1
     assert "pixart" in capsys.readouterr().out

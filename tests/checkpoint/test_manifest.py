@@ -1,4 +1,4 @@
-"""Manifests and files that somebody changed: one line that names what is wrong, whatever they hold."""
+"""Corrupt or malicious manifests and files are refused with a one-line message that names the problem."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from checkpoints_tools.__main__ import main
-from megatron_dit.checkpoint.format import CheckpointReader
 from megatron_dit.checkpoint.listing import step_folder
 from megatron_dit.checkpoint.load import newest, open_checkpoint
-from megatron_dit.checkpoint.manifest import Torn
-from megatron_dit.errors import UserError
+from megatron_dit.checkpoint.manifest import Incomplete
+from megatron_dit.checkpoint.reader import CheckpointReader
+from megatron_dit.runtime.errors import UserError
 from megatron_dit.sampling.generate import load_model
-from tests.checkpoint.made import checkpoint, edit, run_of
-from tests.configs import small
+from tests.helpers.checkpoints import checkpoint, edit, run_of
+from tests.helpers.configs import small
 
 RANK = "rank_00000.safetensors"
 
@@ -42,16 +42,16 @@ def path(run):
 
 
 def refused(capsys, path, *named):
-    """By its path it is one line and status 2; of its run the checkpoint before is used."""
+    """Check that the checkpoint is refused with one line and status 2, and that its run falls back to step 3."""
     assert main(["inspect", str(path)]) == 2
     err = capsys.readouterr().err
     assert err.count("\n") == 1, err
     assert err.startswith(f"error: checkpoint {path} is incomplete (")
     assert all(str(name) in err for name in named), err
-    reader, notes = newest(path.parent)
-    assert reader is not None
-    assert reader.step == 3
-    assert len(notes) == 1
+    found = newest(path.parent)
+    assert found.reader is not None
+    assert found.reader.step == 3
+    assert len(found.notes) == len(found.incomplete) == 1
     assert len(err) < 700
 
 
@@ -75,9 +75,9 @@ ILL_TYPED = {
     "step true": ("step", True),
     "step a fraction": ("step", 6.5),
     "step huge": ("step", 10**30),
-    "age nan": ("adam_steps", float("nan")),
-    "age infinite": ("adam_steps", float("inf")),
-    "age null": ("adam_steps", None),
+    "age nan": ("num_updates", float("nan")),
+    "age infinite": ("num_updates", float("inf")),
+    "age null": ("num_updates", None),
     "states empty": ("states", []),
     "states a string": ("states", "master"),
     "states numbers": ("states", [1]),
@@ -101,7 +101,7 @@ ILL_TYPED = {
     "shape huge": (*PARAM, "shape", [96, 10**15]),
     "shape of many": (*PARAM, "shape", [1] * 1000),
     "dim too large": (*PARAM, "dim", 2),
-    "pieces 0": (*PARAM, "pieces", 0),
+    "fused_parts 0": (*PARAM, "fused_parts", 0),
     "lr nan": (*PARAM, "lr", float("nan")),
     "lr a string": (*PARAM, "lr", "0.5"),
     "multiplier of nothing": ("multipliers", {"nothing.weight": 2.0}),
@@ -122,17 +122,17 @@ ILL_TYPED = {
     "a state of a megabyte": ("states", ["x" * 10**6]),
     "format a string": ("format", "3"),
 }
-NAMED = {  # where the message is not about a key, but about what does not fit together
+NAMED = {  # messages that are not about a single key, but about an inconsistency
     "layout that cuts nothing": "7 tensor-parallel ranks",
-    "shape huge": "but its tensors need",
-    "dim too large": "cannot be cut along dimension 2",
-    "multiplier of nothing": "multiplier of nothing.weight",
-    "files empty": "its files have 0 bytes",
+    "shape huge": "but the tensors need",
+    "dim too large": "cannot be split along dimension 2",
+    "multiplier of nothing": "multipliers contains nothing.weight",
+    "files empty": "the files have 0 bytes",
 }
 
 
 @pytest.mark.parametrize("name", ILL_TYPED)
-def test_an_ill_typed_manifest_is_one_line(path, capsys, name):
+def test_ill_typed_manifest_is_refused_on_one_line(path, capsys, name):
     edit(path, setter(*ILL_TYPED[name]))
     value = ILL_TYPED[name][-1]
     named = "is not a number" if isinstance(value, float) and not math.isfinite(value) else NAMED.get(name)
@@ -140,11 +140,11 @@ def test_an_ill_typed_manifest_is_one_line(path, capsys, name):
 
 
 @pytest.mark.parametrize(
-    "key", ["format", "step", "adam_steps", "states", "data", "bad_samples", "config", "layout", "params", "files"]
+    "key", ["format", "step", "num_updates", "states", "data", "bad_samples", "config", "layout", "params", "files"]
 )
-def test_a_key_that_is_missing_is_named(path, capsys, key):
+def test_missing_key_is_named(path, capsys, key):
     edit(path, lambda manifest: {name: value for name, value in manifest.items() if name != key})
-    refused(capsys, path, f"has no {key}")
+    refused(capsys, path, f"has no key '{key}'")
 
 
 @pytest.mark.parametrize(
@@ -155,17 +155,17 @@ def test_a_key_that_is_missing_is_named(path, capsys, key):
     ],
     ids=lambda data: repr(data[:6]),
 )
-def test_a_manifest_that_is_no_json_is_one_line(path, capsys, data):
+def test_manifest_that_is_not_valid_json_is_refused_on_one_line(path, capsys, data):
     (path / "manifest.json").write_bytes(data)
     refused(capsys, path, path / "manifest.json")
 
 
-def test_a_manifest_too_large_to_be_one_is_not_read(path, capsys):
-    os.truncate(path / "manifest.json", 1 << 40)  # a hole: it takes no room
+def test_oversized_manifest_is_not_read(path, capsys):
+    os.truncate(path / "manifest.json", 1 << 40)  # a sparse file, which needs no disk space
     refused(capsys, path, "expected at most 67108864")
 
 
-def test_another_format_is_not_taken_for_an_incomplete_one(path, capsys):
+def test_other_format_version_is_not_reported_as_incomplete(path, capsys):
     edit(path, setter("format", 4))
     assert main(["inspect", str(path.parents[1])]) == 2
     assert f"{path} has checkpoint format 4, expected 3" in capsys.readouterr().err
@@ -173,8 +173,8 @@ def test_another_format_is_not_taken_for_an_incomplete_one(path, capsys):
 
 @pytest.mark.parametrize("name", ["manifest.json", RANK])
 @pytest.mark.parametrize("kind", ["fifo", "folder", "device", "outside", "nowhere", "loop"])
-def test_what_is_no_file_of_the_checkpoint_is_never_opened(path, capsys, tmp_path, name, kind):
-    """Opening a FIFO would wait for a writer for ever, and a device has no end."""
+def test_only_regular_files_inside_the_checkpoint_are_opened(path, capsys, tmp_path, name, kind):
+    """Opening a FIFO would block until a writer appears, and reading a device never ends."""
     file, outside = path / name, tmp_path / name
     shutil.copy(file, outside)
     file.unlink()
@@ -188,14 +188,14 @@ def test_what_is_no_file_of_the_checkpoint_is_never_opened(path, capsys, tmp_pat
     refused(capsys, path, file)
 
 
-def test_a_link_inside_of_the_checkpoint_is_read(path):
+def test_link_to_a_file_inside_the_checkpoint_is_read(path):
     (path / RANK).rename(path / "moved")
     (path / RANK).symlink_to("moved")
     assert open_checkpoint(path).step == 6
 
 
 def rewrite(path, change):
-    """Change a rank's tensors or metadata, and the manifest to what the file then is."""
+    """Change a rank's tensors or metadata, and update the manifest's size and hash of the file."""
     tensors = load_file(path / RANK)
     about = {"tensor_rank": "0", "starts": json.dumps({name.partition("/")[2]: 0 for name in tensors})}
     save_file(tensors, path / RANK, change(tensors, about) or about)
@@ -223,10 +223,11 @@ def first(tensors):
     ],
     ids=["none", "list", "unknown", "text", "deep", "number", "moved", "rank", "shorter", "shape"],
 )
-def test_a_file_whose_header_lies_is_one_line(path, tmp_path, capsys, change):
-    """All hashes are right: whoever made the file made the manifest too."""
+def test_file_with_a_wrong_header_is_refused_on_one_line(path, tmp_path, capsys, change):
+    """All hashes are correct, because whoever created the file also created the manifest."""
     rewrite(path, change)
-    edit(path, lambda manifest: manifest["params"].pop("blocks.0.image.qkv.bias") and None)  # room for what is shorter
+    # Without one parameter the manifest requires fewer bytes, so a shorter file passes the size check.
+    edit(path, lambda manifest: manifest["params"].pop("blocks.0.image.qkv.bias") and None)
     assert main(["reshard", str(path), str(tmp_path / "out")]) == 2
     err = capsys.readouterr().err.splitlines()
     assert len(err) == 1
@@ -235,13 +236,13 @@ def test_a_file_whose_header_lies_is_one_line(path, tmp_path, capsys, change):
     assert not list(tmp_path.glob("out*"))
 
 
-def test_elements_that_two_files_hold_are_refused(tmp_path):
-    """Counted twice they would make up for elements that no file holds."""
+def test_elements_stored_in_two_files_are_refused(tmp_path):
+    """Counted twice, they would compensate for elements that no file contains."""
     path = checkpoint(tmp_path, 1)
     shutil.copy(path / RANK, path / "rank_00001.safetensors")
     edit(path, lambda manifest: manifest["files"].update({"rank_00001.safetensors": manifest["files"][RANK]}))
     reader = open_checkpoint(path)
-    with pytest.raises(Torn, match="hold the same elements of"):
+    with pytest.raises(Incomplete, match="store the same elements of"):
         reader.full("ema", next(iter(reader.manifest["params"])))
 
 
@@ -256,10 +257,10 @@ def test_elements_that_two_files_hold_are_refused(tmp_path):
     ],
     ids=lambda value: str(value),
 )
-def test_a_config_that_is_none_is_one_line(path, capsys, keys, named):
+def test_invalid_config_is_refused_on_one_line(path, capsys, keys, named):
     edit(path, setter(*keys))
     (path / "manifest.json").write_text((path / "manifest.json").read_text().replace("Infinity", "1e999"))
-    with pytest.raises(UserError, match="holds a config that cannot be used") as caught:
+    with pytest.raises(UserError, match=r"the config in .* cannot be used by this version") as caught:
         _ = CheckpointReader(path).config
     assert named in str(caught.value)
     assert "\n" not in str(caught.value)
@@ -270,16 +271,16 @@ def test_a_config_that_is_none_is_one_line(path, capsys, keys, named):
     [
         (
             ("config", "model", "depth", 3),
-            "blocks.1.text.modulation.weight has shape (64, 32), the model's is (192, 32)",
+            "blocks.1.text.modulation.weight has shape (64, 32), the model expects (192, 32)",
         ),
         (("config", "model", "depth", 9000), "but its config has model.depth=9000"),
-        (("config", "model", "heads", 4096), "the model's is (32768, 48)"),
-        (("multipliers", {"patch_embed.bias": 2.0}), "a forward multiplier of patch_embed.bias"),
+        (("config", "model", "heads", 4096), "the model expects (32768, 48)"),
+        (("multipliers", {"patch_embed.bias": 2.0}), "a forward multiplier for patch_embed.bias"),
     ],
     ids=lambda value: str(value[-1]),
 )
-def test_a_config_of_another_model_is_refused_before_it_is_built(path, tmp_path, capsys, keys, message):
-    """A model of 4,096 heads would take 300 GB."""
+def test_config_of_another_model_is_refused_before_the_model_is_built(path, tmp_path, capsys, keys, message):
+    """A model with 4,096 heads would need 300 GB."""
     edit(path, setter(*keys))
     if keys[0] == "config":
         assert main(["convert", str(path), str(tmp_path / "out"), "--to", "diffusers"]) == 2
@@ -291,7 +292,7 @@ def test_a_config_of_another_model_is_refused_before_it_is_built(path, tmp_path,
     assert message in str(caught.value)
 
 
-def test_weights_that_are_no_numbers_are_neither_drawn_with_nor_exported(tmp_path, capsys):
+def test_non_finite_weights_are_neither_sampled_from_nor_exported(tmp_path, capsys):
     path = checkpoint(tmp_path, 1)
 
     def spoil(tensors, about):
@@ -308,7 +309,7 @@ def test_weights_that_are_no_numbers_are_neither_drawn_with_nor_exported(tmp_pat
 @pytest.mark.parametrize("text", ["${oc.env:CHECKPOINT_SECRET}", "x${oc.env:CHECKPOINT_SECRET}y", "${seed}", "${"])
 @pytest.mark.parametrize("program", [["convert", "--to", "diffusers"], ["reshard"]], ids=lambda words: words[0])
 def test_nothing_in_a_manifest_is_interpolated(path, tmp_path, monkeypatch, capsys, text, program):
-    """Whoever publishes what was made of a foreign checkpoint would publish the environment with it."""
+    """A user who publishes a converted foreign checkpoint would otherwise publish environment variables with it."""
     monkeypatch.setenv("CHECKPOINT_SECRET", "hunter2")
     edit(path, setter("config", "data", "path", text))
     assert main([program[0], str(path), str(tmp_path / "out"), *program[1:]]) == 2
@@ -319,8 +320,8 @@ def test_nothing_in_a_manifest_is_interpolated(path, tmp_path, monkeypatch, caps
     assert not list(tmp_path.glob("out*"))
 
 
-def test_names_of_a_manifest_are_shown_as_they_are(path, capsys, monkeypatch):
-    """Neither rich's markup, nor escape sequences, nor emoji codes take effect."""
+def test_names_in_a_manifest_are_printed_verbatim(path, capsys, monkeypatch):
+    """Rich markup, escape sequences and emoji codes have no effect."""
     monkeypatch.setenv("COLUMNS", "300")
     role = "[red]a\x1b[2J\n:smile:[/red]"
     edit(path, lambda manifest: [param.update(role=role) for param in manifest["params"].values()] and None)
@@ -334,8 +335,8 @@ def test_names_of_a_manifest_are_shown_as_they_are(path, capsys, monkeypatch):
     assert all(line.isprintable() for line in out.splitlines())
 
 
-def test_a_model_card_keeps_its_tables_and_fences(path, tmp_path):
-    """A path is shown in one cell, and a config with a fence in it ends where it ends."""
+def test_values_cannot_break_out_of_a_model_cards_tables_and_fences(path, tmp_path):
+    """A path stays in its table cell, and a config that contains a fence stays in its code block."""
     name = "data|<b>\n```\n# Title\x1b[2J"
     edit(path, setter("config", "data", "path", name))
     assert main(["convert", str(path), str(tmp_path / "out"), "--to", "diffusers"]) == 0
@@ -345,8 +346,8 @@ def test_a_model_card_keeps_its_tables_and_fences(path, tmp_path):
     assert "````yaml\n" in card or "\n```\n" not in card.partition("```yaml\n")[2].rpartition("\n```\n")[0]
 
 
-def test_a_tensor_is_read_as_it_was_written(path):
-    """By the safetensors package, from the one file of one rank."""
+def test_full_tensors_equal_those_read_by_safetensors(path):
+    """The checkpoint has one rank, hence one file."""
     held, reader = load_file(path / RANK), open_checkpoint(path)
     for key in ("master", "ema"):
         for name in reader.manifest["params"]:

@@ -1,4 +1,4 @@
-"""Our streaming writer against the package's reader."""
+"""Files of the streaming writer are read by the safetensors package."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from megatron_dit.checkpoint.save import write_safetensors
+from megatron_dit.checkpoint.writer import write_safetensors
 
 
-def test_the_package_reads_what_is_streamed(tmp_path):
+def test_safetensors_reads_streamed_files(tmp_path):
     flat = torch.randn(1000)
     tensors = {"a/x": flat[:10], "b/ü": flat[10:11], "c": flat[500:], "empty": flat[:0]}
     write_safetensors(tmp_path / "f.safetensors", tensors, {"starts": '{"a": 1}'})

@@ -1,4 +1,4 @@
-"""Checkpoints to diffusers and back: equal outputs, equal bits, from any layout."""
+"""Conversion of checkpoints to diffusers and back: outputs are equal and weights bit-exact, for any layout."""
 
 from __future__ import annotations
 
@@ -10,36 +10,37 @@ import torch
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
-from tests.checkpoints_tools.made import (
+from tests.helpers.configs import ARCHITECTURES
+from tests.helpers.conversion import (
     TOLERANCE,
     convert,
     difference,
     equal,
+    our_model,
     tensors,
     weights_of,
     write_alone,
     write_checkpoint,
 )
-from tests.configs import ARCHITECTURES
 
 LAYOUTS = {
     "dp2-zero3": (2, {"parallel.zero_stage": 3}),
     "tp2-pp2": (4, {"parallel.tensor": 2, "parallel.pipeline": 2, "train.micro_batch": 2}),
 }
-# Width multiplier 4 by heads and 2 by head_dim: the readout's 0.3 / 8 and the attention's sqrt(1/2) round.
+# Width multiplier 4 by heads and 2 by head_dim: the readout's factor 0.3 / 8 and the attention's sqrt(1/2) both round.
 ROUNDING = {"heads": 8, "base_heads": 2, "model.base_head_dim": 4, "mup.output_multiplier": 0.3}
 
 
 @st.composite
 def options(draw, arch):
-    """A tiny model's options: any head_dim, width multiplier 1 or 4."""
+    """Options of a tiny model with random head_dim and a width multiplier of 1 or 4."""
     base, multiplier = draw(st.integers(1, 2)), draw(st.sampled_from([1, 4]))
     head_dim, patch = 4 * draw(st.integers(1, 5)), draw(st.sampled_from([1, 2, 4]))
     found = {
         "heads": base * multiplier,
         "base_heads": base,
         "model.head_dim": head_dim,
-        "model.base_head_dim": draw(st.sampled_from([0, 4, head_dim])),
+        "model.base_head_dim": draw(st.sampled_from([None, 4, head_dim])),
         "model.depth": draw(st.sampled_from([1, 3])),
         "model.patch_size": patch,
         "model.sample_size": patch * draw(st.integers(2, 4)),
@@ -59,7 +60,7 @@ def options(draw, arch):
 @pytest.mark.parametrize("arch", [*ARCHITECTURES, "uvit-class"])
 @settings(max_examples=2, deadline=None, derandomize=True, phases=[Phase.generate], suppress_health_check=HealthCheck)
 @given(data=st.data())
-def test_any_model_gives_diffusers_outputs_and_comes_back_to_the_bit(tmp_path_factory, arch, data):
+def test_exported_model_has_equal_outputs_and_reimports_bit_exactly(tmp_path_factory, arch, data):
     folder = tmp_path_factory.mktemp("random")
     write_alone(folder, arch, data.draw(options(arch)))
     convert(folder, folder / "out", "--to", "diffusers")
@@ -68,9 +69,33 @@ def test_any_model_gives_diffusers_outputs_and_comes_back_to_the_bit(tmp_path_fa
     assert equal(tensors(folder / "back"), tensors(folder))
 
 
+@pytest.mark.parametrize(
+    ("arch", "learn_sigma", "objective"),
+    [
+        ("dit", False, "rectified_flow"),  # SiT
+        ("dit", False, "ddpm"),
+        ("pixart", False, "ddpm"),
+        ("uvit", True, "ddpm"),
+        ("uvit-class", True, "ddpm"),
+    ],
+)
+def test_a_model_is_exported_and_imported_with_and_without_a_learned_variance(tmp_path, arch, learn_sigma, objective):
+    write_alone(tmp_path, arch, {"model.learn_sigma": learn_sigma, "objective.name": objective})
+    convert(tmp_path, tmp_path / "out", "--to", "diffusers")
+    settings = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert settings["in_channels"] == 3
+    assert settings.get("out_channels", 3) == 3
+    assert difference(tmp_path, tmp_path / "out") <= TOLERANCE
+    (tmp_path / "out" / "megatron_dit.json").unlink()  # as a model of another origin
+    text = ["model.text_tokens=24"] if arch == "pixart" else []
+    convert(tmp_path / "out", tmp_path / "back", "--from", "diffusers", *text)
+    assert difference(tmp_path / "back", tmp_path / "out") <= TOLERANCE
+    assert our_model(tmp_path / "back").config.learn_sigma == learn_sigma
+
+
 @pytest.fixture(scope="module", params=ARCHITECTURES)
 def exported(request, tmp_path_factory):
-    """A run of one process whose factors round, and its folder."""
+    """The folder of a run of one process whose factors round, with its export in ``out``."""
     folder = tmp_path_factory.mktemp(request.param)
     write_alone(folder, request.param, {**ROUNDING, "model.depth": 3})
     convert(folder, folder / "out", "--to", "diffusers")
@@ -78,7 +103,7 @@ def exported(request, tmp_path_factory):
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_every_layout_gives_the_same_files(pool, exported, tmp_path, layout):
+def test_export_does_not_depend_on_the_checkpoint_layout(pool, exported, tmp_path, layout):
     ranks, options = LAYOUTS[layout]
     arch = json.loads((exported / "out" / "megatron_dit.json").read_text())["config"]["model"]["arch"]
     pool.run(ranks, write_checkpoint, str(tmp_path), arch, {**ROUNDING, "model.depth": 3}, options)
@@ -87,14 +112,14 @@ def test_every_layout_gives_the_same_files(pool, exported, tmp_path, layout):
     assert difference(tmp_path, tmp_path / "out") <= TOLERANCE
 
 
-def test_raw_weights_and_averages_are_told_apart(exported, tmp_path):
+def test_weights_option_selects_raw_weights_or_averages(exported, tmp_path):
     convert(exported, tmp_path / "raw", "--to", "diffusers", "--weights", "raw")
     assert difference(exported, tmp_path / "raw", ema=False) <= TOLERANCE
     assert difference(exported, tmp_path / "raw") > 0.1
     assert difference(exported, exported / "out") <= TOLERANCE
 
 
-def test_the_way_back_gives_the_run_at_step_0(exported, tmp_path):
+def test_reimported_run_starts_at_step_0_with_the_exported_weights(exported, tmp_path):
     convert(exported / "out", tmp_path / "back", "--from", "diffusers")
     for key in ("master", "ema"):
         assert equal(tensors(tmp_path / "back", key), tensors(exported))
@@ -106,7 +131,7 @@ def test_the_way_back_gives_the_run_at_step_0(exported, tmp_path):
     assert (tmp_path / "again" / "config.json").read_text() == (exported / "out" / "config.json").read_text()
 
 
-def test_shards_are_bounded_and_hold_the_same(exported, tmp_path):
+def test_weights_files_respect_max_shard_size_and_contain_the_same_weights(exported, tmp_path):
     convert(exported, tmp_path / "out", "--to", "diffusers", "--max-shard-size", "50KB")
     files = sorted((tmp_path / "out").glob("diffusion_pytorch_model-*.safetensors"))
     largest = max(value.nbytes for value in weights_of(exported / "out").values())
@@ -118,7 +143,7 @@ def test_shards_are_bounded_and_hold_the_same(exported, tmp_path):
     assert equal(tensors(tmp_path / "back"), tensors(exported))
 
 
-def test_other_precisions_are_the_rounded_weights(exported, tmp_path):
+def test_bf16_and_fp16_exports_contain_the_rounded_weights(exported, tmp_path):
     for name, dtype in (("bf16", torch.bfloat16), ("fp16", torch.float16)):
         convert(exported, tmp_path / name, "--to", "diffusers", "--dtype", name)
         expected = {key: value.to(dtype) for key, value in weights_of(exported / "out").items()}
@@ -129,19 +154,19 @@ def test_other_precisions_are_the_rounded_weights(exported, tmp_path):
         assert equal(weights_of(tmp_path / f"{name}-again"), expected)
 
 
-def test_factors_are_told_and_are_those_of_the_algebra(exported):
+def test_recorded_factors_match_the_multipliers_and_are_reported_in_the_card(exported):
     facts = json.loads((exported / "out" / "megatron_dit.json").read_text())
     readout = 0.3 / 8
     query = math.sqrt(4) / 8 * math.sqrt(8)
     assert {round(factor, 12) for factor in facts["factors"].values()} == {round(readout, 12), round(query, 12)}
     card = (exported / "out" / "README.md").read_text()
     assert "Forward multipliers are folded" in card
-    assert "samples seen | 56 (8 a step)" in card
+    assert "samples seen | 56 (8 per step)" in card
 
 
-def test_digits_are_not_given_back_to_weights_that_another_program_saved(exported, tmp_path):
-    """The factors still come out: within rounding, not to the bit."""
-    from tests.checkpoints_tools.made import their_model
+def test_rounding_differences_are_ignored_for_weights_saved_by_another_program(exported, tmp_path):
+    """The factors are still removed, but only up to rounding."""
+    from tests.helpers.conversion import their_model
 
     arch = json.loads((exported / "out" / "megatron_dit.json").read_text())["config"]["model"]["arch"]
     for path in (exported / "out").iterdir():

@@ -1,4 +1,4 @@
-"""Diffusers folders that are not ours as runs: equal outputs, equal bits on the way back, and what is refused."""
+"""Import of diffusers folders of other origin: equal outputs, bit-exact re-export, and rejected models."""
 
 from __future__ import annotations
 
@@ -13,9 +13,8 @@ from checkpoints_tools.__main__ import main
 from data_prep.tiny_t5 import build_tiny_t5
 from megatron_dit.checkpoint.load import open_checkpoint
 from megatron_dit.cli import run
-from megatron_dit.data.identity import weights_sha256
-from tests.checkpoints_tools.made import (
-    CLASSES,
+from megatron_dit.data.encoder_hash import weights_sha256
+from tests.helpers.conversion import (
     TOLERANCE,
     convert,
     difference,
@@ -27,56 +26,14 @@ from tests.checkpoints_tools.made import (
     weights_of,
     write_alone,
 )
-from tests.data.made import TEXT, make_folder
-
-COMMON = {
-    "num_attention_heads": 2, "attention_head_dim": 8, "in_channels": 3, "num_layers": 3, "sample_size": 8,
-    "patch_size": 2,
-}  # fmt: skip
-SETTINGS = {
-    "dit": {"out_channels": 6, "num_embeds_ada_norm": 10, "norm_eps": 1e-6},
-    "pixart": {
-        "out_channels": 6, "cross_attention_dim": 16, "caption_channels": 64, "interpolation_scale": 2,
-        "use_additional_conditions": False,
-    },
-    "mmdit": {
-        "out_channels": 3, "joint_attention_dim": 64, "caption_projection_dim": 16, "pooled_projection_dim": 20,
-        "pos_embed_max_size": 6, "qk_norm": "rms_norm",
-    },
-    "uvit": {"text_dim": 64, "text_tokens": 24},
-}  # fmt: skip
-
-
-def foreign(folder, arch, keep_clip=False, **changes):
-    """A random diffusers model, saved by diffusers."""
-    model = CLASSES[arch](**{**COMMON, **SETTINGS[arch], **changes})
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for name, p in model.named_parameters():
-            p.copy_(torch.randn(p.shape, generator=generator) * (0.1 if p.ndim == 1 else p[0].numel() ** -0.5))
-            if name.endswith(("norm_q.weight", "norm_k.weight")):
-                p.add_(1)
-            if "text_embedder" in name and not keep_clip:
-                p.zero_()
-        if arch == "dit":
-            for block in model.transformer_blocks[1:]:
-                block.norm1.emb.load_state_dict(model.transformer_blocks[0].norm1.emb.state_dict())
-    model.save_pretrained(folder)
-    return folder
-
-
-def refused(capsys, *words):
-    """The one line of an error."""
-    assert main(["convert", *map(str, words)]) == 2
-    line = capsys.readouterr().err
-    assert line.count("\n") == 1
-    return line
+from tests.helpers.datasets import TEXT, make_folder
+from tests.helpers.foreign_models import SETTINGS, foreign, refused
 
 
 @pytest.mark.parametrize("arch", SETTINGS)
-def test_theirs_comes_back_to_the_bit(tmp_path, arch):
+def test_imported_model_has_equal_outputs_and_reexports_bit_exactly(tmp_path, arch):
     folder = foreign(tmp_path / "theirs", arch)
-    tokens = ["--set", "model.text_tokens=24"] if arch in ("mmdit", "pixart") else []
+    tokens = ["model.text_tokens=24"] if arch in ("mmdit", "pixart") else []
     convert(folder, tmp_path / "run", "--from", "diffusers", *tokens)
     assert difference(tmp_path / "run", folder) <= TOLERANCE
     convert(tmp_path / "run", tmp_path / "again", "--to", "diffusers")
@@ -89,7 +46,7 @@ def test_theirs_comes_back_to_the_bit(tmp_path, arch):
 
 
 @pytest.mark.parametrize("arch", ["dit", "pixart"])
-def test_the_old_name_of_two_classes_is_known(tmp_path, arch):
+def test_the_old_class_name_is_resolved_by_the_norm_type(tmp_path, arch):
     folder = foreign(tmp_path / "theirs", arch)
     path = folder / "config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "_class_name": "Transformer2DModel"}))
@@ -97,52 +54,52 @@ def test_the_old_name_of_two_classes_is_known(tmp_path, arch):
     assert open_checkpoint(tmp_path / "run").manifest["config"]["model"]["arch"] == arch
 
 
-def test_weights_may_be_unfolded_into_another_parametrization(tmp_path):
+def test_weights_are_unfolded_for_the_parametrization_given_by_set(tmp_path):
     folder = foreign(tmp_path / "theirs", "dit")
-    mup = ["mup.parametrization=mup", "mup.base_heads=1", "mup.output_multiplier=3", "model.base_head_dim=4"]
-    convert(folder, tmp_path / "run", "--from", "diffusers", "--set", *mup)
+    mup = ["mup.enabled=true", "mup.base_heads=1", "mup.output_multiplier=3", "model.base_head_dim=4"]
+    convert(folder, tmp_path / "run", "--from", "diffusers", *mup)
     assert open_checkpoint(tmp_path / "run").manifest["multipliers"] == {"head.linear.weight": 3 / 4}
     assert difference(tmp_path / "run", folder) <= TOLERANCE
 
 
-def test_an_imported_run_is_sampled_and_trained_on(tmp_path, capsys):
+def test_an_imported_run_can_be_sampled_and_trained(tmp_path, capsys):
     build_tiny_t5(tmp_path / "t5", ["a b"], seed=0)
     text = {**TEXT, "encoder": str(tmp_path / "t5"), "sha256": weights_sha256(str(tmp_path / "t5"))}
     make_folder(tmp_path / "data", [((8, 8), 16)], text=text)
     folder = foreign(tmp_path / "theirs", "mmdit")
     changes = ["model.text_tokens=24", "train.steps=2", "train.global_batch=4", "train.micro_batch=4"]
-    convert(folder, tmp_path / "run", "--from", "diffusers", "--data", tmp_path / "data", "--set", *changes)
+    convert(folder, tmp_path / "run", "--from", "diffusers", "--data", tmp_path / "data", *changes)
     assert main(["inspect", str(tmp_path / "run")]) == 0
-    drawing = ["sample", str(tmp_path / "run"), "--prompt", "a b", "--steps", "2", "--out", str(tmp_path / "grid.png")]
-    assert run(drawing) == 0
+    sampling = ["sample", str(tmp_path / "run"), "--prompt", "a b", "--steps", "2", "--out", str(tmp_path / "grid.png")]
+    assert run(sampling) == 0
     before = tensors(tmp_path / "run", "master")
     assert run(["train", str(tmp_path / "run" / "config.yaml"), "parallel.zero_stage=1"]) == 0
     assert "resumed" in capsys.readouterr().out
     reader = open_checkpoint(tmp_path / "run")
-    assert (reader.step, reader.manifest["adam_steps"]) == (2, 2)
+    assert (reader.step, reader.manifest["num_updates"]) == (2, 2)
     assert not equal(tensors(tmp_path / "run", "master"), before)
 
 
-def test_clip_is_dropped_on_request(tmp_path, capsys):
-    """What zero pooled text gives is kept: it does not depend on the text."""
+def test_drop_clip_keeps_the_embedding_of_zero_pooled_text(tmp_path, capsys):
+    """That embedding does not depend on the text."""
     folder = foreign(tmp_path / "theirs", "mmdit", keep_clip=True)
-    assert "--drop-clip imports it" in refused(capsys, folder, tmp_path / "run", "--from", "diffusers")
+    assert "add --drop-clip to import it" in refused(capsys, folder, tmp_path / "run", "--from", "diffusers")
     convert(folder, tmp_path / "run", "--from", "diffusers", "--drop-clip")
     assert difference(tmp_path / "run", folder) <= TOLERANCE
 
 
-def test_the_null_caption_of_a_pipeline_is_its_encoders_empty_prompt(tmp_path, capsys):
-    """Attended to whole, it does what diffusers does with the one token of ''."""
+def test_the_null_caption_of_a_pipeline_is_its_text_encoders_output_for_an_empty_prompt(tmp_path, capsys):
+    """Attending to all its copies has the same effect as diffusers' single token of ''."""
     foreign(tmp_path / "pipe" / "transformer", "pixart")
     (tmp_path / "pipe" / "model_index.json").write_text("{}")
     build_tiny_t5(tmp_path / "pipe" / "text_encoder", ["a b"], seed=0)
-    convert(tmp_path / "pipe", tmp_path / "run", "--from", "diffusers", "--set", "model.text_tokens=6")
-    assert "what the text encoder makes of ''" in capsys.readouterr().out
+    convert(tmp_path / "pipe", tmp_path / "run", "--from", "diffusers", "model.text_tokens=6")
+    assert "the text encoder's output for ''" in capsys.readouterr().out
     encoder = T5EncoderModel.from_pretrained(tmp_path / "pipe" / "text_encoder")
     ours, theirs = our_model(tmp_path / "run"), their_model(tmp_path / "pipe" / "transformer", "pixart")
     x, t, condition = inputs(ours.config)
     with torch.no_grad():
-        empty = encoder(input_ids=torch.tensor([[1]])).last_hidden_state  # ends at once
+        empty = encoder(input_ids=torch.tensor([[1]])).last_hidden_state  # only the end-of-sequence token
         expected = theirs(x[1:2], encoder_hidden_states=empty, timestep=t[1:2]).sample
         assert (ours(x, t, condition)[1:2] - expected).norm() <= TOLERANCE * expected.norm()
 
@@ -150,24 +107,26 @@ def test_the_null_caption_of_a_pipeline_is_its_encoders_empty_prompt(tmp_path, c
 @pytest.mark.parametrize(
     ("arch", "changes", "message"),
     [
-        ("mmdit", {"qk_norm": None}, "config.json has qk_norm=None: only 'rms_norm' can be expressed"),
+        ("mmdit", {"qk_norm": None}, "config.json has qk_norm=None, but only 'rms_norm' is supported"),
         ("mmdit", {"dual_attention_layers": (0,)}, "dual_attention_layers=[0]"),
         ("pixart", {"use_additional_conditions": True}, "use_additional_conditions=True"),
-        ("dit", {"out_channels": 3}, "out_channels=3: only 6"),
+        ("dit", {"out_channels": 5}, "out_channels=5, but only 3 and 6 are supported"),
+        ("pixart", {"out_channels": 9}, "out_channels=9, but only 3 and 6 are supported"),
     ],
 )
-def test_what_ours_cannot_express_is_refused(tmp_path, capsys, arch, changes, message):
+def test_models_with_unsupported_settings_are_rejected(tmp_path, capsys, arch, changes, message):
     folder = foreign(tmp_path / "theirs", arch, **changes)
     assert message in refused(capsys, folder, tmp_path / "run", "--from", "diffusers")
     assert not (tmp_path / "run").exists()
 
 
-def test_weights_that_would_be_lost_are_refused(tmp_path, capsys):
+def test_unexpected_missing_and_unequal_weights_are_rejected(tmp_path, capsys):
     folder = foreign(tmp_path / "theirs", "dit")
     path = folder / "diffusion_pytorch_model.safetensors"
     weights = load_file(path)
     save_file({**weights, "extra.weight": torch.ones(2)}, path)
-    assert "has extra.weight, which dit has not" in refused(capsys, folder, tmp_path / "run", "--from", "diffusers")
+    line = refused(capsys, folder, tmp_path / "run", "--from", "diffusers")
+    assert "has extra.weight, which has no counterpart in dit" in line
     name = "transformer_blocks.2.norm1.emb.class_embedder.embedding_table.weight"
     save_file({**weights, name: weights[name] + 1}, path)
     assert f"{name} is not equal to" in refused(capsys, folder, tmp_path / "run", "--from", "diffusers")
@@ -181,7 +140,7 @@ def test_weights_that_would_be_lost_are_refused(tmp_path, capsys):
     assert "is a UNet2DModel: expected one of" in refused(capsys, folder, tmp_path / "run", "--from", "diffusers")
 
 
-def test_what_diffusers_cannot_express_is_refused(tmp_path, capsys):
+def test_runs_that_diffusers_cannot_represent_are_rejected(tmp_path, capsys):
     for name, arch, options, message in (
         ("ratio", "mmdit", {"model.mlp_ratio": 2}, "model.mlp_ratio=2 cannot be exported"),
         ("scale", "dit", {"model.interpolation_scale": 2.0}, "model.interpolation_scale=2.0 cannot be exported"),
@@ -194,10 +153,10 @@ def test_what_diffusers_cannot_express_is_refused(tmp_path, capsys):
     assert not list(tmp_path.glob("out*"))
 
 
-def test_repa_is_left_out_and_said(tmp_path, capsys):
+def test_repa_projector_is_left_out_and_reported(tmp_path, capsys):
     write_alone(tmp_path, "dit", {"model.repa_block": 1, "model.repa_dim": 5})
     convert(tmp_path, tmp_path / "out", "--to", "diffusers")
-    assert "left out, for training alone: projector.fc1.weight" in capsys.readouterr().out
+    assert "left out, only used in training: projector.fc1.weight" in capsys.readouterr().out
     convert(tmp_path / "out", tmp_path / "back", "--from", "diffusers")
     kept = {name: value for name, value in tensors(tmp_path).items() if not name.startswith("projector")}
     assert equal(tensors(tmp_path / "back"), kept)
@@ -206,25 +165,25 @@ def test_repa_is_left_out_and_said(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ([], "give one of --to diffusers and --from"),
-        (["--to", "diffusers", "--from", "diffusers"], "give one of --to diffusers and --from"),
-        (["--to", "diffusers", "--drop-clip"], "--drop-clip goes with --from"),
-        (["--from", "diffusers", "--max-shard-size", "1GB"], "--max-shard-size goes with --to"),
+        ([], "give exactly one of --to diffusers and --from"),
+        (["--to", "diffusers", "--from", "diffusers"], "give exactly one of --to diffusers and --from"),
+        (["--to", "diffusers", "--drop-clip"], "--drop-clip is only valid with --from"),
+        (["--from", "diffusers", "--max-shard-size", "1GB"], "--max-shard-size is only valid with --to"),
         (["--to", "diffusers", "--vae", "x"], "add --pipeline"),
-        (["--to", "diffusers", "--variant", "fp16"], "--variant goes with --from"),
-        (["--from", "dit", "--variant", "fp16"], "--variant fp16 goes with --from diffusers"),
+        (["--to", "diffusers", "--variant", "fp16"], "--variant is only valid with --from"),
+        (["--from", "dit", "--variant", "fp16"], "--variant fp16 is only valid with --from diffusers"),
         (["--to", "diffusers", "--max-shard-size", "5 GiB"], "expected a size such as 500MB"),
         (["--from", "diffusers"], "has no config.json"),
     ],
 )
-def test_flags_that_do_not_go_together_are_told(tmp_path, capsys, words, message):
+def test_invalid_combinations_of_options_are_rejected(tmp_path, capsys, words, message):
     (tmp_path / "run").mkdir()
     if "--max-shard-size" in words and "--to" in words:
         write_alone(tmp_path / "run", "dit", {})
     assert message in refused(capsys, tmp_path / "run", tmp_path / "out", *words)
 
 
-def test_a_folder_that_is_there_is_kept(tmp_path, capsys):
+def test_an_existing_output_folder_is_rejected(tmp_path, capsys):
     (tmp_path / "out").mkdir()
-    assert "give a new folder" in refused(capsys, tmp_path, tmp_path / "out", "--to", "diffusers")
+    assert "give a folder that does not exist" in refused(capsys, tmp_path, tmp_path / "out", "--to", "diffusers")
     assert "is also the source" in refused(capsys, tmp_path, tmp_path, "--to", "diffusers")

@@ -1,4 +1,4 @@
-"""Exported pipelines with a tiny VAE and T5 inside draw what our sampler draws with the same noise."""
+"""Exported pipelines with a tiny VAE and T5 generate the same images as our sampler from the same noise."""
 
 from __future__ import annotations
 
@@ -15,15 +15,18 @@ from transformers import AutoTokenizer, T5EncoderModel
 
 from checkpoints_tools.__main__ import main
 from data_prep.tiny_t5 import build_tiny_t5
-from megatron_dit.data.identity import weights_sha256
-from megatron_dit.data.shards import read_index, write_index
+from megatron_dit.config import load_config
+from megatron_dit.data.encoder_hash import weights_sha256
+from megatron_dit.data.index import read_index, write_index
 from megatron_dit.sampling.generate import Sampler, noise_of
-from tests.checkpoints_tools.made import convert, write_alone
-from tests.data.made import TEXT, make_folder
+from tests.helpers.conversion import convert, write_alone
+from tests.helpers.datasets import TEXT, make_folder
 
 PROMPTS = ["a red circle", "two blue squares and one green triangle"]
 LABELS = [3, 17]
-KINDS = ["dit", "mmdit", "pixart", "uvit", "uvit-class"]
+KINDS = ["dit", "sit", "mmdit", "pixart", "uvit", "uvit-class"]
+WITH_LABELS = ("dit", "sit", "uvit-class")
+SIT = {"objective.name": "rectified_flow", "objective.shift": 2.0, "model.learn_sigma": False}
 OPTIONS = {
     "model.base_head_dim": 4,
     "model.sample_size": 8,
@@ -35,7 +38,7 @@ OPTIONS = {
 
 @pytest.fixture(scope="module")
 def parts(tmp_path_factory):
-    """Folders of a VAE of two pixels a latent, of a T5, and of data that name them; and of data of pixels."""
+    """A folder with two VAEs (two pixels per latent), a T5, datasets that refer to them, and a dataset of pixels."""
     folder = tmp_path_factory.mktemp("parts")
     with torch.random.fork_rng():
         torch.manual_seed(0)
@@ -58,36 +61,37 @@ def parts(tmp_path_factory):
 
 @pytest.fixture(scope="module", params=KINDS)
 def run(request, parts, tmp_path_factory):
-    """A run and its exported pipeline; ours' pictures (N, 16, 16, 3) and the noise (N, 3, 8, 8) they began with."""
+    """A run's kind and exported pipeline, our sampler's images (N, 16, 16, 3) and their initial noise (N, 3, 8, 8)."""
     kind, folder = request.param, tmp_path_factory.mktemp(request.param)
-    # diffusers' pipelines of DiT and PixArt take no shift of the latents.
+    # diffusers' pipelines for DiT and PixArt do not support a shift of the latents.
     data = parts / ("data-vae" if kind == "pixart" else "data-shifted")
-    write_alone(folder, kind, {**OPTIONS, "data.path": str(data)})
+    arch, options = ("dit", {**OPTIONS, **SIT}) if kind == "sit" else (kind, OPTIONS)
+    write_alone(folder, arch, {**options, "data.path": str(data)})
     convert(folder, folder / "pipe", "--to", "diffusers", "--pipeline")
-    prompts = list(map(str, LABELS)) if kind in ("dit", "uvit-class") else PROMPTS
+    prompts = list(map(str, LABELS)) if kind in WITH_LABELS else PROMPTS
     noise = torch.stack([noise_of(prompt, 0, 1, (3, 8, 8)) for prompt in prompts])
     return kind, folder / "pipe", Sampler(folder).draw(prompts, seed=1, show=False), noise
 
 
-def same(pictures, expected):
-    """At most 1 of 255 apart, and not all grey or clipped."""
+def same(images, expected):
+    """Return whether images differ by at most 1 of 255. Fails if the expected images are nearly constant."""
     assert expected.std() > 10
-    return np.abs(np.round(pictures * 255) - expected).max() <= 1
+    return np.abs(np.round(images * 255) - expected).max() <= 1
 
 
 @torch.no_grad()
 def encoded(tokenizer, encoder):
-    """Features (2, 24, 64) of the prompts and their mask, as the card has it."""
+    """Return features (2, 24, 64) of the prompts and their mask, as in the model card."""
     tokens = tokenizer(PROMPTS, padding="max_length", truncation=True, max_length=24, return_tensors="pt")
     return encoder(**tokens).last_hidden_state, tokens.attention_mask
 
 
-def test_the_folders_own_pipeline_draws_ours(run):
+def test_exported_pipeline_class_generates_the_images_of_our_sampler(run):
     kind, folder, expected, noise = run
     custom = {"custom_pipeline": "pipeline_megatron_dit"} if kind in ("mmdit", "pixart") else {}
     pipe = DiffusionPipeline.from_pretrained(folder, trust_remote_code=True, **custom)
     pipe.set_progress_bar_config(disable=True)
-    wanted = {"class_labels": LABELS} if kind in ("dit", "uvit-class") else {"prompt": PROMPTS}
+    wanted = {"class_labels": LABELS} if kind in WITH_LABELS else {"prompt": PROMPTS}
     assert same(pipe(**wanted, latents=noise, output_type="np").images, expected)
     first = {name: value[0] if name == "prompt" else value[:1] for name, value in wanted.items()}
     plain = pipe(**first, latents=noise[:1], guidance_scale=1, num_inference_steps=2, output_type="np")
@@ -99,7 +103,7 @@ def test_the_folders_own_pipeline_draws_ours(run):
 
 
 @pytest.mark.parametrize("run", ["pixart"], indirect=True)
-def test_diffusers_own_pixart_pipeline_draws_ours(run):
+def test_diffusers_pixart_pipeline_generates_the_images_of_our_sampler(run):
     _, folder, expected, noise = run
     pipe = DiffusionPipeline.from_pretrained(folder)
     pipe.set_progress_bar_config(disable=True)
@@ -114,7 +118,7 @@ def test_diffusers_own_pixart_pipeline_draws_ours(run):
 
 
 @pytest.mark.parametrize("run", ["mmdit"], indirect=True)
-def test_diffusers_own_sd3_pipeline_draws_ours(run):
+def test_diffusers_sd3_pipeline_generates_the_images_of_our_sampler(run):
     _, folder, expected, noise = run
     clip = dict.fromkeys(["text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2"])
     pipe = DiffusionPipeline.from_pretrained(folder, **clip)
@@ -130,7 +134,21 @@ def test_diffusers_own_sd3_pipeline_draws_ours(run):
     assert same(drawn.images, expected)
 
 
-def test_without_trust_nothing_of_the_folder_runs(run):
+@pytest.mark.parametrize("run", ["sit"], indirect=True)
+def test_the_scheduler_of_a_pipeline_follows_from_the_objective_and_determines_it_on_import(run, tmp_path):
+    _, folder, _, _ = run
+    pipe = shutil.copytree(folder, tmp_path / "pipe")
+    index = json.loads((pipe / "model_index.json").read_text())
+    assert index["scheduler"] == ["diffusers", "FlowMatchEulerDiscreteScheduler"]
+    assert index["_class_name"] == ["pipeline_megatron_dit", "MegatronDiTPipeline"]
+    (pipe / "transformer" / "megatron_dit.json").unlink()  # as a pipeline of another origin
+    convert(pipe, tmp_path / "run", "--from", "diffusers")
+    config = load_config(tmp_path / "run" / "config.yaml")
+    assert (config.objective.name, config.objective.shift) == ("rectified_flow", 2.0)
+    assert not config.model.learn_sigma
+
+
+def test_no_code_of_the_folder_runs_without_trust_remote_code(run):
     kind, folder, _, _ = run
     if kind in ("mmdit", "pixart"):
         assert isinstance(json.loads((folder / "model_index.json").read_text())["_class_name"], str)
@@ -139,7 +157,7 @@ def test_without_trust_nothing_of_the_folder_runs(run):
             DiffusionPipeline.from_pretrained(folder)
 
 
-def test_a_run_on_pixels_has_no_vae(parts, tmp_path):
+def test_pipeline_of_a_run_on_pixels_needs_no_vae(parts, tmp_path):
     options = {**OPTIONS, "data.path": str(parts / "pixels")}
     write_alone(tmp_path, "pixart", options)
     convert(tmp_path, tmp_path / "pipe", "--to", "diffusers", "--pipeline")
@@ -150,8 +168,8 @@ def test_a_run_on_pixels_has_no_vae(parts, tmp_path):
     assert same(pipe(PROMPTS, latents=noise, output_type="np").images, expected)
 
 
-def test_parts_are_linked_or_named(parts, tmp_path, capsys):
-    write_alone(tmp_path, "mmdit", OPTIONS)  # its data are not there
+def test_vae_and_text_encoder_can_be_given_and_linked(parts, tmp_path, capsys):
+    write_alone(tmp_path, "mmdit", OPTIONS)  # its data do not exist
     words = ["convert", str(tmp_path), str(tmp_path / "pipe"), "--to", "diffusers", "--pipeline"]
     assert main(words) == 2
     assert "give --vae and --text-encoder" in capsys.readouterr().err
@@ -166,8 +184,8 @@ def test_parts_are_linked_or_named(parts, tmp_path, capsys):
     assert DiffusionPipeline.from_pretrained(tmp_path / "pipe", **clip).vae.config.scaling_factor == 0.7
 
 
-def test_a_vae_with_a_mean_and_std_of_each_channel_draws_ours(parts, tmp_path):
-    """diffusers' own pipeline of SD3 would leave them out, so that the folder names ours."""
+def test_a_vae_with_per_channel_mean_and_std_uses_the_exported_pipeline_class(parts, tmp_path):
+    """diffusers' SD3 pipeline would ignore the mean and std, so the folder uses our pipeline class."""
     vae = shutil.copytree(parts / "vae", tmp_path / "vae")
     config = json.loads((vae / "config.json").read_text())
     whitened = {**config, "latents_mean": [0.3, -0.4, 0.1], "latents_std": [2.0, 1.0, 0.5]}
@@ -185,8 +203,8 @@ def test_a_vae_with_a_mean_and_std_of_each_channel_draws_ours(parts, tmp_path):
     assert same(pipe(PROMPTS, latents=noise, output_type="np").images, expected)
 
 
-def test_parts_of_another_pipeline_and_of_a_variant_get_plain_names(parts, tmp_path):
-    """The tokenizer is beside the text encoder; loaders look for weights without a variant in their name."""
+def test_parts_from_a_pipeline_with_variants_get_file_names_without_a_variant(parts, tmp_path):
+    """The tokenizer is in a folder next to the text encoder. Loaders look for file names without a variant."""
     other = tmp_path / "other"
     encoder = T5EncoderModel.from_pretrained(parts / "t5", dtype=torch.float16)
     encoder.save_pretrained(other / "text_encoder_2", variant="fp16", max_shard_size="40KB")
@@ -205,7 +223,7 @@ def test_parts_of_another_pipeline_and_of_a_variant_get_plain_names(parts, tmp_p
     assert all(path.is_symlink() for path in (tmp_path / "pipe" / "text_encoder_3").iterdir())
 
 
-def test_parts_that_do_not_fit_the_run_are_refused(parts, tmp_path, capsys):
+def test_parts_that_do_not_match_the_run_are_rejected(parts, tmp_path, capsys):
     write_alone(tmp_path / "run", "mmdit", OPTIONS)
     write_alone(tmp_path / "pixels", "mmdit", {**OPTIONS, "data.path": str(parts / "pixels")})
     build_tiny_t5(tmp_path / "narrow", PROMPTS, seed=0, d_model=32)
@@ -216,12 +234,12 @@ def test_parts_that_do_not_fit_the_run_are_refused(parts, tmp_path, capsys):
     AutoencoderKL(latent_channels=5, block_out_channels=(32,)).save_pretrained(tmp_path / "five")
     good = {"run": "run", "--vae": str(parts / "vae"), "--text-encoder": str(parts / "t5")}
     for changes, message in (
-        ({"--text-encoder": tmp_path / "narrow"}, "narrow has 32 features, but the model has 64"),
+        ({"--text-encoder": tmp_path / "narrow"}, "narrow has 32 features, but the model has model.text_dim=64"),
         ({"--text-encoder": parts / "vae"}, "is of type AutoencoderKL"),
-        ({"--vae": tmp_path / "five"}, "five has latents of 5 channels, but the model has 3"),
+        ({"--vae": tmp_path / "five"}, "five has 5 latent channels, but the model has 3"),
         ({"--vae": tmp_path / "zero"}, "zero has scaling_factor=0"),
         ({"--vae": parts / "t5"}, "is of type t5"),
-        ({"run": "pixels"}, "has no effect on a run that was trained on pixels"),
+        ({"run": "pixels"}, "has no effect on a run trained on pixels"),
     ):
         used = {**good, **changes}
         words = [word for name, value in used.items() if name != "run" for word in (name, str(value))]

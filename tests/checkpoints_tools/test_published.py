@@ -1,4 +1,4 @@
-"""Checkpoints that look like the published ones as runs: equal outputs, and training goes on."""
+"""Import of checkpoints in the published formats: outputs are equal, and the runs can be trained further."""
 
 from __future__ import annotations
 
@@ -11,21 +11,21 @@ import numpy as np
 import pytest
 import torch
 
-from checkpoints_tools.convert.published.importing import FORMATS, model_of
-from checkpoints_tools.convert.published.pickles import Published
+from checkpoints_tools.convert.original.importing import model_of
 from megatron_dit.checkpoint.load import open_checkpoint
 from megatron_dit.cli import run
 from megatron_dit.config import load_config
-from megatron_dit.models import build_unsharded
-from megatron_dit.mup.shapes import describe
-from tests.checkpoints_tools.made import TOLERANCE, convert, inputs, our_model, tensors
-from tests.data.made import make_folder
-from tests.models.published import DiT, PixArt, UViT, dit_mup, randomise
+from megatron_dit.models.common.original import OriginalCheckpoint
+from megatron_dit.models.param_specs import param_specs
+from megatron_dit.models.registry import formats
+from tests.helpers.conversion import TOLERANCE, convert, inputs, our_model, tensors
+from tests.helpers.datasets import make_folder
+from tests.helpers.published_models import DiT, PixArt, UViT, dit_mup, randomise
 
 
 @torch.no_grad()
 def their_output(theirs, config, x, t, condition):
-    """The condition as the published model takes it, written out by hand."""
+    """Return the output of a published model, with the condition in the form that it expects."""
     if config.num_classes:
         return theirs(
             x, t + (config.arch == "uvit"), torch.where(condition.dropped, config.num_classes, condition.label)
@@ -38,7 +38,7 @@ def their_output(theirs, config, x, t, condition):
 
 @torch.no_grad()
 def difference(run, theirs, ema=True):
-    """Relative, between the outputs of a run's model and of a published one."""
+    """Return the relative difference between the outputs of a run's model and of a published one."""
     ours = our_model(run, ema)
     x, t, condition = inputs(ours.config)
     expected = their_output(theirs, ours.config, x, t, condition)
@@ -47,7 +47,7 @@ def difference(run, theirs, ema=True):
 
 
 def moments(model, optimizer=torch.optim.AdamW):
-    """As the optimizer's state_dict has them."""
+    """Return the state_dict of an optimizer after one step."""
     adam = optimizer(model.parameters(), lr=1e-3, weight_decay=0.02)
     for p in model.parameters():
         p.grad = torch.ones_like(p)
@@ -56,7 +56,7 @@ def moments(model, optimizer=torch.optim.AdamW):
 
 
 def training_file(path, make, **arguments):
-    """{model, ema, opt, args} of DiT's training script; returns the raw model and its average."""
+    """Write a file {model, ema, opt, args} as DiT's training script does; return the raw model and its average."""
     model, ema = randomise(make(), seed=0), randomise(make(), seed=1)
     state = {"model": model.state_dict(), "ema": ema.state_dict()}
     under_mup = any(hasattr(p, "infshape") for p in model.parameters())
@@ -73,21 +73,21 @@ def pixart_file(path, prefix="", **options):
     return model, ema
 
 
-def test_dits_training_file_gives_its_weights_and_their_average(tmp_path, capsys):
+def test_a_dit_training_checkpoint_gives_raw_weights_and_ema(tmp_path, capsys):
     raw, ema = training_file(tmp_path / "0050000.pt", DiT, model="DiT-XL/2", image_size=256)
-    convert(tmp_path / "0050000.pt", tmp_path / "run", "--from", "dit", "--set", "model.heads=2")
+    convert(tmp_path / "0050000.pt", tmp_path / "run", "--from", "dit", "model.heads=2")
     assert difference(tmp_path / "run", raw, ema=False) <= TOLERANCE
     assert difference(tmp_path / "run", ema) <= TOLERANCE
-    assert "Adam's moments are not taken over" in capsys.readouterr().out
+    assert "Adam's moments are not imported" in capsys.readouterr().out
     assert all(not value.any() for value in tensors(tmp_path / "run", "exp_avg").values())
 
 
 @pytest.mark.parametrize("zipped", [True, False], ids=["zip", "legacy"])
-def test_a_plain_state_dict_is_weights_and_average_at_once(tmp_path, zipped):
+def test_a_plain_state_dict_gives_both_raw_weights_and_ema(tmp_path, zipped):
     theirs = randomise(DiT(), seed=0)
     path = tmp_path / "DiT.pt"
     torch.save(OrderedDict(theirs.state_dict()), path, _use_new_zipfile_serialization=zipped)
-    convert(path, tmp_path / "run", "--from", "dit", "--set", "model.heads=2")
+    convert(path, tmp_path / "run", "--from", "dit", "model.heads=2")
     assert difference(tmp_path / "run", theirs) <= TOLERANCE
     assert difference(tmp_path / "run", theirs, ema=False) <= TOLERANCE
 
@@ -102,76 +102,78 @@ def test_a_plain_state_dict_is_weights_and_average_at_once(tmp_path, zipped):
         ("uvit", UViT, 21, 16, 1024), ("uvit", UViT, 29, 16, 1152),
     ],
 )  # fmt: skip
-def test_the_heads_of_published_sizes_are_known(name, kind, depth, heads, dim):
+def test_the_number_of_heads_of_published_sizes_is_known(name, kind, depth, heads, dim):
     with torch.device("meta"):
         weights = kind(dim=dim, depth=depth, heads=heads).state_dict()
     if name != "uvit":
-        del weights["pos_embed"]  # its values tell the interpolation
-    file = Published(Path("x.pt"), weights, weights, argparse.Namespace(), None)
-    model = model_of(FORMATS[name], file, {"model.sample_size": "8"})
+        del weights[
+            "pos_embed"
+        ]  # the interpolation scale would be read from its values, which meta tensors do not have
+    file = OriginalCheckpoint(Path("x.pt"), weights, weights, argparse.Namespace(), None)
+    model = model_of(formats()[name], file, {"model.sample_size": "8"})
     assert (model["depth"], model["heads"], model["head_dim"]) == (depth, heads, dim // heads)
 
 
-def test_weights_may_be_unfolded_into_another_parametrization(tmp_path):
+def test_weights_are_unfolded_for_the_parametrization_given_by_set(tmp_path):
     theirs, _ = training_file(tmp_path / "x.pt", DiT)
-    mup = ["model.heads=2", "mup.parametrization=mup", "mup.base_heads=1", "mup.output_multiplier=3"]
-    convert(tmp_path / "x.pt", tmp_path / "run", "--from", "dit", "--set", *mup, "model.base_head_dim=4")
+    mup = ["model.heads=2", "mup.enabled=true", "mup.base_heads=1", "mup.output_multiplier=3"]
+    convert(tmp_path / "x.pt", tmp_path / "run", "--from", "dit", *mup, "model.base_head_dim=4")
     assert open_checkpoint(tmp_path / "run").manifest["multipliers"] == {"head.linear.weight": 3 / 4}
     assert difference(tmp_path / "run", theirs, ema=False) <= TOLERANCE
 
 
-def test_dit_mup_keeps_its_weights_and_multipliers(tmp_path):
-    """The file's arguments tell heads, learning rate and output multiplier, the .bsh the base."""
+def test_a_dit_mup_checkpoint_keeps_its_weights_and_multipliers(tmp_path):
+    """The heads and the output multiplier come from the file's arguments, the base width from the .bsh file."""
     bsh = tmp_path / "width16.bsh"
 
     def make():
         return dit_mup(8, 2, output_multiplier=2.0, base_shapes=bsh)
 
-    told = {"mup": True, "num_heads": 8, "dim_heads": 8, "logstd": 1, "loglr": -9.0, "load_base_shapes": "./x.bsh"}
-    raw, ema = training_file(tmp_path / "x.pt", make, **told)
+    args = {"mup": True, "num_heads": 8, "dim_heads": 8, "logstd": 1, "loglr": -9.0, "load_base_shapes": "./x.bsh"}
+    raw, ema = training_file(tmp_path / "x.pt", make, **args)
     convert(tmp_path / "x.pt", tmp_path / "run", "--from", "dit-mup", "--base-shapes", bsh)
-    bsh.unlink()  # the run needs it no more
+    bsh.unlink()  # the run must not depend on it
     config = load_config(tmp_path / "run" / "config.yaml")
     assert (config.mup.base_heads, config.mup.output_multiplier, config.optimizer.lr) == (
         2,
         2.0,
         1e-3,
-    )  # the optimizer's rate, not args.loglr's
+    )  # the learning rate of the optimizer, not of args.loglr
     assert config.optimizer.weight_decay == 0.02  # μP's hidden group has 4 times as much
     readout = raw.final_layer.linear
     assert open_checkpoint(tmp_path / "run").manifest["multipliers"] == {
         "head.linear.weight": readout.output_mult / readout.width_mult()
     }
-    params = describe(build_unsharded, config)
+    params = param_specs(config)
     assert params["blocks.1.qkv.weight"].lr_multiplier == 1 / readout.width_mult() == 1 / 4
     assert torch.equal(tensors(tmp_path / "run", "master")["head.linear.weight"], readout.weight.data)
     assert difference(tmp_path / "run", raw, ema=False) <= TOLERANCE
     assert difference(tmp_path / "run", ema) <= TOLERANCE
 
 
-def test_dit_mups_base_may_be_a_number_of_heads(tmp_path):
+def test_the_base_width_of_dit_mup_can_be_given_as_a_number_of_heads(tmp_path):
     raw, _ = training_file(tmp_path / "x.pt", lambda: dit_mup(8, 4))
-    convert(tmp_path / "x.pt", tmp_path / "run", "--from", "dit-mup", "--set", "model.heads=8", "mup.base_heads=4")
+    convert(tmp_path / "x.pt", tmp_path / "run", "--from", "dit-mup", "model.heads=8", "mup.base_heads=4")
     assert open_checkpoint(tmp_path / "run").manifest["multipliers"] == {"head.linear.weight": 1 / 2}
     assert difference(tmp_path / "run", raw, ema=False) <= TOLERANCE
 
 
 @pytest.mark.parametrize("scale", [1.0, 2.0])
 @pytest.mark.parametrize("prefix", ["", "module."])
-def test_pixarts_training_file_is_imported(tmp_path, scale, prefix):
+def test_a_pixart_training_checkpoint_is_imported(tmp_path, scale, prefix):
     raw, ema = pixart_file(tmp_path / "epoch_3.pth", prefix, scale=scale)
-    convert(tmp_path / "epoch_3.pth", tmp_path / "run", "--from", "pixart", "--set", "model.heads=2")
+    convert(tmp_path / "epoch_3.pth", tmp_path / "run", "--from", "pixart", "model.heads=2")
     assert load_config(tmp_path / "run" / "config.yaml").model.interpolation_scale == scale
     assert difference(tmp_path / "run", raw, ema=False) <= TOLERANCE
     assert difference(tmp_path / "run", ema) <= TOLERANCE
     assert torch.equal(tensors(tmp_path / "run")["null_caption.table"], ema.y_embedder.y_embedding)
 
 
-def test_pixarts_released_file_may_lack_positions(tmp_path):
+def test_a_pixart_file_without_positions_is_imported(tmp_path):
     theirs = randomise(PixArt(), seed=0)
     state = {name: value for name, value in theirs.state_dict().items() if name != "pos_embed"}
     torch.save({"state_dict": state}, tmp_path / "PixArt.pth")
-    words = ["--from", "pixart", "--set", "model.heads=2", "model.sample_size=8"]
+    words = ["--from", "pixart", "model.heads=2", "model.sample_size=8"]
     convert(tmp_path / "PixArt.pth", tmp_path / "run", *words)
     assert difference(tmp_path / "run", theirs) <= TOLERANCE
 
@@ -186,21 +188,21 @@ def test_pixarts_released_file_may_lack_positions(tmp_path):
     ],
     ids=["labels", "huge", "clip", "text"],
 )
-def test_uvit_is_imported(tmp_path, options, changes):
+def test_a_uvit_checkpoint_is_imported(tmp_path, options, changes):
     theirs = randomise(UViT(**options), seed=0)
     torch.save(theirs.state_dict(), tmp_path / "nnet_ema.pth")
-    convert(tmp_path / "nnet_ema.pth", tmp_path / "run", "--from", "uvit", "--set", "model.heads=2", *changes)
+    convert(tmp_path / "nnet_ema.pth", tmp_path / "run", "--from", "uvit", "model.heads=2", *changes)
     assert difference(tmp_path / "run", theirs) <= TOLERANCE
     schedule = load_config(tmp_path / "run" / "config.yaml").objective.beta_schedule
     assert schedule == "scaled_linear"
 
 
-def test_a_label_table_without_no_class_gets_a_row(tmp_path, capsys):
+def test_a_label_table_without_a_row_for_no_class_gets_a_zero_row(tmp_path, capsys):
     theirs = randomise(UViT(labels=10), seed=0)
     torch.save(theirs.state_dict(), tmp_path / "nnet.pth")
-    words = ["--from", "uvit", "--set", "model.heads=2", "model.num_classes=10"]
+    words = ["--from", "uvit", "model.heads=2", "model.num_classes=10"]
     convert(tmp_path / "nnet.pth", tmp_path / "run", *words)
-    assert "draw without guidance" in capsys.readouterr().out
+    assert "sample without guidance" in capsys.readouterr().out
     ours = our_model(tmp_path / "run")
     x, t, condition = inputs(ours.config)
     with torch.no_grad():
@@ -211,15 +213,15 @@ def test_a_label_table_without_no_class_gets_a_row(tmp_path, capsys):
 
 
 def trained_on(path, overrides):
-    """The run's figures and its masters after its steps; collective."""
-    import megatron_dit.trainer
+    """Train a run; return its last step and its master weights. Collective."""
+    import megatron_dit.training.trainer
 
     config = load_config(path, overrides)
-    figures = megatron_dit.trainer.train(config)
-    return figures["step"], {name: value.numpy() for name, value in tensors(config.run_dir, "master").items()}
+    metrics = megatron_dit.training.trainer.train(config)
+    return metrics["step"], {name: value.numpy() for name, value in tensors(config.run_dir, "master").items()}
 
 
-def test_an_imported_run_is_drawn_from_and_trained_on_in_any_layout(tmp_path, pool):
+def test_an_imported_run_can_be_sampled_and_trained_in_any_layout(tmp_path, pool):
     raw, _ = training_file(tmp_path / "x.pt", lambda: dit_mup(4, 2, classes=24), num_heads=4)
     make_folder(tmp_path / "data", [((8, 8), 16)])
     changes = ["mup.base_heads=2", "optimizer.lr=1e-4", "train.steps=2", "train.global_batch=4", "train.micro_batch=2"]
@@ -230,7 +232,7 @@ def test_an_imported_run_is_drawn_from_and_trained_on_in_any_layout(tmp_path, po
         ("zero", 2, ["parallel.zero_stage=3"]),
     ):
         folder = tmp_path / name
-        convert(tmp_path / "x.pt", folder, "--from", "dit-mup", "--data", tmp_path / "data", "--set", *changes)
+        convert(tmp_path / "x.pt", folder, "--from", "dit-mup", "--data", tmp_path / "data", *changes)
         step, ended[name] = pool.run(ranks, trained_on, str(folder / "config.yaml"), layout)[0]
         assert step == 2
     before = raw.state_dict()
@@ -238,5 +240,5 @@ def test_an_imported_run_is_drawn_from_and_trained_on_in_any_layout(tmp_path, po
     for weights in ended.values():
         for name, value in weights.items():
             np.testing.assert_allclose(value, ended["alone"][name], atol=2e-5)
-    drawing = ["sample", str(tmp_path / "alone"), "--prompt", "3", "--steps", "2", "--out", str(tmp_path / "grid.png")]
-    assert run(drawing) == 0
+    sampling = ["sample", str(tmp_path / "alone"), "--prompt", "3", "--steps", "2", "--out", str(tmp_path / "grid.png")]
+    assert run(sampling) == 0

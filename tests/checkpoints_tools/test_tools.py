@@ -1,4 +1,4 @@
-"""inspect, reshard and prune."""
+"""Tests of inspect, reshard and prune, and of the output folders of all commands."""
 
 from __future__ import annotations
 
@@ -14,11 +14,10 @@ from checkpoints_tools.convert import command
 from megatron_dit.checkpoint.listing import checkpoints
 from megatron_dit.checkpoint.load import open_checkpoint
 from megatron_dit.cli import run as command_line
-from megatron_dit.models import build_unsharded
-from megatron_dit.mup.shapes import describe
-from tests.checkpoint.made import run_of
-from tests.checkpoint.test_checkpoints import LAYOUTS, save_after
-from tests.configs import small, small_dict, write_config
+from megatron_dit.models.param_specs import param_specs
+from tests.helpers.checkpoints import run_of
+from tests.helpers.configs import small, small_dict, write_config
+from tests.helpers.trained_checkpoints import LAYOUTS, save_after
 
 
 def everything(reader):
@@ -27,14 +26,14 @@ def everything(reader):
 
 @pytest.fixture(scope="module")
 def from_four(pool, tmp_path_factory):
-    """A checkpoint of step 2 from tensor-parallel ZeRO-3 ranks, in a run's folder."""
+    """The folder of a run with a checkpoint of step 2 from tensor-parallel ZeRO-3 ranks."""
     run = tmp_path_factory.mktemp("run")
     pool.run(4, save_after, "mmdit", LAYOUTS["dp2-tp2-zero3"][1], str(run / "checkpoints"))
     return run
 
 
 @pytest.mark.parametrize("tensor", [1, 2, 4])
-def test_reshard_changes_the_files_and_no_bit(from_four, tmp_path, tensor):
+def test_reshard_changes_the_files_but_not_the_tensors(from_four, tmp_path, tensor):
     out = tmp_path / "out"
     assert main(["reshard", str(from_four), str(out), "--tensor", str(tensor)]) == 0
     old, new = open_checkpoint(from_four), open_checkpoint(out)
@@ -47,7 +46,7 @@ def test_reshard_changes_the_files_and_no_bit(from_four, tmp_path, tensor):
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
-def test_a_resharded_run_goes_on(dataset, tmp_path):
+def test_a_resharded_run_resumes_bit_exactly(dataset, tmp_path):
     config = write_config(tmp_path, "mmdit", **{"data.path": str(dataset), "train.steps": 4})
     assert command_line(["train", str(config), "train.steps=2"]) == 0
     assert main(["reshard", str(tmp_path / "run"), str(tmp_path / "moved"), "--tensor", "2"]) == 0
@@ -58,22 +57,22 @@ def test_a_resharded_run_goes_on(dataset, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("tensor", "told"), [("3", "parallel.tensor=3"), ("0", "parallel.tensor=0")], ids=["three", "none"]
+    ("tensor", "message"), [("3", "parallel.tensor=3"), ("0", "parallel.tensor=0")], ids=["three", "none"]
 )
-def test_a_cut_that_cannot_be_is_one_line(from_four, tmp_path, capsys, tensor, told):
+def test_reshard_to_an_invalid_tensor_size_fails_with_one_line(from_four, tmp_path, capsys, tensor, message):
     assert main(["reshard", str(from_four), str(tmp_path / "out"), "--tensor", tensor]) == 2
     err = capsys.readouterr().err
-    assert told in err
+    assert message in err
     assert err.count("\n") == 1
     assert not list(tmp_path.iterdir())
 
 
-def test_inspect_tells_mups_ratios(from_four, tmp_path, capsys):
+def test_inspect_reports_the_mup_ratios_by_role(from_four, tmp_path, capsys):
     assert main(["inspect", str(from_four), "--json", str(tmp_path / "found.json")]) == 0
     roles = json.loads((tmp_path / "found.json").read_text())["roles"]
     assert (roles["hidden"]["lr"], roles["hidden"]["weight_decay"]) == ([0.5], [2.0])  # twice the base width
     assert (roles["output"]["lr"], roles["output"]["multiplier"]) == ([1.0], [0.5])
-    params = describe(build_unsharded, small("mmdit"))
+    params = param_specs(small("mmdit"))
     assert roles["hidden"]["tensors"] == sum(param.role == "hidden" for param in params.values())
     assert "forward multiplier" in capsys.readouterr().out
 
@@ -89,7 +88,7 @@ def left(run):
     return [int(path.name[5:]) for path in checkpoints(run / "checkpoints")]
 
 
-def test_prune(run, capsys):
+def test_prune_deletes_all_but_the_newest_and_every_nth_checkpoint(run, capsys):
     assert main(["prune", str(run), "--keep", "1", "--keep-every", "3", "--dry-run"]) == 0
     assert left(run) == [1, 2, 3, 4, 5, 6]
     assert capsys.readouterr().out.count("would delete") == 4
@@ -99,7 +98,7 @@ def test_prune(run, capsys):
     assert left(run) == [3, 6]
 
 
-def test_prune_does_not_take_a_torn_one_for_what_is_kept(run, capsys):
+def test_prune_deletes_nothing_if_a_checkpoint_to_keep_is_incomplete(run, capsys):
     (run / "checkpoints" / "step_00000006" / "rank_00000.safetensors").write_bytes(b"short")
     assert main(["prune", str(run), "--keep", "1"]) == 2
     assert "step_00000006 is incomplete" in capsys.readouterr().err
@@ -108,7 +107,7 @@ def test_prune_does_not_take_a_torn_one_for_what_is_kept(run, capsys):
 
 @pytest.fixture(scope="module")
 def small_run(tmp_path_factory):
-    """A run's folder with two checkpoints, that was never trained."""
+    """The folder of a run with two checkpoints that was not trained."""
     run = run_of(tmp_path_factory.mktemp("small") / "run")
     (run / "config.yaml").write_text(yaml.safe_dump(small_dict("mmdit")))
     return run
@@ -128,7 +127,7 @@ PROGRAMS = {
         ("/proc/x", "cannot be written"),
         ("/proc/1/x/y", "cannot be written"),
         ("FOLDER/file/x", "cannot be written"),
-        ("FOLDER/" + "x" * 250, "cannot be written"),  # there is no room for an ending
+        ("FOLDER/" + "x" * 250, "cannot be written"),  # the name is too long for a temporary suffix
         ("FOLDER/" + "x" * 300 + "/y", "at most 255 bytes in each name"),
         ("FOLDER/full", "exists"),
         ("FOLDER/link", "exists"),
@@ -136,14 +135,16 @@ PROGRAMS = {
         ("", "is empty: expected a path"),
         ("/", "exists"),
         ("RUN", "choose another name"),
-        ("RUN/checkpoints/x", "which holds checkpoints"),
-        ("RUN/ema/new/x", "which holds checkpoints"),
-        ("RUN/checkpoints/step_00000006/x", "which holds checkpoints"),
+        ("RUN/checkpoints/x", "which contains checkpoints"),
+        ("RUN/ema/new/x", "which contains checkpoints"),
+        ("RUN/checkpoints/step_00000006/x", "which contains checkpoints"),
     ],
 )
 @pytest.mark.parametrize("program", PROGRAMS)
-def test_an_impossible_target_is_found_before_the_work(small_run, tmp_path, capsys, monkeypatch, program, out, message):
-    """No checkpoint is even opened, and nothing is left."""
+def test_an_invalid_output_folder_fails_before_any_work(
+    small_run, tmp_path, capsys, monkeypatch, program, out, message
+):
+    """No checkpoint is opened, and no files are left behind."""
     for module in (command, tools):
         monkeypatch.setattr(module, "open_checkpoint", None)
     (tmp_path / "file").write_text("")
@@ -159,7 +160,7 @@ def test_an_impossible_target_is_found_before_the_work(small_run, tmp_path, caps
     assert (sorted(tmp_path.rglob("*")), sorted(small_run.rglob("*"))) == before
 
 
-def test_the_path_that_is_written_is_reported(small_run, tmp_path, capsys, monkeypatch):
+def test_the_normalized_output_path_is_reported(small_run, tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.chdir(tmp_path)
     assert main(["reshard", str(small_run), "~/a/../b", "--json", "found.json"]) == 0
@@ -168,8 +169,8 @@ def test_the_path_that_is_written_is_reported(small_run, tmp_path, capsys, monke
     assert open_checkpoint(tmp_path / "b").step == 6
 
 
-def test_what_is_there_already_is_not_deleted(small_run, tmp_path):
-    """A folder of the user's that is called as an unfinished output may be."""
+def test_an_existing_folder_with_a_temporary_name_is_not_deleted(small_run, tmp_path):
+    """The user may have a folder whose name resembles that of a partial output."""
     (tmp_path / "out.part").mkdir()
     (tmp_path / "out.part" / "notes").write_text("")
     assert main(["reshard", str(small_run), str(tmp_path / "out")]) == 0
@@ -177,7 +178,7 @@ def test_what_is_there_already_is_not_deleted(small_run, tmp_path):
     assert (tmp_path / "out.part" / "notes").exists()
 
 
-def test_an_import_goes_where_it_is_told(tmp_path, capsys):
-    words = ["convert", str(tmp_path), str(tmp_path / "out"), "--from", "diffusers", "--set", "run_dir=other"]
+def test_an_import_rejects_an_override_of_run_dir(tmp_path, capsys):
+    words = ["convert", str(tmp_path), str(tmp_path / "out"), "--from", "diffusers", "run_dir=other"]
     assert main(words) == 2
-    assert f"the run is written to {tmp_path / 'out'}, leave run_dir out" in capsys.readouterr().err
+    assert f"the run is written to {tmp_path / 'out'}; leave run_dir out" in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""Values of configs: what a key's type makes of YAML's text, and what is refused in one line."""
+"""Conversion of YAML text to the types of config keys, and one-line errors for invalid values and files."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ import pytest
 import yaml
 
 from megatron_dit.config import Config, config_from_dict, load, load_config, save_config
-from megatron_dit.config.checks import Interval, hints_of
-from megatron_dit.errors import UserError
-from megatron_dit.sweep.space import SweepConfig
-from tests.configs import small_dict, write_config
+from megatron_dit.config.keys import Interval, hints_of
+from megatron_dit.runtime.errors import UserError
+from megatron_dit.tuning.space import SweepConfig
+from tests.helpers.configs import small_dict, write_config
 
 
 @pytest.fixture
@@ -27,8 +27,8 @@ def path(tmp_path):
 BOMB = b"a0: &a0 [x, x]\n" + b"".join(b"a%d: &a%d [*a%d, *a%d]\n" % (i, i, i - 1, i - 1) for i in range(1, 18))
 
 
-def refused(path, *overrides):
-    """The one line that refuses a config; it names the file."""
+def rejected(path, *overrides):
+    """Return the one-line error message of a rejected config; it names the file."""
     with pytest.raises(UserError) as caught:
         load_config(path, overrides)
     message = str(caught.value)
@@ -41,7 +41,7 @@ def refused(path, *overrides):
     ("key", "text"),
     [
         *itertools.product(
-            ["train.steps", "model.depth", "seed", "parallel.bucket"],
+            ["train.steps", "model.depth", "seed", "parallel.reduce_bucket_size"],
             ["010", "0x10", "0o10", "0b1", "1_000", "1:30", "1e3", "2.0", "true", "null", "", "~", "'3'", "-0", "+3"],
         ),
         *itertools.product(
@@ -49,33 +49,33 @@ def refused(path, *overrides):
             ["nan", ".nan", "inf", ".inf", "-.inf", "Infinity", "1e400", "1_0.0", "1:30.5", "true", "null", "'1'", "."],
         ),
         *itertools.product(
-            ["mup.zero_output", "train.compile"], ["yes", "no", "on", "off", "1", "0", "null", "'true'"]
+            ["init.zero_output", "train.compile"], ["yes", "no", "on", "off", "1", "0", "null", "'true'"]
         ),
         *itertools.product(["run_dir", "data.path"], ["null", "~", "true", "False", ""]),
-        ("mup.init_std.hidden", "nan"),
-        ("mup.zero_adaln", "no"),
-        ("train.steps", "\u0663"),  # an Arabic digit, which Python's int reads
+        ("init.std.hidden", "nan"),
+        ("init.zero_adaln", "no"),
+        ("train.steps", "\u0663"),  # an Arabic digit, which Python's int accepts
     ],
 )
-def test_values_that_are_not_of_the_keys_type_are_refused(path, key, text):
-    assert key in refused(path, f"{key}={text}")
+def test_values_of_the_wrong_type_are_rejected(path, key, text):
+    assert key in rejected(path, f"{key}={text}")
 
 
 @pytest.mark.parametrize("number", ["1e-4", "1E-4", "1.e-4", ".0001", "0.0001", "1e-04", "100e-6"])
-def test_numbers_mean_what_python_says(path, number):
-    # PyYAML reads the first as text, as YAML 1.1 asks for a dot.
+def test_floats_are_read_as_in_python(path, number):
+    # PyYAML reads the first as text, because YAML 1.1 requires a dot.
     assert load_config(path, [f"optimizer.lr={number}"]).optimizer.lr == float(number)
 
 
 @pytest.mark.parametrize(
     "text", ["010", "1_000", "no", "on", "1:30", "2024-01-01", "1e3", "0x10", "a: b", "x #1", "*a", "[b]"]
 )
-def test_text_is_what_was_written(path, text):
+def test_text_values_are_literal(path, text):
     assert load_config(path, [f"run_dir={text}"]).run_dir == text
     assert load_config(path, [f'run_dir="{text}"']).run_dir == text
 
 
-def test_a_value_of_any_form_may_hold_equals_signs_and_spaces(path):
+def test_override_values_may_contain_equals_signs_and_spaces(path):
     assert load_config(path, ["run_dir=/data/a b/lr=3"]).run_dir == "/data/a b/lr=3"
 
 
@@ -96,18 +96,18 @@ def test_a_value_of_any_form_may_hold_equals_signs_and_spaces(path):
         ("objective.shift=0", "positive"),
         ("model.mlp_ratio=0", "at least 1"),
         ("model.interpolation_scale=0", "positive"),
-        ("data.mix.b=1", "below 1"),
-        ("parallel.blocks=[1, 0]", "at least 1"),
+        ("data.mixture.b=1", "below 1"),
+        ("parallel.blocks_per_stage=[1, 0]", "at least 1"),
     ],
 )
-def test_numbers_out_of_range_are_refused(path, override, words):
-    message = refused(path, override)
+def test_numbers_out_of_range_are_rejected(path, override, words):
+    message = rejected(path, override)
     assert override.split("=")[0] in message
     assert words in message
 
 
 def numbers_in(schema, prefix=""):
-    """(dotted key, type) of every number of a schema, those in lists, mappings and null-or-number included."""
+    """Yield (dotted key, type) of every number of a schema, including those in lists, mappings and optional values."""
     for name, kind in hints_of(schema).items():
         if isinstance(kind, type) and is_dataclass(kind):
             yield from numbers_in(kind, f"{prefix}{name}.")
@@ -119,11 +119,11 @@ def numbers_in(schema, prefix=""):
 
 
 @pytest.mark.parametrize(("key", "kind"), [*numbers_in(Config), *numbers_in(SweepConfig)])
-def test_every_number_documents_its_range(key, kind):
+def test_every_number_declares_its_range(key, kind):
     assert any(isinstance(item, Interval) for item in getattr(kind, "__metadata__", ())), key
 
 
-def test_intervals_are_those_of_mathematics():
+def test_intervals_contain_exactly_the_numbers_within_their_bounds():
     for text, inside, outside in (
         ("[0, 1)", [0, 0.5, math.nextafter(1, 0)], [-1e-300, 1, math.nan, math.inf]),
         ("(0, 1]", [5e-324, 1], [0, -0.0, math.nextafter(1, 2), math.nan]),
@@ -142,35 +142,35 @@ def test_intervals_are_those_of_mathematics():
 @pytest.mark.parametrize(
     "text", ["${oc.env:SECRET}", "${oc.env:SECRET,x}", "a/${run_dir}", "${env:SECRET}", "${SECRET}"]
 )
-def test_nothing_is_interpolated(path, monkeypatch, text):
+def test_interpolation_is_rejected_and_reveals_no_secret(path, monkeypatch, text):
     monkeypatch.setenv("SECRET", "hunter2")
     for key in ("data.path", "run_dir", "data.text_encoder", "mup.base_shapes", "train.dtype"):
-        assert "hunter2" not in refused(path, f"{key}={text}")
+        assert "hunter2" not in rejected(path, f"{key}={text}")
     values = small_dict(**{"data.path": text})
     path.write_text(yaml.safe_dump(values))
-    assert "hunter2" not in refused(path)
-    with pytest.raises(UserError, match=r"data\.path") as caught:  # as in a checkpoint's manifest
+    assert "hunter2" not in rejected(path)
+    with pytest.raises(UserError, match=r"data\.path") as caught:  # as from a checkpoint's manifest
         config_from_dict({**asdict(load_config(write_config(path.parent))), "data": {"path": text}})
     assert "hunter2" not in str(caught.value)
 
 
-def test_the_home_folder_is_expanded_in_every_path(path, monkeypatch):
+def test_home_folder_is_expanded_in_every_path(path, monkeypatch):
     monkeypatch.setenv("HOME", "/home/somebody")
     keys = ("run_dir", "data.path", "data.cache", "data.text_encoder", "data.repa_encoder")
-    config = load_config(path, [*(f"{key}=~/x" for key in keys), "data.mix={~/a.b: 0.2}", "data.mix.~/c=0.1"])
+    config = load_config(path, [*(f"{key}=~/x" for key in keys), "data.mixture={~/a.b: 0.2}", "data.mixture.~/c=0.1"])
     assert (config.run_dir, config.data.path, config.data.cache) == ("/home/somebody/x",) * 3
     assert (config.data.text_encoder, config.data.repa_encoder) == ("/home/somebody/x",) * 2
-    assert config.data.mix == {"/home/somebody/a.b": 0.2, "/home/somebody/c": 0.1}
-    values = {**asdict(config), "run_dir": "~/x"}  # a manifest's values are taken as they are
+    assert config.data.mixture == {"/home/somebody/a.b": 0.2, "/home/somebody/c": 0.1}
+    values = {**asdict(config), "run_dir": "~/x"}  # values from a manifest are not expanded
     assert config_from_dict(values).run_dir == "~/x"
     monkeypatch.chdir(path.parent)
     monkeypatch.setenv("HOME", str(path.parent))
     assert load_config(f"~/{path.name}").seed == 1
 
 
-def test_shell_variables_in_paths_are_refused(path):
-    for override in ("run_dir=$SCRATCH/run", "data.path=$HOME/x", "data.mix.$HOME/y=0.2"):
-        assert "$" in refused(path, override)
+def test_shell_variables_in_paths_are_rejected(path):
+    for override in ("run_dir=$SCRATCH/run", "data.path=$HOME/x", "data.mixture.$HOME/y=0.2"):
+        assert "$" in rejected(path, override)
     assert not Path("$SCRATCH").exists()
 
 
@@ -185,8 +185,8 @@ def test_shell_variables_in_paths_are_refused(path):
         (b"\x00\x01\x02", "not valid YAML"),
         (b"", "is empty"),
         (b"# nothing\n", "is empty"),
-        (b"- a\n", "it holds [a]"),
-        (b"3\n", "it holds 3"),
+        (b"- a\n", "it contains [a]"),
+        (b"3\n", "it contains 3"),
         (b"a: 1\n---\nb: 2\n", "another document"),
         (b"model:\n\tdepth: 3\n", "line 2"),
         (b"seed: 1\nseed: 2\n", "line 2: 'seed' is given twice"),
@@ -202,21 +202,21 @@ def test_shell_variables_in_paths_are_refused(path):
         (b"model:\n", "model=null: expected a section"),
     ],
 )  # fmt: skip
-def test_files_that_are_no_config_are_refused(path, content, words):
+def test_invalid_config_files_are_rejected(path, content, words):
     path.write_bytes(content)
-    assert words in refused(path)
+    assert words in rejected(path)
 
 
-def test_what_is_no_file_is_refused(tmp_path):
-    os.mkfifo(tmp_path / "pipe")  # reading it would wait for ever
-    assert "not a regular file" in refused(tmp_path / "pipe")
-    assert "is a folder" in refused(tmp_path)
+def test_pipes_folders_and_missing_files_are_rejected(tmp_path):
+    os.mkfifo(tmp_path / "pipe")  # reading it would block forever
+    assert "not a regular file" in rejected(tmp_path / "pipe")
+    assert "is a folder" in rejected(tmp_path)
     with pytest.raises(UserError, match="at most 255 bytes in each name"):
         load_config(tmp_path / ("x" * 300))
-    assert "does not exist" in refused(tmp_path / "none.yaml")
+    assert "does not exist" in rejected(tmp_path / "none.yaml")
 
 
-def test_a_byte_order_mark_is_no_part_of_the_text(path):
+def test_byte_order_mark_is_ignored(path):
     plain = load_config(path)
     path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
     assert load_config(path) == plain
@@ -225,32 +225,32 @@ def test_a_byte_order_mark_is_no_part_of_the_text(path):
 @pytest.mark.parametrize(
     ("override", "words"),
     [
-        ("data.mix=[a]", "data.mix=[a]: expected a mapping"),
+        ("data.mixture=[a]", "data.mixture=[a]: expected a mapping"),
         ("model=3", "model=3: expected a section"),
         ("model.depth.x=3", "model.depth is a single value"),
-        ("train.ema_sigma_rel=0.1", "expected a list"),
-        ("train.ema_sigma_rel=[0.1", "not valid YAML"),
-        ("parallel.blocks=[true, 1]", "parallel.blocks[0]=true"),
+        ("ema.sigma_rel=0.1", "expected a list"),
+        ("ema.sigma_rel=[0.1", "not valid YAML"),
+        ("parallel.blocks_per_stage=[true, 1]", "parallel.blocks_per_stage[0]=true"),
         ("mup={base_heads: 2, base_heads: 4}", "given twice"),
         ('run_dir="a\\0b"', "NUL"),
         ("=3", "unknown key ''"),
         (".seed=3", "unknown key ''"),
     ],
 )
-def test_overrides_of_another_form_are_refused(path, override, words):
-    assert words in refused(path, override)
+def test_malformed_overrides_are_rejected(path, override, words):
+    assert words in rejected(path, override)
 
 
-def test_sections_merge_and_other_values_are_replaced(path):
-    config = load_config(path, ["model={depth: 3}", "data.mix.a/b.c=0.2", "data.mix.d=0.1"])
+def test_sections_are_merged_and_other_values_replaced(path):
+    config = load_config(path, ["model={depth: 3}", "data.mixture.a/b.c=0.2", "data.mixture.d=0.1"])
     assert (config.model.depth, config.model.heads) == (3, 4)
-    assert config.data.mix == {"a/b.c": 0.2, "d": 0.1}  # all of a mapping's key, dots included
-    assert load_config(path, ["data.mix={e: 0.3}"]).data.mix == {"e": 0.3}
+    assert config.data.mixture == {"a/b.c": 0.2, "d": 0.1}  # keys of a mapping may contain dots
+    assert load_config(path, ["data.mixture={e: 0.3}"]).data.mixture == {"e": 0.3}
 
 
-def test_a_saved_config_loads_as_it_was(path, tmp_path):
-    odd = ["run_dir=/a b: c # 'd'/\u00e9", "data.mix={1e3: 0.1, 'null': 0.2, yes: 0.3}", "optimizer.lr=1e-5"]
-    config = load_config(path, [*odd, "mup.zero_adaln=false", "mup.init_std.hidden=0.02", "optimizer.eps=1e-12"])
+def test_saved_config_loads_unchanged(path, tmp_path):
+    odd = ["run_dir=/a b: c # 'd'/\u00e9", "data.mixture={1e3: 0.1, 'null': 0.2, yes: 0.3}", "optimizer.lr=1e-5"]
+    config = load_config(path, [*odd, "init.zero_adaln=false", "init.std.hidden=0.02", "optimizer.eps=1e-12"])
     save_config(config, tmp_path / "saved.yaml")
     assert load_config(tmp_path / "saved.yaml") == config
     assert config_from_dict(yaml.safe_load((tmp_path / "saved.yaml").read_text())) == config
@@ -260,35 +260,37 @@ def test_a_saved_config_loads_as_it_was(path, tmp_path):
     ("key", "value"),
     [("seed", True), ("seed", 1.0), ("seed", "1"), ("run_dir", 3), ("run_dir", None), ("model", []), ("train", None)],
 )
-def test_values_of_a_manifest_are_not_converted(key, value):
+def test_values_of_the_wrong_type_in_a_manifest_are_rejected(key, value):
     with pytest.raises(UserError, match=f"the checkpoint's config: {key}"):
         config_from_dict({**small_dict(), key: value})
-    for whole in (None, [], "x"):
+    for values in (None, [], "x"):
         with pytest.raises(UserError, match="expected a section"):
-            config_from_dict(whole)
+            config_from_dict(values)
 
 
-def test_sweeps_are_read_by_the_same_rules(path, tmp_path):
+def test_sweep_configs_follow_the_same_rules(path, tmp_path):
     sweep = tmp_path / "sweep.yaml"
 
-    def told(text):
-        sweep.write_text(f"run_dir: {tmp_path}/s\nconfig: {path}\n{text}\n")
+    def error_of(text):
+        sweep.write_text(f"run_dir: {tmp_path}/s\nbase_config: {path}\n{text}\n")
         with pytest.raises(UserError) as caught:
             load(SweepConfig, sweep)
         return str(caught.value)
 
     space = "space: {optimizer.lr: {log2: [-9, -8]}}\n"
-    assert "space.optimizer.lr=[1e-4, 1e-3]: expected a section" in told("space: {optimizer.lr: [1e-4, 1e-3]}")
-    assert "last=nan" in told(f"{space}last: nan")
-    assert "seed=010" in told(f"{space}seed: 010")
-    assert "seed=4096" in told(f"{space}seed: 4096")  # the sampler's seed must fit 32 bits, with a trial's number
-    assert "parallel=1e1" in told(f"{space}parallel: 1e1")
-    assert "log2" in told("space: {optimizer.lr: {log2: [-9, 2000]}}")
-    assert "optimizer.beta1=1.5" in told("sampler: random\ntrials: 3\nspace: {optimizer.beta1: {uniform: [0.5, 1.5]}}")
-    assert "train.dtype=1.0" in told("sampler: random\ntrials: 3\nspace: {train.dtype: {uniform: [1.0, 1.5]}}")
-    assert "optimizer.warmup_steps=0.5" in told(
+    assert "space.optimizer.lr=[1e-4, 1e-3]: expected a section" in error_of("space: {optimizer.lr: [1e-4, 1e-3]}")
+    assert "final_fraction=nan" in error_of(f"{space}final_fraction: nan")
+    assert "seed=010" in error_of(f"{space}seed: 010")
+    assert "seed=4096" in error_of(f"{space}seed: 4096")  # the sampler's seed plus the trial number must fit in 32 bits
+    assert "concurrent_trials=1e1" in error_of(f"{space}concurrent_trials: 1e1")
+    assert "log2" in error_of("space: {optimizer.lr: {log2: [-9, 2000]}}")
+    assert "optimizer.beta1=1.5" in error_of(
+        "sampler: random\ntrials: 3\nspace: {optimizer.beta1: {uniform: [0.5, 1.5]}}"
+    )
+    assert "train.dtype=1.0" in error_of("sampler: random\ntrials: 3\nspace: {train.dtype: {uniform: [1.0, 1.5]}}")
+    assert "optimizer.warmup_steps=0.5" in error_of(
         "sampler: random\ntrials: 3\nspace: {optimizer.warmup_steps: {uniform: [0.5, 3]}}"
     )
-    assert "has the value 0.001 twice" in told("space: {optimizer.lr: {choice: [1e-3, 0.001]}}")
-    assert "steps=010" in told(f"overrides: [train.steps=010]\n{space}")
-    assert "given twice" in told(f"overrides: [train.steps=2, train.steps=3]\n{space}")
+    assert "has the value 0.001 twice" in error_of("space: {optimizer.lr: {choice: [1e-3, 0.001]}}")
+    assert "steps=010" in error_of(f"overrides: [train.steps=010]\n{space}")
+    assert "given twice" in error_of(f"overrides: [train.steps=2, train.steps=3]\n{space}")

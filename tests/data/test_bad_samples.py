@@ -1,4 +1,4 @@
-"""Samples that cannot be read are counted by cause and have no part in training; the rest keeps its order."""
+"""Unreadable samples are counted by cause and do not affect training; the order of the other samples is kept."""
 
 from __future__ import annotations
 
@@ -18,16 +18,19 @@ import torch
 from megatron_dit.cli import run
 from megatron_dit.data.stream import batches, read_data, sample_order
 from megatron_dit.data.tar import npy
-from megatron_dit.engine import Engine
-from tests.configs import small, write_config
-from tests.data.made import make_folder
+from megatron_dit.training.engine import Engine
+from tests.helpers.configs import small, write_config
+from tests.helpers.datasets import make_folder
 
 SIDE = (16, 16)
 STEPS, BATCH = 40, 8
 
 
-def harmed(number, ran):
-    """Members of a tenth of the samples, each kind of harm in turn; the last kind is a flipped byte, later."""
+def corrupted(number, ran):
+    """Return corrupted members for a tenth of the samples, cycling through the kinds of corruption.
+
+    The last kind is a flipped byte, which the fixture applies after writing.
+    """
     if number % 10 != 3:
         return {}
 
@@ -36,7 +39,7 @@ def harmed(number, ran):
             return (Path(ran).touch, ())
 
     pickled = io.BytesIO()
-    np.save(pickled, np.array([Payload()], dtype=object), allow_pickle=True)  # what a hostile writer would do
+    np.save(pickled, np.array([Payload()], dtype=object), allow_pickle=True)  # as in a malicious file
     return [
         {"latent.npy": npy(np.full((3, *SIDE), np.nan, dtype=np.float32))},
         {"latent.npy": npy(np.zeros((3, 8, 16), dtype=np.float32))},
@@ -52,9 +55,9 @@ CAUSES = ["not_finite", "wrong_shape", "not_an_array", "not_an_array", "wrong_sh
 
 @pytest.fixture
 def broken(tmp_path):
-    """A folder of 8 shards of 30 samples, a tenth of them harmed."""
+    """Return a folder of 8 shards of 30 samples, a tenth of which are corrupted."""
     folder = tmp_path / "data"
-    make_folder(folder, [(SIDE, 30)] * 8, members=functools.partial(harmed, ran=str(tmp_path / "ran")))
+    make_folder(folder, [(SIDE, 30)] * 8, members=functools.partial(corrupted, ran=str(tmp_path / "ran")))
     for path in sorted(folder.glob("*.tar")):
         with tarfile.open(path) as tar:
             offsets = {member.name: member.offset_data + member.size - 1 for member in tar}
@@ -67,30 +70,32 @@ def broken(tmp_path):
     return folder
 
 
-def what_befalls(number, step, gone_from):
-    """The cause by which a sample cannot be read, or None; shard 2 is missing from step ``gone_from`` on."""
-    if number // 30 == 2 and step >= gone_from:
+def expected_cause(number, step, missing_from):
+    """Return the cause if a sample is unreadable, else None. Shard 2 is missing from step ``missing_from`` on."""
+    if number // 30 == 2 and step >= missing_from:
         return "missing_shard"
     return CAUSES[number // 10 % 6] if number % 10 == 3 else None
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_a_run_goes_on_without_them(broken, tmp_path, monkeypatch, workers, capsys):
-    gone_from = 20
+def test_training_skips_unreadable_samples_and_keeps_the_order_of_the_others(
+    broken, tmp_path, monkeypatch, workers, capsys
+):
+    missing_from = 20
     seen = []
     train_step = Engine.train_step
 
     def watched(engine, batch, **named):
         seen.append((batch.keys, batch.weight.tolist()))
-        if workers == 0 and engine.step == gone_from - 1:
+        if workers == 0 and engine.step == missing_from - 1:
             (broken / "00002.tar").unlink()
         return train_step(engine, batch, **named)
 
     monkeypatch.setattr(Engine, "train_step", watched)
-    options = {"data.path": str(broken), "data.max_bad_share": 0.5, "data.workers": workers, "train.log_every": 1}
+    options = {"data.path": str(broken), "data.max_bad_fraction": 0.5, "data.workers": workers, "train.log_every": 1}
     path = write_config(tmp_path, "mmdit", **options, **{"train.steps": STEPS, "train.global_batch": BATCH})
-    if workers:  # they read ahead: the shard goes while the run is stopped
-        assert run(["train", str(path), f"train.steps={gone_from}"]) == 0
+    if workers:  # workers read ahead, so the shard is deleted while the run is stopped
+        assert run(["train", str(path), f"train.steps={missing_from}"]) == 0
         (broken / "00002.tar").unlink()
     assert run(["train", str(path)]) == 0
 
@@ -100,7 +105,7 @@ def test_a_run_goes_on_without_them(broken, tmp_path, monkeypatch, workers, caps
     assert len(seen) == STEPS
     for step, (keys, weights) in enumerate(seen):
         numbers = [30 * shard + sample for _, shard, sample in order.batch(step).tolist()]
-        causes = [what_befalls(number, step, gone_from) for number in numbers]
+        causes = [expected_cause(number, step, missing_from) for number in numbers]
         expected.update(cause for cause in causes if cause)
         assert weights == [float(cause is None) for cause in causes]
         for key, number, cause in zip(keys, numbers, causes, strict=True):
@@ -113,22 +118,24 @@ def test_a_run_goes_on_without_them(broken, tmp_path, monkeypatch, workers, caps
     assert lines[-1]["step"] == STEPS
     assert all(np.isfinite(line["loss"]) for line in lines)
     out = capsys.readouterr().out
-    for cause_text in ("00002.tar", "is corrupt", "is not finite", "is no array"):
+    for cause_text in ("00002.tar", "is corrupt", "has NaN or infinite values", "is not a valid array"):
         assert cause_text in out
     assert not (tmp_path / "ran").exists()
 
 
 @pytest.mark.parametrize(
-    ("gone", "words"), [(8, "none of a step's 8 samples could be read"), (3, "data.max_bad_share=0.1")]
+    ("missing", "message"), [(8, "none of the 8 samples of a step could be read"), (3, "data.max_bad_fraction=0.1")]
 )
-def test_a_run_without_data_stops_in_one_line(tmp_path, monkeypatch, capsys, gone, words):
+def test_run_stops_with_a_one_line_error_if_too_many_samples_are_unreadable(
+    tmp_path, monkeypatch, capsys, missing, message
+):
     folder = tmp_path / "data"
     make_folder(folder, [(SIDE, 30)] * 8)
     train_step = Engine.train_step
 
     def watched(engine, batch, **named):
         if engine.step == 10:
-            for number in range(gone):
+            for number in range(missing):
                 (folder / f"{number:05d}.tar").unlink()
         return train_step(engine, batch, **named)
 
@@ -138,17 +145,17 @@ def test_a_run_without_data_stops_in_one_line(tmp_path, monkeypatch, capsys, gon
     assert run(["train", str(path)]) == 2
     (line,) = capsys.readouterr().err.strip().splitlines()
     assert line.startswith("error: ")
-    assert words in line
+    assert message in line
     assert "is missing" in line
     checkpoints = sorted(path.name for path in (tmp_path / "run" / "checkpoints").glob("step_*"))
     assert checkpoints
-    assert gone < 8 or checkpoints == ["step_00000010"]
+    assert missing < 8 or checkpoints == ["step_00000010"]
 
 
-def with_holes(bad):
-    """(loss, gradient norm) of a step of eight samples of which those in ``bad`` weigh nothing."""
+def step_with_unreadable(bad):
+    """Return (loss, gradient norm, counts) of a step with eight samples, of which those in ``bad`` are unreadable."""
     from megatron_dit.parallel.topology import build_topology
-    from tests.test_engine import batch
+    from tests.helpers.engine import batch
 
     config = small("mmdit", **{"train.global_batch": 8, "train.micro_batch": 2})
     engine = Engine(config, build_topology(config))
@@ -163,23 +170,23 @@ def with_holes(bad):
     return metrics.loss, metrics.grad_norm, metrics.bad_samples
 
 
-def test_they_have_no_part_in_loss_and_gradient(pool):
-    """The loss is the mean over the others; the gradient is the eighth of their sum, in any layout."""
+def test_unreadable_samples_do_not_affect_loss_or_grad_norm(pool):
+    """The loss is the mean over readable samples; the gradient is their sum divided by eight, in any layout."""
     losses = {}
-    ((whole, _, none),) = pool.run(1, with_holes, ())
+    ((mean_loss, _, none),) = pool.run(1, step_with_unreadable, ())
     assert none == {}
-    for row in (1, 6):  # the loss of one sample: the others weigh nothing
-        ((losses[row], _, counts),) = pool.run(1, with_holes, tuple(set(range(8)) - {row}))
+    for row in (1, 6):  # the loss of one sample: the others have weight 0
+        ((losses[row], _, counts),) = pool.run(1, step_with_unreadable, tuple(set(range(8)) - {row}))
         assert counts == {"not_finite": 7}
-    ((loss, norm, counts),) = pool.run(1, with_holes, (1, 6))
+    ((loss, norm, counts),) = pool.run(1, step_with_unreadable, (1, 6))
     assert counts == {"not_finite": 2}
-    assert 6 * loss == pytest.approx(8 * whole - losses[1] - losses[6], rel=1e-5)
-    for sharded, sharded_norm, counts in pool.run(2, with_holes, (1, 6)):
+    assert 6 * loss == pytest.approx(8 * mean_loss - losses[1] - losses[6], rel=1e-5)
+    for sharded, sharded_norm, counts in pool.run(2, step_with_unreadable, (1, 6)):
         assert (sharded, sharded_norm) == pytest.approx((loss, norm), rel=1e-6)
         assert counts == {"not_finite": 2}
 
 
-def test_a_missing_shard_is_tolerated_at_the_start_up_to_the_share(tmp_path, capsys):
+def test_missing_shards_are_tolerated_at_start_up_to_the_maximum_fraction(tmp_path, capsys):
     make_folder(tmp_path / "data", [(SIDE, 20)] * 8)
     (tmp_path / "data" / "00003.tar").unlink()
     options = {"data.path": str(tmp_path / "data"), "train.steps": 2, "train.global_batch": BATCH}
@@ -187,11 +194,11 @@ def test_a_missing_shard_is_tolerated_at_the_start_up_to_the_share(tmp_path, cap
     assert run(["train", str(path)]) == 2
     assert "00003.tar is missing" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
-    assert run(["train", str(path), "data.max_bad_share=0.2"]) == 0
-    assert "1 shards cannot be read, their 20 samples are skipped" in capsys.readouterr().out
+    assert run(["train", str(path), "data.max_bad_fraction=0.2"]) == 0
+    assert "1 shards cannot be read; skipping their 20 samples" in capsys.readouterr().out
 
 
-def test_a_clean_folder_has_none(tmp_path):
+def test_intact_dataset_has_no_unreadable_samples(tmp_path):
     index = make_folder(tmp_path / "data", [(SIDE, 30)] * 2)
     config = small("mmdit", **{"data.path": index.folder, "train.steps": 5, "train.global_batch": BATCH})
     assert all(batch.bad == () and batch.weight.all() for batch in batches([index], config, 0, 0, 1))

@@ -1,4 +1,4 @@
-"""Samples and indexes with any single thing wrong: a cause or one line, in bounded memory, and never a traceback."""
+"""Any single fault in a sample or index gives a cause or a one-line error, in bounded memory, never a traceback."""
 
 from __future__ import annotations
 
@@ -15,32 +15,32 @@ import torch
 from megatron_dit.data import stream
 from megatron_dit.data.batch import Batch
 from megatron_dit.data.health import DataHealth
+from megatron_dit.data.index import broken_shards, read_index
 from megatron_dit.data.samples import Samples
-from megatron_dit.data.shards import broken_shards, read_index
-from megatron_dit.data.store import Cache
+from megatron_dit.data.shard_cache import Cache
 from megatron_dit.data.tar import BadSample, ShardReader, npy, parse_array, sha256_of, table_dtype
-from megatron_dit.errors import UserError
-from megatron_dit.models.condition import Condition
-from tests.configs import small
-from tests.data.made import make_folder
+from megatron_dit.models.common.condition import Condition
+from megatron_dit.runtime.errors import UserError
+from tests.helpers.configs import small
+from tests.helpers.datasets import make_folder
 
 SIDE = (16, 16)
 
 
 def read_all(folder, arch="mmdit"):
-    """Each sample of shard 0 as training reads it."""
+    """Return each sample of shard 0 as training reads it."""
     config = small(arch, **{"data.path": str(folder)})
     samples = Samples([read_index(folder)], config)
     count = read_index(folder).shards[0].samples
     return [samples[0, number, 0, 0, number] for number in range(count)]
 
 
-def test_any_flipped_bit_of_the_table_costs_its_sample_alone(tmp_path):
+def test_flipped_bit_in_the_table_affects_only_its_own_sample(tmp_path):
     folder = tmp_path / "data"
     index = make_folder(folder, [(SIDE, 4)])
     path, shard = folder / "00000.tar", index.shards[0]
-    whole = path.read_bytes()
-    rows = np.frombuffer(whole, table_dtype(len(index.members), 6), 4, shard.table)
+    original = path.read_bytes()
+    rows = np.frombuffer(original, table_dtype(len(index.members), 6), 4, shard.table)
     assert rows["key"].tolist() == [f"{number:06d}".encode() for number in range(4)]
     begin = shard.table + rows.itemsize  # of sample 1
     samples = Samples([index], small("mmdit", **{"data.path": str(folder)}))
@@ -48,14 +48,14 @@ def test_any_flipped_bit_of_the_table_costs_its_sample_alone(tmp_path):
     causes = set()
     tracemalloc.start()
     for bit in range(0, 8 * (rows.itemsize - 6), 3):
-        data = bytearray(whole)
+        data = bytearray(original)
         data[begin + 6 + bit // 8] ^= 1 << bit % 8
         path.write_bytes(data)
         tracemalloc.reset_peak()
         held = tracemalloc.get_traced_memory()[0]
         sample = samples[0, 1, 0, 0, 1]
         assert tracemalloc.get_traced_memory()[1] - held < 2**20
-        if sample.bad is None:  # a member that training does not read
+        if sample.bad is None:  # the flipped bit belongs to a member that training does not read
             assert np.array_equal(sample.latent, np.full((3, *SIDE), 1))
         else:
             causes.add(sample.bad[0])
@@ -81,9 +81,9 @@ BLANK = np.zeros((3, *SIDE))
 MEMBERS = {
     "a shape of 10 ** 12": ({"latent.npy": header("<f2", (10**12,))}, "not_an_array"),
     "a negative shape": ({"latent.npy": header("<f2", (-2, -2)) + bytes(8)}, "not_an_array"),
-    "more than the shape": ({"latent.npy": npy(BLANK) + b"x"}, "not_an_array"),
-    "texts": ({"latent.npy": npy(BLANK.astype(str))}, "wrong_shape"),
-    "nothing, a trillion times": ({"text.npy": header("|S0", (10**12, 64))}, "wrong_shape"),
+    "more bytes than the shape": ({"latent.npy": npy(BLANK) + b"x"}, "not_an_array"),
+    "strings": ({"latent.npy": npy(BLANK.astype(str))}, "wrong_shape"),
+    "a trillion empty strings": ({"text.npy": header("|S0", (10**12, 64))}, "wrong_shape"),
     "complex": ({"latent.npy": npy(BLANK.astype(complex))}, "wrong_shape"),
     "no captions": (captions(), "wrong_captions"),
     "weights of 0": (captions([1, 0], [1, 0]), "wrong_captions"),
@@ -95,7 +95,7 @@ MEMBERS = {
 
 
 @pytest.mark.parametrize("case", MEMBERS)
-def test_members_of_any_content_are_a_cause(tmp_path, case):
+def test_invalid_members_are_reported_with_a_cause(tmp_path, case):
     members, cause = MEMBERS[case]
     make_folder(tmp_path / "data", [(SIDE, 2)], members=lambda number: members if number == 0 else {})
     bad, good = read_all(tmp_path / "data")
@@ -103,23 +103,23 @@ def test_members_of_any_content_are_a_cause(tmp_path, case):
 
 
 @pytest.mark.parametrize("label", ["1" * 5000, "-1", "x", "\xb2", ""])
-def test_class_numbers_of_any_text_are_a_cause(tmp_path, label):
+def test_invalid_class_labels_are_reported_with_a_cause(tmp_path, label):
     make_folder(tmp_path / "data", [(SIDE, 2)], members=lambda number: {"cls": label} if number == 0 else {})
     bad, good = read_all(tmp_path / "data", "dit")
     assert (bad.bad[0], good.bad, good.label) == ("wrong_class", None, 1)
 
 
-def test_an_array_takes_no_more_memory_than_its_bytes():
-    hostile = array_of(f"{{'descr': '<f8', 'fortran_order': False, 'shape': ({10**9},)}}", bytes(64))
+def test_parsing_an_array_allocates_no_more_than_its_bytes():
+    malicious = array_of(f"{{'descr': '<f8', 'fortran_order': False, 'shape': ({10**9},)}}", bytes(64))
     tracemalloc.start()
     with pytest.raises(BadSample, match="8000000000 bytes"):
-        parse_array(hostile, "sample")
+        parse_array(malicious, "sample")
     assert tracemalloc.get_traced_memory()[1] < 2**20
     tracemalloc.stop()
 
 
 @pytest.mark.parametrize("kind", ["fifo", "folder", "device"])
-def test_what_is_no_file_is_a_missing_shard_and_does_not_hang(tmp_path, kind):
+def test_non_regular_file_is_a_missing_shard_and_does_not_block(tmp_path, kind):
     index = make_folder(tmp_path / "data", [(SIDE, 2)])
     path = tmp_path / "data" / "00000.tar"
     path.unlink()
@@ -129,7 +129,7 @@ def test_what_is_no_file_is_a_missing_shard_and_does_not_hang(tmp_path, kind):
     assert caught.value.cause == "missing_shard"
 
 
-def test_ids_that_the_encoder_does_not_know_are_a_cause(tmp_path):
+def test_ids_outside_the_vocabulary_are_reported_with_a_cause(tmp_path):
     ids = (np.array([5, 1]), np.array([5, 99]), np.array([-1]), np.zeros(0))
     blank = torch.zeros(4, 1)
     batch = Batch(
@@ -148,7 +148,7 @@ def test_ids_that_the_encoder_does_not_know_are_a_cause(tmp_path):
     assert [cause for cause, _ in found.bad] == ["not_finite", "wrong_captions", "wrong_captions"]
 
 
-def test_a_damaged_file_of_the_cache_is_fetched_again(tmp_path):
+def test_truncated_file_in_the_cache_is_fetched_again(tmp_path):
     make_folder(tmp_path / "data", [(SIDE, 2)])
     index = read_index(f"file://{tmp_path}/data")
     cache = Cache(index, tmp_path / "cache", 2**30)
@@ -157,10 +157,11 @@ def test_a_damaged_file_of_the_cache_is_fetched_again(tmp_path):
     assert sha256_of(cache.path(index.shards[0])) == index.shards[0].sha256
 
 
-def test_what_a_line_says_of_a_bad_sample_cannot_control_the_terminal(monkeypatch):
+def test_log_line_of_an_unreadable_sample_escapes_control_characters(monkeypatch, capsys):
     config = small("mmdit", **{"train.global_batch": 8})
     monkeypatch.setattr("megatron_dit.data.health.gather", lambda value: [value])
-    (line,) = DataHealth(config).check({"wrong_class": 1}, [("wrong_class", "a\x1b[2J\nb has class 'x'")])
+    DataHealth(config).check({"wrong_class": 1}, [("wrong_class", "a\x1b[2J\nb has class 'x'")])
+    (line,) = capsys.readouterr().out.splitlines()
     assert line.endswith(r"a\x1b[2J\nb has class 'x'")
 
 
@@ -170,26 +171,26 @@ TEXT = ("encoder", "sha256", "dtype", "dim", "tokens", "features")
 TOP = ("format", "shards", "members", "channels", "text", "codec", "classes", "source", "features")
 PLACES = [(), *((name,) for name in TOP), ("shards", 0), ("codec", "kind"), ("codec", "sha256")]
 PLACES += [("shards", 0, "bucket", 0), *(("shards", 0, name) for name in SHARD), *(("text", name) for name in TEXT)]
-FREE = ("source", "sha256", "encoder", "file")  # any text may stand here
+FREE = ("source", "sha256", "encoder", "file")  # these may be any text
 ALLOWED = {
     ("text",): "{}",
     ("features",): "None",
     ("classes",): "0",
     ("members",): "[]",
     ("text", "features"): "True",
-    ("shards", 0, "table"): "0",  # its own header is looked for before it when the shard is opened
+    ("shards", 0, "table"): "0",  # opening the shard detects it, because no array header precedes the offset
 }
 
 
 @pytest.mark.parametrize("place", PLACES, ids=lambda place: ".".join(map(str, place)) or "all")
-def test_ill_typed_fields_of_an_index_are_one_line(tmp_path, place):
+def test_index_fields_of_a_wrong_type_give_a_one_line_error(tmp_path, place):
     folder = tmp_path / "data"
     make_folder(folder, [(SIDE, 2)])
-    whole = json.loads((folder / "index.json").read_text())
+    original = json.loads((folder / "index.json").read_text())
     for value in FIELDS:
         if repr(value) == ALLOWED.get(place) or (isinstance(value, str) and place and place[-1] in FREE):
             continue
-        raw = json.loads(json.dumps({"all": whole}))
+        raw = json.loads(json.dumps({"all": original}))
         target, name = raw, "all"
         for inner in place:
             target, name = target[name], inner
@@ -201,61 +202,61 @@ def test_ill_typed_fields_of_an_index_are_one_line(tmp_path, place):
 
 
 @pytest.mark.parametrize("missing", TOP)
-def test_an_index_without_a_field_is_one_line(tmp_path, missing):
+def test_missing_index_field_gives_a_one_line_error(tmp_path, missing):
     make_folder(tmp_path / "data", [(SIDE, 2)])
     path = tmp_path / "data" / "index.json"
     raw = json.loads(path.read_text())
     del raw[missing]
     path.write_text(json.dumps(raw))
-    with pytest.raises(UserError, match=f"not an index of shards .*{missing}"):
+    with pytest.raises(UserError, match=f"not a valid index of shards .*{missing}"):
         read_index(tmp_path / "data")
 
 
 @pytest.mark.parametrize(
-    ("field", "value", "words"),
+    ("field", "value", "message"),
     [
-        ("samples", 2 * 10**9, "holds 2000000000 samples of 3 x 16 x 16"),
-        ("bucket", [60000, 60000], "holds 2 samples of 3 x 60000 x 60000"),
+        ("samples", 2 * 10**9, "cannot hold 2000000000 samples of 3 x 16 x 16"),
+        ("bucket", [60000, 60000], "cannot hold 2 samples of 3 x 60000 x 60000"),
         ("table", 10**12, "a table at byte 1000000000000"),
     ],
 )
-def test_sizes_that_the_shard_cannot_hold_are_refused(tmp_path, field, value, words):
+def test_index_with_sizes_that_exceed_the_shard_is_rejected(tmp_path, field, value, message):
     make_folder(tmp_path / "data", [(SIDE, 2)])
     path = tmp_path / "data" / "index.json"
     raw = json.loads(path.read_text())
     raw["shards"][0][field] = value
     path.write_text(json.dumps(raw))
-    with pytest.raises(UserError, match=words):
+    with pytest.raises(UserError, match=message):
         read_index(tmp_path / "data")
 
 
 @pytest.mark.parametrize(
     "data", [b"", b"\xff\xfe", b"[" * 10**5, b"{" * 2000, b'{"format": ' + b"9" * 5000 + b"}", b"null"]
 )
-def test_an_index_of_any_bytes_is_one_line(tmp_path, data):
+def test_index_with_invalid_content_gives_a_one_line_error(tmp_path, data):
     (tmp_path / "index.json").write_bytes(data)
-    with pytest.raises(UserError, match="is not an index of shards"):
+    with pytest.raises(UserError, match="is not a valid index of shards"):
         read_index(tmp_path)
 
 
-def test_an_index_that_is_no_file_does_not_hang(tmp_path):
+def test_index_that_is_not_a_regular_file_does_not_block(tmp_path):
     os.mkfifo(tmp_path / "index.json")
     with pytest.raises(UserError, match="is not a regular file"):
         read_index(tmp_path)
 
 
-def test_a_text_encoder_of_the_folder_is_in_the_folder(tmp_path):
+def test_text_encoder_path_outside_the_folder_is_rejected(tmp_path):
     make_folder(tmp_path / "data", [(SIDE, 2)])
     path = tmp_path / "data" / "index.json"
     raw = json.loads(path.read_text())
     raw["text"]["encoder"] = "./../elsewhere"
     path.write_text(json.dumps(raw))
-    with pytest.raises(UserError, match="expected a folder in its own folder"):
+    with pytest.raises(UserError, match="expected a sub-folder of its own folder"):
         read_index(tmp_path / "data")
 
 
 @pytest.mark.parametrize("name", ["data[1]", "a%20b", "-x", "two\nlines", "café", "cafe\u0301", "[red]", "a b", "*"])
-def test_folders_of_any_name_are_read(tmp_path, monkeypatch, name):
+def test_folders_with_special_names_are_read(tmp_path, monkeypatch, name):
     monkeypatch.chdir(tmp_path)
     make_folder(tmp_path / name, [(SIDE, 2)])
     for folder in (name, str(tmp_path / name), f"file://{tmp_path}/{name}"):
@@ -265,15 +266,15 @@ def test_folders_of_any_name_are_read(tmp_path, monkeypatch, name):
             assert all(sample.bad is None for sample in read_all(folder))
 
 
-def test_a_file_url_may_have_its_escapes(tmp_path):
-    """A folder whose own name has a percent sign goes before one that the escape stands for."""
+def test_file_url_may_contain_percent_escapes(tmp_path):
+    """A folder whose actual name contains the percent sign takes precedence over the decoded name."""
     make_folder(tmp_path / "a b", [(SIDE, 2)])
     assert read_index((tmp_path / "a b").as_uri()).folder == f"file://{tmp_path}/a b"
     shutil.copytree(tmp_path / "a b", tmp_path / "a%20b")
     assert read_index(f"file://{tmp_path}/a%20b").folder == f"file://{tmp_path}/a%20b"
 
 
-def test_the_home_folder_is_expanded_and_variables_are_not(tmp_path, monkeypatch):
+def test_home_folder_is_expanded_but_variables_are_not(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     make_folder(tmp_path / "data", [(SIDE, 2)])
     index = read_index("~/data")

@@ -1,4 +1,4 @@
-"""The embedded data through the stream: against the drawn pictures, transformers' features, and with T5 online."""
+"""Batches of the toy dataset match the rendered images and transformers' features, also with online text encoding."""
 
 from __future__ import annotations
 
@@ -13,27 +13,27 @@ from transformers import AutoTokenizer, T5EncoderModel
 from data_prep.__main__ import main as data_prep
 from megatron_dit.cli import run
 from megatron_dit.data import scenes
-from megatron_dit.data.shards import read_index
+from megatron_dit.data.index import read_index
 from megatron_dit.data.stream import batches
-from tests.configs import small, write_config
+from tests.helpers.configs import small, write_config
 
 
-def drawn(key):
-    """(scene, picture) of a demo sample's key, unit-number, units of 1,000."""
+def rendered(key):
+    """Return (scene, image) of a toy sample. Its key is unit-number, with units of 1,000 samples."""
     unit, number = key.rpartition("/")[2].split("-")
     rng = np.random.Generator(np.random.Philox(key=[0, 1000 * int(unit) + int(number)]))
     scene = scenes.draw_scene(rng)
     return scene, scenes.render(scene, rng)
 
 
-def test_a_batch_holds_what_was_encoded(dataset):
-    """Latents and text equal the drawn picture and transformers' own features, fp16 rounding apart."""
+def test_batch_equals_the_encoded_images_and_captions(dataset):
+    """Latents and text equal the rendered image and transformers' features up to fp16 rounding."""
     config = small("mmdit", **{"data.path": str(dataset), "train.steps": 1})
     (batch,) = batches([read_index(dataset)], config, 0, 0, 1)
     tokenizer = AutoTokenizer.from_pretrained(dataset / "text_encoder")
     encoder = T5EncoderModel.from_pretrained(dataset / "text_encoder")
     for row, key in enumerate(batch.keys):
-        scene, picture = drawn(key)
+        scene, picture = rendered(key)
         latents = torch.from_numpy(picture / 127.5 - 1).permute(2, 0, 1).float()
         torch.testing.assert_close(batch.latents[row], latents, rtol=1e-3, atol=1e-3)
         with torch.no_grad():
@@ -44,11 +44,11 @@ def test_a_batch_holds_what_was_encoded(dataset):
         assert batch.condition.text[row, count:].abs().sum() == 0
 
 
-def test_labels_are_those_of_the_drawn_scenes(dataset):
+def test_labels_match_the_rendered_scenes(dataset):
     config = small("dit", **{"data.path": str(dataset), "train.steps": 1})
     (batch,) = batches([read_index(dataset)], config, 0, 0, 1)
     for key, label in zip(batch.keys, batch.condition.label, strict=True):
-        first = drawn(key)[0].objects[0]
+        first = rendered(key)[0].objects[0]
         assert int(label) == scenes.kind_index(first.colour, first.shape)
     assert batch.condition.text is None
 
@@ -61,8 +61,8 @@ def losses(folder):
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_text_online_trains_as_precomputed_text_does(dataset, tmp_path, workers):
-    """Features in other batches round elsewhere, in one of some thousand numbers by one step of fp16."""
+def test_online_text_gives_the_same_losses_as_precomputed_text(dataset, tmp_path, workers):
+    """The batch composition affects rounding: about one value in a thousand differs by one fp16 step."""
     path = write_config(tmp_path, "mmdit", **{"data.path": str(dataset), "train.steps": 12, "data.workers": workers})
     assert run(["train", str(path), f"run_dir={tmp_path}/stored"]) == 0
     encoder = f"data.text_encoder={dataset}/text_encoder"
@@ -70,8 +70,8 @@ def test_text_online_trains_as_precomputed_text_does(dataset, tmp_path, workers)
     assert losses(tmp_path / "online") == pytest.approx(losses(tmp_path / "stored"), rel=1e-5)
 
 
-def test_ids_alone_train_with_the_encoder_online(tmp_path):
-    """Shards of ids hold no features, and the same losses come out of them."""
+def test_dataset_with_token_ids_only_gives_the_same_losses(tmp_path):
+    """ShardPool with token ids only contain no features, and give the same losses."""
     from PIL import Image
 
     rng = np.random.default_rng(0)

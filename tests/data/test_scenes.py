@@ -1,3 +1,5 @@
+"""Toy scenes are rendered and scored correctly, and the held-out combinations never occur in training."""
+
 from __future__ import annotations
 
 from collections import Counter
@@ -30,13 +32,13 @@ def draw(count: int, seed: int, held_out: bool = False) -> list[tuple[Scene, np.
 
 
 def key(caption: str) -> object:
-    """What a caption asks for, with the order of a pair removed."""
+    """Return what a caption describes, ignoring the order of a pair."""
     wanted = parse_caption(caption)
     return wanted if isinstance(wanted, CountedKind) else frozenset(wanted)
 
 
 def pairing(caption: str) -> object:
-    """The combination that decides about the split: a pair counts by its two kinds only."""
+    """Return the combination that determines the split: for a pair, its two kinds only."""
     wanted = parse_caption(caption)
     if isinstance(wanted, CountedKind) or len(wanted) == 1:
         return wanted
@@ -44,13 +46,13 @@ def pairing(caption: str) -> object:
 
 
 @pytest.mark.parametrize("held_out", [False, True])
-def test_own_pictures_are_right(held_out: bool) -> None:
+def test_rendered_scenes_score_as_correct(held_out: bool) -> None:
     drawn = draw(500, seed=1, held_out=held_out)
     assert all(picture.shape == (16, 16, 3) and picture.dtype == np.uint8 for _, picture in drawn)
     assert np.mean([score(picture, scene.caption) for scene, picture in drawn]) >= 0.99
 
 
-def test_reading_gives_the_objects() -> None:
+def test_read_picture_returns_the_rendered_objects() -> None:
     drawn = draw(500, seed=2)
     right = [set(read_picture(picture) or ()) == set(scene.objects) for scene, picture in drawn]
     assert np.mean(right) >= 0.99
@@ -58,9 +60,9 @@ def test_reading_gives_the_objects() -> None:
 
 def test_shuffled_captions_score_at_chance() -> None:
     drawn = draw(4000, seed=3)
-    share = Counter(key(scene.caption) for scene, _ in draw(20000, seed=4))
-    # Two independent captions are compatible only when they ask for the same thing.
-    chance = sum((count / 20000) ** 2 for count in share.values())
+    counts = Counter(key(scene.caption) for scene, _ in draw(20000, seed=4))
+    # Two independent captions are compatible only if they describe the same combination.
+    chance = sum((count / 20000) ** 2 for count in counts.values())
     assert chance < 0.01
     order = np.random.default_rng(5).permutation(len(drawn))
     hits = np.mean([score(picture, drawn[at][0].caption) for (_, picture), at in zip(drawn, order, strict=True)])
@@ -87,7 +89,7 @@ def test_mild_blur_is_tolerated() -> None:
     assert np.mean(right) >= 0.95
 
 
-def test_ruined_pictures_are_wrong() -> None:
+def test_ruined_images_score_as_wrong() -> None:
     rng = np.random.default_rng(9)
     drawn = draw(300, seed=10)
     for index, (scene, picture) in enumerate(drawn):
@@ -100,7 +102,7 @@ def test_ruined_pictures_are_wrong() -> None:
             assert not score(picture // 2 + other // 2, scene.caption)
 
 
-def test_missing_or_extra_objects_are_wrong() -> None:
+def test_missing_or_extra_objects_score_as_wrong() -> None:
     rng = np.random.default_rng(11)
     for scene, _ in draw(300, seed=12):
         free = [place for place in POSITIONS if place not in {placed.position for placed in scene.objects}]
@@ -129,14 +131,14 @@ def test_held_out_combinations_are_disjoint_from_training() -> None:
     assert not singles & paired
 
 
-def test_share_held_out_of_each_kind() -> None:
+def test_a_sixth_of_each_kind_is_held_out() -> None:
     for kept, held in zip(combinations(False), combinations(True), strict=True):
         assert 0.15 <= len(held) / (len(held) + len(kept)) <= 0.20
         assert all(is_held_out(each) for each in held)
         assert not any(is_held_out(each) for each in kept)
 
 
-def test_words_and_kinds_are_all_seen_in_training() -> None:
+def test_all_words_and_kinds_occur_in_training() -> None:
     rng = np.random.default_rng(15)
     training = [draw_scene(rng) for _ in range(5000)]
     words = {word for scene in training for word in scene.caption.split()}
@@ -152,18 +154,18 @@ def test_words_and_kinds_are_all_seen_in_training() -> None:
         assert len(kinds) == len(COLOURS) * len(SHAPES)
 
 
-def test_held_out_captions_mix_the_kinds() -> None:
+def test_held_out_captions_contain_all_kinds_equally() -> None:
     kinds = Counter(
         "counted" if isinstance(parse_caption(caption), CountedKind) else len(parse_caption(caption))
         for caption in held_out_captions(30, seed=17)
     )
     assert kinds == {"counted": 10, 1: 10, 2: 10}
     assert held_out_captions(0, seed=17) == []
-    with pytest.raises(ValueError, match="n must be"):
+    with pytest.raises(ValueError, match="expected 0 to"):
         held_out_captions(10**6, seed=17)
 
 
-def test_draws_depend_on_the_generator_alone() -> None:
+def test_scenes_depend_only_on_the_generator() -> None:
     first, again, other = draw(50, seed=18), draw(50, seed=18), draw(50, seed=19)
     assert all(a[0] == b[0] and np.array_equal(a[1], b[1]) for a, b in zip(first, again, strict=True))
     assert any(a[0] != b[0] for a, b in zip(first, other, strict=True))
@@ -184,12 +186,12 @@ def test_draws_depend_on_the_generator_alone() -> None:
         "a red circle at the top left\n",
     ],
 )
-def test_unreadable_captions_are_refused(caption: str) -> None:
-    with pytest.raises(ValueError, match="not a caption of a scene") as failure:
+def test_invalid_captions_are_rejected(caption: str) -> None:
+    with pytest.raises(ValueError, match="not a scene caption") as failure:
         score(np.zeros((16, 16, 3), np.uint8), caption)
     assert "\n" not in str(failure.value)
 
 
-def test_wrong_picture_shape_is_refused() -> None:
-    with pytest.raises(ValueError, match="must have shape"):
+def test_wrong_image_shape_is_rejected() -> None:
+    with pytest.raises(ValueError, match="image has shape"):
         score(np.zeros((3, 16, 16), np.uint8), "two red circles")

@@ -1,4 +1,4 @@
-"""Shards of a URL: fetched once into a bounded cache, checked, and read as local ones are."""
+"""ShardPool of a URL are fetched once into a bounded cache, checked, and read like local ones."""
 
 from __future__ import annotations
 
@@ -11,19 +11,19 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron_dit.data.shards import read_index
-from megatron_dit.data.store import Cache
+from megatron_dit.data.index import read_index
+from megatron_dit.data.shard_cache import Cache
 from megatron_dit.data.stream import batches
 from megatron_dit.data.tar import BadSample, sha256_of
-from megatron_dit.errors import UserError
-from tests.configs import small
-from tests.data.made import make_folder
+from megatron_dit.runtime.errors import UserError
+from tests.helpers.configs import small
+from tests.helpers.datasets import make_folder
 
 SIDE = (16, 16)
 
 
 class Handler(http.server.SimpleHTTPRequestHandler):
-    """Serves a folder and counts what is asked for."""
+    """Serves a folder and records the requested paths."""
 
     asked: list[str]
 
@@ -41,7 +41,7 @@ class Handler(http.server.SimpleHTTPRequestHandler):
 
 @pytest.fixture
 def served(tmp_path):
-    """(local index, the same by URL, paths asked for)."""
+    """Return (local index, index of the same data by URL, requested paths)."""
     local = make_folder(tmp_path / "data", [(SIDE, 20)] * 6)
     asked = []
     handler = functools.partial(Handler, directory=str(tmp_path), asked=asked)
@@ -57,7 +57,7 @@ def configured(index, folder, **overrides):
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_a_url_streams_what_its_folder_does(served, tmp_path, workers):
+def test_url_yields_the_same_batches_as_the_local_folder(served, tmp_path, workers):
     local, remote, asked = served
     config = configured(remote, tmp_path / "cache", **{"data.workers": workers})
     expected = batches([local], configured(local, ""), 0, 0, 1)
@@ -65,10 +65,10 @@ def test_a_url_streams_what_its_folder_does(served, tmp_path, workers):
         assert torch.equal(ours.latents, theirs.latents)
         assert [key.rpartition("data/")[2] for key in ours.keys] == [key.rpartition("data/")[2] for key in theirs.keys]
     fetched = [path for path in asked if path.endswith(".tar")]
-    assert sorted(fetched) == sorted({f"/data/{shard.file}" for shard in local.shards})  # each once, by whoever came
+    assert sorted(fetched) == sorted({f"/data/{shard.file}" for shard in local.shards})  # each once, by any worker
 
 
-def test_the_cache_stays_within_its_bound(served, tmp_path):
+def test_cache_stays_within_its_limit(served, tmp_path):
     local, remote, asked = served
     size = max(shard.bytes for shard in local.shards)
     cache = Cache(remote, tmp_path / "cache", 3 * size)
@@ -79,11 +79,11 @@ def test_the_cache_stays_within_its_bound(served, tmp_path):
         assert len(held) <= 3
     assert len([path for path in asked if path.endswith(".tar")]) == 12
     assert cache.path(remote.shards[5]).exists()
-    assert len([path for path in asked if path.endswith(".tar")]) == 12  # held, so not fetched again
+    assert len([path for path in asked if path.endswith(".tar")]) == 12  # cached, so not fetched again
 
 
-def test_a_stream_outlives_the_deletion_of_what_it_has_open(served, tmp_path):
-    """Two shards fit, six are read all the time: what is deleted under a reader is fetched again."""
+def test_shards_evicted_while_open_are_fetched_again(served, tmp_path):
+    """The cache has room for two of six shards, so shards are evicted while they are open, and fetched again."""
     local, remote, _ = served
     gib = 2.5 * local.shards[0].bytes / 2**30
     config = configured(remote, tmp_path / "cache", **{"data.cache_gib": gib, "train.steps": 14})
@@ -93,7 +93,7 @@ def test_a_stream_outlives_the_deletion_of_what_it_has_open(served, tmp_path):
         assert not ours.bad
 
 
-def test_another_file_under_a_shards_name_is_not_used(served, tmp_path):
+def test_file_that_does_not_match_the_index_is_not_used(served, tmp_path):
     local, remote, _ = served
     path = Path(local.folder, "00001.tar")
     data = bytearray(path.read_bytes())
@@ -101,21 +101,21 @@ def test_another_file_under_a_shards_name_is_not_used(served, tmp_path):
     path.write_bytes(data)
     Path(local.folder, "00002.tar").unlink()
     cache = Cache(remote, tmp_path / "cache", 2**30)
-    with pytest.raises(BadSample, match="not the one of its index") as torn:
+    with pytest.raises(BadSample, match="but the index lists") as corrupt:
         cache.path(remote.shards[1])
     with pytest.raises(BadSample, match="is missing") as missing:
         cache.path(remote.shards[2])
-    assert (torn.value.cause, missing.value.cause) == ("torn_shard", "missing_shard")
+    assert (corrupt.value.cause, missing.value.cause) == ("torn_shard", "missing_shard")
     assert not list((tmp_path / "cache").rglob("*.tar"))
     assert not list((tmp_path / "cache").rglob("*.part"))
 
 
 @pytest.mark.parametrize("url", ["pipe:cat shards", "pipe://cat", "ssh://host/data", "simplecache::http://x/data"])
-def test_other_urls_are_refused(url):
+def test_unsupported_urls_are_rejected(url):
     with pytest.raises(UserError, match="expected a folder or a URL of"):
         read_index(url)
 
 
-def test_a_url_needs_a_cache():
+def test_url_requires_a_cache():
     with pytest.raises(UserError, match=r"set data\.cache"):
         small("mmdit", **{"data.path": "s3://bucket/data"})

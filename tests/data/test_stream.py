@@ -1,4 +1,4 @@
-"""Batches are a function of (seed, step) alone, whatever ranks and workers read them."""
+"""Batches depend on (seed, step) only, not on the number of ranks and workers."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ from hypothesis import strategies as st
 from megatron_dit.data.batch import Batch
 from megatron_dit.data.stream import batches, sample_order
 from megatron_dit.data.tar import npy
-from megatron_dit.errors import UserError
-from megatron_dit.models.condition import Condition
-from tests.configs import small
-from tests.data.made import TEXT, make_folder
+from megatron_dit.models.common.condition import Condition
+from megatron_dit.runtime.errors import UserError
+from tests.helpers.configs import small
+from tests.helpers.datasets import TEXT, make_folder
 
 SQUARE, WIDE = (16, 16), (8, 16)
 
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
-    """A folder of 100 samples in two buckets, seven shards."""
+    """Make a folder of 100 samples in two buckets and seven shards."""
     shards = [(SQUARE, 17), (SQUARE, 5), (WIDE, 21), (SQUARE, 16), (SQUARE, 12), (WIDE, 11), (SQUARE, 18)]
     return make_folder(tmp_path_factory.mktemp("made") / "data", shards)
 
@@ -33,14 +33,14 @@ def config_on(index, **overrides):
 
 
 def tensors(batch):
-    """Every tensor of a batch."""
+    """Return every tensor of a batch."""
     found = []
     batch.map(lambda x: found.append(x) or x)
     return found
 
 
 def global_batches(data, config, start, stop, ranks):
-    """(keys, tensors) of steps ``start`` to ``stop``, put together from each data-parallel rank's share."""
+    """Return (keys, tensors) of steps ``start`` to ``stop``, concatenated over the data-parallel ranks."""
     streams = [list(itertools.islice(batches(data, config, start, rank, ranks), stop - start)) for rank in range(ranks)]
     return [
         (sum((b.keys for b in step), ()), [torch.cat(pieces) for pieces in zip(*map(tensors, step), strict=True)])
@@ -54,8 +54,8 @@ def assert_equal(found, expected):
         assert all(map(torch.equal, ours, theirs))
 
 
-def test_three_epochs_are_equal_for_all_ranks_and_workers(made):
-    """Twelve batches an epoch: eight of the square bucket's 68 samples, four of the wide one's 32."""
+def test_three_epochs_are_equal_for_all_numbers_of_ranks_and_workers(made):
+    """An epoch has twelve batches: eight of the square bucket's 68 samples, four of the wide bucket's 32."""
     config = config_on(made, **{"train.steps": 36})
     expected = global_batches([made], config, 0, 36, 1)
     for ranks, workers in itertools.product((1, 2, 4), (0, 2, 4)):
@@ -65,7 +65,7 @@ def test_three_epochs_are_equal_for_all_ranks_and_workers(made):
         )
     epochs = [[key for keys, _ in expected[12 * e : 12 * (e + 1)] for key in keys] for e in range(3)]
     for epoch in epochs:
-        assert len(epoch) == len(set(epoch)) == 96  # the square bucket's tail of four is left out
+        assert len(epoch) == len(set(epoch)) == 96  # the square bucket's last four samples are dropped
     assert epochs[0] != epochs[1] != epochs[2]
     assert len(set(epochs[0]) | set(epochs[1]) | set(epochs[2])) > 96
 
@@ -77,7 +77,7 @@ def test_three_epochs_are_equal_for_all_ranks_and_workers(made):
     second=st.tuples(st.sampled_from([1, 2, 4]), st.sampled_from([0, 2, 4])),
     seed=st.integers(0, 1000),
 )
-def test_a_run_stopped_anywhere_goes_on_alike_on_other_ranks_and_workers(made, stop, first, second, seed):
+def test_resumed_run_yields_the_same_batches_with_other_ranks_and_workers(made, stop, first, second, seed):
     expected = global_batches([made], config_on(made, seed=seed), 0, 33, 1)
     found = []
     for (ranks, workers), (start, end) in zip((first, second), ((0, stop), (stop, 33)), strict=True):
@@ -86,8 +86,8 @@ def test_a_run_stopped_anywhere_goes_on_alike_on_other_ranks_and_workers(made, s
     assert_equal(found, expected)
 
 
-def test_a_batch_holds_the_samples_of_the_order(made):
-    """Latents are full of a sample's own number, which the shards hold in order."""
+def test_batches_follow_the_sample_order(made):
+    """Latents are filled with the sample's number, and the shards contain the samples in order."""
     config = config_on(made)
     firsts = np.cumsum([0, *(shard.samples for shard in made.shards)])
     order = sample_order([made], config)
@@ -99,7 +99,7 @@ def test_a_batch_holds_the_samples_of_the_order(made):
     assert {tuple(b.latents.shape[2:]) for b in batches([made], config, 0, 0, 1)} == {SQUARE, WIDE}
 
 
-def test_randomness_has_the_right_distribution(made):
+def test_random_numbers_have_the_right_distributions(made):
     config = config_on(made, **{"train.steps": 60, "data.caption_dropout": 0.25})
     stream = list(batches([made], config, 0, 0, 1))
     noise, u = torch.cat([b.noise.flatten() for b in stream]), torch.cat([b.u for b in stream])
@@ -110,8 +110,8 @@ def test_randomness_has_the_right_distribution(made):
     assert len(torch.unique(u)) == len(u)
 
 
-def test_a_posterior_is_drawn_anew_each_epoch(tmp_path):
-    """Mean of the sample's number, deviation of 2: over 200 epochs of one batch the draws have both."""
+def test_posterior_is_sampled_again_each_epoch(tmp_path):
+    """Over 200 epochs of one batch, the latents have the posterior's mean (the number) and standard deviation (2)."""
 
     def members(number):
         return {"std.npy": npy(np.full((3, *WIDE), 2, dtype=np.float16))}
@@ -130,8 +130,8 @@ def test_a_posterior_is_drawn_anew_each_epoch(tmp_path):
         assert float(values.std()) == pytest.approx(2, abs=0.05)
 
 
-def test_captions_are_drawn_by_weight(tmp_path):
-    """Three captions of one, two and three tokens, weights 1, 2 and 5: lengths and features tell which was taken."""
+def test_captions_are_chosen_in_proportion_to_their_weights(tmp_path):
+    """Captions of one, two and three tokens with weights 1, 2 and 5 are identified by their length and features."""
 
     def members(number):
         features = np.repeat([1, 2, 2, 3, 3, 3], 64).reshape(6, 64).astype(np.float16)
@@ -144,47 +144,47 @@ def test_captions_are_drawn_by_weight(tmp_path):
         counts = batch.condition.mask.sum(1)
         assert torch.equal(batch.condition.text[:, 0, 0], counts.float())
         lengths += counts.tolist()
-    shares = [lengths.count(n) / len(lengths) for n in (1, 2, 3)]
-    assert shares == pytest.approx([1 / 8, 2 / 8, 5 / 8], abs=0.04)  # three standard deviations: 0.036
+    fractions = [lengths.count(n) / len(lengths) for n in (1, 2, 3)]
+    assert fractions == pytest.approx([1 / 8, 2 / 8, 5 / 8], abs=0.04)  # three standard deviations: 0.036
 
 
-def test_a_mixture_is_refused_where_another_encoder_made_a_dataset(made, tmp_path):
+def test_mixture_of_datasets_with_different_encoders_is_rejected(made, tmp_path):
     other = make_folder(tmp_path / "other", [(SQUARE, 20)], text={**TEXT, "sha256": "another"})
-    config = config_on(made, **{"data.mix": {other.folder: 0.25}})
-    with pytest.raises(UserError, match="another text encoder"):
+    config = config_on(made, **{"data.mixture": {other.folder: 0.25}})
+    with pytest.raises(UserError, match="different text encoder"):
         next(batches([made, other], config, 0, 0, 1))
 
 
-def test_a_mixture_streams_both(made, tmp_path):
+def test_mixture_yields_samples_of_both_datasets(made, tmp_path):
     other = make_folder(tmp_path / "other", [(SQUARE, 20)], first=1000)
-    config = config_on(made, **{"data.mix": {other.folder: 0.25}, "train.steps": 64})
+    config = config_on(made, **{"data.mixture": {other.folder: 0.25}, "train.steps": 64})
     numbers = [batch.latents[0, 0, 0, 0] >= 1000 for batch in batches([made, other], config, 0, 0, 1)]
     order = sample_order([made, other], config)
     assert numbers == [order.dataset(step)[0] == 1 for step in range(64)]
     assert 4 < sum(numbers) < 28
 
 
-def test_token_ids_alone_need_a_text_encoder(tmp_path):
+def test_dataset_with_token_ids_only_requires_a_text_encoder(tmp_path):
     index = make_folder(tmp_path / "ids", [(SQUARE, 8)], text={**TEXT, "features": False})
     with pytest.raises(UserError, match=r"set data\.text_encoder="):
         next(batches([index], config_on(index), 0, 0, 1))
 
 
-def test_a_bucket_beyond_the_position_table_is_refused(tmp_path):
+def test_bucket_larger_than_the_position_table_is_rejected(tmp_path):
     index = make_folder(tmp_path / "large", [((16, 24), 8)])
-    with pytest.raises(UserError, match=r"set model\.position_size="):
+    with pytest.raises(UserError, match=r"set model\.position_size to"):
         next(batches([index], config_on(index), 0, 0, 1))
 
 
-def test_splitting_keeps_every_sample():
+def test_split_keeps_every_sample():
     row = torch.arange(6)
-    whole = Batch(latents=row, condition=Condition(row, label=row), u=row, noise=row, weight=row)
-    pieces = whole.split(2)
+    batch = Batch(latents=row, condition=Condition(row, label=row), u=row, noise=row, weight=row)
+    pieces = batch.split(2)
     assert [piece.u.tolist() for piece in pieces] == [[0, 1], [2, 3], [4, 5]]
     assert [piece.condition.label.tolist() for piece in pieces] == [[0, 1], [2, 3], [4, 5]]
 
 
-def test_a_sample_has_its_label(made):
+def test_samples_have_their_labels(made):
     config = small("dit", **{"data.path": made.folder, "train.steps": 2})
     batch = next(batches([made], config, 0, 0, 1))
     assert batch.condition.label.tolist() == [int(key[-6:]) % 24 for key in batch.keys]

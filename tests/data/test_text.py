@@ -1,4 +1,4 @@
-"""T5's features and ids against transformers' own."""
+"""Text features and token ids equal those of transformers."""
 
 from __future__ import annotations
 
@@ -24,17 +24,17 @@ def folder(tmp_path_factory):
 
 
 @torch.no_grad()
-def alone(folder, dtype):
-    """transformers' features of each caption by itself, (tokens, dim) fp32."""
+def reference_features(folder, dtype):
+    """Return transformers' features (tokens, dim) fp32 of each caption, encoded individually."""
     tokenizer, model = AutoTokenizer.from_pretrained(folder), T5EncoderModel.from_pretrained(folder, dtype=dtype).eval()
     batches = [tokenizer([c], truncation=True, max_length=TOKENS, return_tensors="pt") for c in CAPTIONS]
     return [model(**batch).last_hidden_state[0].float() for batch in batches]
 
 
 @pytest.mark.parametrize(("dtype", "error"), [("float32", 1e-5), ("bfloat16", 3e-2), ("float16", 4e-3)])
-def test_features_are_transformers_own_of_each_caption_alone(folder, dtype, error):
+def test_features_equal_those_of_transformers_for_each_caption(folder, dtype, error):
     encoder = TextEncoder(str(folder), TOKENS, dtype=getattr(torch, dtype))
-    found, expected = encoder.encode(CAPTIONS), alone(folder, getattr(torch, dtype))
+    found, expected = encoder.encode(CAPTIONS), reference_features(folder, getattr(torch, dtype))
     assert encoder.dim == 64
     assert torch.equal(found[0], found[3])
     for feature, reference in zip(found, expected, strict=True):
@@ -43,7 +43,7 @@ def test_features_are_transformers_own_of_each_caption_alone(folder, dtype, erro
         assert (feature.half() - reference.half()).abs().max() <= max(error, 2e-3)
 
 
-def test_ids_are_the_tokenizers_cut_with_their_end_kept(folder):
+def test_ids_are_truncated_but_keep_the_end_token(folder):
     tokenizer = AutoTokenizer.from_pretrained(folder)
     found = TextEncoder(str(folder), TOKENS).tokenize(CAPTIONS)
     assert [ids.tolist() for ids in found] == [tokenizer(c, truncation=True, max_length=8).input_ids for c in CAPTIONS]
@@ -52,7 +52,7 @@ def test_ids_are_the_tokenizers_cut_with_their_end_kept(folder):
     assert {int(ids[-1]) for ids in found} == {tokenizer.eos_token_id}
 
 
-def test_equal_captions_run_once(folder):
+def test_identical_captions_are_encoded_once(folder):
     encoder, rows = TextEncoder(str(folder), TOKENS), []
     encoder.model.register_forward_pre_hook(
         lambda _, __, inputs: rows.append(len(inputs["input_ids"])), with_kwargs=True
@@ -61,6 +61,6 @@ def test_equal_captions_run_once(folder):
     assert rows == [3]
 
 
-def test_the_hash_is_of_the_weights_file(folder):
+def test_sha256_is_that_of_the_weight_file(folder):
     expected = hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()
     assert TextEncoder(str(folder), TOKENS).sha256 == expected

@@ -1,4 +1,4 @@
-"""T5's tokenizers: ids of the sentencepiece and tokenizers libraries, and which files are refused."""
+"""Token ids equal those of the sentencepiece and tokenizers libraries, and invalid tokenizer files are rejected."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from transformers import AutoTokenizer, T5Config, T5EncoderModel
 from data_prep.__main__ import main as data_prep
 from data_prep.tiny_t5 import build_tiny_t5
 from megatron_dit.data.text import TextEncoder
-from megatron_dit.errors import UserError
-from tests.data_prep.photos import noise, png, read_samples, write_tar
+from megatron_dit.runtime.errors import UserError
+from tests.helpers.image_tars import noise, png, read_samples, write_tar
 
 CAPTIONS = [
     "a red circle at the top left",
@@ -28,7 +28,7 @@ CAPTIONS = [
 
 @pytest.fixture(scope="module", params=["nmt_nfkc", "identity"])
 def spiece(request, tmp_path_factory):
-    """A folder of a T5 as Google publishes them: spiece.model and no tokenizer.json."""
+    """Make the folder of a T5 in Google's format, with spiece.model and without tokenizer.json."""
     folder = tmp_path_factory.mktemp("spiece")
     words = [f"a red circle number {i} at the top left of a blue square" for i in range(200)]
     SentencePieceTrainer.train(
@@ -41,19 +41,19 @@ def spiece(request, tmp_path_factory):
 
 
 def reference(folder, caption, most):
-    """Of the sentencepiece library, with T5's end token last."""
+    """Return the ids of the sentencepiece library, followed by T5's end token."""
     pieces = SentencePieceProcessor(model_file=str(folder / "spiece.model"))
     return [*pieces.encode(caption)[: most - 1], 1]
 
 
 @pytest.mark.parametrize("most", [8, 120])
-def test_ids_of_a_spiece_model_are_the_sentencepiece_librarys(spiece, most):
+def test_spiece_model_ids_equal_those_of_sentencepiece(spiece, most):
     found = TextEncoder(str(spiece), most).tokenize(CAPTIONS)
     assert [ids.tolist() for ids in found] == [reference(spiece, caption, most) for caption in CAPTIONS]
 
 
 @pytest.mark.parametrize("spiece", ["nmt_nfkc"], indirect=True)
-def test_encode_takes_such_a_folder(spiece, tmp_path):
+def test_encode_accepts_a_folder_with_a_spiece_model(spiece, tmp_path):
     source = write_tar(tmp_path / "a.tar", [{"png": png(noise(seed=0)), "txt": "a red circle at the top left"}])
     words = ["encode", source, str(tmp_path / "out"), "--size", "8", "--tokens", "9", "--text-encoder", str(spiece)]
     assert data_prep(words) == 0
@@ -61,18 +61,18 @@ def test_encode_takes_such_a_folder(spiece, tmp_path):
     assert sample["ids.npy"].tolist() == reference(spiece, "a red circle at the top left", 9)
 
 
-def test_ids_of_a_tokenizer_json_are_transformers(tmp_path):
+def test_tokenizer_json_ids_equal_those_of_transformers(tmp_path):
     build_tiny_t5(tmp_path, CAPTIONS, seed=0, max_tokens=6)
     tokenizer = AutoTokenizer.from_pretrained(tmp_path)
     expected = [tokenizer(caption, truncation=True, max_length=6).input_ids for caption in CAPTIONS]
-    # A program that pads may have saved that with the tokenizer.
+    # A program that uses padding may have saved that setting with the tokenizer.
     saved = Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
     saved.enable_padding(length=30)
     saved.save(str(tmp_path / "tokenizer.json"))
     assert [ids.tolist() for ids in TextEncoder(str(tmp_path), 6).tokenize(CAPTIONS)] == expected
 
 
-def test_half_a_surrogate_pair_does_not_end_the_encoding(spiece):
+def test_lone_surrogate_is_encoded_as_a_question_mark(spiece):
     found, expected = TextEncoder(str(spiece), 8).tokenize(["a red \ud800", "a red ?"])
     assert found.tolist() == expected.tolist()
 
@@ -83,22 +83,22 @@ def folder(tmp_path):
     return tmp_path
 
 
-def refused(folder, *parts):
-    with pytest.raises(UserError) as told:
+def assert_rejected(folder, *parts):
+    with pytest.raises(UserError) as caught:
         TextEncoder(str(folder), 8)
-    assert "\n" not in str(told.value)
+    assert "\n" not in str(caught.value)
     for part in parts:
-        assert part in str(told.value)
+        assert part in str(caught.value)
 
 
-def test_a_folder_without_a_tokenizer_is_refused(folder):
-    """transformers would make one up that knows no word."""
+def test_folder_without_a_tokenizer_is_rejected(folder):
+    """transformers would create a tokenizer with an empty vocabulary instead of raising an error."""
     (folder / "tokenizer.json").unlink()
-    refused(folder, f"text encoder {folder} has no tokenizer (tokenizer.json or spiece.model in {folder})")
+    assert_rejected(folder, f"text encoder {folder} has no tokenizer (tokenizer.json or spiece.model in {folder})")
 
 
 @pytest.mark.parametrize("name", ["tokenizer.json", "spiece.model"])
-def test_files_that_are_no_tokenizer_are_named(folder, name):
+def test_invalid_tokenizer_files_are_reported(folder, name):
     (folder / "tokenizer.json").unlink()
     for content, message in (
         (b"version https://git-lfs.github.com/spec/v1\noid", "is a Git LFS pointer"),
@@ -108,23 +108,25 @@ def test_files_that_are_no_tokenizer_are_named(folder, name):
         (b"\x0a\xff\xff\xff\xff", ""),
     ):
         (folder / name).write_bytes(content)
-        refused(folder, str(folder / name), message)
+        assert_rejected(folder, str(folder / name), message)
 
 
-def test_tokenizers_of_other_models_are_refused(folder):
+def test_tokenizers_of_other_models_are_rejected(folder):
     vocabulary = {"[UNK]": 0, "[CLS]": 1, "[SEP]": 2, "a": 3}
     other = Tokenizer(models.WordPiece(vocabulary, unk_token="[UNK]"))
     other.post_processor = processors.TemplateProcessing(
         single=["[CLS]", "$A", "[SEP]"], special_tokens=[("[CLS]", 1), ("[SEP]", 2)]
     )
     other.save(str(folder / "tokenizer.json"))
-    refused(folder, "encodes an empty caption as [1, 2], not as T5's end token 1")
+    assert_rejected(folder, "encodes an empty caption as [1, 2], expected T5's end token 1")
     build_tiny_t5(folder / "larger", ["a red circle of five words more"], seed=0)
     shutil.copy(folder / "larger" / "tokenizer.json", folder)
-    refused(folder, "has embeddings of 6 tokens, but", "has 10: give the tokenizer that belongs to it")
+    assert_rejected(
+        folder, "has embeddings of 6 tokens, but", "has 10 tokens; use the tokenizer that belongs to the encoder"
+    )
 
 
-def test_a_config_without_a_padding_id_is_fine(folder):
+def test_config_without_a_padding_id_is_accepted(folder):
     expected = TextEncoder(str(folder), 8).encode(["a red circle", "a"])
     path = folder / "config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "pad_token_id": None}))

@@ -1,4 +1,4 @@
-"""Hugging Face datasets on disk, against what was saved."""
+"""Saved Hugging Face datasets yield the images, captions and labels that were saved."""
 
 from __future__ import annotations
 
@@ -6,14 +6,14 @@ import numpy as np
 import pytest
 
 from data_prep.sources import Caption, Record, open_source
-from megatron_dit.errors import UserError
-from tests.data_prep.heap import photo, written
-from tests.data_prep.test_sources import kept, reasons, scan
+from megatron_dit.runtime.errors import UserError
+from tests.helpers.image_files import photo, written
+from tests.helpers.sources import kept, reasons, scan
 
 
 @pytest.fixture
 def saved(tmp_path):
-    """A dataset on disk: whole rows, then some without a picture, words or label."""
+    """Save a dataset with complete rows, followed by rows without an image, caption or label."""
     datasets = pytest.importorskip("datasets")
     png, jpeg = written(photo()), written(photo(), "JPEG")
     rows = {
@@ -36,7 +36,7 @@ def saved(tmp_path):
     return tmp_path / "saved", [png, jpeg]
 
 
-def test_a_saved_dataset_gives_undecoded_pictures_and_captions(saved):
+def test_saved_dataset_yields_undecoded_images_and_captions(saved):
     folder, pictures = saved
     source = open_source(str(folder))
     found = scan(source)
@@ -46,24 +46,24 @@ def test_a_saved_dataset_gives_undecoded_pictures_and_captions(saved):
     assert first.captions == (Caption("a bee", 1.0), Caption("an insect", 1.0))
     assert (second.label, second.meta) == (None, {"kind": 0, "id": "b", "score": 1})
     assert reasons(found) == {
-        "saved row 2": "no picture",
+        "saved row 2": "no image",
         "saved row 3": "no caption",
         "saved row 4": "empty file",
     }
 
 
-def test_a_saved_datasets_class_labels(saved):
+def test_saved_dataset_yields_class_labels(saved):
     source = open_source(str(saved[0]), num_classes=2)
     assert source.classes == ("water", "animal")
     found = [item for item, _ in source.scan(0)]
     assert [item.label for item in found if isinstance(item, Record)] == [1, 0, 1]
-    assert reasons(found) == {"saved row 2": "no picture", "saved row 4": "no class"}
-    with pytest.raises(UserError, match=r"3 classes: dataset .* has 2"):
+    assert reasons(found) == {"saved row 2": "no image", "saved row 4": "no class label"}
+    with pytest.raises(UserError, match=r"--num-classes 3 does not match dataset .* has 2 classes"):
         open_source(str(saved[0]), num_classes=3)
 
 
-def test_datasets_that_leave_a_choice_are_the_users_mistake(saved):
-    with pytest.raises(UserError, match="holds the splits train, test: give one of them"):
+def test_ambiguous_or_unreadable_datasets_are_rejected(saved):
+    with pytest.raises(UserError, match="contains the splits train, test; give one of them"):
         open_source(str(saved[0].with_name("splits")))
     with pytest.raises(UserError, match="has no column 'words', its columns are image, caption, kind"):
         open_source(str(saved[0]), caption_column="words")

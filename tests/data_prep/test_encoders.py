@@ -1,4 +1,4 @@
-"""What encode writes beside what diffusers and transformers give for the same pictures and captions."""
+"""``encode`` writes what diffusers and transformers compute for the same images and captions."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from transformers import AutoTokenizer, Dinov2Config, Dinov2Model, T5EncoderMode
 from data_prep.__main__ import main as data_prep
 from data_prep.tiny_t5 import build_tiny_t5
 from megatron_dit.data.vision import MEAN, STD
-from tests.data_prep.photos import noise, png, read_samples, write_tar
+from tests.helpers.image_tars import noise, png, read_samples, write_tar
 
-# Of the sizes of the buckets, so that the encoders see these very pixels.
+# These are the sizes of the buckets, so that the encoders receive exactly these pixels.
 SIDES = [(16, 16), (12, 24), (24, 12), (16, 16), (12, 24)]
 FP16 = {"rtol": 2**-10, "atol": 1e-5}
 TEXTS = [
@@ -29,7 +29,7 @@ TEXTS = [
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory):
-    """Folders of a tiny VAE with a shift, a tiny T5 and a tiny DINOv2, saved as real ones are."""
+    """Save a tiny VAE with a shift, a tiny T5 and a tiny DINOv2 in the format of published ones."""
     folder = tmp_path_factory.mktemp("models")
     torch.manual_seed(0)
     AutoencoderKL(
@@ -45,7 +45,7 @@ def models(tmp_path_factory):
 
 @pytest.fixture
 def encoded(models, tmp_path):
-    """Runs encode with more arguments; returns the index, the samples and the pixels."""
+    """Return a function that runs encode with additional arguments and returns the index, samples and pixels."""
     pictures = [noise(*side, seed=seed) for seed, side in enumerate(SIDES)]
     members = [
         {"png": png(picture), "json": {"captions": [{"text": text, "weight": weight} for text, weight in texts]}}
@@ -71,7 +71,7 @@ def posterior(models, picture):
     return ((found.mean[0] - 0.1) * 0.2).numpy(), (found.std[0] * 0.2).numpy()
 
 
-def test_latents_and_text_are_diffusers_and_transformers(models, encoded):
+def test_latents_and_text_equal_those_of_diffusers_and_transformers(models, encoded):
     index, samples, pictures = encoded()
     tokenizer = AutoTokenizer.from_pretrained(models / "t5")
     t5 = T5EncoderModel.from_pretrained(models / "t5").eval()
@@ -93,19 +93,21 @@ def test_latents_and_text_are_diffusers_and_transformers(models, encoded):
     assert (index.channels, index.text["dim"], index.text["dtype"]) == (4, 64, "fp32")
 
 
-def test_vision_features_are_transformers_in_every_bucket(models, encoded):
+def test_vision_features_equal_those_of_transformers_in_every_bucket(models, encoded):
     index, samples, pictures = encoded("--vision-encoder", str(models / "dino"))
     dino = Dinov2Model.from_pretrained(models / "dino").eval()
     for sample, picture in zip(samples, pictures, strict=True):
         x = (picture / 255 - np.array(MEAN)) / np.array(STD)
         x = torch.from_numpy(x.transpose(2, 0, 1)).float()[None]
         with torch.no_grad():
-            expected = dino(x).last_hidden_state[0, 1:]  # latent pixels / 2 are DINOv2's patches of 4 pixels
+            expected = dino(x).last_hidden_state[
+                0, 1:
+            ]  # two latent pixels per token correspond to DINOv2's patches of 4 pixels
         np.testing.assert_allclose(sample["features.npy"], expected, rtol=2**-9, atol=2e-3)
     assert (index.features["dim"], index.features["patch"]) == (24, 2)
 
 
-def test_ids_alone_in_half_precision(models, encoded):
+def test_token_ids_only_and_half_precision(models, encoded):
     index, samples, pictures = encoded("--text", "ids", "--dtype", "bf16")
     assert (index.text["features"], index.text["dtype"], index.codec["dtype"]) == (False, "bf16", "bf16")
     for sample, picture in zip(samples, pictures, strict=True):

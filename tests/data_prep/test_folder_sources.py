@@ -1,4 +1,4 @@
-"""Folders, class folders and tables, against what was written into them."""
+"""Folders, class folders and tables yield the images and captions that were written into them."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ import pytest
 
 from data_prep.sources import Caption, open_source
 from data_prep.sources.record import PER_UNIT
-from megatron_dit.errors import UserError
-from tests.data_prep.heap import photo, written
-from tests.data_prep.test_sources import kept, reasons, scan, scan_in_little_memory
+from megatron_dit.runtime.errors import UserError
+from tests.helpers.image_files import photo, written
+from tests.helpers.sources import kept, reasons, scan, scan_in_little_memory
 
 PNG = written(photo())
 
 
 @pytest.fixture
 def fill(tmp_path):
-    """Writes files by relative path; returns the folder."""
+    """Return a function that writes files, given by relative path, and returns the folder."""
 
     def write(files):
         for name, data in files.items():
@@ -35,7 +35,7 @@ def fill(tmp_path):
     return write
 
 
-def test_a_folder_is_searched_recursively_in_order(fill):
+def test_folder_is_searched_recursively_in_sorted_order(fill):
     files = {
         "b.JPG": PNG,
         "b.txt": b"bee",
@@ -52,7 +52,7 @@ def test_a_folder_is_searched_recursively_in_order(fill):
     assert (second.name, second.captions, second.meta["id"]) == ("cats/a.v2.png", (Caption("a cat", 1.0),), 7)
 
 
-def test_each_fault_of_a_folder_has_its_reason(fill):
+def test_each_fault_in_a_folder_has_its_own_reason(fill):
     files = {
         "a.jpg": PNG,
         "a.png": PNG,
@@ -79,13 +79,13 @@ def test_each_fault_of_a_folder_has_its_reason(fill):
         "c.png": "empty file",
         "d.png": "caption is not UTF-8",
         "e.png": "json is not valid",
-        "f": "no picture",
+        "f": "no image",
         "g.png": "file is missing",
         "h.png": "file is missing",
     }
 
 
-def test_links_are_followed_but_not_round_in_circles(fill, tmp_path):
+def test_links_are_followed_but_not_in_cycles(fill, tmp_path):
     folder = fill({"a/b/c.png": PNG, "a/b/c.txt": b"sea"})
     (folder / "a" / "b" / "up").symlink_to(folder)
     (tmp_path / "elsewhere").mkdir()
@@ -94,7 +94,7 @@ def test_links_are_followed_but_not_round_in_circles(fill, tmp_path):
     assert [item.name for item in scan(open_source(str(folder)))] == ["a/b/c.png", "link/d.png"]
 
 
-def test_links_that_lead_to_each_other_are_followed_once(fill):
+def test_links_to_each_other_are_followed_once(fill):
     folder = fill({"a/c.png": PNG, "a/c.txt": b"sea", "b/d.png": PNG, "b/d.txt": b"bee"})
     (folder / "a" / "other").symlink_to(folder / "b")
     (folder / "b" / "other").symlink_to(folder / "a")
@@ -102,7 +102,7 @@ def test_links_that_lead_to_each_other_are_followed_once(fill):
     assert names == ["a/c.png", "a/other/d.png", "b/d.png", "b/other/c.png"]
 
 
-def test_a_folder_that_cannot_be_read_is_no_empty_one(fill, monkeypatch):
+def test_unreadable_sub_folder_is_an_error(fill, monkeypatch):
     folder = fill({"a.png": PNG, "a.txt": b"a", "sub/b.png": PNG, "sub/b.txt": b"b"})
     scandir = os.scandir
 
@@ -116,7 +116,7 @@ def test_a_folder_that_cannot_be_read_is_no_empty_one(fill, monkeypatch):
         open_source(str(folder))
 
 
-def test_fifos_sockets_and_devices_do_not_hang_and_are_left_out(fill, tmp_path):
+def test_fifos_sockets_and_devices_are_rejected_without_blocking(fill, tmp_path):
     folder = fill({"a.png": PNG, "b.png": PNG, "d.png": PNG, "d.txt": b"d"})
     os.mkfifo(folder / "a.txt")
     os.mkfifo(folder / "c.png")
@@ -132,12 +132,12 @@ def test_fifos_sockets_and_devices_do_not_hang_and_are_left_out(fill, tmp_path):
     table.write_text("file,caption\nc.png,a fifo\nd.png,d\n")
     assert reasons(scan(open_source(str(folder), table=str(table)))) == {"t.csv row 0": "file is missing"}
     os.mkfifo(tmp_path / "f.csv")
-    with pytest.raises(UserError, match="expected a file"):
+    with pytest.raises(UserError, match="expected an existing"):
         open_source(str(folder), table=str(tmp_path / "f.csv"))
 
 
-def test_files_larger_than_the_limits_are_left_out_unread(fill):
-    """Most of each file is a hole, which takes no disk."""
+def test_files_larger_than_the_limits_are_rejected_unread(fill):
+    """The files are sparse, so they take no disk space."""
     folder = fill({f"{key}.png": PNG for key in "abcd"} | {"c.txt": b"sea", "d.txt": b"dee"})
     for name, size in (("a.txt", 100 * 2**20), ("b.json", 100 * 2**20), ("c.png", 2**40)):
         with (folder / name).open("wb") as file:
@@ -145,13 +145,13 @@ def test_files_larger_than_the_limits_are_left_out_unread(fill):
     found = scan_in_little_memory(open_source(str(folder)))
     assert list(kept(found)) == ["d.png"]
     assert reasons(found) == {
-        "a.png": "file of more than 1 MiB",
-        "b.png": "file of more than 1 MiB",
-        "c.png": "file of more than 512 MiB",
+        "a.png": "file larger than 1 MiB",
+        "b.png": "file larger than 1 MiB",
+        "c.png": "file larger than 512 MiB",
     }
 
 
-def test_names_of_any_letters_keep_their_own_captions(fill):
+def test_files_with_special_names_keep_their_own_captions(fill):
     names = [
         "a%20b",
         "data[1]",
@@ -171,12 +171,12 @@ def test_names_of_any_letters_keep_their_own_captions(fill):
     }
 
 
-def test_two_captions_of_one_name_are_not_chosen_from(fill):
+def test_image_with_two_caption_files_is_rejected(fill):
     found = scan(open_source(str(fill({"a.png": PNG, "a.txt": b"one", "a.TXT": b"two"}))))
-    assert reasons(found) == {"a.png": "two captions or json files of one name"}
+    assert reasons(found) == {"a.png": "two caption or json files with the same key"}
 
 
-def test_a_file_name_that_is_not_utf8_is_read(fill):
+def test_file_name_that_is_not_utf8_is_read(fill):
     folder = fill({})
     folder.mkdir()
     for kind, data in ((b"png", PNG), (b"txt", b"words")):
@@ -185,7 +185,7 @@ def test_a_file_name_that_is_not_utf8_is_read(fill):
     assert [item.name for item in scan(open_source(str(folder)))] == ["caf?.png"]
 
 
-def test_a_folder_is_cut_into_units(fill):
+def test_folder_is_divided_into_units(fill):
     count = 2 * PER_UNIT + 7
     files = {f"{i % 3}/{i:05d}.{kind}": b"x" for i in range(count) for kind in ("png", "txt")}
     source = open_source(str(fill(files)))
@@ -194,16 +194,16 @@ def test_a_folder_is_cut_into_units(fill):
     assert [name for unit in units for name in unit] == sorted(name for name in files if name.endswith("png"))
 
 
-def test_class_folders_give_labels(fill):
+def test_class_folders_provide_labels(fill):
     files = {"dog/x/1.png": PNG, "cat/1.png": PNG, "cat/1.txt": b"ignored", "stray.png": PNG, ".git/1.png": PNG}
     folder = fill(files)
     (folder / "bird").mkdir()
-    source = open_source(str(folder), classes=True)
+    source = open_source(str(folder), class_folders=True)
     found = scan(source)
     assert (source.kind, source.classes) == ("classes", ("bird", "cat", "dog"))
     assert {name: record.label for name, record in kept(found).items()} == {"cat/1.png": 1, "dog/x/1.png": 2}
     assert all(record.captions == () for record in kept(found).values())
-    assert reasons(found) == {"stray.png": "no class"}
+    assert reasons(found) == {"stray.png": "no class label"}
 
 
 ROWS = [("a.png", "a bee,\nor two", 3), ("sub/b.png", "“sea”", 4)]
@@ -211,7 +211,7 @@ ROWS = [("a.png", "a bee,\nor two", 3), ("sub/b.png", "“sea”", 4)]
 
 @pytest.fixture
 def table(fill, tmp_path):
-    """Writes ``ROWS`` as a table of some kind beside their pictures; returns both paths."""
+    """Return a function that writes ``ROWS`` as a table, and the images, and returns both paths."""
 
     def write(kind):
         path = tmp_path / f"words.{kind}"
@@ -232,7 +232,7 @@ def table(fill, tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["csv", "tsv", "jsonl", "parquet"])
-def test_a_table_names_files_and_captions(table, kind):
+def test_table_provides_files_and_captions(table, kind):
     folder, path = table(kind)
     source = open_source(folder, table=path)
     first, second = scan(source)
@@ -242,7 +242,7 @@ def test_a_table_names_files_and_captions(table, kind):
         assert (record.place, record.captions[0].text, int(record.meta["score"])) == ((file,), caption, score)
 
 
-def test_each_fault_of_a_table_has_its_reason(fill, tmp_path):
+def test_each_fault_in_a_table_has_its_own_reason(fill, tmp_path):
     folder = fill({"a.png": PNG, "empty.png": b""})
     rows = [
         {"picture": "a.png", "words": ["one", {"text": "two", "weight": 2}], "deep": {"x": [1]}},
@@ -269,22 +269,22 @@ def test_each_fault_of_a_table_has_its_reason(fill, tmp_path):
         "no caption",
         "file is missing",
         "file is missing",
-        "captions are not texts",
+        "captions are not strings",
         "json is not valid",
         "caption is not UTF-8",
     ]
 
 
-def test_a_csv_row_of_another_length_is_left_out(fill, tmp_path):
+def test_csv_row_with_a_wrong_number_of_cells_is_rejected(fill, tmp_path):
     folder = fill({"a.png": PNG})
     (tmp_path / "t.csv").write_text("file,caption\na.png,one\na.png,two,three\n\na.png,four\n")
     found = scan(open_source(str(folder), table=str(tmp_path / "t.csv")))
     assert list(kept(found)) == ["t.csv row 0", "t.csv row 2"]
-    assert reasons(found) == {"t.csv row 1": "row is not as long as the header"}
+    assert reasons(found) == {"t.csv row 1": "row length differs from the header"}
 
 
 @pytest.mark.parametrize("kind", ["csv", "jsonl", "parquet"])
-def test_a_table_is_read_from_any_unit_on(fill, tmp_path, kind):
+def test_table_units_can_be_read_in_any_order(fill, tmp_path, kind):
     folder = fill({"a.png": PNG})
     captions = [f"“{i}”\nline" for i in range(2 * PER_UNIT + 5)]
     path = tmp_path / f"t.{kind}"
@@ -310,52 +310,52 @@ def test_a_table_is_read_from_any_unit_on(fill, tmp_path, kind):
         (
             "t.csv",
             b"file,text\n",
-            "has no column 'caption', its columns are 'file', 'text': name one with --caption-column",
+            "has no column 'caption', its columns are 'file', 'text'; select one with --caption-column",
         ),
         ("t.csv", b"", "has no rows"),
         ("t.csv", b"file,caption\n", "has no rows"),
         (
             "t.csv",
             b"file;caption\na.png;a\n",
-            "its columns are 'file;caption'.*or separate them by ','",
+            "its columns are 'file;caption'.*or separate columns by ','",
         ),
         ("t.csv", b"File, Caption\na.png,a\n", "its columns are 'File', ' Caption'"),
-        ("t.csv", b"file,caption,caption\na.png,a,b\n", "has 2 columns 'caption': expected one"),
-        ("t.csv", b'file,"caption\na.png,a\n', "its first line, which names the columns, cannot be read"),
-        ("t.csv", "file,caption\na.png,a\n".encode("utf-16"), "is not UTF-8 text, but UTF-16"),
-        ("t.tsv", "file\tcaption\na.png\ta\n".encode("utf-16-be"), "is not UTF-8 text, but UTF-16"),
+        ("t.csv", b"file,caption,caption\na.png,a,b\n", "has 2 columns named 'caption', expected one"),
+        ("t.csv", b'file,"caption\na.png,a\n', "its first line, the column names, cannot be read"),
+        ("t.csv", "file,caption\na.png,a\n".encode("utf-16"), "is encoded in UTF-16 or UTF-32"),
+        ("t.tsv", "file\tcaption\na.png\ta\n".encode("utf-16-be"), "is encoded in UTF-16 or UTF-32"),
         ("t.jsonl", b'[{"file": "a.png", "caption": "a"}]', "none of its first 1 lines is a JSON object"),
         ("t.jsonl", b'{\n "file": "a.png",\n "caption": "a"\n}', "none of its first 4 lines is a JSON object"),
-        ("t.xls", b"", "expected a file .csv"),
+        ("t.xls", b"", "expected an existing .csv"),
         ("t.parquet", b"PAR1", "is not a readable parquet"),
-        ("t.csv", gzip.compress(b"file,caption\na.png,a\n"), "is a gzip archive, not a table of the format .csv"),
-        ("t.csv", b"<!DOCTYPE html><html></html>", "is a web page, not a table of the format .csv"),
-        ("t.csv", b"PAR1\0\0\0\0PAR1", "is a Parquet file, not a table of the format .csv"),
-        ("t.parquet", b"version https://git-lfs.github.com/spec/v1\n", "is a Git LFS pointer .*: run .git lfs pull"),
-        ("t.parquet", b"file,caption\na.png,a\n", "is plain text, not a table of the format .parquet"),
+        ("t.csv", gzip.compress(b"file,caption\na.png,a\n"), "is a gzip archive, not a .csv table"),
+        ("t.csv", b"<!DOCTYPE html><html></html>", "is a web page, not a .csv table"),
+        ("t.csv", b"PAR1\0\0\0\0PAR1", "is a Parquet file, not a .csv table"),
+        ("t.parquet", b"version https://git-lfs.github.com/spec/v1\n", "is a Git LFS pointer .*; run .git lfs pull"),
+        ("t.parquet", b"file,caption\na.png,a\n", "is plain text, not a .parquet table"),
         ("t.csv", b"PKG,caption\na.png,a\n", "has no column 'file', its columns are 'PKG', 'caption'"),
     ],
 )
-def test_what_is_no_table_is_the_users_mistake(fill, tmp_path, name, data, message):
+def test_invalid_table_is_a_one_line_error(fill, tmp_path, name, data, message):
     (tmp_path / name).write_bytes(data)
     with pytest.raises(UserError, match=message) as caught:
         open_source(str(fill({"a.png": PNG})), table=str(tmp_path / name))
     assert "\n" not in str(caught.value)
 
 
-def test_folders_without_pictures_are_the_users_mistake(fill, tmp_path):
+def test_folders_without_images_are_rejected(fill, tmp_path):
     folder = str(fill({"a.tar": b""}))
-    with pytest.raises(UserError, match="holds no picture"):
+    with pytest.raises(UserError, match="contains no image"):
         open_source(folder)
     with pytest.raises(UserError, match="no sub-folders"):
-        open_source(folder, classes=True)
-    with pytest.raises(UserError, match=r"labels come from class folders"):
+        open_source(folder, class_folders=True)
+    with pytest.raises(UserError, match=r"--num-classes 3 is for tars .* use --class-folders"):
         open_source(folder, num_classes=3)
-    with pytest.raises(UserError, match="either the table or the classes"):
-        open_source(folder, classes=True, table="t.csv")
+    with pytest.raises(UserError, match="cannot be combined with class folders"):
+        open_source(folder, class_folders=True, table="t.csv")
 
 
-def test_a_missing_library_names_the_extra(fill, tmp_path, monkeypatch):
+def test_missing_library_error_names_the_extra(fill, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "pyarrow.parquet", None)
     (tmp_path / "t.parquet").write_bytes(b"PAR1")
     with pytest.raises(UserError, match=r"pip install 'megatron_dit\[prep\]'"):

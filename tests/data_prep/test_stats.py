@@ -1,4 +1,4 @@
-"""stats against numpy on what was written."""
+"""``stats`` reports the same statistics as numpy computes from the written samples."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from diffusers import AutoencoderKL
 from PIL import Image
 
 from data_prep.__main__ import main as data_prep
-from megatron_dit.data.identity import weights_sha256
-from megatron_dit.data.shards import Index, write_index
+from megatron_dit.data.encoder_hash import weights_sha256
+from megatron_dit.data.index import Index, write_index
 from megatron_dit.data.tar import npy
-from tests.data.made import make_folder
+from tests.helpers.datasets import make_folder
 
 WIDE, TALL = (4, 8), (8, 4)
 
@@ -25,7 +25,7 @@ def latent(number, bucket):
 
 
 def captions(number):
-    """One or two captions, of one to 24 tokens."""
+    """Return the members of one or two captions of one to 24 tokens."""
     counts = [1 + number % 24] + ([2] if number % 3 == 0 else [])
     return {
         "captions.npy": npy(np.array([[count, 1.0] for count in counts])),
@@ -45,27 +45,27 @@ def folder(tmp_path_factory):
     return folder
 
 
-def test_figures_equal_numpys(folder, tmp_path, capsys):
+def test_statistics_equal_those_of_numpy(folder, tmp_path, capsys):
     assert data_prep(["stats", str(folder), "--out", str(tmp_path / "stats")]) == 0
-    figures = json.loads((tmp_path / "stats" / "stats.json").read_text())
+    results = json.loads((tmp_path / "stats" / "stats.json").read_text())
     values = np.concatenate(
         [latent(n, WIDE if n < 40 else TALL).astype(np.float64).reshape(3, -1) for n in range(60)], axis=1
     )
-    assert figures["latents"]["mean"] == pytest.approx(values.mean(1).tolist(), rel=1e-12)
-    assert figures["latents"]["std"] == pytest.approx(values.std(1).tolist(), rel=1e-12)
-    assert figures["buckets"] == {
-        "4 x 8": {"shards": 1, "samples": 40, "share": 40 / 60},
-        "8 x 4": {"shards": 1, "samples": 20, "share": 20 / 60},
+    assert results["latents"]["mean"] == pytest.approx(values.mean(1).tolist(), rel=1e-12)
+    assert results["latents"]["std"] == pytest.approx(values.std(1).tolist(), rel=1e-12)
+    assert results["buckets"] == {
+        "4 x 8": {"shards": 1, "samples": 40, "fraction": 40 / 60},
+        "8 x 4": {"shards": 1, "samples": 20, "fraction": 20 / 60},
     }
     lengths = np.array([count for n in range(60) for count in [1 + n % 24] + ([2] if n % 3 == 0 else [])])
-    found = figures["captions"]
+    found = results["captions"]
     assert found["mean"] == pytest.approx(lengths.mean())
     assert [found[q] for q in ("25%", "50%", "99%", "max")] == pytest.approx(
         np.quantile(lengths, [0.25, 0.5, 0.99, 1]).tolist()
     )
     assert found["cut"] == pytest.approx((lengths == 24).mean())
-    assert found["a_picture"] == pytest.approx(len(lengths) / 60)
-    assert figures["classes"] == [sum(n % 24 == label for n in range(60)) for label in range(24)]
+    assert found["per_image"] == pytest.approx(len(lengths) / 60)
+    assert results["classes"] == [sum(n % 24 == label for n in range(60)) for label in range(24)]
     for name in ("stats.png", "samples.png"):
         with Image.open(tmp_path / "stats" / name) as picture:
             assert picture.format == "PNG"
@@ -73,14 +73,14 @@ def test_figures_equal_numpys(folder, tmp_path, capsys):
     assert "4 x 8" in capsys.readouterr().out
 
 
-def test_a_subset_is_looked_at(folder, tmp_path):
+def test_samples_option_limits_the_number_of_samples(folder, tmp_path):
     assert data_prep(["stats", str(folder), "--samples", "10", "--out", str(tmp_path / "stats")]) == 0
-    figures = json.loads((tmp_path / "stats" / "stats.json").read_text())
-    assert (figures["samples"], figures["looked_at"], sum(figures["classes"])) == (60, 10, 10)
+    results = json.loads((tmp_path / "stats" / "stats.json").read_text())
+    assert (results["samples"], results["looked_at"], sum(results["classes"])) == (60, 10, 10)
 
 
-def test_a_vaes_scaling_factor_is_found(tmp_path):
-    """Raw latents of mean 3 and standard deviation 4, posteriors of 0.5: draws vary by sqrt(16.25)."""
+def test_shift_and_scaling_factor_of_a_vae_are_computed(tmp_path):
+    """Raw latents have mean 3 and std 4, posteriors std 0.5, so samples have a standard deviation of sqrt(16.25)."""
     torch.manual_seed(0)
     vae = AutoencoderKL(
         block_out_channels=(8,), norm_num_groups=4, latent_channels=3, scaling_factor=0.5, shift_factor=1.0
@@ -108,13 +108,13 @@ def test_a_vaes_scaling_factor_is_found(tmp_path):
     assert (tmp_path / "data" / "stats" / "samples.png").exists()
 
 
-def test_a_bad_sample_is_named(folder, tmp_path, capsys):
+def test_dataset_without_a_readable_sample_is_an_error(folder, tmp_path, capsys):
     make_folder(tmp_path / "bad", [(WIDE, 4)], members=lambda _: {"latent.npy": b"no array"})
     assert data_prep(["stats", str(tmp_path / "bad")]) == 2
-    assert "data_prep verify" in capsys.readouterr().err
+    assert "data_prep check" in capsys.readouterr().err
 
 
-def test_bad_samples_are_counted_and_the_others_looked_at(tmp_path, capsys):
+def test_unreadable_samples_are_counted_and_excluded(tmp_path, capsys):
     def members(number):
         bad = [{"latent.npy": b"no array"}, {"cls": "1" * 5000}, {"captions.npy": npy(np.zeros((1, 2)))}]
         return {"latent.npy": npy(latent(number, WIDE)), **(bad[number] if number < 3 else {})}
@@ -122,14 +122,14 @@ def test_bad_samples_are_counted_and_the_others_looked_at(tmp_path, capsys):
     make_folder(tmp_path / "data", [(WIDE, 5), (WIDE, 4)], members=members)
     (tmp_path / "data" / "00001.tar").unlink()
     assert data_prep(["stats", str(tmp_path / "data")]) == 0
-    figures = json.loads((tmp_path / "data" / "stats" / "stats.json").read_text())
-    assert (figures["samples"], figures["looked_at"], figures["unreadable"]) == (9, 2, 7)
+    results = json.loads((tmp_path / "data" / "stats" / "stats.json").read_text())
+    assert (results["samples"], results["looked_at"], results["unreadable"]) == (9, 2, 7)
     values = np.concatenate([latent(n, WIDE).astype(np.float64).reshape(3, -1) for n in (3, 4)], axis=1)
-    assert figures["latents"]["mean"] == pytest.approx(values.mean(1).tolist(), rel=1e-12)
-    assert "7 samples cannot be read, such as: 00000.tar/000000" in capsys.readouterr().out
+    assert results["latents"]["mean"] == pytest.approx(values.mean(1).tolist(), rel=1e-12)
+    assert "7 samples cannot be read, for example: 00000.tar/000000" in capsys.readouterr().out
 
 
-def test_an_index_without_text_may_have_shards_with_captions(tmp_path):
+def test_captions_are_ignored_if_the_index_has_no_text(tmp_path):
     make_folder(tmp_path / "data", [((4, 4), 2)], text={})
     assert data_prep(["stats", str(tmp_path / "data")]) == 0
     assert "captions" not in json.loads((tmp_path / "data" / "stats" / "stats.json").read_text())

@@ -1,3 +1,5 @@
+"""The tiny T5 has one token per word, and features that distinguish captions and the order of their words."""
+
 from __future__ import annotations
 
 from pathlib import Path
@@ -21,14 +23,14 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @torch.no_grad()
 def features(folder: Path, captions: list[str]) -> torch.Tensor:
-    """(captions, 24, 64) features with zeros at the padding."""
+    """Return (captions, 24, 64) features, with zeros for padding."""
     tokens = AutoTokenizer.from_pretrained(folder)(captions, padding="max_length", truncation=True, return_tensors="pt")
     encoder = T5EncoderModel.from_pretrained(folder).eval()
     mask = tokens.attention_mask
     return encoder(tokens.input_ids, attention_mask=mask).last_hidden_state * mask[..., None]
 
 
-def test_tokens_are_words_and_an_end(folder: Path) -> None:
+def test_tokens_are_words_followed_by_an_end_token(folder: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(folder)
     assert (tokenizer.pad_token_id, tokenizer.eos_token_id, tokenizer.unk_token_id) == (0, 1, 2)
     assert len(tokenizer) == 3 + len(vocabulary())
@@ -44,12 +46,12 @@ def test_tokens_are_words_and_an_end(folder: Path) -> None:
     assert len(tokenizer("red " * 40, truncation=True).input_ids) == 24
 
 
-def test_encoder_fits_the_tokenizer(folder: Path) -> None:
+def test_encoder_matches_the_tokenizer(folder: Path) -> None:
     config = T5EncoderModel.from_pretrained(folder).config
     assert (config.vocab_size, config.d_model, config.num_layers) == (3 + len(vocabulary()), 64, 1)
 
 
-def test_features_are_distinct_and_of_unit_scale(folder: Path) -> None:
+def test_features_are_distinct_and_have_unit_scale(folder: Path) -> None:
     captions = held_out_captions(300, seed=1)
     found = features(folder, captions)
     scale = found[found.abs().sum(-1) > 0].pow(2).mean().sqrt()
@@ -58,7 +60,7 @@ def test_features_are_distinct_and_of_unit_scale(folder: Path) -> None:
     assert apart.min() > 1.0
 
 
-def test_features_tell_the_order(folder: Path) -> None:
+def test_features_depend_on_word_order(folder: Path) -> None:
     one, other = features(
         folder,
         [
@@ -66,10 +68,10 @@ def test_features_tell_the_order(folder: Path) -> None:
             "a blue circle at the top left and a red square at the top right",
         ],
     )
-    # Every word that stays has a changed neighbour within reach only near the two colours.
+    # Only tokens near the two colours have a changed word among the neighbours they attend to.
     assert (one[2] - other[2]).pow(2).mean().sqrt() > 0.1
     assert (one[10] - other[10]).pow(2).mean().sqrt() > 0.1
-    # The same words elsewhere differ by a head's whole neighbour, so order is not lost to any set of tokens.
+    # Each head encodes one neighbour, so even the sum over all tokens depends on the order of the words.
     pooled = features(folder, ["red circle and blue square", "blue circle and red square"]).sum(1)
     assert (pooled[0] - pooled[1]).pow(2).mean().sqrt() > 0.1
 
@@ -84,7 +86,7 @@ def test_padding_does_not_change_features(folder: Path) -> None:
     torch.testing.assert_close(padded[: len(bare)], bare)
 
 
-def test_same_seed_same_bytes(folder: Path, tmp_path: Path) -> None:
+def test_same_seed_gives_identical_files(folder: Path, tmp_path: Path) -> None:
     before = torch.random.get_rng_state()
     build_tiny_t5(tmp_path / "same", CAPTIONS, seed=0)
     build_tiny_t5(tmp_path / "other", CAPTIONS, seed=1)
@@ -95,10 +97,10 @@ def test_same_seed_same_bytes(folder: Path, tmp_path: Path) -> None:
     assert other != files["model.safetensors"]
 
 
-def test_sizes_are_arguments(tmp_path: Path) -> None:
+def test_sizes_are_configurable(tmp_path: Path) -> None:
     build_tiny_t5(tmp_path, ["some words"], seed=3, d_model=32, layers=2, max_tokens=8)
     tokens = AutoTokenizer.from_pretrained(tmp_path)("some words", padding="max_length", return_tensors="pt")
     encoder = T5EncoderModel.from_pretrained(tmp_path)
     assert encoder(**tokens).last_hidden_state.shape == (1, 8, 32)
-    with pytest.raises(ValueError, match="no word"):
+    with pytest.raises(ValueError, match="contain no words"):
         build_tiny_t5(tmp_path, [" "], seed=0)

@@ -1,6 +1,6 @@
-"""Checkpoints and training steps that the original projects' own code computed, on tiny models in fp32.
+"""Comparison with checkpoints and training steps computed by the original projects' code, for tiny models in fp32.
 
-``pixart-mup-n2`` is PixArt-α-μP at twice its base width, ``uvit`` is Bao's U-ViT with labels. Each folder holds the
+``pixart-mup-n2`` is PixArt-α-μP at twice its base width, ``uvit`` is baofff/U-ViT with labels. Each folder contains the
 checkpoint, inputs with their outputs, and training steps with their batches, timesteps and noise.
 """
 
@@ -15,26 +15,25 @@ from safetensors.torch import load_file
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from checkpoints_tools.__main__ import main
-from checkpoints_tools.convert.published.uvit import rename as rename_uvit
 from megatron_dit.checkpoint.load import open_checkpoint, restore
 from megatron_dit.config import load_config
 from megatron_dit.data.batch import Batch
-from megatron_dit.engine import Engine
-from megatron_dit.models import build_unsharded
-from megatron_dit.models.condition import Condition
-from megatron_dit.mup.authors import rename as rename_pixart
+from megatron_dit.models.build import build_unsharded
+from megatron_dit.models.common.condition import Condition
+from megatron_dit.models.param_specs import param_specs
+from megatron_dit.models.registry import formats
 from megatron_dit.mup.groups import optimizer_groups
-from megatron_dit.mup.shapes import describe
 from megatron_dit.parallel.topology import build_topology, connect
-from tests.checkpoints_tools.made import convert, our_model
+from megatron_dit.training.engine import Engine
+from tests.helpers.conversion import convert, our_model
 
 FOLDER = Path(__file__).parent
 PIXART, UVIT = FOLDER / "pixart-mup-n2", FOLDER / "uvit"
 CHECKPOINT = PIXART / "epoch_5_step_100.pth"
 BASES = {
-    "heads": ["--set", "model.heads=2", "mup.base_heads=1"],
-    "file": ["--base-shapes", PIXART / "base.bsh", "--set", "model.heads=2"],
-    "groups": ["--set", "model.heads=2"],  # the optimizer's groups in the checkpoint tell the ratio
+    "heads": ["model.heads=2", "mup.base_heads=1"],
+    "file": ["--base-shapes", PIXART / "base.bsh", "model.heads=2"],
+    "groups": ["model.heads=2"],  # the ratio follows from the optimizer's groups in the checkpoint
 }
 
 
@@ -50,36 +49,36 @@ def pixart(request, tmp_path_factory):
 
 
 @torch.no_grad()
-def test_pixart_mup_gives_the_originals_output(pixart):
+def test_pixart_mup_output_equals_the_original(pixart):
     io = load_file(PIXART / "io.safetensors")
 
     def output(ema, mask):
         condition = Condition(io["dropped"].bool(), io["text"], io[mask].bool())
         return our_model(pixart, ema=ema)(io["x"], io["t"], condition)
 
-    # Under "mask" a dropped caption attends to every null token, under the other to as many as it had itself.
+    # With "mask" a dropped caption attends to all null tokens, with the other mask to as many as it has tokens itself.
     assert relative(output(False, "mask"), io["output_raw"]) <= 1e-6
     assert relative(output(True, "mask"), io["output_ema"]) <= 1e-6
     own = io["output_raw_captions_own_mask"]
     assert relative(output(False, "mask_of_the_captions"), own) <= 1e-6
 
 
-def test_pixart_mup_has_the_originals_groups(pixart):
+def test_pixart_mup_optimizer_groups_equal_the_original(pixart):
     config = load_config(pixart / "config.yaml")
-    params = describe(build_unsharded, config)
+    params = param_specs(config)
     groups = optimizer_groups(build_unsharded(config.model).named_parameters(), params, config.optimizer)
     found = {name: [group["lr"], group["weight_decay"]] for group in groups for name in group["names"]}
-    assert found.pop("null_caption.table") == [0, 0]  # a buffer of theirs, which no group has
+    assert found.pop("null_caption.table") == [0, 0]  # a buffer in the original, so in no group
     expected = json.loads((PIXART / "groups.json").read_text())["groups"]
-    assert found == {rename_pixart(name, "pixart"): group for name, group in expected.items()}
+    assert found == {formats()["pixart"].rename(name, config.model): group for name, group in expected.items()}
 
 
-def test_the_checkpoint_fills_the_config(pixart):
+def test_config_values_are_read_from_the_checkpoint(pixart):
     config = load_config(pixart / "config.yaml")
     optimizer = config.optimizer
     assert (optimizer.lr, optimizer.weight_decay, optimizer.eps) == (2**-10, 0.03, 1e-10)
     assert (optimizer.beta1, optimizer.beta2) == (0.9, 0.999)
-    assert (config.mup.init, config.mup.output_multiplier, config.mup.base_heads) == ("pixart-mup", 1.0, 1)
+    assert (config.init.preset, config.mup.output_multiplier, config.mup.base_heads) == ("pixart-mup", 1.0, 1)
     assert (config.model.text_tokens, config.model.train_null_caption) == (12, False)
     assert config.objective.normal_cdf == "tanh"
     assert open_checkpoint(pixart).manifest["multipliers"] == {"head.linear.weight": 0.5}
@@ -95,15 +94,15 @@ def engine_of(run, *overrides):
 
 
 def held(engine, key, name):
-    return engine.view(engine.masters.shards[name], key)
+    return engine.state_slice(engine.masters.shards[name], key)
 
 
 @pytest.mark.parametrize("stream", ["nodrop", "drop_ownmask"])
-def test_pixart_mup_trains_as_the_original(pixart, stream):
-    """Five steps with warm-up off; the original's attention is unfused, and so is ours here.
+def test_pixart_mup_training_steps_equal_the_original(pixart, stream):
+    """Compare five steps without warm-up. Attention is unfused, as in the original.
 
-    Adam's eps is 1e-10, so that gradients of rounding size move weights by whole steps: those of the keys' biases are
-    zero but for rounding, since attention is invariant to them.
+    Adam's eps is 1e-10, so even gradients of the size of rounding errors change weights by full steps. This concerns
+    the biases of the keys: attention is invariant to them, so their gradients are zero except for rounding.
     """
     batches = load_file(PIXART / f"{stream}_stream.safetensors")
     engine = engine_of(pixart, "optimizer.grad_clip=0.01")
@@ -121,7 +120,7 @@ def test_pixart_mup_trains_as_the_original(pixart, stream):
     expected = load_file(PIXART / f"{stream}_step5.safetensors")
     for key, prefix, weights in (("master", "raw", start["state_dict"]), ("ema", "ema", start["state_dict_ema"])):
         for name, before in weights.items():
-            ours = rename_pixart(name, "pixart")
+            ours = formats()["pixart"].rename(name, engine.config.model)
             if ours is None:
                 continue
             after = expected[f"{prefix}/{name}"]
@@ -143,24 +142,24 @@ def refused(tmp_path, capsys, form, *words):
     return line
 
 
-def test_a_mup_file_is_refused_as_plain_pixart(tmp_path, capsys):
-    line = refused(tmp_path, capsys, "pixart", "--set", "model.heads=2")
-    assert "trained under μP, by the learning rates 0.000488281 and 0.000976562 of its optimizer" in line
+def test_importing_a_mup_file_as_pixart_is_rejected(tmp_path, capsys):
+    line = refused(tmp_path, capsys, "pixart", "model.heads=2")
+    assert "trained under μP: its optimizer has the learning rates 0.000488281 and 0.000976562" in line
     assert "import it with --from pixart-mup" in line
 
 
-def test_another_base_width_than_the_groups_tell_is_refused(tmp_path, capsys):
-    line = refused(tmp_path, capsys, "pixart-mup", "--set", "model.heads=8", "mup.base_heads=1")
-    assert "its width is 2 times the base width, but here it is 8 times" in line
+def test_a_base_width_that_contradicts_the_optimizer_groups_is_rejected(tmp_path, capsys):
+    line = refused(tmp_path, capsys, "pixart-mup", "model.heads=8", "mup.base_heads=1")
+    assert "its width is 2 times the base width, but the given base width makes it 8 times" in line
 
 
-def test_a_file_of_another_architecture_is_called_so_before_its_parametrization(tmp_path, capsys):
-    line = refused(tmp_path, capsys, "dit", "--set", "model.heads=2")
-    assert "it is of another format than --from says" in line
+def test_a_file_of_another_architecture_is_rejected_before_its_parametrization_is_checked(tmp_path, capsys):
+    line = refused(tmp_path, capsys, "dit", "model.heads=2")
+    assert "give --from the format of the file" in line
 
 
 @pytest.mark.parametrize(
-    ("change", "told"),
+    ("change", "valid"),
     [
         ({"initial_lr": float("nan")}, False),
         ({"initial_lr": -1.0}, False),
@@ -171,30 +170,30 @@ def test_a_file_of_another_architecture_is_called_so_before_its_parametrization(
         ({"lr": torch.tensor(1e-3), "initial_lr": torch.tensor(1e-3)}, True),
     ],
 )
-def test_groups_that_are_not_adamws_fill_nothing(tmp_path, capsys, change, told):
+def test_invalid_adamw_groups_are_not_used(tmp_path, capsys, change, valid):
     state = torch.load(CHECKPOINT, weights_only=True)
     for group in state["optimizer"]["param_groups"]:
         group.update(change)
     torch.save(state, tmp_path / "x.pth")
-    base = "mup.base_heads=2" if told else "mup.base_heads=1"  # one learning rate for all: n = 1
-    convert(tmp_path / "x.pth", tmp_path / "run", "--from", "pixart-mup", "--set", "model.heads=2", base)
-    assert ("are not valid ones of AdamW" in capsys.readouterr().out) != told
+    base = "mup.base_heads=2" if valid else "mup.base_heads=1"  # one learning rate for all: n = 1
+    convert(tmp_path / "x.pth", tmp_path / "run", "--from", "pixart-mup", "model.heads=2", base)
+    assert ("are not valid AdamW groups" in capsys.readouterr().out) != valid
     lr = load_config(tmp_path / "run" / "config.yaml").optimizer.lr
-    assert lr == pytest.approx(1e-3 if told else 1e-4)  # the import's own default
+    assert lr == pytest.approx(1e-3 if valid else 1e-4)  # 1e-4 is the import's default
 
 
 @pytest.fixture(scope="module")
 def uvit(tmp_path_factory):
     run = tmp_path_factory.mktemp("uvit") / "run"
     recipe = ["optimizer.lr=2e-4", "optimizer.weight_decay=0.03", "optimizer.beta1=0.99", "optimizer.beta2=0.99"]
-    convert(UVIT / "nnet.pth", run, "--from", "uvit", "--set", "model.heads=2", *recipe)
+    convert(UVIT / "nnet.pth", run, "--from", "uvit", "model.heads=2", *recipe)
     return run
 
 
-def test_uvit_gives_the_originals_output_loss_gradients_and_step(uvit):
+def test_uvit_output_loss_gradients_and_step_equal_the_original(uvit):
     step = load_file(UVIT / "step.safetensors")
     condition = Condition(step["dropped"].bool(), label=step["label"])
-    with torch.no_grad():  # the original's timesteps n are 1 to 1000, where ours are 0 to 999
+    with torch.no_grad():  # the original's timesteps n are 1 to 1000, ours are 0 to 999
         out = our_model(uvit)(step["x_n"], step["n"] - 1, condition)
     assert relative(out, step["output"]) <= 1e-5
     squares = (out - step["noise"]).square().flatten(1).mean(1)
@@ -215,10 +214,10 @@ def test_uvit_gives_the_originals_output_loss_gradients_and_step(uvit):
     assert metrics.loss == pytest.approx(float(step["loss_per_sample"].double().mean()), rel=1e-6)
     before = torch.load(UVIT / "nnet.pth", weights_only=True)
     for name, weights in before.items():
-        ours = rename_uvit(name, engine.config.model)
+        ours = formats()["uvit"].rename(name, engine.config.model)
         gradient, after = (step[f"{key}/{name}"] for key in ("grad", "after"))
         found = held(engine, "master", ours).view_as(after)
-        if ours == "positions":  # the label's token is the first there and the second here
+        if ours == "positions":  # the label's token is the first in the original and the second in our model
             gradient, after, weights = (
                 value[:, [1, 0, *range(2, value.shape[1])]] for value in (gradient, after, weights)
             )

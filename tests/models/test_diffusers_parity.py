@@ -1,4 +1,4 @@
-"""Forward and every parameter gradient against diffusers, with mapped random weights, fp32, <= 1e-5 relative."""
+"""Outputs and all parameter gradients equal diffusers' to 1e-5 (relative, fp32) with mapped random weights."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ import torch
 from diffusers import DiTTransformer2DModel, PixArtTransformer2DModel, SD3Transformer2DModel
 
 from megatron_dit.config import ModelConfig
-from megatron_dit.models import build_unsharded
-from megatron_dit.models.condition import Condition
+from megatron_dit.models.build import build_unsharded
+from megatron_dit.models.common.condition import Condition
 from megatron_dit.parallel.topology import connect
-from tests.models import diffusers_weights, plain_uvit
+from tests.helpers import diffusers_weights, plain_uvit
 
 TOLERANCE = 1e-5
 
@@ -28,19 +28,19 @@ def randomise(model, seed):
 
 
 def compare(ours, theirs, weights, our_out, their_out):
-    """Outputs, then the gradients of a random linear functional of the outputs, under diffusers' names."""
+    """Compare outputs and gradients of a random linear functional of them; return the unmapped parameters."""
     assert relative(our_out, their_out) <= TOLERANCE
     direction = torch.randn(our_out.shape, generator=torch.Generator().manual_seed(7))
     (our_out * direction).sum().backward()
     (their_out * direction).sum().backward()
-    # The map is linear and only splits, swaps and reshapes, so it carries gradients as it does weights.
+    # The map only splits, swaps and reshapes, so it applies to gradients as it does to weights.
     gradients = weights({name: p.grad for name, p in ours.named_parameters()}, ours.config)
     their_params = dict(theirs.named_parameters())
     assert set(gradients) <= set(their_params)
     for name, gradient in gradients.items():
         expected = their_params[name].grad
-        # softmax ignores a constant added to all keys, so without QK-norm the key bias has no gradient but
-        # rounding: it is measured against the value bias's.
+        # softmax ignores a constant added to all keys, so without QK-norm the gradient of the key bias is only
+        # rounding error, which is compared with the gradient of the value bias.
         key_bias = name.endswith("to_k.bias")
         scale = their_params[name.replace("to_k", "to_v")].grad if key_bias else expected
         assert (gradient - expected).norm() <= TOLERANCE * scale.norm(), name
@@ -107,8 +107,8 @@ def test_mmdit_zeroes_masked_and_dropped_text():
 def test_pixart_equals_diffusers(height, width, masked):
     connect()
     config = ModelConfig(
-        arch="pixart", depth=3, heads=4, head_dim=8, patch_size=2, in_channels=4, sample_size=8, text_dim=12,
-        text_tokens=5, interpolation_scale=2.0, train_null_caption=masked,
+        arch="pixart", learn_sigma=True, depth=3, heads=4, head_dim=8, patch_size=2, in_channels=4, sample_size=8,
+        text_dim=12, text_tokens=5, interpolation_scale=2.0, train_null_caption=masked,
     )  # fmt: skip
     ours = build_unsharded(config)
     randomise(ours, seed=1)
@@ -126,7 +126,7 @@ def test_pixart_equals_diffusers(height, width, masked):
     if masked:
         mask[0, 2:] = False
         mask[2, 3:] = False
-    # The third image's caption is dropped: diffusers gets the null caption in its place, under the caption's mask.
+    # The third image's caption is dropped: diffusers receives the null caption instead, with the caption's mask.
     dropped = torch.tensor([False, False, True])
     their_text = torch.where(dropped[:, None, None], state["null_caption.table"], text)
     our_out = ours(x, t, Condition(dropped, text, mask))
@@ -139,7 +139,8 @@ def test_pixart_equals_diffusers(height, width, masked):
 def test_dit_equals_diffusers():
     connect()
     config = ModelConfig(
-        arch="dit", depth=3, heads=4, head_dim=8, patch_size=2, in_channels=4, sample_size=8, num_classes=10,
+        arch="dit", learn_sigma=True, depth=3, heads=4, head_dim=8, patch_size=2, in_channels=4, sample_size=8,
+        num_classes=10,
     )  # fmt: skip
     ours = build_unsharded(config)
     randomise(ours, seed=1)
@@ -148,8 +149,8 @@ def test_dit_equals_diffusers():
         patch_size=2, num_embeds_ada_norm=10, norm_eps=1e-6,
     ).eval()  # fmt: skip
     for block in theirs.transformer_blocks:
-        block.norm1.emb.time_proj.downscale_freq_shift = 0  # the original's; diffusers hard-codes 1
-    # diffusers repeats the embedders in every block: the head's come from the first, so tie them all.
+        block.norm1.emb.time_proj.downscale_freq_shift = 0  # as in the original; diffusers hard-codes 1
+    # diffusers repeats the embedders in every block and its head uses the first block's, so tie them all.
     for block in theirs.transformer_blocks[1:]:
         block.norm1.emb = theirs.transformer_blocks[0].norm1.emb
     state = {name: value.detach() for name, value in ours.named_parameters()}
@@ -190,7 +191,7 @@ def test_uvit_equals_plain_pytorch(kind):
 
 
 @pytest.mark.parametrize("arch", ["mmdit", "pixart"])
-def test_intermediates_come_back_by_name(arch):
+def test_taps_receive_intermediates_by_name(arch):
     connect()
     config = ModelConfig(
         arch=arch, depth=2, heads=2, head_dim=8, patch_size=2, in_channels=4, sample_size=8, text_dim=12, text_tokens=5,
@@ -198,12 +199,12 @@ def test_intermediates_come_back_by_name(arch):
     model = build_unsharded(config)
     randomise(model, seed=2)
     x, t, text = inputs(config, 2, 8, 8)
-    taps = {}
+    intermediates = {}
     keep, mask = torch.zeros(2, dtype=torch.bool), torch.ones(2, 5, dtype=torch.bool)
     condition = Condition(keep, text, mask)
-    out = model(x, t, condition, taps)
-    assert torch.equal(taps["output"], out[:, : config.in_channels])  # of a learned variance, ε alone
-    assert taps["image"].shape == (16, 2, 16)
-    blocks = [name for name in taps if name.startswith("blocks.")]
+    out = model(x, t, condition, intermediates)
+    assert torch.equal(intermediates["output"], out[:, : config.in_channels])  # only ε, without the learned variance
+    assert intermediates["image"].shape == (16, 2, 16)
+    blocks = [name for name in intermediates if name.startswith("blocks.")]
     assert len(blocks) == (4 if arch == "mmdit" else 2)
     assert torch.equal(out, model(x, t, condition))

@@ -1,4 +1,4 @@
-"""PixArt-α's null caption keeps its initial values in every layout, unless a key trains it."""
+"""PixArt-α's null caption keeps its initial values in every layout, unless ``model.train_null_caption`` is set."""
 
 from __future__ import annotations
 
@@ -6,15 +6,15 @@ import pytest
 
 from megatron_dit.data.stream import batches, read_data
 from megatron_dit.parallel.topology import build_topology
-from tests.configs import small
+from tests.helpers.configs import small
 
 NAME = "null_caption.table"
 STEPS = 3
 
 
 def train(data, overrides):
-    """Initial and final values of this rank's part of the null caption; runs in the pool's ranks."""
-    from megatron_dit.engine import Engine
+    """Return initial and final values of this rank's part of the null caption. Runs in the pool's ranks."""
+    from megatron_dit.training.engine import Engine
 
     options = {"data.path": str(data), "data.caption_dropout": 0.5, "train.steps": STEPS, **overrides}
     config = small("pixart", **options)
@@ -22,7 +22,7 @@ def train(data, overrides):
     engine = Engine(config, topology)
     engine.initialise()
     shard = engine.masters.shards.get(NAME)
-    parts = {} if shard is None else {key: engine.view(shard, key) for key in ("master", "ema", "exp_avg_sq")}
+    parts = {} if shard is None else {key: engine.state_slice(shard, key) for key in ("master", "ema", "exp_avg_sq")}
     before = {key: value.clone() for key, value in parts.items()}
     for batch in batches(read_data(config.data), config, 0, topology.data_rank, topology.data_size):
         engine.train_step(batch)
@@ -42,7 +42,7 @@ def train(data, overrides):
     ],
     ids=["one", "zero1", "zero2", "zero3", "tp2-sp", "pp2", "bf16"],
 )
-def test_the_null_caption_is_neither_trained_nor_decayed(pool, dataset, ranks, overrides):
+def test_null_caption_is_neither_trained_nor_decayed_by_default(pool, dataset, ranks, overrides):
     held = 0
     for before, after in pool.run(ranks, train, dataset, {"optimizer.weight_decay": 0.1, **overrides}):
         held += sum(value.size for value in before.values())
@@ -52,14 +52,14 @@ def test_the_null_caption_is_neither_trained_nor_decayed(pool, dataset, ranks, o
     assert held >= 3 * 24 * 64
 
 
-def test_a_key_trains_the_null_caption(pool, dataset):
+def test_train_null_caption_trains_the_null_caption(pool, dataset):
     before, after = pool.run(1, train, dataset, {"model.train_null_caption": True})[0]
     assert (before["master"] != after["master"]).any()
     assert after["exp_avg_sq"].any()
 
 
-def test_another_architecture_has_no_null_caption_to_train():
-    from megatron_dit.errors import UserError
+def test_train_null_caption_is_refused_for_other_architectures():
+    from megatron_dit.runtime.errors import UserError
 
-    with pytest.raises(UserError, match=r"model\.train_null_caption=true: mmdit has no null caption"):
+    with pytest.raises(UserError, match=r"model\.train_null_caption=True: mmdit has no such option"):
         small("mmdit", **{"model.train_null_caption": True})

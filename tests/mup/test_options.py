@@ -1,4 +1,4 @@
-"""μP's options: initial values against the package ``mup``, decay, attention's scale, and μP at the base width."""
+"""μP options: initial values compared with the ``mup`` package, weight decay, attention scale, and μP at base width."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ import torch
 
 from megatron_dit.cli import run
 from megatron_dit.config import ModelConfig
-from megatron_dit.models import build_unsharded
-from megatron_dit.mup.init import initial_value
-from megatron_dit.mup.shapes import describe
-from tests.configs import ARCHITECTURES, small
+from megatron_dit.models.build import build_unsharded
+from megatron_dit.models.param_specs import param_specs
+from megatron_dit.mup.initial_values import initial_value
+from tests.helpers.configs import ARCHITECTURES, small
 
 
 def package_tensor(param, base_heads, config):
-    """A tensor with the infinite dimensions that the package finds for ``param``."""
+    """Return a tensor with the infinite dimensions that the package determines for ``param``."""
     models = [build_unsharded(replace(config.model, heads=h)) for h in (config.model.heads, base_heads, 2 * base_heads)]
     mup.set_base_shapes(models[0], models[1], delta=models[2], rescale_params=False, do_assert=False)
     return dict(models[0].named_parameters())[param.name]
@@ -40,14 +40,14 @@ def package_tensor(param, base_heads, config):
         ("pixart", "pixart-mup", "text_embed.fc2.weight", lambda p: mup.init.normal_(p, std=0.02)),
     ],
 )
-def test_presets_equal_the_packages_init(arch, preset, name, fill):
-    config = small(arch, heads=8, base_heads=2, **{"mup.init": preset})
-    param = describe(build_unsharded, config)[name]
+def test_presets_equal_the_initialization_of_mup(arch, preset, name, fill):
+    config = small(arch, heads=8, base_heads=2, **{"init.preset": preset})
+    param = param_specs(config)[name]
     theirs = package_tensor(param, 2, config)
     torch.manual_seed(0)
     fill(theirs)
     ours = initial_value(param, seed=0)
-    error = 5 / math.sqrt(2 * ours.numel())  # five standard errors of a standard deviation
+    error = 5 / math.sqrt(2 * ours.numel())  # five standard errors of the standard deviation
     assert float(ours.std()) == pytest.approx(float(theirs.std()), rel=2 * error)
     assert float(ours.std()) == pytest.approx(param.init_std, rel=error)
     kurtosis = float((ours / ours.std()).pow(4).mean())
@@ -55,10 +55,10 @@ def test_presets_equal_the_packages_init(arch, preset, name, fill):
 
 
 @pytest.mark.parametrize("preset", ["pixart-mup", "pixart"])
-def test_patch_embedding_starts_as_the_originals_convolution(preset):
-    """PixArt-α-μP draws the kernel by mup's Xavier; PixArt-α draws it as the matrix that it is viewed as."""
-    config = small("pixart", heads=32, base_heads=8, **{"mup.init": preset})
-    param = describe(build_unsharded, config)["patch_embed.weight"]
+def test_patch_embedding_is_initialized_like_the_original_convolution(preset):
+    """PixArt-α-μP initializes the kernel by mup's Xavier, PixArt-α by Xavier of the kernel viewed as a matrix."""
+    config = small("pixart", heads=32, base_heads=8, **{"init.preset": preset})
+    param = param_specs(config)["patch_embed.weight"]
     patch = config.model.patch_size
     target, base, delta = (torch.nn.Conv2d(3, 8 * heads, patch, patch) for heads in (32, 8, 16))
     mup.set_base_shapes(target, base, delta=delta, rescale_params=False)
@@ -75,29 +75,27 @@ def test_patch_embedding_starts_as_the_originals_convolution(preset):
     assert float(ours.abs().max()) <= math.sqrt(3) * param.init_std
 
 
-def test_presets_start_what_the_authors_start_at_zero():
+def test_presets_initialize_the_same_parameters_to_zero_as_the_originals():
     zero = {
-        name
-        for name, p in describe(build_unsharded, small("pixart", **{"mup.init": "pixart-mup"})).items()
-        if p.init_std == 0
+        name for name, p in param_specs(small("pixart", **{"init.preset": "pixart-mup"})).items() if p.init_std == 0
     }
     assert {"head.linear.weight", "blocks.0.cross_out.weight", "blocks.0.qkv.bias"} <= zero
     assert not {"blocks.0.modulation.table", "time_modulation.weight"} & zero
     for preset, starts in (("dit", True), ("dit-mup", False)):
-        params = describe(build_unsharded, small("dit", **{"mup.init": preset}))
+        params = param_specs(small("dit", **{"init.preset": preset}))
         assert (params["blocks.0.modulation.weight"].init_std == 0) is starts
         assert params["head.linear.weight"].init_std == 0
 
 
 @pytest.mark.parametrize("n", [1, 4])
-def test_init_std_by_role(n):
+def test_init_std_sets_the_standard_deviation_of_each_role(n):
     options = {
-        "mup.init_std.input": 0.1,
-        "mup.init_std.hidden": 0.2,
-        "mup.init_std.vector": 0.3,
-        "mup.init_std.output": 0.4,
+        "init.std.input": 0.1,
+        "init.std.hidden": 0.2,
+        "init.std.vector": 0.3,
+        "init.std.output": 0.4,
     }
-    params = describe(build_unsharded, small("dit", heads=2 * n, base_heads=2, **options))
+    params = param_specs(small("dit", heads=2 * n, base_heads=2, **options))
     assert params["patch_embed.weight"].init_std == 0.1
     assert params["blocks.0.qkv.weight"].init_std == pytest.approx(0.2 / math.sqrt(n))
     assert params["label_embed.table"].init_std == 0.3
@@ -106,51 +104,47 @@ def test_init_std_by_role(n):
     assert params["blocks.0.modulation.weight"].init_std == 0
 
 
-def test_zero_or_not():
-    params = describe(
-        build_unsharded, small("mmdit", heads=8, base_heads=2, **{"mup.zero_output": False, "mup.zero_adaln": False})
-    )
-    assert params["head.linear.weight"].init_std == pytest.approx(1 / math.sqrt(16))  # the base's fan-in
+def test_zero_output_and_zero_adaln_select_the_initialization():
+    params = param_specs(small("mmdit", heads=8, base_heads=2, **{"init.zero_output": False, "init.zero_adaln": False}))
+    assert params["head.linear.weight"].init_std == pytest.approx(1 / math.sqrt(16))  # fan-in of the base model
     assert params["blocks.0.image.modulation.weight"].init_std == pytest.approx(1 / math.sqrt(64))
-    kept = describe(build_unsharded, small("dit", **{"mup.init": "dit-mup", "mup.zero_adaln": True}))
+    kept = param_specs(small("dit", **{"init.preset": "dit-mup", "init.zero_adaln": True}))
     assert kept["blocks.0.modulation.weight"].init_std == 0
 
 
-def test_decay_coupled_or_not():
+def test_coupled_decay_scales_the_decay_of_hidden_weights():
     for coupled, expected in ((True, 4), (False, 1)):
-        params = describe(build_unsharded, small("dit", heads=8, base_heads=2, **{"mup.coupled_decay": coupled}))
+        params = param_specs(small("dit", heads=8, base_heads=2, **{"mup.coupled_decay": coupled}))
         assert params["blocks.0.qkv.weight"].weight_decay_multiplier == expected
         assert params["patch_embed.weight"].weight_decay_multiplier == 1
 
 
-def test_attention_scale_falls_as_one_over_d_beyond_the_base():
+def test_attention_scale_is_proportional_to_one_over_head_dim():
     def scale(head_dim, base):
         return ModelConfig(
             arch="dit", depth=1, heads=2, head_dim=head_dim, base_head_dim=base, patch_size=2, in_channels=4,
             sample_size=8, num_classes=4,
         ).attention_scale  # fmt: skip
 
-    assert scale(64, 0) == scale(64, 64) == 1 / 8
+    assert scale(64, None) == scale(64, 64) == 1 / 8
     assert scale(128, 64) == pytest.approx(1 / 16)  # mup's sqrt(d_base) / d
-    params = describe(
-        build_unsharded, small("mmdit", heads=2, base_heads=2, **{"model.head_dim": 32, "model.base_head_dim": 8})
-    )
+    params = param_specs(small("mmdit", heads=2, base_heads=2, **{"model.head_dim": 32, "model.base_head_dim": 8}))
     assert params["blocks.0.image.qkv.weight"].width_multiplier == 4
     assert params["blocks.0.image.q_norm.gain"].role == "vector"
 
 
-def three_steps(arch, data, parametrization):
-    """Runs in a pool's rank: losses and all weights after three steps."""
-    from megatron_dit.data.shards import read_index
+def three_steps(arch, data, mup_enabled):
+    """Return losses and all weights after three steps. Runs in a rank of the pool."""
+    from megatron_dit.data.index import read_index
     from megatron_dit.data.stream import batches
-    from megatron_dit.engine import Engine
     from megatron_dit.parallel.topology import build_topology
+    from megatron_dit.training.engine import Engine
 
     config = small(
         arch,
         heads=2,
         base_heads=2,
-        **{"data.path": str(data), "mup.parametrization": parametrization, "train.steps": 3},
+        **{"data.path": str(data), "mup.enabled": mup_enabled, "train.steps": 3},
     )
     engine = Engine(config, build_topology(config))
     engine.initialise()
@@ -159,23 +153,23 @@ def three_steps(arch, data, parametrization):
 
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)
-def test_mup_at_the_base_width_is_bit_equal_to_no_mup(pool, dataset, arch):
-    (mup_run,) = pool.run(1, three_steps, arch, dataset, "mup")
-    (plain_run,) = pool.run(1, three_steps, arch, dataset, "standard")
+def test_mup_at_base_width_is_bit_equal_to_standard_parametrization(pool, dataset, arch):
+    (mup_run,) = pool.run(1, three_steps, arch, dataset, True)
+    (plain_run,) = pool.run(1, three_steps, arch, dataset, False)
     assert mup_run[0] == plain_run[0]
     assert all(torch.equal(value, plain_run[1][name]) for name, value in mup_run[1].items())
 
 
-def test_wrong_options_are_told(tmp_path, capsys):
+def test_invalid_options_are_rejected(tmp_path, capsys):
     import yaml
 
-    from tests.configs import small_dict
+    from tests.helpers.configs import small_dict
 
     path = tmp_path / "c.yaml"
     path.write_text(yaml.safe_dump(small_dict("dit")))
     for override, words in (
-        ("mup.init=kaiming", "mup.init='kaiming'"),
-        ("mup.init_std.hidden=-1", "mup.init_std.hidden=-1"),
+        ("init.preset=kaiming", "init.preset='kaiming'"),
+        ("init.std.hidden=-1", "init.std.hidden=-1"),
     ):
         assert run(["mup", str(path), override]) == 2
         assert words in capsys.readouterr().err

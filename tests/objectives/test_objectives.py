@@ -1,4 +1,4 @@
-"""Losses against torch.distributions, diffusers' schedulers and closed forms."""
+"""Losses compared with torch.distributions, diffusers' schedulers and closed forms."""
 
 from __future__ import annotations
 
@@ -9,21 +9,23 @@ import torch
 from diffusers.schedulers import DDPMScheduler, FlowMatchEulerDiscreteScheduler
 
 from megatron_dit.config import ObjectiveConfig
-from megatron_dit.objectives import Noised, ddpm, rectified_flow
+from megatron_dit.objectives import NoiseDraw, ddpm, rectified_flow
 
-FLOW = ObjectiveConfig(kind="rectified_flow")
-DDPM = ObjectiveConfig(kind="ddpm")
+FLOW = ObjectiveConfig(name="rectified_flow")
+DDPM = ObjectiveConfig(name="ddpm")
 
 
-def noised(batch, seed=0):
+def draw(batch, seed=0):
     g = torch.Generator().manual_seed(seed)
-    return Noised(u=torch.rand(batch, generator=g, dtype=torch.float64), noise=torch.randn(batch, 3, 8, 8, generator=g))
+    return NoiseDraw(
+        u=torch.rand(batch, generator=g, dtype=torch.float64), noise=torch.randn(batch, 3, 8, 8, generator=g)
+    )
 
 
-def test_logit_normal_quantiles():
-    """t of the quantiles is distributed as sigmoid of a normal, shift as SD3's formula."""
+def test_logit_of_t_has_the_configured_mean_and_std():
+    """t has a logit-normal distribution."""
     u = (torch.arange(20000, dtype=torch.float64) + 0.5) / 20000
-    config = ObjectiveConfig(kind="rectified_flow", logit_mean=0.3, logit_std=1.2)
+    config = ObjectiveConfig(name="rectified_flow", logit_mean=0.3, logit_std=1.2)
     logit = torch.logit(rectified_flow.sample_t(u, config))
     assert float(logit.mean()) == pytest.approx(0.3, abs=1e-3)
     assert float(logit.std()) == pytest.approx(1.2, abs=2e-3)
@@ -35,8 +37,8 @@ def test_shift_equals_diffusers():
     torch.testing.assert_close(rectified_flow.shift_t(unshifted.sigmas, 3.0), scheduler.sigmas)
 
 
-def test_flow_loss_of_the_true_velocity_is_zero_and_noising_equals_diffusers():
-    x, n = torch.randn(4, 3, 8, 8), noised(4)
+def test_flow_loss_of_true_velocity_is_zero_and_noising_equals_diffusers():
+    x, n = torch.randn(4, 3, 8, 8), draw(4)
     assert rectified_flow.loss(n.noise - x, x, n, FLOW).max() == 0
     x_t, t = rectified_flow.perturb(x, n, FLOW)
     sigma = (t / 1000)[:, None, None, None]
@@ -46,7 +48,7 @@ def test_flow_loss_of_the_true_velocity_is_zero_and_noising_equals_diffusers():
 
 
 def test_ddpm_noising_equals_diffusers():
-    x, n = torch.randn(4, 3, 8, 8), noised(4)
+    x, n = torch.randn(4, 3, 8, 8), draw(4)
     x_t, t = ddpm.perturb(x, n, DDPM)
     scheduler = DDPMScheduler(**ddpm.SCHEDULES["linear"])
     torch.testing.assert_close(x_t, scheduler.add_noise(x, n.noise, t), rtol=1e-5, atol=1e-5)
@@ -82,7 +84,7 @@ def test_variational_term_equals_kl_of_torch_distributions(step):
 
 
 @pytest.mark.parametrize("cdf", ["exact", "tanh"])
-def test_first_step_is_the_likelihood_of_256_bins(cdf):
+def test_variational_term_at_first_step_is_the_nll_of_256_bins(cdf):
     g = torch.Generator().manual_seed(0)
     t = torch.zeros(2, dtype=torch.long)
     pixels = torch.tensor([0, 1, 100, 254, 255], dtype=torch.float64)
@@ -93,9 +95,10 @@ def test_first_step_is_the_likelihood_of_256_bins(cdf):
     bar = (1 - betas).cumprod(0)
     a = bar[0]
     x_t = a.sqrt() * x + (1 - a).sqrt() * noise
-    found = ddpm.variational_term(x, noise, t, epsilon, v, ObjectiveConfig(kind="ddpm", normal_cdf=cdf))
-    x0 = (x_t - (1 - a).sqrt() * epsilon) / a.sqrt()  # at the first step the posterior's mean is x0 itself
-    following = betas[1] * (1 - bar[0]) / (1 - bar[1])  # v = 0: halfway between the logs of beta and of this
+    found = ddpm.variational_term(x, noise, t, epsilon, v, ObjectiveConfig(name="ddpm", normal_cdf=cdf))
+    x0 = (x_t - (1 - a).sqrt() * epsilon) / a.sqrt()  # at the first step the posterior mean is x0
+    # v = 0: the log variance is halfway between those of beta and of the second step's posterior
+    following = betas[1] * (1 - bar[0]) / (1 - bar[1])
     std = torch.exp(0.25 * (betas[0].log() + following.log()))
 
     def normal(z):
@@ -106,22 +109,21 @@ def test_first_step_is_the_likelihood_of_256_bins(cdf):
     upper = torch.where(x > 0.999, 1.0, normal((x + 1 / 255 - x0) / std))
     lower = torch.where(x < -0.999, 0.0, normal((x - 1 / 255 - x0) / std))
     expected = -(upper - lower).clamp_min(1e-12).log2().flatten(1).mean(1)
-    torch.testing.assert_close(
-        found, expected, rtol=1e-7, atol=1e-12
-    )  # the plain difference has fewer digits far up the tail
+    # The direct difference is less accurate far in the tail.
+    torch.testing.assert_close(found, expected, rtol=1e-7, atol=1e-12)
 
 
 @pytest.mark.parametrize("schedule", ["linear", "scaled_linear"])
-def test_losses_of_the_first_steps_equal_fp64(schedule):
-    """Where 1 - alpha_bar is small, tables formed in fp32 lose three digits; the closed forms here are all fp64."""
+def test_losses_at_small_t_equal_fp64(schedule):
+    """If 1 - alpha_bar is small, tables computed in fp32 lose three digits; the closed forms here are in fp64."""
     ends = (1e-4, 0.02) if schedule == "linear" else (0.00085**0.5, 0.012**0.5)
     betas = torch.linspace(*ends, 1000, dtype=torch.float64) ** (1 if schedule == "linear" else 2)
     bar = (1 - betas).cumprod(0)
-    config = ObjectiveConfig(kind="ddpm", beta_schedule=schedule)
+    config = ObjectiveConfig(name="ddpm", beta_schedule=schedule)
     g = torch.Generator().manual_seed(3)
     for step in range(10):
         x, out = torch.rand(2, 3, 8, 8, generator=g) * 2 - 1, torch.randn(2, 6, 8, 8, generator=g) * 0.5
-        n = Noised(
+        n = NoiseDraw(
             u=torch.full((2,), (step + 0.5) / 1000, dtype=torch.float64), noise=torch.randn(x.shape, generator=g)
         )
         x_t, t = ddpm.perturb(x, n, config)
@@ -134,7 +136,7 @@ def test_losses_of_the_first_steps_equal_fp64(schedule):
 
 
 def _loss_in_fp64(out, x, noise, betas, bar, step):
-    """Improved DDPM's loss at one step by torch.distributions."""
+    """Return Improved DDPM's loss at one timestep, computed with torch.distributions."""
     epsilon, v = out.chunk(2, 1)
     a, b = bar[step], betas[step]
     previous = bar[step - 1] if step else torch.ones((), dtype=torch.float64)
@@ -160,8 +162,8 @@ def _loss_in_fp64(out, x, noise, betas, bar, step):
     return (epsilon - noise).square().flatten(1).mean(1) + bound.flatten(1).mean(1) / math.log(2)
 
 
-def test_the_bound_trains_the_variance_alone():
-    x, n = torch.randn(4, 3, 8, 8), noised(4)
+def test_variational_term_has_no_gradient_for_epsilon():
+    x, n = torch.randn(4, 3, 8, 8), draw(4)
     out = torch.randn(4, 6, 8, 8, requires_grad=True)
     ddpm.loss(out, x, n, DDPM).sum().backward()
     epsilon, v = out.grad.chunk(2, 1)

@@ -1,4 +1,4 @@
-"""REPA: the loss by closed forms, features against transformers', roles against mup, and runs in several layouts."""
+"""REPA: closed forms of the loss, features compared with transformers, roles with mup, and layouts with one process."""
 
 from __future__ import annotations
 
@@ -11,26 +11,25 @@ import yaml
 from transformers import BitImageProcessor, Dinov2Config, Dinov2Model
 
 from data_prep.__main__ import main as data_prep
-from data_prep.demo import Vision, demo
+from data_prep.toy import Vision, make_toy_dataset
 from megatron_dit import verify
 from megatron_dit.cli import run
-from megatron_dit.data.shards import read_index
+from megatron_dit.data.index import read_index
 from megatron_dit.data.stream import batches
 from megatron_dit.data.vision import MEAN, STD, VisionEncoder
-from megatron_dit.models import build_unsharded
+from megatron_dit.models.param_specs import param_specs
 from megatron_dit.mup.groups import optimizer_groups
-from megatron_dit.mup.shapes import describe
 from megatron_dit.objectives.repa import alignment_loss
-from megatron_dit.verify import LAYOUTS, REFERENCE
-from tests.configs import ARCHITECTURES, small, small_dict
-from tests.mup.test_against_mup import package_groups, table
+from megatron_dit.verify import LAYOUTS, REFERENCE, layout_parity
+from tests.helpers.configs import ARCHITECTURES, small, small_dict
+from tests.helpers.mup_groups import package_groups, table
 
 REPA = {"model.repa_block": 1, "model.repa_dim": 24}
 
 
 @pytest.fixture(scope="module")
 def encoder(tmp_path_factory):
-    """Folder of a tiny random DINOv2, saved as a real one is."""
+    """Folder of a tiny random DINOv2, saved like a pretrained one."""
     folder = tmp_path_factory.mktemp("dino")
     torch.manual_seed(0)
     sizes = {"hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2, "patch_size": 4, "image_size": 16}
@@ -41,11 +40,11 @@ def encoder(tmp_path_factory):
 @pytest.fixture(scope="module")
 def data(tmp_path_factory, encoder):
     folder = tmp_path_factory.mktemp("repa") / "scenes"
-    demo(folder, 200, seed=0, vision=Vision(encoder, patch=4))
+    make_toy_dataset(folder, 200, seed=0, vision=Vision(encoder, patch=4))
     return str(folder)
 
 
-def test_closed_forms():
+def test_alignment_loss_of_equal_opposite_and_orthogonal_features():
     generator = torch.Generator().manual_seed(0)
     features = torch.randn(3, 5, 7, generator=generator)
     same = features.transpose(0, 1)
@@ -55,15 +54,15 @@ def test_closed_forms():
     assert alignment_loss(orthogonal, features).tolist() == [0, 0, 0]
 
 
-def test_features_equal_transformers(encoder):
-    """At the encoder's own size, with transformers' image processor."""
-    pictures = torch.randint(0, 256, (3, 3, 16, 16), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
+def test_features_equal_those_of_transformers(encoder):
+    """The images have the encoder's own size and are preprocessed by transformers' image processor."""
+    images = torch.randint(0, 256, (3, 3, 16, 16), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
     processor = BitImageProcessor(do_resize=False, do_center_crop=False, image_mean=MEAN, image_std=STD)
-    inputs = processor(list(pictures), return_tensors="pt")
+    inputs = processor(list(images), return_tensors="pt")
     expected = Dinov2Model.from_pretrained(encoder).eval()(**inputs).last_hidden_state[:, 1:]
-    found = VisionEncoder(encoder).features(pictures, 4, 4)
+    found = VisionEncoder(encoder).features(images, 4, 4)
     assert torch.allclose(found, expected, atol=1e-4)
-    assert VisionEncoder(encoder).features(pictures, 2, 3).shape == (3, 6, 24)
+    assert VisionEncoder(encoder).features(images, 2, 3).shape == (3, 6, 24)
 
 
 def test_online_features_equal_precomputed_ones(data, encoder):
@@ -76,9 +75,9 @@ def test_online_features_equal_precomputed_ones(data, encoder):
 
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)
-def test_projector_has_its_roles(arch):
+def test_projector_weights_have_the_expected_roles(arch):
     config = small(arch, heads=8, base_heads=2, **REPA)
-    params = describe(build_unsharded, config)
+    params = param_specs(config)
     roles = {name: params[f"projector.{name}.weight"].role for name in ("fc1", "fc2", "fc3")}
     assert roles == {"fc1": "hidden", "fc2": "hidden", "fc3": "output"}
     assert params["projector.fc3.weight"].multiplier == 1 / 4
@@ -89,7 +88,7 @@ def test_projector_has_its_roles(arch):
 
 
 @pytest.mark.parametrize("arch", ["mmdit", "uvit"])
-def test_a_run_lowers_its_alignment_loss(data, tmp_path, arch):
+def test_training_lowers_the_alignment_loss(data, tmp_path, arch):
     options = {**REPA, "data.path": data, "run_dir": str(tmp_path / "run"), "train.steps": 40, "optimizer.lr": 2**-6}
     path = tmp_path / "c.yaml"
     path.write_text(yaml.safe_dump(small_dict(arch, **options)))
@@ -100,17 +99,17 @@ def test_a_run_lowers_its_alignment_loss(data, tmp_path, arch):
 
 
 def trace(arch, layout, data, scratch):
-    """Runs in the pool's ranks."""
+    """Return the first steps of a layout. Runs in the ranks of the pool."""
     from pathlib import Path
 
     base = small(arch, **REPA, **{"data.path": data})
     values = dict(item.split("=") for item in layout.overrides(base))
     config = small(arch, **REPA, **{"data.path": data, **{k: yaml.safe_load(v) for k, v in values.items()}})
-    return verify.first_steps(config, Path(scratch))
+    return layout_parity.first_steps(config, Path(scratch))
 
 
 @pytest.mark.parametrize("arch", ["dit", "uvit"])
-def test_layouts_equal_one_process(pool, data, tmp_path, arch):
+def test_layouts_with_repa_equal_one_process(pool, data, tmp_path, arch):
     (reference,) = pool.run(1, trace, arch, REFERENCE, data, tmp_path / "reference")
     for name in ("tp2-sp", "dp2-tp2-zero3", "pp2"):  # the projector is on the pipeline's first stage
         found = pool.run(LAYOUTS[name].ranks, trace, arch, LAYOUTS[name], data, tmp_path / name)[0]
@@ -118,8 +117,8 @@ def test_layouts_equal_one_process(pool, data, tmp_path, arch):
         assert result.good, result
 
 
-def test_wrong_inputs_are_told(data, dataset, encoder, tmp_path, capsys):
-    def told(words, *overrides, **options):
+def test_invalid_inputs_are_rejected_in_one_line(data, dataset, encoder, tmp_path, capsys):
+    def rejected(words, *overrides, **options):
         path = tmp_path / "c.yaml"
         path.write_text(yaml.safe_dump(small_dict("mmdit", **{"run_dir": str(tmp_path / "run"), **options})))
         assert run(["train", str(path), *overrides]) == 2
@@ -127,10 +126,10 @@ def test_wrong_inputs_are_told(data, dataset, encoder, tmp_path, capsys):
         assert words in line
         assert "\n" not in line
 
-    told("needs both", "model.repa_block=1")
-    told("has no features", **REPA, **{"data.path": str(dataset)})
-    told("has 24 features", **{"model.repa_block": 1, "model.repa_dim": 12, "data.path": data})
-    told("cannot be loaded", **REPA, **{"data.path": data, "data.repa_encoder": str(tmp_path)})
-    told("has 24", **{"model.repa_block": 1, "model.repa_dim": 12, "data.path": data, "data.repa_encoder": encoder})
-    assert data_prep(["demo", str(tmp_path / "d"), "--pictures", "4", "--vision-encoder", encoder, "--patch", "3"]) == 2
+    rejected("set both or neither", "model.repa_block=1")
+    rejected("has no features", **REPA, **{"data.path": str(dataset)})
+    rejected("has 24 features", **{"model.repa_block": 1, "model.repa_dim": 12, "data.path": data})
+    rejected("cannot be loaded", **REPA, **{"data.path": data, "data.repa_encoder": str(tmp_path)})
+    rejected("has 24", **{"model.repa_block": 1, "model.repa_dim": 12, "data.path": data, "data.repa_encoder": encoder})
+    assert data_prep(["toy", str(tmp_path / "d"), "--images", "4", "--vision-encoder", encoder, "--patch", "3"]) == 2
     assert "--patch 3" in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""Optimizers of libraries that may be absent or want compiling."""
+"""Optimizers of libraries that may not be installed or need compiling."""
 
 from __future__ import annotations
 
@@ -6,17 +6,12 @@ import pytest
 import torch
 
 from megatron_dit.optimizer import adamw
-
-
-def skip_if_absent(kind):
-    reason = kind.absent()
-    if reason:
-        pytest.skip(f"{kind.title} is not there: {reason}")
+from tests.helpers.optimizers import skip_if_absent
 
 
 @pytest.fixture(scope="session")
 def compiled():
-    """Compile DeepSpeed's optimizers once, before ranks ask for them."""
+    """Compile DeepSpeed's optimizers once, before ranks use them."""
     for kind in (adamw.AVAILABLE["deepspeed"], adamw.OFFLOADED):
         skip_if_absent(kind)
         kind.build([{"params": [torch.nn.Parameter(torch.zeros(1))]}])

@@ -1,4 +1,4 @@
-"""AdamW of every library against torch's plain one, alone and in every ZeRO stage."""
+"""AdamW of every library compared with torch's, without an engine and in every ZeRO stage."""
 
 from __future__ import annotations
 
@@ -8,20 +8,20 @@ from torch.optim.adamw import adamw as functional_adamw
 
 from megatron_dit.optimizer import AdamWithEma, adamw
 from megatron_dit.parallel.topology import SOLO
-from tests.configs import small
-from tests.optimizer.conftest import skip_if_absent
-from tests.plain import Plain
-from tests.test_engine import POISONED, batch, poisoned, start
+from tests.helpers.configs import small
+from tests.helpers.engine import SKIP_OUTCOMES, batch, run_non_finite_steps, start
+from tests.helpers.optimizers import skip_if_absent
+from tests.helpers.plain import Plain
 
 STEPS, SKIPPED = 20, 4
-# eps above the gradients' rounding, which Adam would turn into steps of full size; and a beta2 at which
-# 1 - beta2 ** age keeps its digits in fp32, in which DeepSpeed's kernels compute it.
+# eps is above the rounding errors of gradients, which Adam would otherwise turn into updates of full size. With this
+# beta2, 1 - beta2 ** age is accurate in fp32, in which DeepSpeed's kernels compute it.
 SETTINGS = {"heads": 8, "base_heads": 2, "optimizer.eps": 1e-5, "optimizer.beta2": 0.99}
 TOLERANCE = 1e-5
 NONE = {}
-DEEPSPEED = {"optimizer.fused": "deepspeed"}
+DEEPSPEED = {"optimizer.implementation": "deepspeed"}
 OFFLOAD = {"optimizer.offload": True}
-COUNTS_IN_GROUP = {"optimizer.fused": "apex"}  # a stand-in, see below
+COUNTS_IN_GROUP = {"optimizer.implementation": "apex"}  # a stand-in, see below
 LIBRARIES = [*adamw.AVAILABLE, "offload"]
 
 
@@ -29,7 +29,7 @@ def implementation(name):
     return adamw.OFFLOADED if name == "offload" else adamw.AVAILABLE[name]
 
 
-# --- alone ------------------------------------------------------------------------------------------
+# --- without an engine ------------------------------------------------------------------------------------------
 
 
 def gradients(step, shapes, device):
@@ -38,7 +38,7 @@ def gradients(step, shapes, device):
 
 
 def new(name, device, shapes=((40, 30), (7,), (50,))):
-    """An optimizer of two groups, its parameters, and their initial values."""
+    """Return an optimizer with two groups, its parameters, and their initial values."""
     g = torch.Generator().manual_seed(99)
     params = [torch.nn.Parameter(torch.randn(shape, generator=g).to(device)) for shape in shapes]
     groups = [
@@ -56,12 +56,12 @@ def run(optimizer, params, steps):
         for p, gradient in zip(params, gradients(step, [p.shape for p in params], params[0].device), strict=True):
             p.grad = gradient
         optimizer.step()
-        optimizer.age += 1
+        optimizer.num_updates += 1
 
 
 @pytest.mark.parametrize("name", LIBRARIES)
-def test_a_library_steps_as_plain_adamw_and_resumes(name):
-    """Twenty steps in one go, and ten by a first optimizer and ten by a second that got its states."""
+def test_every_library_equals_plain_adamw_also_when_resumed(name):
+    """Compare twenty steps by one optimizer, and ten steps each by two, the second with the state of the first."""
     skip_if_absent(implementation(name))
     device = "cuda" if torch.cuda.is_available() and name != "offload" else "cpu"
     optimizer, params, initial = new(name, device)
@@ -89,7 +89,7 @@ def test_a_library_steps_as_plain_adamw_and_resumes(name):
         p.data.copy_(old.data)
         for key in ("exp_avg", "exp_avg_sq", "ema"):
             second.state[p][key].copy_(first.state[old][key])
-    second.resume_at(first.age)
+    second.resume_at(first.num_updates)
     run(second, resumed, range(10, STEPS))
     for found, states in ((params, optimizer.state), (resumed, second.state)):
         for p, want, average in zip(found, expected, ema, strict=True):
@@ -101,9 +101,9 @@ def test_a_library_steps_as_plain_adamw_and_resumes(name):
 
 
 class CountsInGroup(torch.optim.Optimizer):
-    """Keeps its age as Apex and Transformer Engine do, which need a GPU: one number a group, older with each call.
+    """Stand-in for Apex and Transformer Engine, which need a GPU: counts the calls of ``step()`` in each group.
 
-    Apex reads the first tensor of every group; Transformer Engine ages empty groups too.
+    Like Apex it reads the first tensor of every group, and like Transformer Engine it counts steps of empty groups.
     """
 
     def __init__(self, groups):
@@ -134,8 +134,8 @@ class CountsInGroup(torch.optim.Optimizer):
 
 
 def with_stand_in(config):
-    """An engine whose Apex is the stand-in and, at stage 3, whose groups are several sub-groups each."""
-    import megatron_dit.engine as engine_room
+    """Return an engine that uses the stand-in for Apex and, at stage 3, several sub-groups per group."""
+    import megatron_dit.training.engine as engine_module
 
     def small_sub_groups(config, ranks):
         result = made(config, ranks)
@@ -143,35 +143,37 @@ def with_stand_in(config):
         return result
 
     stand_in = adamw.AdamW("stand-in", CountsInGroup, lambda: None)
-    real, made = adamw.AVAILABLE["apex"], engine_room.deepspeed_config
+    real, made = adamw.AVAILABLE["apex"], engine_module.deepspeed_config
     try:
-        adamw.AVAILABLE["apex"], engine_room.deepspeed_config = stand_in, small_sub_groups
+        adamw.AVAILABLE["apex"], engine_module.deepspeed_config = stand_in, small_sub_groups
         return start(config)
     finally:
-        adamw.AVAILABLE["apex"], engine_room.deepspeed_config = real, made
+        adamw.AVAILABLE["apex"], engine_module.deepspeed_config = real, made
 
 
 def train(layout, first, steps, folder, source):
-    """Steps ``first`` to ``steps``, one skipped for its gradient, from a checkpoint if one is given, and a save."""
+    """Train from step ``first`` to ``steps`` with one skipped step, resuming from ``source`` if given, and save."""
     from pathlib import Path
 
     from megatron_dit.checkpoint.load import newest, restore
-    from megatron_dit.checkpoint.save import save
+    from megatron_dit.checkpoint.writer import save
 
     config = small("mmdit", **SETTINGS, **layout)
-    engine = (with_stand_in if config.optimizer.fused == "apex" else start)(config)
+    engine = (with_stand_in if config.optimizer.implementation == "apex" else start)(config)
     if source:
-        restore(engine, newest(Path(source))[0])
+        restore(engine, newest(Path(source)).reader)
     for step in range(first, steps):
         engine.train_step(batch(config, engine.topology, step, float("nan") if step == SKIPPED else None))
     save(engine, Path(folder))
-    on_cpu = all(flat.is_cpu and engine.optimizer.state[flat]["ema"].is_cpu for flat in engine.masters.flats)
-    return engine.adam_steps, engine.optimizer.title, on_cpu
+    on_cpu = all(
+        flat.is_cpu and engine.optimizer.state[flat]["ema"].is_cpu for flat in engine.masters.optimizer_tensors
+    )
+    return engine.num_updates, engine.optimizer.title, on_cpu
 
 
 @pytest.fixture(scope="module")
 def expected():
-    """Weights after the same steps of plain PyTorch."""
+    """Weights after the same steps in plain PyTorch."""
     config = small("mmdit", **SETTINGS)
     plain = Plain(config)
     for step in range(STEPS):
@@ -197,7 +199,7 @@ def greatest_difference(folder, expected):
         (4, 1, {**OFFLOAD, "parallel.pipeline": 2, "train.micro_batch": 2}),
     ],
 )
-def test_every_stage_steps_as_plain_pytorch(pool, compiled, expected, tmp_path, ranks, stage, library):
+def test_every_stage_and_library_equals_plain_pytorch(pool, compiled, expected, tmp_path, ranks, stage, library):
     layout = {"parallel.zero_stage": stage, **library}
     for age, _, on_cpu in pool.run(ranks, train, layout, 0, STEPS, str(tmp_path), None):
         assert age == STEPS - 1
@@ -205,7 +207,7 @@ def test_every_stage_steps_as_plain_pytorch(pool, compiled, expected, tmp_path, 
     assert greatest_difference(tmp_path, expected) <= TOLERANCE
 
 
-def test_a_run_goes_on_in_other_stages_with_other_libraries(pool, compiled, expected, tmp_path):
+def test_run_resumes_in_other_stages_with_other_libraries(pool, compiled, expected, tmp_path):
     layouts = [
         (2, {"parallel.zero_stage": 3, **OFFLOAD}),
         (1, DEEPSPEED),
@@ -213,17 +215,17 @@ def test_a_run_goes_on_in_other_stages_with_other_libraries(pool, compiled, expe
         (2, {"parallel.zero_stage": 1, **OFFLOAD}),
         (2, {"parallel.tensor": 2}),
     ]
-    source, share = None, STEPS // len(layouts)
+    source, steps = None, STEPS // len(layouts)
     for number, (ranks, layout) in enumerate(layouts):
         target = tmp_path / str(number)
-        pool.run(ranks, train, layout, number * share, (number + 1) * share, str(target), source)
+        pool.run(ranks, train, layout, number * steps, (number + 1) * steps, str(target), source)
         source = str(target)
     assert greatest_difference(target, expected) <= TOLERANCE
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 @pytest.mark.parametrize(("stage", "library"), [(0, DEEPSPEED), *[(stage, OFFLOAD) for stage in (1, 2, 3)]])
-def test_non_finite_steps_do_not_age(pool, compiled, stage, library, dtype):
+def test_non_finite_steps_do_not_count_as_updates(pool, compiled, stage, library, dtype):
     layout = {"parallel.zero_stage": stage, "train.dtype": dtype, **library}
-    for outcomes in pool.run(2, poisoned, layout):
-        assert outcomes == POISONED
+    for outcomes in pool.run(2, run_non_finite_steps, layout):
+        assert outcomes == SKIP_OUTCOMES

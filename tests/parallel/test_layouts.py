@@ -1,26 +1,23 @@
-"""Every layout against a single process: initial weights, losses and clipped gradient norms, every architecture."""
+"""Compare every layout with a single process: initial weights, losses and gradient norms, for every architecture."""
 
 from __future__ import annotations
 
-import zlib
+import functools
 from pathlib import Path
 
 import pytest
-import yaml
 
 from megatron_dit import verify
 from megatron_dit.verify import LAYOUTS, REFERENCE, Layout
-from tests.configs import ARCHITECTURES, small
+from tests.helpers.configs import ARCHITECTURES, small
+from tests.helpers.traces import SEED, STEPS, trace
 
-KINDS = [*ARCHITECTURES, "uvit-class"]
+KINDS = [*ARCHITECTURES, "uvit-class", "dit-flow"]
 
 
-# In a batch of eight the variational term of another seed may be ill-conditioned: then the norms of one process, with
-# and without gradient accumulation, differ by 1e-4.
-SEED = 2
-STEPS = 6
-# The others have no layer that these do not cut; they run with -m slow.
+# These cover all layers that are sharded; the other combinations run with -m slow.
 OFTEN = {(arch, name) for arch in ARCHITECTURES for name in ("dp2-zero3", "pp2-interleaved", "tp2-sp")}
+OFTEN.add(("dit-flow", "tp2-sp"))
 CASES = [
     pytest.param(name, arch, marks=[] if arch == "mmdit" or (arch, name) in OFTEN else pytest.mark.slow)
     for name in LAYOUTS
@@ -29,44 +26,28 @@ CASES = [
 
 
 def deep(arch):
-    """Enough blocks for four runs."""
+    """Return overrides with enough blocks for four virtual stages."""
     return {"model.depth": 5 if arch.startswith("uvit") else 4, "optimizer.warmup_steps": 30}
 
 
-def trace(arch, layout, data, scratch, fault=None, **overrides):
-    """Runs in the pool's ranks."""
-    overrides = {"data.path": str(data), "seed": SEED, "train.steps": STEPS, **overrides}
-    values = dict(item.split("=") for item in layout.overrides(small(arch, **overrides)))
-    config = small(arch, **{**overrides, **{k: yaml.safe_load(v) for k, v in values.items()}})
-    folder = Path(scratch) / f"{arch}-{zlib.crc32(repr(layout).encode())}-{fault}"
-    if fault is None:
-        return verify.first_steps(config, folder)
-    from megatron_dit.parallel.layers import Backend
-
-    right = getattr(Backend, fault)
-    setattr(Backend, fault, lambda self, x: x)
-    try:
-        return verify.first_steps(config, folder)
-    finally:
-        setattr(Backend, fault, right)
-
-
 def traced(arch, data, scratch, overrides):
-    """Runs in the pool's ranks: the first steps of a config as it is."""
+    """Return the first steps of a config without changes. Runs in the ranks of the pool."""
     config = small(arch, **{"data.path": str(data), "seed": SEED, "train.steps": STEPS, **overrides})
     return verify.first_steps(config, Path(scratch) / "checkpoints")
 
 
 @pytest.fixture(scope="module")
 def reference(pool, dataset, tmp_path_factory):
+    """Return a function that returns the first steps of an architecture in a single process, computed once."""
     scratch = tmp_path_factory.mktemp("reference")
-    return {arch: pool.run(1, trace, arch, REFERENCE, dataset, scratch)[0] for arch in KINDS}
+    return functools.cache(lambda arch: pool.run(1, trace, arch, REFERENCE, dataset, scratch)[0])
 
 
 @pytest.fixture(scope="module")
 def deep_reference(pool, dataset, tmp_path_factory):
+    """Like ``reference``, with the overrides of ``deep``."""
     scratch = tmp_path_factory.mktemp("deep")
-    return {arch: pool.run(1, trace, arch, REFERENCE, dataset, scratch, **deep(arch))[0] for arch in KINDS}
+    return functools.cache(lambda arch: pool.run(1, trace, arch, REFERENCE, dataset, scratch, **deep(arch))[0])
 
 
 @pytest.mark.parametrize(("name", "arch"), CASES)
@@ -75,7 +56,7 @@ def test_layout_equals_one_process(pool, dataset, tmp_path, reference, deep_refe
     staged = layout.pipeline > 1
     overrides = deep(arch) if staged else {}
     found = pool.run(layout.ranks, trace, arch, layout, dataset, tmp_path, **overrides)[0]
-    result = verify.compare(name, found, (deep_reference if staged else reference)[arch])
+    result = verify.compare(name, found, (deep_reference if staged else reference)(arch))
     assert result.good, result
     assert len(found.losses) == STEPS
 
@@ -83,35 +64,35 @@ def test_layout_equals_one_process(pool, dataset, tmp_path, reference, deep_refe
 @pytest.mark.parametrize("arch", ["mmdit", "uvit"])
 def test_uneven_blocks_equal_one_process(pool, dataset, tmp_path, deep_reference, arch):
     config = {**deep(arch), "parallel.pipeline": 2, "train.micro_batch": 2}
-    config["parallel.blocks"] = [1, config["model.depth"] - 1]
+    config["parallel.blocks_per_stage"] = [1, config["model.depth"] - 1]
     found = pool.run(2, traced, arch, dataset, tmp_path, config)[0]
-    result = verify.compare("uneven", found, deep_reference[arch])
+    result = verify.compare("uneven", found, deep_reference(arch))
     assert result.good, result
 
 
 @pytest.mark.parametrize(
     ("arch", "fault", "layout"),
     [
-        # The QK-norm gains' gradient without its sum over the tensor-parallel ranks.
-        ("mmdit", "seen_by_heads", Layout(2, tensor=2)),
-        # Biases of row-parallel layers without their sum over the sequence-parallel ranks.
-        ("mmdit", "seen_by_tokens", Layout(2, tensor=2, sequence=True)),
-        ("pixart", "seen_by_tokens", Layout(2, tensor=2, sequence=True)),
+        # The gradient of the QK-norm gains is not summed over the tensor-parallel ranks.
+        ("mmdit", "sum_grad_over_tensor_ranks", Layout(2, tensor=2)),
+        # The gradients of row-parallel biases are not summed over the sequence-parallel ranks.
+        ("mmdit", "sum_grad_over_sequence_ranks", Layout(2, tensor=2, sequence=True)),
+        ("pixart", "sum_grad_over_sequence_ranks", Layout(2, tensor=2, sequence=True)),
     ],
 )
-def test_verify_sees_a_gradient_that_is_not_summed(pool, dataset, tmp_path, reference, arch, fault, layout):
+def test_verify_detects_a_gradient_that_is_not_summed(pool, dataset, tmp_path, reference, arch, fault, layout):
     found = pool.run(2, trace, arch, layout, dataset, tmp_path, fault)[0]
-    result = verify.compare("faulty", found, reference[arch])
+    result = verify.compare("faulty", found, reference(arch))
     assert result.equal_initial
     assert not result.good
 
 
 @pytest.mark.parametrize("name", ["dp2-zero0", "dp2-zero1", "dp2-zero3", "pp2", "dp2-pp2-zero1", "recompute-full"])
-def test_bf16_follows_fp32(pool, dataset, tmp_path, deep_reference, name):
+def test_bf16_losses_and_norms_are_close_to_fp32(pool, dataset, tmp_path, deep_reference, name):
     layout, overrides = LAYOUTS[name], {**deep("mmdit"), "train.dtype": "bf16"}
     found = pool.run(layout.ranks, trace, "mmdit", layout, dataset, tmp_path, None, **overrides)[0]
-    for a, b in zip(found.losses, deep_reference["mmdit"].losses, strict=True):
+    for a, b in zip(found.losses, deep_reference("mmdit").losses, strict=True):
         assert abs(a - b) / b < 0.02
-    for a, b in zip(found.norms, deep_reference["mmdit"].norms, strict=True):
+    for a, b in zip(found.norms, deep_reference("mmdit").norms, strict=True):
         assert abs(a - b) / b < 0.05
-    assert found.losses != deep_reference["mmdit"].losses
+    assert found.losses != deep_reference("mmdit").losses

@@ -1,4 +1,4 @@
-"""Recompute keeps less for the backward pass and gives the same gradients."""
+"""Activation recompute stores less for the backward pass and gives the same gradients."""
 
 from __future__ import annotations
 
@@ -7,15 +7,15 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from megatron_dit.config import ParallelConfig
-from megatron_dit.models import build
-from megatron_dit.models.condition import Condition
+from megatron_dit.models.build import build
+from megatron_dit.models.common.condition import Condition
 from megatron_dit.parallel.layers import Backend
 from megatron_dit.parallel.topology import SOLO, connect
-from tests.configs import ARCHITECTURES, small
+from tests.helpers.configs import ARCHITECTURES, small
 
 
 def forward_and_backward(arch, mode="none", blocks=3):
-    """(bytes that the forward pass leaves allocated, gradients by name) of one batch."""
+    """Return (bytes that stay allocated after the forward pass, gradients by name) of one batch."""
     connect()
     config = small(arch, **{"model.depth": 3}).model
     torch.manual_seed(0)
@@ -31,13 +31,13 @@ def forward_and_backward(arch, mode="none", blocks=3):
     kept = sum(event.self_cpu_memory_usage for event in profiler.events())
     out.square().mean().backward()
     gradients = {name: p.grad for name, p in model.named_parameters()}
-    assert gradients.pop("null_caption.table", None) is None  # PixArt-α's is not trained
+    assert gradients.pop("null_caption.table", None) is None  # not trained by default
     return kept, gradients
 
 
 @pytest.mark.parametrize("mode", ["selective", "full"])
 @pytest.mark.parametrize("arch", ARCHITECTURES)
-def test_gradients_are_the_same_to_the_bit(arch, mode):
+def test_gradients_are_bit_equal(arch, mode):
     _, expected = forward_and_backward(arch)
     _, found = forward_and_backward(arch, mode)
     for name, gradient in expected.items():
@@ -45,11 +45,11 @@ def test_gradients_are_the_same_to_the_bit(arch, mode):
 
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)
-def test_less_is_kept(arch):
+def test_recompute_stores_less_memory(arch):
     kept = {mode: forward_and_backward(arch, mode)[0] for mode in ("none", "selective", "full")}
     one_block = forward_and_backward(arch, "full", 1)[0]
-    # A block keeps about 20 tensors the size of its input; selective drops the MLP's activation (4) and,
-    # but for U-ViT, two normalised and two modulated inputs (4).
+    # A block stores about 20 tensors of the size of its input. Selective recompute omits the MLP's activation (4) and,
+    # except in U-ViT, two normalized and two modulated inputs (4).
     assert kept["selective"] < (0.85 if arch == "uvit" else 0.75) * kept["none"]
     assert kept["full"] < 0.4 * kept["none"]
     assert kept["full"] < one_block < kept["none"]

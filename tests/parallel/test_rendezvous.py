@@ -1,4 +1,4 @@
-"""Ranks connect to each other, or name the missing ones within seconds. Threads stand in for processes."""
+"""Ranks connect to each other, or report missing ranks within seconds. Threads represent processes."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ import time
 
 import pytest
 
-from megatron_dit.errors import UserError
 from megatron_dit.parallel import rendezvous as module
 from megatron_dit.parallel.rendezvous import ranges, rendezvous
+from megatron_dit.runtime.errors import UserError
 from megatron_dit.runtime.launch_environment import LaunchEnvironment
-from tests.ports import free_port
+from tests.helpers.ports import free_port
 
 
 @pytest.fixture
@@ -33,7 +33,7 @@ def port(monkeypatch):
 
 
 def meet(*places, limit=20.0):
-    """Return what each of ``places``, (rank, world), got from the rendezvous: a store or an error."""
+    """Return the result of the rendezvous for each of ``places``, (rank, world): a store or an error."""
     results = [None] * len(places)
 
     def join(number, place):
@@ -51,18 +51,18 @@ def meet(*places, limit=20.0):
     return results
 
 
-def test_ranges():
+def test_ranges_abbreviates_consecutive_numbers():
     assert ranges([1, 3, 4, 5, 6, 9]) == "1, 3-6, 9"
     assert ranges([2, 1]) == "1-2"
 
 
-def test_ranks_meet_in_any_order(port):
+def test_ranks_may_start_in_any_order(port):
     first, second, third = meet((2, 3), (0, 3), (1, 3))
     first.set("greeting", "hello")
     assert second.get("greeting") == third.get("greeting") == b"hello"
 
 
-def test_missing_ranks_are_named_and_the_wait_ends(port, capfd):
+def test_missing_ranks_are_named_and_the_wait_is_limited(port, capfd):
     started = time.monotonic()
     zero, two = meet((0, 5), (2, 5), limit=1.5)
     assert time.monotonic() - started < 10
@@ -70,30 +70,30 @@ def test_missing_ranks_are_named_and_the_wait_ends(port, capfd):
     assert named in str(zero)
     assert str(two) == str(zero)
     lines = capfd.readouterr().err.splitlines()
-    assert len([line for line in lines if named in line]) >= 2  # now and then
+    assert len([line for line in lines if named in line]) >= 2  # repeatedly
     assert f"rank 0 on {socket.gethostname()}" in lines[0]
 
 
-def test_a_rank_without_rank_0_says_so(port, capfd):
+def test_missing_rank_0_is_reported(port, capfd):
     (error,) = meet((1, 2), limit=1.0)
     assert f"127.0.0.1:{port} does not answer: Connection refused" in str(error)
     assert "127.0.0.1" in capfd.readouterr().err
 
 
-def test_two_processes_with_one_rank(port):
+def test_two_processes_with_the_same_rank_are_rejected(port):
     zero, one, other = meet((0, 2), (1, 2), (1, 2), limit=1.0)
     assert not isinstance(zero, UserError)
     assert not isinstance(one, UserError)
     assert "RANK=1 is set for" in str(other)
 
 
-def test_different_world_sizes(port):
+def test_different_world_sizes_are_rejected(port):
     zero, one = meet((0, 2), (1, 3), limit=1.0)
     assert "was started with WORLD_SIZE=3, other ranks with 2" in str(one)
     assert "rank 1 of 2 did not connect" in str(zero)
 
 
-def test_port_in_use(port):
+def test_port_in_use_is_reported(port):
     with socket.socket() as other:
         other.bind(("", port))
         other.listen()
@@ -102,7 +102,7 @@ def test_port_in_use(port):
     assert "choose a free port" in str(error)
 
 
-def test_another_server_at_the_port(port, monkeypatch, capfd):
+def test_another_server_at_the_port_is_reported(port, monkeypatch, capfd):
     monkeypatch.setattr(module, "STORE_SECONDS", 0.5)
 
     def serve(server):
@@ -119,7 +119,7 @@ def test_another_server_at_the_port(port, monkeypatch, capfd):
     assert all(line.startswith("rank 1 on ") for line in capfd.readouterr().err.splitlines())
 
 
-def test_wrong_addresses(port, monkeypatch):
+def test_invalid_addresses_and_ports_are_rejected(port, monkeypatch):
     for name, value, words in [
         ("MASTER_ADDR", "no-such-host.invalid", "MASTER_ADDR=no-such-host.invalid cannot be resolved"),
         ("MASTER_ADDR", " ", "MASTER_ADDR is not set"),
@@ -132,13 +132,13 @@ def test_wrong_addresses(port, monkeypatch):
         assert words in str(error)
 
 
-def test_a_store_of_torchruns_agent(port, monkeypatch):
-    """The agent serves the store: rank 0 joins it as the others do."""
+def test_ranks_use_the_store_of_torchruns_agent(port, monkeypatch):
+    """The agent serves the store, and rank 0 connects to it like the others."""
     from torch.distributed import TCPStore
 
     agent = TCPStore("127.0.0.1", port, None, True, wait_for_workers=False)
     monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "True")
-    for attempt in ("0", "1"):  # torchrun starts failed ranks again
+    for attempt in ("0", "1"):  # torchrun restarts failed ranks
         monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", attempt)
         zero, one = meet((0, 2), (1, 2))
         zero.set("key", "value")
@@ -147,7 +147,7 @@ def test_a_store_of_torchruns_agent(port, monkeypatch):
 
 
 @pytest.mark.parametrize("number", [15, 2])
-def test_a_signal_ends_the_wait_at_once(port, number):
+def test_signal_ends_the_wait_immediately(port, number):
     code = """
 from megatron_dit.parallel.topology import connect
 print("waiting", flush=True)

@@ -1,4 +1,4 @@
-"""The Transformer Engine backend without a GPU: the layers it makes, and what is refused. On a GPU: test_te_gpu."""
+"""Transformer Engine backend without a GPU: its layers, and invalid settings. On a GPU: test_te_gpu."""
 
 from __future__ import annotations
 
@@ -12,22 +12,22 @@ import pytest
 import torch
 
 from megatron_dit import verify
-from megatron_dit.errors import UserError
 from megatron_dit.parallel.backends import open_backend
 from megatron_dit.parallel.layers import Backend
 from megatron_dit.parallel.topology import SOLO
+from megatron_dit.runtime.errors import UserError
 from megatron_dit.verify import REFERENCE, Layout
-from tests.child import in_child
-from tests.configs import ARCHITECTURES, small
-from tests.parallel.te_on_cpu import te_on_cpu
-from tests.parallel.test_layouts import trace
+from tests.helpers.child import in_child
+from tests.helpers.configs import ARCHITECTURES, small
+from tests.helpers.te_on_cpu import te_on_cpu
+from tests.helpers.traces import trace
 
 KINDS = [*ARCHITECTURES, "uvit-class"]
 FP8 = {"train.dtype": "bf16", "train.fp8": "current"}
 
 
 def reason_against_te():
-    """Why Transformer Engine, which is installed, cannot be imported; None where it can."""
+    """Return why the installed Transformer Engine cannot be imported, or None if it can."""
     try:
         import transformer_engine.pytorch
     except (ImportError, OSError) as error:
@@ -37,7 +37,7 @@ def reason_against_te():
 
 
 @pytest.fixture(scope="module")
-def te_is_here():
+def te_importable():
     if importlib.util.find_spec("transformer_engine") is None:
         pytest.skip("Transformer Engine is not installed")
     reason = in_child(reason_against_te)
@@ -45,23 +45,23 @@ def te_is_here():
         pytest.skip(f"Transformer Engine cannot be imported: {reason}")
 
 
-# --- its layers beside the local backend's ----------------------------------------------------------
+# --- layers compared with the local backend ----------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Made:
-    """What a backend made of a model, as far as the rest of the program looks at it."""
+    """Properties of a model built by a backend that the rest of the program uses."""
 
-    parameters: dict  # shape, dtype, μP's and Megatron's marks by name
+    parameters: dict  # shape, dtype, μP's and Megatron's attributes, by name
     buffers: list
-    filled: list  # parameters that were written to
-    hidden: dict  # module that the class of each hidden linear comes from
+    filled: list  # parameters that have been written to
+    hidden: dict  # module that defines the class of each hidden linear layer
 
 
-def looked_at(model):
+def properties_of(model):
     import transformer_engine.pytorch as te
 
-    from megatron_dit.parallel.layers import ColumnLinear, GatheredLinear, RowLinear
+    from megatron_dit.parallel.layers import ColumnGatheredLinear, ColumnLinear, RowLinear
 
     marks = ("init_kind", "tensor_model_parallel", "partition_dim", "partition_stride")
     linears = {n: m for n, m in model.named_modules() if isinstance(m, (ColumnLinear, RowLinear, te.Linear))}
@@ -73,24 +73,24 @@ def looked_at(model):
         },
         buffers=[name for name, _ in model.named_buffers()],
         filled=[name for name, p in named.items() if not p.isnan().all()],
-        hidden={name: type(m).__module__ for name, m in linears.items() if not isinstance(m, GatheredLinear)},
+        hidden={name: type(m).__module__ for name, m in linears.items() if not isinstance(m, ColumnGatheredLinear)},
     )
 
 
 def make_all():
-    """By architecture: (Made locally, Made with TE) at TP 1 and at TP 2, and the μP description from each backend.
+    """Return by architecture: (Made locally, Made with TE) at TP 1 and TP 2, and the μP parameters of both backends.
 
-    For a process of its own, which must look as if it had a GPU.
+    Must run in a separate process, because it makes CUDA appear available.
     """
     torch.cuda.is_available = lambda: True
-    # New tensors are NaN, so that a value tells that somebody filled it.
+    # New tensors are filled with NaN, so that written parameters can be detected.
     torch.use_deterministic_algorithms(True)
     torch.utils.deterministic.fill_uninitialized_memory = True
     import torch.distributed as dist
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
-    from megatron_dit.models import build, build_unsharded
-    from megatron_dit.mup.shapes import describe
+    from megatron_dit.models.build import build
+    from megatron_dit.models.param_specs import param_specs
     from megatron_dit.parallel.te import TeBackend
     from megatron_dit.parallel.topology import Topology
 
@@ -101,54 +101,57 @@ def make_all():
         for topology in (SOLO, pair):
             config = small(arch, **{"parallel.tensor": topology.world, "parallel.sequence": topology is pair})
             local = build(config.model, Backend(config.model, config.parallel, topology))
-            result[arch, topology.world] = looked_at(local), looked_at(build(config.model, TeBackend(config, topology)))
+            te = build(config.model, TeBackend(config, topology))
+            result[arch, topology.world] = properties_of(local), properties_of(te)
         config = small(arch)
         result[arch, "roles"] = (
-            describe(build_unsharded, config),
-            describe(lambda model, config=config: build(model, TeBackend(replace(config, model=model), SOLO)), config),
+            param_specs(config),
+            param_specs(
+                config, lambda model, config=config: build(model, TeBackend(replace(config, model=model), SOLO))
+            ),
         )
     return result
 
 
 @pytest.fixture(scope="module")
-def made(te_is_here):
+def made(te_importable):
     return in_child(make_all, DS_ACCELERATOR="cpu")
 
 
 @pytest.mark.parametrize("arch", KINDS)
 @pytest.mark.parametrize("ranks", [1, 2])
-def test_parameters_equal_the_local_backends(made, arch, ranks):
+def test_parameters_equal_those_of_the_local_backend(made, arch, ranks):
     local, te = made[arch, ranks]
     assert te.parameters == local.parameters
     assert te.buffers == local.buffers
-    assert te.filled == local.filled == []  # mup.init alone gives values
+    assert te.filled == local.filled == []  # only mup.initial_values sets values
     assert te.hidden.keys() == local.hidden.keys()
     assert set(local.hidden.values()) == {"megatron_dit.parallel.layers"}
     assert set(te.hidden.values()) == {"megatron_dit.parallel.te"}
 
 
 @pytest.mark.parametrize("arch", KINDS)
-def test_roles_equal_the_local_backends(made, arch):
+def test_roles_equal_those_of_the_local_backend(made, arch):
     local, te = made[arch, "roles"]
     assert te == local
     assert {param.role for param in te.values()} >= {"input", "hidden", "output", "vector"}
 
 
-# --- its layers in every layout, on the CPU ---------------------------------------------------------
+# --- layers in several layouts, on the CPU ---------------------------------------------------------
 
 
 def te_trace(*args):
-    """``test_layouts.trace`` on Transformer Engine's layers; runs in the pool's ranks."""
-    from megatron_dit import engine
+    """Run ``test_layouts.trace`` with Transformer Engine's layers. Runs in the ranks of the pool."""
     from megatron_dit.parallel.te import TeBackend
+    from megatron_dit.training import engine
 
     with te_on_cpu(), mock.patch.object(engine, "open_backend", TeBackend):
         return trace(*args)
 
 
 @pytest.fixture(scope="module")
-def reference(te_is_here, pool, dataset, tmp_path_factory):
-    """Traces of the local backend in one process."""
+def reference(te_importable, pool, dataset, tmp_path_factory):
+    """First steps of the local backend in one process."""
     scratch = tmp_path_factory.mktemp("reference")
     return {arch: pool.run(1, trace, arch, REFERENCE, dataset, scratch)[0] for arch in KINDS}
 
@@ -165,13 +168,13 @@ def test_layout_equals_the_local_backend(pool, dataset, tmp_path, reference, arc
     assert result.good, result
 
 
-def test_a_row_bias_whose_gradient_is_not_summed_is_seen(pool, dataset, tmp_path, reference):
+def test_verify_detects_a_row_bias_gradient_that_is_not_summed(pool, dataset, tmp_path, reference):
     layout = Layout(2, tensor=2, sequence=True)
-    found = pool.run(2, te_trace, "pixart", layout, dataset, tmp_path, "seen_by_tokens")[0]
+    found = pool.run(2, te_trace, "pixart", layout, dataset, tmp_path, "sum_grad_over_sequence_ranks")[0]
     assert not verify.compare("faulty", found, reference["pixart"]).good
 
 
-# --- what is refused --------------------------------------------------------------------------------
+# --- invalid settings --------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -185,49 +188,49 @@ def test_a_row_bias_whose_gradient_is_not_summed_is_seen(pool, dataset, tmp_path
         ("mmdit", {**FP8, "heads": 3, "base_heads": 3}, ["= 24", "multiple of 16"]),
         ("mmdit", {**FP8, "parallel.tensor": 4}, ["/ parallel.tensor = 8", "multiple of 16"]),
         ("dit", {**FP8, "model.patch_size": 8}, None),  # 4 tokens * 4
-        ("dit", {**FP8, "model.patch_size": 8, "train.micro_batch": 2}, ["4 tokens of the picture", "multiple of 4"]),
-        ("mmdit", {**FP8, "model.text_tokens": 6}, ["6 tokens of the text", "= 24", "multiple of 8"]),
-        ("pixart", {**FP8, "model.text_tokens": 6}, ["6 tokens of the text", "= 24", "multiple of 8"]),
+        ("dit", {**FP8, "model.patch_size": 8, "train.micro_batch": 2}, ["4 image tokens per rank", "multiple of 4"]),
+        ("mmdit", {**FP8, "model.text_tokens": 6}, ["6 text tokens per rank", "= 24", "multiple of 8"]),
+        ("pixart", {**FP8, "model.text_tokens": 6}, ["6 text tokens per rank", "= 24", "multiple of 8"]),
         ("uvit", FP8, None),  # (16 patches + 1 + 23 of text) * 4
-        ("uvit-class", FP8, ["18 tokens of the sequence", "= 72", "multiple of 8"]),  # 16 patches + time + class
+        ("uvit-class", FP8, ["18 sequence tokens per rank", "= 72", "multiple of 8"]),  # 16 patches + time + class
         ("uvit-class", {**FP8, "train.micro_batch": 8}, None),
-        # A rank has half the picture's tokens, and all of PixArt-α's text.
+        # A rank has half of the image tokens and all text tokens of PixArt-α.
         ("pixart", {**FP8, "parallel.tensor": 2, "parallel.sequence": True, "train.micro_batch": 2}, None),
         (
             "pixart",
             {**FP8, "parallel.tensor": 2, "parallel.sequence": True, "train.micro_batch": 1},
-            ["8 tokens of the picture", "multiple of 2"],
+            ["8 image tokens per rank", "multiple of 2"],
         ),
-        # Gathered blocks must be whole.
+        # Gathered blocks must be complete on each rank.
         (
             "dit",
             {**FP8, "train.fp8": "blockwise", "parallel.tensor": 2, "parallel.sequence": True},
-            ["8 tokens of the picture", "multiple of 128", "multiple of 16"],
+            ["8 image tokens per rank", "multiple of 128", "multiple of 16"],
         ),
     ],
 )
-def test_config(arch, overrides, words):
+def test_config_checks_backend_and_fp8(arch, overrides, words):
     if words is None:
         assert small(arch, **overrides).train.fp8 == "current"
         return
-    with pytest.raises(UserError) as refusal:
+    with pytest.raises(UserError) as caught:
         small(arch, **overrides)
     for word in words:
-        assert word in str(refusal.value)
-    assert "\n" not in str(refusal.value)
+        assert word in str(caught.value)
+    assert "\n" not in str(caught.value)
 
 
-def test_a_bucket_that_fp8_cannot_take_is_refused_with_the_data():
+def test_image_sizes_that_fp8_does_not_support_are_rejected():
     config = small("dit", **FP8)
     config.check_fp8_tokens(16, 32)
-    with pytest.raises(UserError, match=r"6 tokens of the picture .* = 24: train\.fp8=current .* multiple of 8"):
+    with pytest.raises(UserError, match=r"6 image tokens per rank .* = 24: .* train\.fp8=current; .* multiple of 8"):
         config.check_fp8_tokens(8, 12)
     small("dit").check_fp8_tokens(8, 12)
 
 
 @pytest.fixture
 def gpu(monkeypatch):
-    """A machine that seems to have a GPU of ``capability``, with or without Transformer Engine."""
+    """Simulate a machine with a GPU of compute capability ``capability``, with or without Transformer Engine."""
 
     def pretend(capability, importable):
         te = types.ModuleType("transformer_engine.pytorch") if importable else None
@@ -247,12 +250,12 @@ def gpu(monkeypatch):
         (FP8, ["train.fp8=current", "no CUDA device", "train.fp8=none"]),
     ],
 )
-def test_te_without_a_gpu_is_refused(monkeypatch, overrides, words):
+def test_te_without_a_gpu_is_rejected(monkeypatch, overrides, words):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    with pytest.raises(UserError) as refusal:
+    with pytest.raises(UserError) as caught:
         open_backend(small("mmdit", **overrides), SOLO)
     for word in words:
-        assert word in str(refusal.value)
+        assert word in str(caught.value)
 
 
 @pytest.mark.parametrize(
@@ -262,28 +265,28 @@ def test_te_without_a_gpu_is_refused(monkeypatch, overrides, words):
         (FP8, ["train.fp8=current", "cannot be imported", "train.fp8=none"]),
     ],
 )
-def test_te_that_is_not_installed_is_refused(gpu, overrides, words):
+def test_te_that_is_not_installed_is_rejected(gpu, overrides, words):
     gpu((9, 0), importable=False)
-    with pytest.raises(UserError) as refusal:
+    with pytest.raises(UserError) as caught:
         open_backend(small("mmdit", **overrides), SOLO)
     for word in words:
-        assert word in str(refusal.value)
-    assert "\n" not in str(refusal.value)
+        assert word in str(caught.value)
+    assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize(
     ("fp8", "capability", "needed"),
     [("delayed", (8, 0), "8.9"), ("current", (8, 0), "8.9"), ("blockwise", (8, 9), "9.0")],
 )
-def test_fp8_on_a_gpu_without_it_is_refused(gpu, fp8, capability, needed):
+def test_fp8_on_an_unsupported_gpu_is_rejected(gpu, fp8, capability, needed):
     gpu(capability, importable=True)
-    with pytest.raises(UserError) as refusal:
+    with pytest.raises(UserError) as caught:
         open_backend(small("mmdit", **{**FP8, "train.fp8": fp8}), SOLO)
     for word in (f"train.fp8={fp8}", needed, "A100", "{}.{}".format(*capability), "train.fp8=none", "bf16"):
-        assert word in str(refusal.value)
+        assert word in str(caught.value)
 
 
-def test_auto_is_local_where_transformer_engine_is_not_or_would_not_help(gpu, monkeypatch):
+def test_auto_is_local_without_transformer_engine_gpu_or_bf16(gpu, monkeypatch):
     bf16 = small("mmdit", **{"train.dtype": "bf16"})
     with monkeypatch.context() as patch:
         patch.setattr(torch.cuda, "is_available", lambda: False)

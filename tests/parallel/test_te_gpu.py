@@ -1,4 +1,4 @@
-"""Transformer Engine on a GPU: bf16 against the local backend; FP8 against bf16, with every recipe and under ZeRO-3."""
+"""Transformer Engine on a GPU: bf16 compared with the local backend, and FP8 with bf16, for all recipes and ZeRO-3."""
 
 from __future__ import annotations
 
@@ -8,20 +8,20 @@ from pathlib import Path
 import pytest
 import torch
 
-from data_prep.demo import demo
-from tests.child import in_child
-from tests.configs import ARCHITECTURES, small
+from data_prep.toy import make_toy_dataset
+from tests.helpers.child import in_child
+from tests.helpers.configs import ARCHITECTURES, small
 
 pytestmark = pytest.mark.gpu
 
-CUDA = {"DS_ACCELERATOR": "cuda"}  # the tests' own processes have DeepSpeed on the CPU
+CUDA = {"DS_ACCELERATOR": "cuda"}  # the test process itself uses DeepSpeed on the CPU
 KINDS = [*ARCHITECTURES, "uvit-class"]
 RECIPES = ["delayed", "current", "blockwise"]
 PROXY = Path(__file__).parents[2] / "configs" / "mmdit" / "proxy.yaml"
 
 
 def wide(arch, **overrides):
-    """Width 256, 64 tokens of the picture, 16 samples: sizes that FP8 takes, in bf16."""
+    """Return a bf16 config with width 256, 64 image tokens and 16 samples, sizes that FP8 supports."""
     batch = {"train.global_batch": 16, "train.micro_batch": 16}
     return small(arch, **{"model.head_dim": 64, "model.patch_size": 2, "train.dtype": "bf16", **batch, **overrides})
 
@@ -36,25 +36,29 @@ class Difference:
     output: float
     gradient: float  # of all parameters as one vector
     worst: tuple[float, str]  # of one parameter's gradient, and its name
-    cast: bool  # all linears of Transformer Engine ran in FP8
+    cast: bool  # all linear layers of Transformer Engine ran in FP8
 
 
 def last_pass(config, backend, count):
-    """(output, gradients by name, model) of the last of ``count`` equal passes: delayed scaling looks at the others."""
-    from megatron_dit.models import build, build_unsharded
-    from megatron_dit.mup.init import forward_multipliers, initial_value, set_multipliers
-    from megatron_dit.mup.shapes import describe
-    from megatron_dit.parallel.cpu import device
-    from megatron_dit.parallel.topology import SOLO
-    from megatron_dit.verify import disturbed
-    from tests.test_engine import batch
+    """Return (output, gradients by name, model) of the last of ``count`` equal passes.
 
-    params = describe(build_unsharded, config)
+    Delayed scaling takes its scales from the passes before.
+    """
+    from megatron_dit.models.build import build
+    from megatron_dit.models.param_specs import param_specs
+    from megatron_dit.mup.initial_values import initial_value
+    from megatron_dit.mup.multipliers import forward_multipliers, set_multipliers
+    from megatron_dit.parallel.topology import SOLO
+    from megatron_dit.runtime.device import device
+    from megatron_dit.verify import disturbed
+    from tests.helpers.engine import batch
+
+    params = param_specs(config)
     with torch.device(device()):
         model = build(config.model, backend)
     with torch.no_grad():
         for name, p in model.named_parameters():
-            # A little noise on all weights: a gate at zero would hide what is behind it.
+            # Add noise to all weights: a gate at zero would hide the layers behind it.
             p.copy_(initial_value(params[name], config.seed).lerp(disturbed(params[name], config.seed), 0.1))
     set_multipliers(model, forward_multipliers(params))
     model.bfloat16()
@@ -72,7 +76,7 @@ def last_pass(config, backend, count):
 
 
 def against_local(configs, count=1):
-    """Each config's backend, which is Transformer Engine's, against the local one in bf16."""
+    """Compare the Transformer Engine backend of each config with the local backend in bf16."""
     from megatron_dit.parallel.backends import open_backend
     from megatron_dit.parallel.layers import Backend
     from megatron_dit.parallel.topology import build_topology, connect
@@ -99,7 +103,7 @@ def against_local(configs, count=1):
 
 
 @pytest.mark.parametrize("arch", KINDS)
-def test_bf16_equals_the_local_backend(arch):
+def test_bf16_is_close_to_the_local_backend(arch):
     [found] = in_child(against_local, [wide(arch)], **CUDA)
     assert found.output <= 1e-2, found
     assert found.gradient <= 1e-2, found
@@ -108,10 +112,10 @@ def test_bf16_equals_the_local_backend(arch):
 
 
 @pytest.mark.parametrize("arch", KINDS)
-def test_fp8_is_near_bf16_but_not_it(arch):
-    asked = [{"train.fp8": fp8, "train.fp8_format": form} for fp8 in RECIPES for form in ("hybrid", "e4m3")]
-    differences = in_child(against_local, [wide(arch, **keys) for keys in asked], 4, **CUDA)
-    for keys, found in zip(asked, differences, strict=True):
+def test_fp8_is_close_to_bf16_but_not_equal(arch):
+    settings = [{"train.fp8": fp8, "train.fp8_format": form} for fp8 in RECIPES for form in ("hybrid", "e4m3")]
+    differences = in_child(against_local, [wide(arch, **keys) for keys in settings], 4, **CUDA)
+    for keys, found in zip(settings, differences, strict=True):
         assert found.cast, keys
         assert found.output <= 1e-1, (keys, found)
         assert found.gradient <= 1e-1, (keys, found)
@@ -122,9 +126,9 @@ def test_fp8_is_near_bf16_but_not_it(arch):
 
 
 def steps(config, count):
-    """Losses and gradient norms of the first steps on random batches."""
+    """Return losses and gradient norms of the first ``count`` steps on random batches."""
     from megatron_dit.parallel.topology import connect
-    from tests.test_engine import batch, start
+    from tests.helpers.engine import batch, start
 
     connect()
     engine = start(config)
@@ -135,8 +139,8 @@ def steps(config, count):
 
 @pytest.mark.parametrize("fp8", RECIPES)
 @pytest.mark.parametrize("micro_batch", [16, 4])
-def test_fp8_under_zero3_equals_it_without(fp8, micro_batch):
-    """ZeRO-3 frees a weight between forward and backward, and steps change it: no stale FP8 copy may be used."""
+def test_fp8_with_zero3_is_close_to_fp8_without(fp8, micro_batch):
+    """ZeRO-3 frees weights between forward and backward, and steps change them, so no stale FP8 copy may be used."""
     layout = {"train.fp8": fp8, "train.micro_batch": micro_batch}
     losses, norms = in_child(steps, wide("mmdit", **layout), 10, **CUDA)
     sharded_losses, sharded_norms = in_child(steps, wide("mmdit", **layout, **{"parallel.zero_stage": 3}), 10, **CUDA)
@@ -145,17 +149,17 @@ def test_fp8_under_zero3_equals_it_without(fp8, micro_batch):
 
 
 def final_loss(overrides):
-    """Mean loss of the last 100 of 500 steps of the 0.18B MMDiT on the embedded pictures."""
+    """Return the mean loss over the last 100 of 500 steps of the 0.18B MMDiT on the toy dataset."""
     from megatron_dit.config import load_config
-    from megatron_dit.data.shards import read_index
+    from megatron_dit.data.index import read_index
     from megatron_dit.data.stream import batches
     from megatron_dit.parallel.topology import connect
-    from tests.test_engine import start
+    from tests.helpers.engine import start
 
     data = ["model.in_channels=3", "model.sample_size=16", "model.text_dim=64", "model.text_tokens=16"]
-    no_repa = ["model.repa_block=0", "model.repa_dim=0"]
-    course = ["train.steps=500", "train.global_batch=256", "train.micro_batch=256", "optimizer.warmup_steps=50"]
-    config = load_config(PROXY, [*data, *no_repa, *course, "optimizer.schedule=cosine", "data.workers=0", *overrides])
+    no_repa = ["model.repa_block=null", "model.repa_dim=null"]
+    schedule = ["train.steps=500", "train.global_batch=256", "train.micro_batch=256", "optimizer.warmup_steps=50"]
+    config = load_config(PROXY, [*data, *no_repa, *schedule, "optimizer.schedule=cosine", "data.workers=0", *overrides])
     connect()
     engine = start(config)
     stream = batches([read_index(config.data.path)], config, 0, 0, 1)
@@ -164,20 +168,20 @@ def final_loss(overrides):
 
 
 @pytest.fixture(scope="module")
-def pictures(tmp_path_factory):
-    """Folder of 20,000 embedded pictures."""
+def toy_images(tmp_path_factory):
+    """Folder with 20,000 toy images."""
     folder = tmp_path_factory.mktemp("te") / "scenes"
-    demo(folder, 20_000, seed=0)
+    make_toy_dataset(folder, 20_000, seed=0)
     return folder
 
 
 @pytest.fixture(scope="module")
-def bf16_loss(pictures):
-    return in_child(final_loss, [f"data.path={pictures}"], **CUDA)
+def bf16_loss(toy_images):
+    return in_child(final_loss, [f"data.path={toy_images}"], **CUDA)
 
 
 @pytest.mark.parametrize("fp8", RECIPES)
-def test_fp8_trains_as_bf16(pictures, bf16_loss, fp8):
-    found = in_child(final_loss, [f"data.path={pictures}", f"train.fp8={fp8}"], **CUDA)
+def test_fp8_final_loss_is_close_to_bf16(toy_images, bf16_loss, fp8):
+    found = in_child(final_loss, [f"data.path={toy_images}", f"train.fp8={fp8}"], **CUDA)
     assert found == pytest.approx(bf16_loss, rel=1e-2)
     assert found != bf16_loss

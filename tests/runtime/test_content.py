@@ -1,4 +1,4 @@
-"""What files are, whatever their names say: files as the libraries themselves write them."""
+"""Formats are detected from the bytes of files that the libraries themselves wrote, regardless of file names."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ BYTES = {
 
 
 def write(path, name):
-    """A file of the content ``name``."""
+    """Write a file of format ``name``."""
     if name in BYTES:
         path.write_bytes(BYTES[name])
     elif name == "safetensors":
@@ -55,14 +55,14 @@ def write(path, name):
 @pytest.mark.parametrize(
     "name", [*BYTES, "safetensors", "torch", "pickle", "zip", "tar", "gzip", "numpy", "png", "jpeg"]
 )
-def test_content_is_known_by_its_bytes(tmp_path, name):
+def test_format_is_detected_from_the_bytes(tmp_path, name):
     path = tmp_path / "model.bin"
     write(path, name)
     assert content_of(path).name == name
 
 
 @pytest.mark.parametrize("name", ["safetensors", "torch"])
-def test_truncated_files_are_known(tmp_path, name):
+def test_truncated_files_are_detected(tmp_path, name):
     path = tmp_path / "model"
     write(path, name)
     path.write_bytes(path.read_bytes()[:-4])
@@ -71,15 +71,15 @@ def test_truncated_files_are_known(tmp_path, name):
     assert message.endswith("not a safetensors file: download or export it again")
 
 
-def test_a_damaged_header_of_safetensors_is_not_taken(tmp_path):
+def test_safetensors_with_damaged_header_is_unknown(tmp_path):
     for header in (b"{]", json.dumps({"a": 1}).encode(), b"[" * 5000):
         path = tmp_path / "model.safetensors"
         path.write_bytes(len(header).to_bytes(8, "little") + header)
         assert content_of(path).name == "unknown"
 
 
-def test_a_file_under_another_name_is_told_how_to_rename_it(tmp_path):
+def test_message_about_a_wrong_extension_suggests_renaming(tmp_path):
     write(tmp_path / "model.pt", "safetensors")
     message = mismatch(tmp_path / "model.pt", "torch") or ""
-    assert "model.pt is a safetensors file, not what torch.save writes: rename it to model.safetensors" in message
+    assert "model.pt is a safetensors file, not a file written by torch.save: rename it to model.safetensors" in message
     assert mismatch(tmp_path / "model.pt", "safetensors", "torch") is None

@@ -1,4 +1,4 @@
-"""Files of results: refused before the work if they cannot be written, and replaced as a whole."""
+"""Result files are checked before the work starts and replaced atomically."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_dit.errors import UserError
+from megatron_dit.runtime.errors import UserError
 from megatron_dit.runtime.io import check_output, replacing
 
 
@@ -24,7 +24,7 @@ from megatron_dit.runtime.io import check_output, replacing
         ("link/x.json", "does not exist"),
     ],
 )
-def test_what_cannot_be_written_is_refused_and_leaves_nothing(tmp_path, name, words):
+def test_check_output_rejects_unwritable_paths_and_creates_nothing(tmp_path, name, words):
     (tmp_path / "file").write_text("kept")
     (tmp_path / "folder").mkdir()
     (tmp_path / "link").symlink_to(tmp_path / "nowhere")
@@ -37,7 +37,7 @@ def test_what_cannot_be_written_is_refused_and_leaves_nothing(tmp_path, name, wo
     assert (tmp_path / "file").read_text() == "kept"
 
 
-def test_what_can_be_written_is_left_alone(tmp_path):
+def test_check_output_accepts_writable_paths_and_changes_nothing(tmp_path):
     (tmp_path / "old").write_text("kept")
     for name in ("old", "new"):
         check_output(tmp_path / name, "--json")
@@ -47,7 +47,7 @@ def test_what_can_be_written_is_left_alone(tmp_path):
     assert (tmp_path / "old").read_text() == "kept"
 
 
-def test_a_failure_leaves_the_old_file(tmp_path):
+def test_failed_write_keeps_the_old_file(tmp_path):
     path = tmp_path / "x.json"
     path.write_text("old")
     path.chmod(0o640)
@@ -68,7 +68,7 @@ def test_a_failure_leaves_the_old_file(tmp_path):
     assert [item.name for item in tmp_path.iterdir()] == ["x.json"]
 
 
-def test_links_and_devices_stay_what_they_are(tmp_path):
+def test_links_and_pipes_are_written_through_and_not_replaced(tmp_path):
     (tmp_path / "target").write_text("old")
     (tmp_path / "link").symlink_to("target")
     with replacing(tmp_path / "link") as part:

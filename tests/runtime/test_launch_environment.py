@@ -1,14 +1,14 @@
-"""The environments of launchers, as recorded from them, and the rank and world size they mean."""
+"""Rank and world size from the recorded environment variables of launchers."""
 
 from __future__ import annotations
 
 import pytest
 
 from megatron_dit.cli import run
-from megatron_dit.errors import UserError
+from megatron_dit.runtime.errors import UserError
 from megatron_dit.runtime.launch_environment import LaunchEnvironment, launch_environment
 
-# Slurm 22.05 with --nodes=2 --ntasks-per-node=1, as env prints it in the batch script and in a task of its srun.
+# Slurm 22.05 with --nodes=2 --ntasks-per-node=1, as printed by env in the batch script and in a task of its srun.
 BATCH = {
     "SLURM_GTIDS": "0",
     "SLURM_JOB_NUM_NODES": "2",
@@ -49,10 +49,10 @@ ALONE = LaunchEnvironment()
           "SLURM_STEP_TASKS_PER_NODE": "8(x2),6,2"}, LaunchEnvironment(21, 24, 3, 6, "srun")),
         ({**STEP, "SLURM_PROCID": "", "RANK": ""}, ALONE),
         ({**BATCH, **STEP, "RANK": "1", "WORLD_SIZE": "8", "LOCAL_RANK": "1"},
-         LaunchEnvironment(1, 8, 1, 1, "environment")),  # torchrun within an srun of one task a node
+         LaunchEnvironment(1, 8, 1, 1, "environment")),  # torchrun within an srun with one task per node
     ],
 )  # fmt: skip
-def test_what_launchers_set(variables, expected):
+def test_environments_of_launchers_are_interpreted(variables, expected):
     assert launch_environment(variables) == expected
 
 
@@ -70,13 +70,13 @@ def test_what_launchers_set(variables, expected):
         ({**STEP, "SLURM_PROCID": "0", "SLURM_STEP_TASKS_PER_NODE": "many"}, "SLURM_STEP_TASKS_PER_NODE=many"),
     ],
 )
-def test_contradictions(variables, words):
+def test_invalid_and_contradictory_variables_are_rejected(variables, words):
     with pytest.raises(UserError) as caught:
         launch_environment(variables)
     assert words in str(caught.value)
 
 
-def test_commands_say_so_in_one_line(monkeypatch, capsys, tmp_path):
+def test_command_reports_an_invalid_environment_in_one_line(monkeypatch, capsys, tmp_path):
     monkeypatch.setenv("RANK", "5")
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert run(["train", "configs/quickstart.yaml", f"run_dir={tmp_path}/run"]) == 2
@@ -84,11 +84,11 @@ def test_commands_say_so_in_one_line(monkeypatch, capsys, tmp_path):
 
 
 @pytest.mark.parametrize(("variables", "refused"), [(BATCH, False), ({"RANK": "0", "WORLD_SIZE": "2"}, True)])
-def test_procs_within_a_job_of_one_rank(monkeypatch, capsys, variables, refused):
+def test_procs_is_allowed_in_a_batch_job_but_not_under_a_launcher(monkeypatch, capsys, variables, refused):
     started = []
-    monkeypatch.setattr("megatron_dit.launch.run_ranks", lambda words, ranks, **_: started.append(ranks) or 0)
+    monkeypatch.setattr("megatron_dit.runtime.launcher.run_ranks", lambda words, ranks, **_: started.append(ranks) or 0)
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
     assert run(["train", "configs/quickstart.yaml", "train.micro_batch=64", "--procs", "2"]) == (2 if refused else 0)
     assert started == ([] if refused else [2])
-    assert ("this is rank 0 of 2 that a launcher started already" in capsys.readouterr().err) == refused
+    assert ("was given to rank 0 of 2 started by a launcher" in capsys.readouterr().err) == refused

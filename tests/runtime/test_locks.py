@@ -1,4 +1,4 @@
-"""Locks of files and of a run's folder: who holds them, and when they are stale."""
+"""Locks of files and run folders: who holds them, and when they are stale."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ import time
 
 import pytest
 
-from megatron_dit.errors import UserError
 from megatron_dit.runtime import locks
+from megatron_dit.runtime.errors import UserError
 from megatron_dit.runtime.locks import RunLock, try_lock, wait_for_lock
 
 HOLD = """
@@ -27,7 +27,7 @@ time.sleep(60)
 
 
 def hold(path, *flags):
-    """A process that holds the lock, and the number it printed: its own, or its forked child's."""
+    """Return a process that holds the lock and the process id it printed: its own, or that of its forked child."""
     process = subprocess.Popen([sys.executable, "-c", HOLD, str(path), *flags], stdout=subprocess.PIPE, text=True)
     return process, int(process.stdout.readline())
 
@@ -38,82 +38,81 @@ def fast(monkeypatch):
     monkeypatch.setattr(locks, "SILENCE_SECONDS", 1.0)
 
 
-def refused(path, **kwargs):
+def lock_error(path):
     with pytest.raises(UserError) as caught:
-        RunLock(path, **kwargs)
+        RunLock(path)
     return str(caught.value)
 
 
-def silent(line):
-    raise AssertionError(f"waited: {line}")
-
-
-def test_the_holder_is_named_and_sigkill_frees_the_lock_at_once(tmp_path):
+def test_error_names_the_holder_and_sigkill_releases_the_lock_immediately(tmp_path, capsys):
     path = tmp_path / "run.lock"
     process, pid = hold(path)
-    message = refused(path, say=silent)
+    message = lock_error(path)
     assert f"run_dir={tmp_path} is in use by process {pid} on host {os.uname().nodename}, started 20" in message
     process.send_signal(signal.SIGKILL)
     process.wait()
-    with RunLock(path, say=silent):  # nothing to wait for: flock knows
+    with RunLock(path):
         assert json.loads(path.read_text())["pid"] == os.getpid()
     assert path.read_text() == ""
+    assert capsys.readouterr().out == ""  # no wait: flock reports that it is free
 
 
-def test_a_forked_child_does_not_keep_its_killed_parents_lock(tmp_path):
+def test_forked_child_does_not_keep_the_lock_of_its_killed_parent(tmp_path, capsys):
     path = tmp_path / "run.lock"
     process, child = hold(path, "fork")
     process.send_signal(signal.SIGKILL)
     process.wait()
     try:
-        with RunLock(path, say=silent):
-            os.kill(child, 0)  # it lives
+        with RunLock(path):
+            os.kill(child, 0)  # still running
+        assert capsys.readouterr().out == ""  # no wait
     finally:
         os.kill(child, signal.SIGKILL)
 
 
-def test_another_machine_is_judged_by_its_heartbeat(tmp_path, fast, monkeypatch):
-    """flock lets us have it, as on mounts that keep flock to one machine: a copy of the lock's file stands for one."""
+def test_lock_of_another_machine_is_stale_only_without_heartbeat(tmp_path, fast, monkeypatch, capsys):
+    """Mounts that apply flock to one machine only are simulated: flock succeeds through a link to the lock file."""
     path, there = tmp_path / "run.lock", tmp_path / "there" / "run.lock"
     there.parent.mkdir()
-    said = []
     with monkeypatch.context() as elsewhere:
         elsewhere.setattr(locks, "_here", lambda: {"host": "far", "boot": "other", "pid": 7})
         holder = RunLock(there)
     path.symlink_to(there)
     monkeypatch.setattr(locks, "try_lock", lambda path: locks.FileLock(os.open(path, os.O_RDWR), supported=True))
-    assert "is in use by process 7 on host far" in refused(path, say=said.append)
-    assert "waiting" in said[0]
-    holder._ended.set()  # killed: no more heartbeats, and the file as it was
+    assert "is in use by process 7 on host far" in lock_error(path)
+    assert "waiting" in capsys.readouterr().out
+    holder._ended.set()  # simulate SIGKILL: no more heartbeats, file unchanged
     holder._heart.join()
     started = time.monotonic()
-    RunLock(path, say=said.append).release()
+    RunLock(path).release()
     assert 0.9 < time.monotonic() - started < 5
 
 
-def test_a_file_system_without_locks(tmp_path, fast, monkeypatch):
+def test_run_lock_works_on_a_file_system_without_flock(tmp_path, fast, monkeypatch, capsys):
     def flock(*_):
         raise OSError(95, "Operation not supported")
 
     monkeypatch.setattr("megatron_dit.runtime.locks.fcntl.flock", flock)
     path = tmp_path / "run.lock"
     with RunLock(path):
-        assert "is in use by process" in refused(path, say=lambda line: None)
-    RunLock(path, say=silent).release()
+        assert "is in use by process" in lock_error(path)
+    capsys.readouterr()
+    RunLock(path).release()
     ended = subprocess.Popen(["true"])
     ended.wait()
     path.write_text(json.dumps({**locks._here(), "pid": ended.pid, "heartbeat": 3}))
-    RunLock(path, say=silent).release()  # its process is gone
+    RunLock(path).release()  # its process has ended
+    assert capsys.readouterr().out == ""  # no wait
 
 
 @pytest.mark.parametrize("content", ["", "\0\0\0", "[1]", "{", '{"pid": null}'])
-def test_a_damaged_lock_file_is_no_obstacle(tmp_path, fast, content):
+def test_damaged_lock_file_does_not_prevent_locking(tmp_path, fast, content):
     path = tmp_path / "run.lock"
     path.write_text(content)
-    RunLock(path, say=lambda line: None).release()
+    RunLock(path).release()
 
 
-def test_file_locks(tmp_path):
+def test_file_lock_is_exclusive_until_released(tmp_path):
     path = tmp_path / "a.lock"
     first = try_lock(path)
     assert first is not None
@@ -127,8 +126,8 @@ def test_file_locks(tmp_path):
 
 
 @pytest.mark.parametrize("lock", [RunLock, try_lock, wait_for_lock])
-def test_what_is_not_a_regular_file_is_no_lock(tmp_path, lock):
-    """A FIFO would be read for ever, and the file that a link leads to is somebody else's."""
+def test_lock_files_must_be_regular_files(tmp_path, lock):
+    """Reading a FIFO would block forever, and the target of a link may belong to others."""
     path, other = tmp_path / "run.lock", tmp_path / "other"
     other.write_text("precious")
     for make in (path.mkdir, lambda: os.mkfifo(path), lambda: path.symlink_to(other), lambda: path.symlink_to("none")):
@@ -140,7 +139,7 @@ def test_what_is_not_a_regular_file_is_no_lock(tmp_path, lock):
     assert [item.name for item in tmp_path.iterdir()] == ["other"]
 
 
-def test_the_holder_of_a_foreign_lock_is_printed_without_escape_sequences(tmp_path, fast, capsys):
+def test_holder_in_an_untrusted_lock_file_is_printed_without_escape_sequences(tmp_path, fast, capsys):
     path = tmp_path / "run.lock"
     path.write_text(json.dumps({"boot": None, "host": "a\x1b[2J\nb", "pid": "../..", "started": [1]}))
     RunLock(path).release()

@@ -1,4 +1,4 @@
-"""Standard output whose reader leaves, that is full or closed: three small commands and one that goes on."""
+"""Standard output that is closed, full, or a pipe whose reader exits, with and without ``keep_going``."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pytest
 
 PROGRAM = """
 import sys
-from megatron_dit.cli.program import run_program
+from megatron_dit.runtime.program import run_program
 from megatron_dit.runtime.output import keep_going
 
 def command(arguments):
@@ -27,7 +27,7 @@ sys.exit(run_program(command))
 
 
 def start(tmp_path, words, shell):
-    """(exit status, standard error, whether the command came to its end)."""
+    """Return (exit status, standard error, whether the command finished)."""
     done = tmp_path / "done"
     done.unlink(missing_ok=True)
     program = tmp_path / "program.py"
@@ -37,25 +37,25 @@ def start(tmp_path, words, shell):
     return ended.returncode, ended.stderr, done.exists()
 
 
-def test_a_reader_that_leaves(tmp_path):
+def test_exiting_reader_ends_the_command_unless_it_keeps_going(tmp_path):
     assert start(tmp_path, "", "| head -1 > /dev/null; exit ${PIPESTATUS[0]}") == (141, "", False)
     assert start(tmp_path, "keep", "| head -1 > /dev/null; exit ${PIPESTATUS[0]}") == (0, "worked\n", True)
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full")
-def test_a_full_disk(tmp_path):
+def test_full_disk_is_an_error_unless_the_command_keeps_going(tmp_path):
     status, err, done = start(tmp_path, "", "> /dev/full")
     assert (status, done) == (2, False)
-    assert err == "error: standard output cannot be written (No space left on device): send it elsewhere\n"
+    assert err == "error: standard output cannot be written (No space left on device): redirect it to another file\n"
     assert start(tmp_path, "keep", "> /dev/full") == (0, "worked\n", True)
 
 
-def test_closed_streams(tmp_path):
+def test_closed_streams_do_not_stop_the_command(tmp_path):
     assert start(tmp_path, "", ">&-") == (0, "worked\n", True)
     assert start(tmp_path, "", ">&- 2>&-") == (0, "", True)
 
 
-def test_a_training_run_ignores_hangups(tmp_path):
+def test_keep_going_ignores_sighup(tmp_path):
     code = "import os, signal; from megatron_dit.runtime.output import keep_going; keep_going(); "
-    code += "os.kill(os.getpid(), signal.SIGHUP); print('goes on')"
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, check=True).stdout == b"goes on\n"
+    code += "os.kill(os.getpid(), signal.SIGHUP); print('continues')"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, check=True).stdout == b"continues\n"

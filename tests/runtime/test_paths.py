@@ -1,4 +1,4 @@
-"""Paths of users: the home folder is expanded, and a variable that no shell has expanded is refused."""
+"""User paths: the home folder is expanded, and variables that no shell has expanded are rejected."""
 
 from __future__ import annotations
 
@@ -7,22 +7,22 @@ from pathlib import Path
 import pytest
 from fsspec.implementations.local import LocalFileSystem
 
-from megatron_dit.errors import UserError
+from megatron_dit.runtime.errors import UserError
 from megatron_dit.runtime.paths import user_path
 
 
 @pytest.mark.parametrize("path", ["~", "~/x", "~root/x", "a/~b", "-x", "café", "a%20b", "data[1]", "a$", "5$"])
-def test_the_home_folder_is_expanded_as_fsspec_does(path, monkeypatch):
+def test_home_folder_is_expanded_as_in_fsspec(path, monkeypatch):
     monkeypatch.setenv("HOME", "/home/somebody")
     assert Path(user_path(path, "run_dir")).absolute() == Path(LocalFileSystem._strip_protocol(path))
 
 
-def test_urls_and_explicit_names_are_returned_as_given():
+def test_urls_and_explicit_relative_paths_are_unchanged():
     assert user_path("s3://bucket/~x", "data.path") == "s3://bucket/~x"
     assert user_path("./x", "run_dir") == "./x"
 
 
-def test_a_folder_called_like_a_home_stays_that_folder_when_its_path_is_read_again():
+def test_folder_named_with_a_tilde_keeps_its_path_when_expanded_again():
     path = user_path("./~root", "run_dir")
     assert Path(user_path(str(Path(path)), "run_dir")) == Path.cwd() / "~root"
 
@@ -30,6 +30,6 @@ def test_a_folder_called_like_a_home_stays_that_folder_when_its_path_is_read_aga
 @pytest.mark.parametrize(
     "path", ["$SCRATCH/run", "a/${USER}/b", "s3://b/$NAME", "~nobody-here/x", "a" * 256, "a/" * 2048, "a\0b", "é" * 128]
 )
-def test_what_nobody_expands_is_refused(path):
+def test_variables_unknown_users_and_invalid_paths_are_rejected(path):
     with pytest.raises(UserError, match="run_dir"):
         user_path(path, "run_dir")

@@ -1,4 +1,4 @@
-"""Foreign text is shown on one line and cannot control the terminal."""
+"""Untrusted text is shown on one line and cannot control the terminal."""
 
 from __future__ import annotations
 
@@ -21,6 +21,6 @@ from megatron_dit.runtime.text import printable
         ("👩\u200d🚀", "👩\u200d🚀"),
     ],
 )
-def test_control_characters_are_escaped_and_text_is_not(text, shown):
+def test_control_characters_are_escaped_and_other_text_is_unchanged(text, shown):
     assert printable(text) == shown
     printable(text).encode()

@@ -1,4 +1,4 @@
-"""Solvers against closed forms, guidance by hand, and pictures that do not depend on their batch."""
+"""Solvers equal closed forms, guidance equals its formula, and images do not depend on their batch."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ from PIL import Image
 
 from megatron_dit.checkpoint.load import open_checkpoint
 from megatron_dit.cli import run
-from megatron_dit.errors import UserError
-from megatron_dit.models.condition import Condition
+from megatron_dit.models.common.condition import Condition
+from megatron_dit.runtime.errors import UserError
 from megatron_dit.sampling.generate import Sampler, load_model
 from megatron_dit.sampling.solvers import guide, scheduler_for, solve
-from tests.configs import small, small_dict
+from tests.helpers.configs import small, small_dict
 
 
 def nothing():
     pass
 
 
-def test_euler_ends_at_the_only_datum():
-    """All data at c: the flow's velocity is (x - c) / t, a straight line that Euler follows exactly."""
+def test_euler_reaches_a_single_data_point_exactly():
+    """If all data are c, the velocity is (x - c) / t, and Euler follows the straight line to c exactly."""
     c = torch.full((2, 3, 8, 8), 0.7)
     noise = torch.randn(2, 3, 8, 8)
     scheduler = scheduler_for(small("mmdit"), "euler")
@@ -36,7 +36,7 @@ def test_euler_ends_at_the_only_datum():
 @pytest.mark.parametrize("betas", ["linear", "scaled_linear"])
 @pytest.mark.parametrize("solver", ["ddim", "dpm++"])
 def test_ddpm_solvers_map_noise_to_gaussian_data(solver, betas):
-    """Data N(0, s^2): the optimal ε is known, and the probability-flow ODE scales noise to s."""
+    """For data N(0, s^2) the optimal ε is known, and the probability-flow ODE multiplies the noise by s."""
     s = 0.5
     scheduler = scheduler_for(small("pixart", **{"objective.beta_schedule": betas}), solver)
     bar = scheduler.alphas_cumprod
@@ -50,7 +50,7 @@ def test_ddpm_solvers_map_noise_to_gaussian_data(solver, betas):
     torch.testing.assert_close(out, s * noise, rtol=0.05, atol=0.02)
 
 
-def test_guidance_by_hand():
+def test_guidance_equals_its_formula():
     keep = torch.zeros(2, dtype=torch.bool)
     condition = Condition(keep, torch.randn(2, 4, 8), torch.ones(2, 4, dtype=torch.bool))
 
@@ -67,7 +67,7 @@ def test_guidance_by_hand():
 
 @pytest.fixture(scope="module", params=["mmdit", "pixart"])
 def trained(request, dataset, tmp_path_factory):
-    """A few steps of a run of each architecture."""
+    """Folder of a short run of each architecture."""
     folder = tmp_path_factory.mktemp(request.param)
     values = small_dict(request.param, **{"data.path": str(dataset), "run_dir": str(folder / "run")})
     path = folder / "config.yaml"
@@ -79,26 +79,26 @@ def trained(request, dataset, tmp_path_factory):
 PROMPTS = ["a red circle at the top left", "two blue squares", "four green crosses"]
 
 
-def test_a_picture_does_not_depend_on_its_batch(trained):
+def test_image_does_not_depend_on_its_batch(trained):
     sampler = Sampler(trained)
     together = sampler.draw(PROMPTS)
     assert together.shape == (3, 16, 16, 3)
     assert together.dtype == np.uint8
-    alone = np.concatenate([sampler.draw([prompt]) for prompt in PROMPTS])
-    assert np.abs(together.astype(int) - alone).max() <= 1  # a batched product may round otherwise
-    pieces = sampler.draw(PROMPTS[::-1], batch=2)[::-1]
-    assert np.abs(together.astype(int) - pieces).max() <= 1
+    separate = np.concatenate([sampler.draw([prompt]) for prompt in PROMPTS])
+    assert np.abs(together.astype(int) - separate).max() <= 1  # batched products may round differently
+    reversed_batches = sampler.draw(PROMPTS[::-1], batch=2)[::-1]
+    assert np.abs(together.astype(int) - reversed_batches).max() <= 1
     assert (sampler.draw(PROMPTS, seed=1) != together).any()
 
 
-def test_repeated_prompts_get_other_noise_and_sizes_may_differ(trained):
+def test_repeated_prompts_use_different_noise_and_size_can_be_set(trained):
     sampler = Sampler(trained)
     first, second = sampler.draw([PROMPTS[0]] * 2)
     assert (first != second).any()
     assert sampler.draw(PROMPTS[:1], size=(8, 24)).shape == (1, 8, 24, 3)
 
 
-def test_ema_is_the_default(trained):
+def test_sampler_uses_ema_weights_by_default(trained):
     reader, sampler = open_checkpoint(trained), Sampler(trained)
     weights = dict(sampler.model.named_parameters())
     raw = dict(load_model(reader, sampler.config, ema=False).named_parameters())
@@ -108,7 +108,7 @@ def test_ema_is_the_default(trained):
     assert any(not torch.equal(weights[name], raw[name]) for name in weights)
 
 
-def test_commands_write_pictures_and_figures(trained, tmp_path, capsys):
+def test_sample_and_evaluate_write_images_and_results(trained, tmp_path, capsys):
     out = tmp_path / "grid.png"
     words = ["sample", str(trained), "--out", str(out), "--json", str(tmp_path / "s.json")]
     assert run([*words, "--prompt", PROMPTS[0], "--prompt", PROMPTS[1], "--guidance", "1"]) == 0
@@ -117,7 +117,7 @@ def test_commands_write_pictures_and_figures(trained, tmp_path, capsys):
     assert run(["evaluate", str(trained), "--prompts", "6", "--json", str(tmp_path / "e.json")]) == 0
     assert (trained / "samples.png").is_file()
     assert json.loads((tmp_path / "e.json").read_text())["prompts"] == 6
-    assert run(["evaluate", str(trained), "--prompts", "6", "--at-least", "1.0"]) == 1
+    assert run(["evaluate", str(trained), "--prompts", "6", "--min-score", "1.0"]) == 1
     assert "of 6 held-out prompts" in capsys.readouterr().out
 
 
@@ -132,7 +132,7 @@ def test_commands_write_pictures_and_figures(trained, tmp_path, capsys):
         (["--data", "/nowhere"], "/nowhere"),
     ],
 )
-def test_wrong_flags(trained, tmp_path, capsys, flags, words):
+def test_invalid_flags_are_refused_on_one_line(trained, tmp_path, capsys, flags, words):
     out = tmp_path / "x.png"
     assert run(["sample", str(trained), "--prompt", "two blue squares", "--out", str(out), *flags]) == 2
     line = capsys.readouterr().err.strip()
@@ -141,18 +141,31 @@ def test_wrong_flags(trained, tmp_path, capsys, flags, words):
     assert not out.exists()
 
 
+@pytest.mark.parametrize("words", [["sample", "--prompt", "a red circle"], ["evaluate", "--prompts", "1"]])
+@pytest.mark.parametrize("step", ["load_model", "solve"])
+def test_out_of_memory_is_reported_on_one_line_with_a_remedy(trained, tmp_path, monkeypatch, capsys, words, step):
+    monkeypatch.setattr(f"megatron_dit.sampling.generate.{step}", lambda *_, **__: torch.empty(2**58))
+    out = tmp_path / "x.png"
+    assert run([words[0], str(trained), *words[1:], "--out", str(out)]) == 2
+    line = capsys.readouterr().err.strip()
+    assert line.startswith("error: out of memory (")
+    assert "lower --batch 64" in line
+    assert "\n" not in line
+    assert not out.exists()
+
+
 @pytest.mark.parametrize(
     ("changes", "words"),
     [({"channels": 4}, "has 4 channels, but the checkpoint's model has 3"), ({"text": {}}, "no captions")],
 )
-def test_data_of_another_kind_are_refused(trained, dataset, tmp_path, changes, words):
+def test_incompatible_dataset_is_refused(trained, dataset, tmp_path, changes, words):
     index = json.loads((dataset / "index.json").read_text())
     (tmp_path / "index.json").write_text(json.dumps({**index, **changes}))
     with pytest.raises(UserError, match=words):
         Sampler(trained, data=str(tmp_path))
 
 
-def test_vae_codec_is_diffusers(tmp_path):
+def test_vae_codec_equals_diffusers(tmp_path):
     from diffusers import AutoencoderKL
 
     from megatron_dit.data.codec import open_codec
@@ -165,18 +178,18 @@ def test_vae_codec_is_diffusers(tmp_path):
     ).eval()  # fmt: skip
     vae.save_pretrained(tmp_path / "vae")
     codec = open_codec({"kind": "vae", "path": str(tmp_path / "vae")})
-    pictures = torch.randint(0, 256, (2, 3, 16, 24), dtype=torch.uint8)
+    images = torch.randint(0, 256, (2, 3, 16, 24), dtype=torch.uint8)
     with torch.no_grad():
-        mean = vae.encode(pictures / 127.5 - 1).latent_dist.mean
-        torch.testing.assert_close(codec.posterior(pictures)[0], (mean - 0.1) * 0.2)
+        mean = vae.encode(images / 127.5 - 1).latent_dist.mean
+        torch.testing.assert_close(codec.posterior(images)[0], (mean - 0.1) * 0.2)
         decoded = vae.decode(mean).sample.clamp(-1, 1)
     assert codec.scale == 2
-    again = codec.decode((mean - 0.1) * 0.2)
-    assert ((again.float() - (decoded + 1) * 127.5).abs() <= 0.51).all()
+    ours = codec.decode((mean - 0.1) * 0.2)
+    assert ((ours.float() - (decoded + 1) * 127.5).abs() <= 0.51).all()
 
 
 def test_sampling_needs_no_training_data(trained, tmp_path):
-    """A copy of the dataset's index and text encoder is enough."""
+    """A copy of the dataset's index and text encoder is sufficient."""
     config = Sampler(trained).config
     lean = tmp_path / "lean"
     lean.mkdir()
@@ -185,12 +198,12 @@ def test_sampling_needs_no_training_data(trained, tmp_path):
     assert Sampler(trained, data=str(lean)).draw(PROMPTS[:1]).shape == (1, 16, 16, 3)
 
 
-def test_classes_are_drawn_by_number(dataset, tmp_path, capsys):
+def test_class_conditional_model_samples_by_class_number(dataset, tmp_path, capsys):
     path = tmp_path / "config.yaml"
     path.write_text(yaml.safe_dump(small_dict("dit", **{"data.path": str(dataset), "run_dir": str(tmp_path / "run")})))
     assert run(["train", str(path), "sampling.steps=4"]) == 0
-    pictures = Sampler(tmp_path / "run").draw(["3", "23"])
-    assert pictures.shape == (2, 16, 16, 3)
+    images = Sampler(tmp_path / "run").draw(["3", "23"])
+    assert images.shape == (2, 16, 16, 3)
     capsys.readouterr()
     for words in (["sample", "--prompt", "24"], ["sample", "--prompt", "a red circle"], ["evaluate"]):
         assert run([words[0], str(tmp_path / "run"), *words[1:], "--out", str(tmp_path / "x.png")]) == 2
@@ -198,7 +211,7 @@ def test_classes_are_drawn_by_number(dataset, tmp_path, capsys):
     assert not (tmp_path / "x.png").exists()
 
 
-def test_uvit_draws_its_own_size_only(dataset, tmp_path, capsys):
+def test_uvit_samples_only_at_its_training_size(dataset, tmp_path, capsys):
     path, run_dir = tmp_path / "c.yaml", tmp_path / "run"
     path.write_text(yaml.safe_dump(small_dict("uvit", **{"data.path": str(dataset), "run_dir": str(run_dir)})))
     assert run(["train", str(path)]) == 0
@@ -208,8 +221,8 @@ def test_uvit_draws_its_own_size_only(dataset, tmp_path, capsys):
     assert Image.open(out).size[0] > 50
     capsys.readouterr()
     assert run([*words, "--size", "16x32"]) == 2
-    assert "uvit learns the positions" in capsys.readouterr().err
+    assert "is not supported by uvit, which learns the positions" in capsys.readouterr().err
     assert run(["train", str(path), "model.sample_size=32", f"run_dir={tmp_path / 'other'}"]) == 2
-    assert "uvit learns the positions of one size" in capsys.readouterr().err
-    assert run(["train", str(path), "model.depth=4", "--dry-run"]) == 2
+    assert "uvit learns positions of a single size" in capsys.readouterr().err
+    assert run(["config", str(path), "model.depth=4"]) == 2
     assert "model.depth=4" in capsys.readouterr().err

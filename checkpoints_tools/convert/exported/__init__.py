@@ -1,1 +1,1 @@
-"""Files that go into exported folders as they are: they import torch, diffusers and safetensors alone."""
+"""Files that are copied unchanged into exported folders: they import only torch, diffusers and safetensors."""

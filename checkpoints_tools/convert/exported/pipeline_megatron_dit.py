@@ -1,4 +1,4 @@
-"""Draws with an exported transformer as the run that trained it does. It imports diffusers and its needs alone."""
+"""Sample from an exported transformer as the training code does; requires only diffusers and its dependencies."""
 
 from __future__ import annotations
 
@@ -16,17 +16,18 @@ from huggingface_hub import hf_hub_download
 from safetensors.torch import load_file
 from torch import Tensor
 
-Inputs = dict[str, Tensor]  # what a transformer takes beside the latents and the timestep
+Inputs = dict[str, Tensor]  # a transformer's inputs in addition to the latents and the timestep
 
 
 class MegatronDiTPipeline(DiffusionPipeline):
-    """DiT, PixArt-α, MMDiT (SD3's class) and U-ViT, with T5 alone; without a VAE the latents are pixels in [-1, 1].
+    """Pipeline for DiT, PixArt-α, MMDiT (as SD3's class) and U-ViT, with T5 as the only text encoder.
 
-    T5 is called ``text_encoder_3`` beside SD3's transformer, as in diffusers' own pipeline.
+    Without a VAE the latents are pixels in [-1, 1]. With SD3's transformer T5 is registered as ``text_encoder_3``, as
+    in diffusers' own pipeline.
     """
 
     model_cpu_offload_seq = "text_encoder->text_encoder_3->transformer->vae"
-    _optional_components = ["vae", "tokenizer", "text_encoder", "tokenizer_3", "text_encoder_3"]  # noqa: RUF012
+    _optional_components = ["vae", "tokenizer", "text_encoder", "tokenizer_3", "text_encoder_3"]
 
     def __init__(
         self,
@@ -52,7 +53,7 @@ class MegatronDiTPipeline(DiffusionPipeline):
         self.image_processor = VaeImageProcessor(vae_scale_factor=self.vae_scale_factor)
         if self._kind == "DiTTransformer2DModel":
             for block in transformer.transformer_blocks:
-                # The original's; diffusers hard-codes 1, another set of frequencies.
+                # As in the original DiT; diffusers hard-codes 1, which gives different frequencies.
                 block.norm1.emb.time_proj.downscale_freq_shift = 0
 
     @torch.no_grad()
@@ -69,9 +70,10 @@ class MegatronDiTPipeline(DiffusionPipeline):
         output_type: str = "pil",
         return_dict: bool = True,
     ) -> ImagePipelineOutput | tuple[Any]:
-        """Pictures of prompts, or of class labels where the model was trained with them.
+        """Generate images from prompts, or from class labels if the model was trained with labels.
 
-        Sizes are in pixels, steps and guidance the run's own unless given; ``latents`` (B, C, H, W) are the noise.
+        ``height`` and ``width`` are in pixels. ``num_inference_steps`` and ``guidance_scale`` default to the run's
+        values. ``latents`` (B, C, H, W) is the initial noise.
         """
         sampling = self.facts["config"]["sampling"]
         guidance = sampling["guidance"] if guidance_scale is None else guidance_scale
@@ -93,16 +95,16 @@ class MegatronDiTPipeline(DiffusionPipeline):
             if guidance == 1:
                 prediction = self._predict(x, t, inputs)[:, :channels]
             else:
-                wanted, unwanted = self._predict(torch.cat([x, x]), t, both)[:, :channels].chunk(2)
-                prediction = unwanted + guidance * (wanted - unwanted)
+                conditional, unconditional = self._predict(torch.cat([x, x]), t, both)[:, :channels].chunk(2)
+                prediction = unconditional + guidance * (conditional - unconditional)
             x = self.scheduler.step(prediction, t, x, return_dict=False, **options)[0]
-        pictures = self._decode(x, output_type)
+        images = self._decode(x, output_type)
         self.maybe_free_model_hooks()
-        return ImagePipelineOutput(images=pictures) if return_dict else (pictures,)
+        return ImagePipelineOutput(images=images) if return_dict else (images,)
 
     @cached_property
     def facts(self) -> dict[str, Any]:
-        """What the export says of the run: its config, and its text encoder's number of tokens."""
+        """Facts about the run that the export recorded: its config, and the length to which captions are truncated."""
         return json.loads(self._file("megatron_dit.json").read_text())
 
     @property
@@ -125,17 +127,17 @@ class MegatronDiTPipeline(DiffusionPipeline):
             names = ("encoder_hidden_states", "encoder_attention_mask")
             values = (text, mask), (null.expand_as(text), mask)
             return dict(zip(names, values[0], strict=True)), dict(zip(names, values[1], strict=True))
-        inputs = {"encoder_hidden_states": text * mask[..., None]}  # padding is attended to, as zeros
+        inputs = {"encoder_hidden_states": text * mask[..., None]}  # padding is not masked in attention, but zero
         if self._kind == "SD3Transformer2DModel":
             inputs["pooled_projections"] = text.new_zeros(len(text), self.transformer.config.pooled_projection_dim)
         return inputs, {name: torch.zeros_like(value) for name, value in inputs.items()}
 
     def _encode(self, prompts: list[str]) -> tuple[Tensor, Tensor]:
-        """T5's features (B, T, dim), zero-padded to the length that the model was trained on, and their mask (B, T)."""
+        """Return T5's features (B, T, dim), zero-padded to the model's training length, and their mask (B, T)."""
         encoder = self.text_encoder or self.text_encoder_3
         tokenizer = self.tokenizer or self.tokenizer_3
-        most, length = self.facts["text_tokens"], self.facts["config"]["model"]["text_tokens"]
-        tokens = tokenizer(prompts, padding="longest", truncation=True, max_length=most, return_tensors="pt")
+        max_tokens, length = self.facts["text_tokens"], self.facts["config"]["model"]["text_tokens"]
+        tokens = tokenizer(prompts, padding="longest", truncation=True, max_length=max_tokens, return_tensors="pt")
         tokens = tokens.to(self._execution_device)
         features = encoder(input_ids=tokens.input_ids, attention_mask=tokens.attention_mask).last_hidden_state
         mask = tokens.attention_mask[:, :length].to(self.transformer.dtype)
@@ -160,7 +162,7 @@ class MegatronDiTPipeline(DiffusionPipeline):
         return self.image_processor.postprocess(x.float(), output_type=output_type)
 
     def _file(self, name: str) -> Path:
-        """A file beside the transformer's weights, of a folder or of a repository on the hub."""
+        """Return the path of a file next to the transformer's weights, in a local folder or a repository on the hub."""
         settings: Any = self.config
         source = settings._name_or_path
         local = Path(source, "transformer", name)

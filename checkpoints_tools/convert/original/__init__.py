@@ -1,0 +1,1 @@
+"""Import checkpoints of the architectures' original projects."""

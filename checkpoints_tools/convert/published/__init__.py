@@ -1,1 +1,0 @@
-"""Checkpoints as the architectures' own projects publish them, as runs."""

@@ -1,0 +1,78 @@
+"""Config sections ``mup`` (parametrization) and ``init`` (initial values)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from megatron_dit.config.keys import FilePath, NonNegative, Positive, Section, Size, check, check_choice, key
+from megatron_dit.models.registry import init_presets
+
+if TYPE_CHECKING:
+    from megatron_dit.mup.init_rules import InitRule
+
+
+@dataclass(frozen=True, kw_only=True)
+class MupConfig(Section):
+    """Maximal update parametrization (Table 8 of arXiv 2203.03466)."""
+
+    prefix = "mup."
+
+    enabled: bool = key("use μP; false: standard parametrization", True)
+    base_heads: Size | None = key("heads of the base model: the width multiplier is n = heads / base_heads", None)
+    base_shapes: FilePath | None = key(
+        "instead of base_heads: a .bsh file, as written by megatron-dit mup CONFIG --save FILE", None
+    )
+    coupled_decay: bool = key(
+        "hidden weights use weight decay wd * n, which keeps lr * wd constant (package mup); false: wd", True
+    )
+    output_multiplier: Positive = key("the readout computes W (output_multiplier * x / n) + b", 1.0)
+
+    @property
+    def parametrization(self) -> str:
+        return "mup" if self.enabled else "standard"
+
+    def check(self) -> None:
+        check(
+            (self.base_heads is None) != (self.base_shapes is None),
+            f"mup.base_heads={self.base_heads} and mup.base_shapes={self.base_shapes}: set exactly one of the two",
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class InitStd(Section):
+    """Initial standard deviation of the weights of each role at the base width; null: as the preset has it.
+
+    For hidden weights it is divided by sqrt(n) at width multiplier n. Biases, norm gains and gates that start at zero
+    are not affected.
+    """
+
+    prefix = "init.std."
+
+    input: NonNegative | None = key("input weights", None)
+    hidden: NonNegative | None = key("hidden weights", None)
+    output: NonNegative | None = key("output weights", None)
+    vector: NonNegative | None = key("tables of labels, positions and modulation", None)
+
+
+@dataclass(frozen=True, kw_only=True)
+class InitConfig(Section):
+    """Initial values of the weights."""
+
+    prefix = "init."
+
+    preset: str = key("default (Kaiming normal), or the initialization of an original project", "default")
+    std: InitStd = key("standard deviations by role", factory=InitStd)
+    zero_output: bool = key("initialize the readout to zero; false: standard deviation 1 / sqrt(base fan-in)", True)
+    zero_adaln: bool | None = key(
+        "initialize adaLN to zero (true) or with standard deviation 1 / sqrt(fan-in) (false); null: as the preset", None
+    )
+
+    def check(self) -> None:
+        check_choice("init.preset", self.preset, tuple(init_presets()))
+
+    @property
+    def rules(self) -> Mapping[str, InitRule]:
+        """The preset: parameter name patterns with their rules, of which the first match decides."""
+        return init_presets()[self.preset]

@@ -1,0 +1,83 @@
+"""Config sections ``parallel`` and ``launch``."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated, Literal
+
+from megatron_dit.config.keys import Count, CountOrZero, Interval, NonNegative, Positive, Section, check, key
+
+
+@dataclass(frozen=True, kw_only=True)
+class ParallelConfig(Section):
+    """How the model, the optimizer's states and the batch are divided among the ranks."""
+
+    prefix = "parallel."
+
+    tensor: Count = key("tensor-parallel ranks, over which each layer is sharded", 1, resumable=True)
+    sequence: bool = key(
+        "sequence parallelism: also shard activations between tensor-parallel regions by token", False, resumable=True
+    )
+    pipeline: Count = key("pipeline stages, over which the blocks are divided", 1, resumable=True)
+    virtual_stages: Count = key(
+        "virtual stages per pipeline stage; 1: 1F1B schedule, 2 or more: interleaved schedule", 1, resumable=True
+    )
+    blocks_per_stage: list[Count] | None = key(
+        "blocks of each virtual stage, in the model's order; null: as even as possible", None, resumable=True
+    )
+    zero_stage: Annotated[int, Interval("[0, 3]")] = key(
+        "what DeepSpeed ZeRO shards over data-parallel ranks: 0 nothing, 1 optimizer, 2 also gradients, 3 also weights",
+        0,
+        resumable=True,
+    )
+    overlap_comm: bool = key(
+        "ZeRO 2, 3: overlap communication with computation, which needs 4.5 buckets of memory", True, resumable=True
+    )
+    reduce_bucket_size: Count = key(
+        "ZeRO: elements per reduction; a smaller bucket needs less memory, a larger one fewer messages",
+        200_000_000,
+        unit="elements",
+        resumable=True,
+    )
+    prefetch_bucket_size: CountOrZero = key(
+        "ZeRO 3: weights gathered ahead of use", 50_000_000, unit="elements", resumable=True
+    )
+    backend: Literal["auto", "te", "local"] = key(
+        "implementation of the hidden layers: te (Transformer Engine) or local (Megatron-core); auto: te if it is "
+        "installed, on a GPU in bf16, else local",
+        "auto",
+        resumable=True,
+    )
+
+    def check(self) -> None:
+        check(
+            self.virtual_stages == 1 or self.pipeline > 1,
+            f"parallel.virtual_stages={self.virtual_stages} needs parallel.pipeline of at least 2: remove it",
+        )
+        check(
+            self.pipeline == 1 or self.zero_stage < 2,
+            f"parallel.zero_stage={self.zero_stage} with parallel.pipeline={self.pipeline}: stages 2 and 3 reduce "
+            "gradients or gather weights again for every micro-batch in flight; use parallel.zero_stage=1 with the "
+            f"pipeline, or parallel.zero_stage={self.zero_stage} with parallel.tensor and parallel.pipeline=1",
+        )
+        check(
+            not self.sequence or self.tensor > 1,
+            "parallel.sequence=true needs parallel.tensor of at least 2: it shards over the tensor-parallel ranks",
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class LaunchConfig(Section):
+    """Timeouts for starting and stopping the ranks of a job."""
+
+    prefix = "launch."
+
+    rendezvous_seconds: Positive = key(
+        "time to wait for missing ranks, which are listed after 10 s, before the job fails",
+        600.0,
+        unit="s",
+        resumable=True,
+    )
+    stop_seconds: NonNegative = key(
+        "--procs: time to save after SIGTERM or Ctrl-C before ranks are killed", 120.0, unit="s", resumable=True
+    )

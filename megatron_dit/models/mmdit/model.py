@@ -1,0 +1,140 @@
+"""MMDiT (Stable Diffusion 3, arXiv 2403.03206): two streams, joint attention, QK-RMSNorm, only T5 as text encoder.
+
+Text is not masked in the attention, as in diffusers' SD3Transformer2DModel, to which the model can be exported. There
+is no pooled text vector.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from megatron_dit.config import ModelConfig
+from megatron_dit.models.common.base import DiffusionTransformer, State
+from megatron_dit.models.common.condition import Condition
+from megatron_dit.models.common.modules import (
+    Intermediates,
+    Mlp,
+    ModulatedHead,
+    TimestepEmbedder,
+    modulate,
+    split_heads,
+)
+from megatron_dit.models.common.positions import centred_positions, patchify, position_grid, unpatchify
+from megatron_dit.mup.init_rules import InitKind
+from megatron_dit.parallel.layers import Backend
+
+
+class Stream(nn.Module):
+    """One stream of a block: modulation, projections, QK-norm and MLP.
+
+    The model's last block uses its text stream only in the attention: ``is_final_block`` omits the output projection
+    and the MLP.
+    """
+
+    def __init__(self, backend: Backend, config: ModelConfig, is_final_block: bool) -> None:
+        super().__init__()
+        width, self.head_dim = config.width, config.head_dim
+        self.backend = backend
+        self.parts = 2 if is_final_block else 6
+        self.modulation = backend.column_gathered(width, self.parts * width, init=InitKind.ADALN)
+        self.qkv = backend.column(width, 3 * width, fused_parts=3)
+        self.q_norm, self.k_norm = backend.head_norm(self.head_dim), backend.head_norm(self.head_dim)
+        if not is_final_block:
+            self.out = backend.row(width, width)
+            self.mlp = Mlp(backend, width, config.mlp_ratio * width)
+
+    def project(self, x: Tensor, c: Tensor) -> tuple[Tensor, Tensor, Tensor, tuple[Tensor, ...]]:
+        """Return q, k, v (S', B, H, d) of all tokens, and the modulation that ``finish`` needs.
+
+        ``x`` is (S, B, D); ``c`` is (B, D) after SiLU.
+        """
+        shift, scale, *later = self.modulation(c).chunk(self.parts, dim=-1)
+        modulated = self.backend.recompute.pointwise(modulate, x, shift, scale)
+        q, k, v = split_heads(self.qkv(modulated), 3, self.head_dim)
+        return self.q_norm(q), self.k_norm(k), v, tuple(later)
+
+    def finish(self, x: Tensor, attended: Tensor, later: tuple[Tensor, ...]) -> Tensor:
+        """Add the residual updates of the attention's output (S', B, H * d) and of the MLP."""
+        gate, mlp_shift, mlp_scale, mlp_gate = later
+        x = x + gate * self.out(attended)
+        return x + mlp_gate * self.mlp(self.backend.recompute.pointwise(modulate, x, mlp_shift, mlp_scale))
+
+
+class MMDiTBlock(nn.Module):
+    """Joint attention of an image and a text stream. ``is_final_block``: omit the update of the text."""
+
+    def __init__(self, backend: Backend, config: ModelConfig, is_final_block: bool) -> None:
+        super().__init__()
+        self.backend, self.is_final_block = backend, is_final_block
+        self.scale = config.attention_scale
+        self.image = Stream(backend, config, is_final_block=False)
+        self.text = Stream(backend, config, is_final_block=is_final_block)
+
+    def forward(self, image: Tensor, text: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
+        image_q, image_k, image_v, image_later = self.image.project(image, c)
+        text_q, text_k, text_v, text_later = self.text.project(text, c)
+        q, k, v = (torch.cat(pair) for pair in ((image_q, text_q), (image_k, text_k), (image_v, text_v)))
+        attended = self.backend.attention(q, k, v, self.scale)
+        image_attended, text_attended = attended.split([len(image_q), len(text_q)])
+        image = self.image.finish(image, image_attended, image_later)
+        if not self.is_final_block:
+            text = self.text.finish(text, text_attended, text_later)
+        return image, text
+
+
+class MMDiT(DiffusionTransformer):
+    """MMDiT for text.
+
+    Masked text tokens are zeroed but still attended to. A dropped text is all zeros. State: patches (S, B, D), text
+    (T, B, D) and conditioning after SiLU (1, B, D).
+    """
+
+    def build_embedders(self) -> None:
+        backend, config = self.backend, self.config
+        self.patch_embed = backend.patch_embedding(config.in_channels, config.patch_size, config.width)
+        self.time_embed = TimestepEmbedder(backend, config.width)
+        self.text_embed = backend.linear(config.text_dim, config.width)
+
+    def build_block(self, i: int) -> nn.Module:
+        return MMDiTBlock(self.backend, self.config, is_final_block=i == self.config.depth - 1)
+
+    def build_head(self) -> None:
+        self.head = ModulatedHead(self.backend, self.config)
+
+    def embed(self, x: Tensor, t: Tensor, condition: Condition, intermediates: Intermediates | None) -> State:
+        text, mask = condition.text_and_mask()
+        text = text * (mask & ~condition.dropped[:, None]).to(text.dtype)[..., None]
+        image = self.patch_embed(patchify(x, self.config.patch_size)) + self._positions(x)[:, None]
+        image = self.backend.shard_tokens(image)
+        text = self.backend.shard_tokens(self.text_embed(text.transpose(0, 1)))
+        c = self.time_embed(t)
+        if intermediates is not None:
+            intermediates.update(image=image, text=text, conditioning=c)
+        return image, text, F.silu(c)[None]
+
+    def run_block(self, i: int, state: State, condition: Condition) -> State:
+        image, text, c = state
+        return *self.blocks[str(i)](image, text, c[0]), c
+
+    def record(self, intermediates: Intermediates, i: int, state: State) -> None:
+        intermediates.update({f"blocks.{i}.image": state[0], f"blocks.{i}.text": state[1]})
+
+    def readout(self, state: State, height: int, width: int) -> Tensor:
+        image, _, c = state
+        return unpatchify(self.head(image, c[0]), self.config.patch_size, height, width)
+
+    def state_lengths(self, i: int, patches: int) -> list[int]:
+        share = self.backend.tokens_per_rank
+        return [share(patches), share(self.config.text_tokens), 1]
+
+    def _positions(self, x: Tensor) -> Tensor:
+        config = self.config
+        base = config.sample_size // config.patch_size
+        table = config.position_size or base
+        rows, columns = (centred_positions(side // config.patch_size, base, table, x.device) for side in x.shape[-2:])
+        return position_grid(rows, columns, config.width).to(x.dtype)
+
+
+MODEL = MMDiT

@@ -1,0 +1,38 @@
+"""Start and end of a process of a multi-rank job."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator
+
+import torch
+
+from megatron_dit.config import Config
+from megatron_dit.parallel.failures import failure_ends_all_ranks
+from megatron_dit.parallel.topology import Topology, build_topology, connect, disconnect
+from megatron_dit.runtime.launch_environment import launch_environment
+
+
+@contextlib.contextmanager
+def multi_rank_command() -> Iterator[None]:
+    """Context for a command that runs on several ranks: a failure of one rank ends all; disconnect at the end."""
+    with failure_ends_all_ranks():
+        yield
+    disconnect()
+
+
+def start_up(config: Config) -> Topology:
+    """Join the process group, set the number of threads and return this rank's place in the layout. Collective.
+
+    Raises UserError if ranks are missing after ``launch.rendezvous_seconds`` or do not suit the layout.
+    """
+    connect(config.launch.rendezvous_seconds)
+    set_threads(config)
+    return build_topology(config)
+
+
+def set_threads(config: Config) -> None:
+    """Use ``train.threads`` CPU threads, or this host's cores divided by its ranks."""
+    ranks = launch_environment().local_world
+    torch.set_num_threads(config.train.threads or max(1, (os.cpu_count() or 1) // ranks))

@@ -1,0 +1,84 @@
+"""Changes to the behaviour of third-party libraries, each one function with its reason."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import warnings
+from pathlib import Path
+from typing import Any
+
+
+def silence_import_warnings() -> None:
+    """Hide warnings of megatron-core 0.16 and Transformer Engine about options that we do not use.
+
+    They appear on every import, or for every layer; torch's extension builder logs that CUDA_HOME is not set.
+    """
+    warnings.filterwarnings("ignore", module=r"megatron\.core|transformer_engine")
+    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
+
+
+def prepare_deepspeed() -> None:
+    """Configure DeepSpeed 0.19 before it is used for training.
+
+    Without DS_ACCELERATOR it warns on a machine without GPUs that it found no accelerator. Its logger prints the
+    config and timers at INFO. Its shared-memory all-reduce for CPUs would be compiled at start-up; gloo serves as well.
+    """
+    import torch
+
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    import deepspeed
+
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+
+
+def put_build_tools_on_path() -> None:
+    """Let DeepSpeed's builder find the ninja that pip installed next to Python if the environment is not activated."""
+    os.environ["PATH"] = build_path()
+
+
+def build_path() -> str:
+    """Return PATH with the folder of this Python's programs first."""
+    return os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
+
+
+def let_megatron_run_on_cpu() -> None:
+    """Make ``torch.cuda.current_device()`` return the CPU if there is no CUDA device.
+
+    Megatron-core's sequence-parallel collectives allocate on ``torch.cuda.current_device()``.
+    """
+    import torch
+
+    if not torch.cuda.is_available():
+        torch.cuda.current_device = lambda: torch.device("cpu")  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def create_cuda_tensors_on_cpu() -> Any:
+    """Return a context manager that creates tensors requested on ``cuda``, as by Megatron-core's schedules, on the CPU.
+
+    It does nothing if there is a CUDA device.
+    """
+    import contextlib
+
+    import torch
+    from torch.overrides import TorchFunctionMode
+
+    class CpuForCuda(TorchFunctionMode):
+        def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            kwargs = kwargs or {}
+            if str(kwargs.get("device", "")).startswith("cuda"):
+                kwargs = {**kwargs, "device": "cpu"}
+            return func(*args, **kwargs)
+
+    return contextlib.nullcontext() if torch.cuda.is_available() else CpuForCuda()
+
+
+def disable_safetensors_conversion() -> None:
+    """Keep transformers from asking a hub service to convert a repository without safetensors.
+
+    It would load the converted weights, which are not part of the repository and have a different hash.
+    """
+    os.environ["DISABLE_SAFETENSORS_CONVERSION"] = "1"

@@ -1,0 +1,288 @@
+"""The engine: runs one optimizer step in any layout. The training loop uses DeepSpeed only through it."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from megatron_dit.config import Config, deepspeed_config
+from megatron_dit.data.batch import Batch
+from megatron_dit.data.tar import CAUSES
+from megatron_dit.models.build import build
+from megatron_dit.models.common.modules import Intermediates
+from megatron_dit.models.param_specs import param_specs
+from megatron_dit.mup.groups import optimizer_groups
+from megatron_dit.mup.initial_values import initial_value
+from megatron_dit.mup.multipliers import forward_multipliers, set_multipliers
+from megatron_dit.mup.rules import Param
+from megatron_dit.optimizer import AdamWithEma, averages, choose, lr_factor, set_lr
+from megatron_dit.parallel.backends import open_backend
+from megatron_dit.parallel.collectives import mean_over_ranks, on_all_ranks, sum_over_ranks
+from megatron_dit.parallel.masters import Masters, MasterShard
+from megatron_dit.parallel.sharding import cut
+from megatron_dit.parallel.topology import DeepSpeedMpu, Topology
+from megatron_dit.runtime.device import device
+from megatron_dit.training.losses import LossTerms, MicroBatchLoss
+from megatron_dit.training.memory import StateBytes
+from megatron_dit.training.monitor import StepMonitor
+from megatron_dit.training.pipeline import Pipeline
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+def sizes(intermediates: Intermediates) -> dict[str, float]:
+    """Return the mean absolute value of each intermediate."""
+    return {name: float(value.detach().float().abs().mean()) for name, value in intermediates.items()}
+
+
+@dataclass(frozen=True)
+class StepMetrics:
+    """Metrics of one step, equal on all ranks."""
+
+    loss: float  # mean over the global batch; NaN or inf if not finite
+    grad_norm: float  # global norm before clipping; inf if not finite
+    lr: float  # base learning rate after the schedule
+    skipped: bool  # the loss or gradient was not finite; weights, moments and EMA are unchanged
+    bad_samples: dict[str, int]  # number of unreadable samples, which do not contribute to the step, by cause
+    extra: list[float]  # sums over all ranks of the values that the caller passed
+    alignment: float | None  # REPA's loss, mean over the global batch; None without REPA
+    monitors: dict[str, float]  # activations, gradient norms, update sizes; empty unless requested
+
+
+class Engine:
+    """Model and optimizer, as sharded on this rank. ``topology`` must match ``config.parallel``."""
+
+    def __init__(self, config: Config, topology: Topology) -> None:
+        import deepspeed
+
+        self.config, self.topology = config, topology
+        self.params: Mapping[str, Param] = param_specs(config)
+        ds_config = deepspeed_config(config, topology.data_size)
+        backend, dtype, mpu = open_backend(config, topology), DTYPES[config.train.dtype], DeepSpeedMpu()
+        sharded: Any = contextlib.nullcontext()
+        if config.parallel.zero_stage == 3:
+            # By default Init partitions over all ranks, which would mix different tensor-parallel shards.
+            group = topology.data_group
+            sharded = deepspeed.zero.Init(data_parallel_group=group, config_dict_or_path=ds_config, mpu=mpu)
+        with sharded, torch.device(device()):
+            model = build(
+                config.model,
+                backend,
+                [i for blocks in config.stage_blocks(topology.pipeline_rank) for i in blocks],
+            )
+        if config.train.compile:
+            for block in model.blocks.values():
+                block.compile()
+        held = {name: self.params[name] for name, _ in model.named_parameters()}
+        set_multipliers(model, forward_multipliers(held))
+        groups = optimizer_groups(model.named_parameters(), held, config.optimizer)
+        adamw = on_all_ranks(lambda: choose(config.optimizer))
+        self.optimizer = AdamWithEma(groups, config.optimizer, averages(config.ema), adamw)
+        with contextlib.redirect_stdout(io.StringIO()):  # DeepSpeed's optimizers print their memory use
+            self._engine: Any = deepspeed.initialize(
+                model=model, optimizer=self.optimizer, config=ds_config, mpu=mpu, dist_init_required=False
+            )[0]
+        self.model: nn.Module = self._engine.module
+        self.masters = Masters(self._engine, config.parallel.zero_stage)
+        self.optimizer.create_state(self.masters.optimizer_tensors)
+        self._monitor = StepMonitor(self.params, self.masters, topology)
+        self.step = 0
+        self.bad_samples: dict[str, int] = {}  # number of unreadable samples since the start of the run, by cause
+        self.data: dict[str, str] = {}  # fingerprint of the dataset, stored in checkpoints
+        self._loss = MicroBatchLoss(config, topology, backend, dtype)
+        self._pipeline = Pipeline(model, config, topology, dtype) if topology.pipeline_size > 1 else None
+
+    @property
+    def groups(self) -> list[dict[str, Any]]:
+        """Parameter groups of the optimizer, each with its parameters' names, lr and weight decay."""
+        return self._engine.optimizer.param_groups
+
+    # --- loading of state -------------------------------------------------------------------------
+
+    def initialise(self) -> None:
+        """Initialise the weights from (seed, global name), and the weight averages to the same values."""
+        self.write_full_state({"master": lambda name: initial_value(self.params[name], self.config.seed)})
+        for shard in self.masters.shards.values():
+            for name in averages(self.config.ema):
+                shard.state(self.optimizer, name).copy_(shard.master())
+
+    def write_full_state(self, sources: Mapping[str, Callable[[str], Tensor]]) -> None:
+        """Write masters and optimizer states from full tensors by global name. Collective.
+
+        ``sources`` maps ``master`` or a state (``state_keys``) to a function that returns a parameter's full
+        fp32 tensor. Only one full tensor is in memory at a time.
+        """
+        rank, size = self.topology.tensor_rank, self.topology.tensor_size
+
+        def range_of(key: str, name: str, shard: MasterShard) -> Tensor:
+            param = self.params[name]
+            tensor = cut(sources[key](name), param.dim, param.fused_parts, rank, size)
+            return tensor.reshape(-1)[shard.start : shard.start + shard.numel]
+
+        self.write_state(list(sources), range_of)
+
+    @torch.no_grad()
+    def write_state(self, keys: Sequence[str], range_of: Callable[[str, str, MasterShard], Tensor]) -> None:
+        """Write this rank's ranges of masters and optimizer states (``keys``). Collective.
+
+        ``range_of(key, name, shard)`` returns the values of one flat range.
+        """
+        for key in keys:
+            for name, shard in self.masters.shards.items():
+                self.state_slice(shard, key).copy_(range_of(key, name, shard))
+        self.masters.sync_model_weights()
+
+    def resume_at(self, step: int, num_updates: float) -> None:
+        """Set the step, and the optimizer's number of updates, which excludes skipped steps."""
+        self.step = step
+        self.optimizer.resume_at(round(num_updates))
+
+    @property
+    def num_updates(self) -> int:
+        """Number of optimizer updates, i.e. of steps that were not skipped."""
+        return self.optimizer.num_updates
+
+    def state_slice(self, shard: MasterShard, key: str) -> Tensor:
+        """Return this rank's flat fp32 range of a master (``key`` "master") or of an optimizer state."""
+        return shard.master() if key == "master" else shard.state(self.optimizer, key)
+
+    def held_bytes(self) -> StateBytes:
+        """Return the bytes of weights, gradients, masters, moments and EMA that this rank has allocated."""
+        weights, gradients, masters = self.masters.held_bytes()
+        states = [self.optimizer.state[flat] for flat in self.masters.optimizer_tensors]
+        moments = sum(state[key].nbytes for state in states for key in ("exp_avg", "exp_avg_sq"))
+        ema = sum(state[name].nbytes for state in states for name in averages(self.config.ema))
+        return StateBytes(weights, gradients, masters, moments, ema)
+
+    # --- one step -----------------------------------------------------------------------------------
+
+    def train_step(self, batch: Batch, *, extra: Sequence[float] = (), monitor: bool = False) -> StepMetrics:
+        """Run forward, backward and the optimizer step on this rank's part of the global batch. Collective.
+
+        ``extra`` are values to sum over all ranks in the same collective as the losses. ``monitor`` requests
+        ``StepMetrics.monitors``.
+        """
+        config = self.config
+        factor = lr_factor(self.step, config.optimizer, config.train.steps)
+        set_lr(self.groups, factor)
+        self.model.train()
+        micro_batches = batch.split(config.train.micro_batch)
+        losses: list[Tensor] = []
+        alignments: list[Tensor] = []
+        intermediates: Intermediates = {}
+        self.optimizer.observer = self._monitor.observe if monitor else None
+
+        def forward(model: Callable[..., Tensor], micro_batch: Batch) -> LossTerms:
+            terms = self._loss(model, micro_batch, intermediates=monitor and micro_batch is micro_batches[0])
+            losses.extend([] if terms.objective is None else [terms.objective])
+            alignments.extend([] if terms.alignment is None else [terms.alignment])
+            intermediates.update(terms.intermediates)
+            return terms
+
+        if self._pipeline is None:
+            for i, micro_batch in enumerate(micro_batches):
+                self._engine.set_gradient_accumulation_boundary(i == len(micro_batches) - 1)
+                self._engine.backward(forward(self._engine, micro_batch).total)
+        else:
+            self._engine.set_gradient_accumulation_boundary(False)
+            self._pipeline.run(micro_batches, forward)
+            self._engine.set_gradient_accumulation_boundary(True)
+            self._engine.allreduce_gradients()
+        norm, skipped = self._optimizer_step()
+        self.step += 1
+        self.optimizer.num_updates += not skipped
+        causes = [cause for cause, _ in batch.bad]
+        counts = [float(causes.count(cause)) for cause in CAUSES]
+        loss, alignment, *sums = sum_over_ranks([_mean(losses), _mean(alignments), *counts, *extra])
+        # Only the last pipeline stage has the loss and only one has the projector, whereas every pipeline stage and
+        # tensor-parallel rank counts the same bad samples. Bad samples have weight 0 in the losses.
+        bad_samples = {
+            cause: round(count * self.topology.data_size / self.topology.world)
+            for cause, count in zip(CAUSES, sums, strict=False)
+            if count
+        }
+        for cause, count in bad_samples.items():
+            self.bad_samples[cause] = self.bad_samples.get(cause, 0) + count
+        good = 1 - sum(bad_samples.values()) / config.train.global_batch
+        replicas = self.topology.world / self.topology.pipeline_size * good
+        return StepMetrics(
+            loss=loss / replicas if good else float("nan"),
+            grad_norm=norm,
+            lr=config.optimizer.lr * factor,
+            skipped=skipped,
+            bad_samples=bad_samples,
+            extra=sums[len(CAUSES) :],
+            alignment=alignment / replicas if config.model.repa_block and good else None,
+            monitors=self._monitors(intermediates, norm) if monitor and not skipped else {},
+        )
+
+    @torch.no_grad()
+    def activations(self, batch: Batch) -> dict[str, float]:
+        """Return the mean absolute value of every named intermediate over all ranks' batches. Collective."""
+        values: dict[str, list[float]] = {}
+
+        def forward(model: Callable[..., Tensor], micro_batch: Batch) -> LossTerms:
+            terms = self._loss(model, micro_batch, intermediates=True)
+            for name, size in sizes(terms.intermediates).items():
+                values.setdefault(name, []).append(size)
+            return terms
+
+        micro_batches = batch.split(self.config.train.micro_batch)
+        if self._pipeline is None:
+            for micro_batch in micro_batches:
+                forward(self._engine, micro_batch)
+        else:
+            self._pipeline.run(micro_batches, forward, forward_only=True)
+        return mean_over_ranks({name: sum(each) / len(each) for name, each in values.items()})
+
+    def _monitors(self, intermediates: Intermediates, norm: float) -> dict[str, float]:
+        clip = self.config.optimizer.grad_clip
+        metrics = self._monitor.results(min(1.0, clip / norm) if clip else 1.0)
+        activations = {f"activation/{name}": size for name, size in mean_over_ranks(sizes(intermediates)).items()}
+        return {**activations, **metrics}
+
+    def _optimizer_step(self) -> tuple[float, bool]:
+        """Step the optimizer; return (global gradient norm before clipping, whether the step was skipped)."""
+        if self.config.parallel.zero_stage == 0:
+            return self._unsharded_step()
+        self._engine.step()
+        norm, skipped = float(self._engine.get_global_grad_norm()), bool(self._engine.optimizer.overflow)
+        if skipped:
+            self.masters.drop_gradients()
+        return norm, skipped
+
+    def _unsharded_step(self) -> tuple[float, bool]:
+        """Step at ZeRO stage 0, with clipping and skipping, which DeepSpeed implements only for stages 1 to 3."""
+        gradients = [(p, p.grad) for p in self.model.parameters() if p.grad is not None]
+        square = torch.zeros((), device=device())
+        for p, gradient in gradients:
+            if getattr(p, "tensor_model_parallel", False) or self.topology.tensor_rank == 0:
+                square += gradient.float().square().sum()
+        for group in (self.topology.tensor_group, self.topology.pipeline_group):
+            if group.size() > 1:
+                dist.all_reduce(square, group=group)
+        norm = float(square.sqrt())
+        finite = square.isfinite().item()
+        clip = self.config.optimizer.grad_clip
+        if not finite:
+            for p, _ in gradients:
+                p.grad = None
+            return float("inf"), True
+        if clip is not None:
+            scale = 1 / max(1.0, (norm + 1e-6) / clip)
+            for _, gradient in gradients:
+                gradient.mul_(scale)
+        self._engine.step()
+        return norm, False
+
+
+def _mean(values: Sequence[Tensor]) -> float:
+    """Return the mean of the micro-batches' losses, 0 on a pipeline stage that does not compute the loss."""
+    return float(torch.stack(list(values)).mean()) if values else 0.0

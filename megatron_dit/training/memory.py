@@ -1,0 +1,131 @@
+"""Estimate the memory of a rank's training state from the parameters' shapes, and explain out-of-memory errors.
+
+The estimate does not include activations.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import os
+import socket
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, fields
+
+import torch
+
+from megatron_dit.config import Config
+from megatron_dit.models.param_specs import param_specs
+from megatron_dit.mup.rules import Param
+from megatron_dit.runtime.errors import OwnError
+from megatron_dit.runtime.launch_environment import launch_environment
+
+GIB = 2**30
+# Substrings of the RuntimeErrors that mean out of memory: from torch's CPU allocator, from CUDA outside torch's
+# allocator, and from cuBLAS if it cannot allocate its workspace.
+OUT_OF_MEMORY = ("DefaultCPUAllocator", "CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
+FP32 = 4
+ITEM_BYTES = {"fp32": FP32, "bf16": 2}
+PADDING = 2  # DeepSpeed's stages 1 and 2 pad a group to a multiple of this times the number of data-parallel ranks
+
+
+@dataclass(frozen=True)
+class StateBytes:
+    """Bytes of training state on one rank."""
+
+    weights: int  # model weights used by forward and backward
+    gradients: int  # accumulated over micro-batches
+    masters: int  # fp32 master weights; 0 if the optimizer updates the model weights directly
+    moments: int
+    ema: int  # all moving averages of the weights
+
+    @property
+    def total(self) -> int:
+        return sum(getattr(self, item.name) for item in fields(self))
+
+
+def stage_params(config: Config, params: Iterable[Param], stage: int) -> list[Param]:
+    """Return the parameters on a pipeline stage."""
+    blocks = [i for blocks in config.stage_blocks(stage) for i in blocks]
+    return [param for param in params if _block(config, param.name) in blocks]
+
+
+def _block(config: Config, name: str) -> int:
+    """Return the index of the block whose stage holds a parameter.
+
+    Embedders belong to the first block, the head to the last, and REPA's projector to ``model.repa_block``.
+    """
+    part, _, rest = name.partition(".")
+    if part == "blocks":
+        return int(rest.partition(".")[0])
+    return {"head": config.model.depth - 1, "projector": (config.model.repa_block or 0) - 1}.get(part, 0)
+
+
+def state_bytes(config: Config, params: Iterable[Param], data_parallel: int, stage: int = 0) -> StateBytes:
+    """Return the bytes on a rank of pipeline stage ``stage``. Includes padding, so all ranks of a stage are equal."""
+    zero, item = config.parallel.zero_stage, ITEM_BYTES[config.train.dtype]
+    averages = FP32 * (1 + len(config.ema.sigma_rel))
+    params = stage_params(config, params, stage)
+    local = {p.name: math.prod(p.shape) // (config.parallel.tensor if p.dim is not None else 1) for p in params}
+    total = sum(local.values())
+    if zero == 0:
+        masters = FP32 * total if item != FP32 else 0
+        return StateBytes(item * total, item * total, masters, 2 * FP32 * total, averages * total)
+    if zero == 3:
+        partition = sum(math.ceil(count / data_parallel) for count in local.values())
+        return StateBytes(
+            item * partition, FP32 * partition, FP32 * partition, 2 * FP32 * partition, averages * partition
+        )
+    groups: dict[tuple[float, float], int] = {}
+    for param in params:
+        key = (param.lr_multiplier, config.optimizer.weight_decay * param.weight_decay_multiplier)
+        groups[key] = groups.get(key, 0) + local[param.name]
+    unit = PADDING * data_parallel
+    padded = sum(math.ceil(count / unit) * unit for count in groups.values())
+    partition = padded // data_parallel
+    gradients = FP32 * (total if zero == 1 else partition)
+    return StateBytes(item * padded, gradients, FP32 * partition, 2 * FP32 * partition, averages * partition)
+
+
+@contextlib.contextmanager
+def explain_out_of_memory(config: Config) -> Iterator[None]:
+    """Convert an out-of-memory error of the device or host in this context to a UserError with sizes and a remedy."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        reason = out_of_memory_reason(error)
+        if reason is None:
+            raise
+        place = launch_environment()
+        where = f"rank {place.rank} on host {socket.gethostname()}"
+        raise OwnError(f"{where}: {_advice(config, place.world, reason)}") from None
+
+
+def out_of_memory_reason(error: Exception) -> str | None:
+    """Return the first line of an error if it means that device or host memory is exhausted, and None otherwise."""
+    if isinstance(error, MemoryError | torch.OutOfMemoryError) or any(word in str(error) for word in OUT_OF_MEMORY):
+        return (str(error) or "host memory is exhausted").splitlines()[0].rstrip(". ")
+    return None
+
+
+def _advice(config: Config, world: int, reason: str) -> str:
+    held = state_bytes(config, param_specs(config).values(), config.data_parallel(world)).total
+    total = _total_memory()
+    advice = [
+        f"lower train.micro_batch={config.train.micro_batch} or set train.recompute=full",
+        "shard the model with parallel.zero_stage, parallel.tensor or parallel.pipeline",
+    ]
+    if held > total / 2:
+        advice.reverse()
+    return (
+        f"out of memory ({reason}): weights, gradients, optimizer states and averages take "
+        f"{held / GIB:.2f} of {total / GIB:.2f} GiB, the rest is activations and buffers; {', or else '.join(advice)} "
+        f"('megatron-dit plan CONFIG --gpus {world} --build 0' prints the memory of a rank)"
+    )
+
+
+def _total_memory() -> int:
+    """Return the memory in bytes of this rank's device, or of the host if there is no device."""
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

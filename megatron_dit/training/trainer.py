@@ -1,0 +1,126 @@
+"""The training loop: fetch, step, log, save."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from typing import Any
+
+from megatron_dit.checkpoint.load import newest_intact, restore
+from megatron_dit.checkpoint.reader import CheckpointReader
+from megatron_dit.config import Config
+from megatron_dit.data.health import DataHealth, check_shards
+from megatron_dit.data.index import Index
+from megatron_dit.data.stream import batches, read_data
+from megatron_dit.data.validate import check_same, dataset_fingerprint
+from megatron_dit.parallel.collectives import on_all_ranks
+from megatron_dit.parallel.startup import start_up
+from megatron_dit.parallel.topology import Topology
+from megatron_dit.runtime.errors import UserError
+from megatron_dit.runtime.progress import ProgressBar
+from megatron_dit.runtime.signals import StopSignal
+from megatron_dit.training.checkpointing import CheckpointSchedule
+from megatron_dit.training.engine import Engine, StepMetrics
+from megatron_dit.training.memory import explain_out_of_memory
+from megatron_dit.training.metrics_log import MetricsLog
+from megatron_dit.training.run_folder import RunFolder
+
+logger = logging.getLogger(__name__)
+
+
+def train(config: Config) -> dict[str, Any]:
+    """Train to ``config.train.steps``, resuming from the newest checkpoint in the run's folder. Collective.
+
+    Returns the run's results: the step reached, the last logged metrics, and whether training is finished. SIGTERM and
+    Ctrl-C save a checkpoint and stop; before the first step they end the process at once.
+    Raises UserError if a device or host runs out of memory, or if another process trains in the folder.
+    """
+    with StopSignal() as stop_signal, explain_out_of_memory(config):
+        topology = start_up(config)
+        run, data = on_all_ranks(lambda: (RunFolder(config), read_data(config.data)))
+        try:
+            return _train(config, topology, run, data, stop_signal)
+        finally:
+            run.unlock()
+
+
+def _train(
+    config: Config, topology: Topology, run: RunFolder, data: Sequence[Index], stop_signal: StopSignal
+) -> dict[str, Any]:
+    rank0 = topology.rank == 0
+    check_shards(data, config.data, topology.rank, topology.world)
+    on_all_ranks(lambda: run.lock() if rank0 else None)
+    reader = newest_intact(run.checkpoints, topology.rank, topology.world)
+    stream = batches(data, config, reader.step if reader else 0, topology.data_rank, topology.data_size)
+    engine = _engine(config, topology, data, reader)
+    log = on_all_ranks(lambda: MetricsLog(run, config, engine, topology.world) if rank0 else None)
+    schedule = CheckpointSchedule(engine, run)
+    on_all_ranks(lambda: schedule.prepare() if rank0 else None)
+    guards = _Guards(config, schedule)
+    logger.info("optimizer: %s", engine.optimizer.title)
+    stop_signal.listen()
+    with ProgressBar("train", config.train.steps, engine.step, show=rank0) as bar:
+        for batch in stream:
+            monitor = bool(config.train.monitor_every) and (engine.step + 1) % config.train.monitor_every == 0
+            metrics = engine.train_step(batch, extra=[stop_signal.asked, schedule.writing], monitor=monitor)
+            stop, writing = (count > 0 for count in metrics.extra)  # on any rank
+            last = stop or engine.step == config.train.steps
+            if log is not None:
+                bar.advance(log.add(engine.step, metrics, last=last))
+            guards.check(engine.step, metrics, batch.bad)
+            schedule.after_step(writing, last)
+            if stop:
+                logger.info(
+                    "stopped by a signal and saved at step %d; run the same command again to resume", engine.step
+                )
+                break
+    lines = []
+    if rank0:
+        run.close()
+        lines = run.metrics()
+    return {
+        "run": str(run.path),
+        "optimizer": engine.optimizer.title,
+        "finished": engine.step == config.train.steps,
+        **(lines[-1] if lines else {}),
+        "step": engine.step,
+    }
+
+
+def _engine(config: Config, topology: Topology, data: Sequence[Index], reader: CheckpointReader | None) -> Engine:
+    """Return an engine with the initial state, or the checkpoint's if there is one.
+
+    Raises UserError if the dataset is not the run's.
+    """
+    engine = Engine(config, topology)
+    engine.data = dataset_fingerprint(data)
+    if reader is None:
+        engine.initialise()
+    else:
+        check_same(reader.manifest["data"], engine.data)
+        restore(engine, reader)
+        logger.info("resumed %s at step %d", config.run_dir, engine.step)
+    return engine
+
+
+class _Guards:
+    """Stops a run, on every rank, after too many consecutive skipped steps or if too much data is unreadable."""
+
+    def __init__(self, config: Config, schedule: CheckpointSchedule) -> None:
+        self._limit, self._schedule = config.train.max_skipped_steps, schedule
+        self._health = DataHealth(config)
+        self._skipped = 0  # number of consecutive skipped steps
+
+    def check(self, step: int, metrics: StepMetrics, bad: Sequence[tuple[str, str]]) -> None:
+        """Raise UserError if the run has to stop. ``bad`` are this rank's unreadable samples. Collective."""
+        self._skipped = self._skipped + 1 if metrics.skipped else 0
+        try:
+            if self._skipped >= self._limit:
+                raise UserError(
+                    f"loss or gradient was not finite in {self._skipped} consecutive steps up to step {step} (loss "
+                    f"{metrics.loss}); lower optimizer.lr, raise optimizer.warmup_steps or set optimizer.grad_clip"
+                )
+            self._health.check(metrics.bad_samples, bad)
+        except UserError:
+            self._schedule.finish()  # a save in progress is still valid
+            raise

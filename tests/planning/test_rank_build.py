@@ -1,0 +1,89 @@
+"""``plan --build`` builds one rank of a large job: its memory equals closed forms, and errors are reported."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import Counter
+
+import pytest
+import yaml
+
+from megatron_dit.cli import run
+from megatron_dit.models.param_specs import param_specs
+from tests.helpers.configs import small, small_dict
+
+WORLD = 16
+
+
+def share(tmp_path, rank, **options):
+    """Return the results of ``plan --build``."""
+    config, results = tmp_path / "c.yaml", tmp_path / "f.json"
+    config.write_text(yaml.safe_dump(small_dict("mmdit", heads=8, base_heads=2, **options)))
+    words = ["plan", str(config), "--gpus", str(WORLD), "--build", str(rank), "--json", str(results)]
+    assert run(words) == 0
+    return json.loads(results.read_text())
+
+
+def up(count, unit):
+    return math.ceil(count / unit) * unit
+
+
+def local_sizes(options):
+    """Yield (parameter, elements on a tensor-parallel rank); the layer's name tells which parameters are split."""
+    config = small("mmdit", heads=8, base_heads=2, **options)
+    tensor = config.parallel.tensor
+    column = ("qkv.weight", "qkv.bias", "fc1.weight", "fc1.bias", "modulation.weight", "modulation.bias")
+    row = ("out.weight", "fc2.weight")
+    for param in param_specs(config).values():
+        split = param.name.endswith(column + row) and "_embed" not in param.name
+        yield param, math.prod(param.shape) // (tensor if split else 1)
+
+
+@pytest.mark.parametrize("rank", [0, WORLD - 1])
+def test_memory_equals_closed_form_for_zero_3_with_tensor_parallelism_in_bf16(tmp_path, rank):
+    options = {"parallel.tensor": 2, "parallel.zero_stage": 3, "train.dtype": "bf16", "train.micro_batch": 1}
+    options["ema.sigma_rel"] = [0.05, 0.1]
+    found = share(tmp_path, rank, **options)
+    elements = sum(math.ceil(size / 8) for _, size in local_sizes(options))
+    expected = {"weights": 2, "gradients": 4, "masters": 4, "moments": 8, "ema": 12}
+    assert found["held"] == found["expected"] == {key: elements * size for key, size in expected.items()}
+
+
+@pytest.mark.parametrize(("rank", "stage"), [(0, 0), (WORLD - 1, 1)])
+def test_memory_and_bubble_equal_closed_forms_for_zero_1_with_a_pipeline_in_fp32(tmp_path, rank, stage):
+    options = {"parallel.tensor": 2, "parallel.pipeline": 2, "parallel.zero_stage": 1, "train.micro_batch": 1}
+    found = share(tmp_path, rank, **options)
+    of_stage = [{"blocks.0", "patch_embed", "time_embed", "text_embed"}, {"blocks.1", "head"}][stage]
+    groups = Counter()  # optimizer groups; hidden weights have their own learning rate and weight decay
+    for param, size in local_sizes(options):
+        if param.name.startswith(tuple(of_stage)):
+            groups[param.role == "hidden"] += size
+    padded = sum(up(size, 2 * 4) for size in groups.values())
+    expected = {"weights": padded, "gradients": groups.total(), "masters": padded // 4, "moments": padded // 2}
+    expected["ema"] = padded // 4
+    assert found["held"] == found["expected"] == {key: 4 * size for key, size in expected.items()}
+    assert found["blocks"] == [stage]
+    assert found["bubble"] == pytest.approx(1 / 3)  # one stage idles for one of 2 + 1 micro-batch times
+    assert sum(found["stage_flops"]) > 0
+    assert found["imbalance"] >= 1
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--gpus", "6", "parallel.tensor=4"], "6 ranks are not divisible by parallel.tensor=4"),
+        (["--gpus", "256", "parallel.tensor=3"], "model.heads=4"),
+        (["--gpus", "256"], "train.global_batch=8"),
+        (["--gpus", "4", "parallel.pipeline=4"], "model.depth=2"),
+        (["--gpus", "4", "--build=4"], "--build 4: expected the number of a rank from 0 to 3"),
+        (["--gpus", "4", "parallel.pipeline=2", "parallel.zero_stage=3"], "parallel.zero_stage=1 with the pipeline"),
+    ],
+)
+def test_invalid_layout_is_refused_on_one_line(tmp_path, capsys, words, message):
+    config = tmp_path / "c.yaml"
+    config.write_text(yaml.safe_dump(small_dict("mmdit")))
+    assert run(["plan", str(config), "--build=0", *words]) == 2
+    line = capsys.readouterr().err.strip()
+    assert message in line
+    assert "\n" not in line

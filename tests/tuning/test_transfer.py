@@ -1,0 +1,120 @@
+"""Transfer from a sweep: ranking checked by hand, groups against the package mup, cost against the paper's formula."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+import yaml
+
+from megatron_dit.cli import run
+from megatron_dit.config import load_config
+from megatron_dit.tuning import report
+from megatron_dit.tuning.transfer import Cost, read_sweep
+from tests.helpers.configs import small, small_dict
+from tests.helpers.mup_groups import package_groups
+from tests.helpers.sweeps import plant, write_sweep
+
+CONFIGS = Path(__file__).parents[2] / "configs"
+
+
+@pytest.fixture
+def planted(tmp_path, dataset):
+    """Two widths, learning rates, grad_clips and seeds; the wide model's best setting is lr 2^-7 and grad_clip 1."""
+    space = {
+        "model.heads": {"choice": [2, 4]},
+        "optimizer.lr": {"log2": [-8, -7]},
+        "optimizer.grad_clip": {"choice": [0.1, 1.0]},
+        "seed": {"choice": [5, 6]},
+    }
+    path = write_sweep(tmp_path, dataset, space)
+    losses = {(2, -8, 0.1): 0.9, (2, -8, 1.0): 0.8, (2, -7, 0.1): 0.7, (2, -7, 1.0): 0.75}
+    losses |= {(4, -8, 0.1): 0.6, (4, -8, 1.0): 0.5, (4, -7, 0.1): 0.3, (4, -7, 1.0): 0.45}
+    outcomes = []
+    for (heads, power, clip), loss in losses.items():
+        for seed in (5, 6):
+            params = {"model.heads": heads, "optimizer.lr": 2.0**power, "optimizer.grad_clip": clip, "seed": seed}
+            diverged = (heads, power, clip, seed) == (4, -7, 0.1, 6)  # the lowest loss, but one of its seeds diverged
+            outcomes.append((params, "diverged" if diverged else "complete", None if diverged else loss + seed / 100))
+    return plant(path, outcomes)
+
+
+def target(tmp_path, **options):
+    path = tmp_path / "target.yaml"
+    values = {"model.heads": 8, "optimizer.weight_decay": 0.03, "train.steps": 500, "run_dir": "runs/target", **options}
+    path.write_text(yaml.safe_dump(small_dict("mmdit", **values)))
+    return path
+
+
+def test_best_setting_is_that_of_the_widest_model_averaged_over_seeds(planted):
+    chosen = report.best(read_sweep(planted.folder)[1], planted)
+    assert chosen is not None
+    assert dict(chosen.hyperparameters) == {"optimizer.lr": 2**-7, "optimizer.grad_clip": 1.0}
+    assert chosen.loss == pytest.approx(0.45 + 0.055)
+    assert dict(chosen.model) == {"model.heads": 4}
+
+
+def test_transfer_writes_the_target_with_its_groups_and_cost(planted, tmp_path, capsys):
+    out, results = tmp_path / "out" / "wide.yaml", tmp_path / "results.json"
+    words = ["transfer", str(planted.folder), str(target(tmp_path)), "--out", str(out), "--json", str(results)]
+    assert run(words) == 0
+    written = load_config(out)
+    assert (written.optimizer.lr, written.optimizer.grad_clip) == (2**-7, 1.0)
+    assert (written.model.heads, written.train.steps, written.run_dir) == (8, 500, "runs/target")
+    head = out.read_text().split("\nrun_dir:")[0]
+    assert "trial 14, 15 (seeds 5, 6)" in head
+    groups, _ = package_groups(small("mmdit", heads=8, **{"optimizer.lr": 2**-7, "optimizer.weight_decay": 0.03}))
+    for lr, decay in set(groups.values()):
+        assert f"lr {lr:.6g}, weight decay {decay:.6g}" in head
+    # Expected: the sizes of the three models, 6 steps of 4 samples per trial, 500 steps of 8 samples for the target.
+    sizes = [int(size.replace(",", "")) for size in re.findall(r"8 \* ([\d,]+) \* 24", head)]
+    assert len(sizes) == 2
+    fraction = 8 * 24 * sum(sizes) / (size_of(out) * 500 * 8)
+    assert json.loads(results.read_text())["cost"] == pytest.approx(fraction)
+    assert f"{100 * fraction:.2f}%" in head
+    assert head in capsys.readouterr().out
+
+
+def size_of(path):
+    from megatron_dit.models.build import build_unsharded
+
+    return sum(p.numel() for p in build_unsharded(load_config(path).model).parameters())
+
+
+def test_search_costs_equal_those_of_the_paper(tmp_path):
+    """5 * 0.04B * 5 epochs / (0.61B * 30 epochs) = 5.46%; for MMDiT 80 * 0.18B * 30K / (17.9B * 200K) steps."""
+    for arch, target, by_hand in (
+        ("pixart", "target", 5 * 0.04 * 5 / (0.61 * 30)),
+        ("mmdit", "18b", 80 * 0.18 * 30_000 / (17.86 * 200_000)),
+    ):
+        results = tmp_path / f"{arch}.json"
+        goal = str(CONFIGS / arch / f"{target}.yaml")
+        words = ["sweep", str(CONFIGS / arch / "sweep.yaml"), "--cost", "--target", goal, "--json", str(results)]
+        assert run([word.replace(str(CONFIGS.parent) + "/", "") for word in words]) == 0
+        assert json.loads(results.read_text())["cost_rounded"] == pytest.approx(by_hand, rel=1e-6)
+    assert round(100 * 5 * 0.04 * 5 / (0.61 * 30), 2) == 5.46
+
+
+def test_rounded_cost_is_none_if_a_size_rounds_to_zero():
+    assert Cost(((2_000_000, 10),), (600_000_000, 100)).rounded_share is None
+    assert Cost(((2_000_000, 10),), (4_000_000, 100)).share == 0.05
+
+
+def test_invalid_sweep_folders_and_targets_are_rejected(planted, tmp_path, dataset, capsys):
+    def assert_rejected(words, *arguments):
+        assert run(["transfer", *map(str, arguments), "--out", str(tmp_path / "x.yaml")]) == 2
+        line = capsys.readouterr().err.strip()
+        assert words in line
+        assert "\n" not in line
+        assert not (tmp_path / "x.yaml").exists()
+
+    assert_rejected("is not a sweep folder", tmp_path / "none", target(tmp_path))
+    assert_rejected("base width", planted.folder, target(tmp_path, **{"mup.base_heads": 4}))
+    assert_rejected("mup.enabled", planted.folder, target(tmp_path, **{"mup.enabled": False}))
+    assert_rejected("mup.output_multiplier", planted.folder, target(tmp_path, **{"mup.output_multiplier": 2.0}))
+    (tmp_path / "bad").mkdir()
+    empty = write_sweep(tmp_path / "bad", dataset, {"optimizer.lr": {"log2": [-8, -7]}})
+    diverged = plant(empty, [({"optimizer.lr": 2**-8}, "diverged", None)])
+    assert_rejected("no completed", diverged.folder, target(tmp_path))
