@@ -84,9 +84,10 @@ def convert(kind: Any, value: Any, key: str) -> Any:
         (inner,) = (item for item in get_args(kind) if item is not type(None))
         return None if _is_null(value) else convert(inner, value, key)
     if get_origin(kind) is Literal:
-        text = _text(value, key)
-        check_choice(key, text, get_args(kind))
-        return text
+        choices = get_args(kind)
+        converted = convert(type(choices[0]), value, key)
+        check_choice(key, converted, choices)
+        return converted
     if get_origin(kind) is list:
         check(isinstance(value, list), f"{key}={show(value)}: expected a list such as [A, B]")
         return [convert(get_args(kind)[0], item, f"{key}[{i}]") for i, item in enumerate(value)]

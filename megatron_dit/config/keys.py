@@ -113,10 +113,9 @@ def check(ok: bool, message: str) -> None:
         raise UserError(message)
 
 
-def check_choice(name: str, value: Any, allowed: tuple[str, ...]) -> None:
-    text = str(value)
-    given = text if len(text) <= 200 else text[:200] + "…"
-    check(value in allowed, f"{name}={given!r}: expected one of {', '.join(allowed)}")
+def check_choice(name: str, value: Any, allowed: tuple[Any, ...]) -> None:
+    given = value if not isinstance(value, str) or len(value) <= 200 else value[:200] + "…"
+    check(value in allowed, f"{name}={given!r}: expected one of {', '.join(map(str, allowed))}")
 
 
 def at_least(name: str, value: float, least: float) -> None:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Literal
 
-from megatron_dit.config.keys import Count, CountOrZero, Interval, NonNegative, Positive, Section, check, key
+from megatron_dit.config.keys import Count, CountOrZero, NonNegative, Positive, Section, check, key
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,7 +25,7 @@ class ParallelConfig(Section):
     blocks_per_stage: list[Count] | None = key(
         "blocks of each virtual stage, in the model's order; null: as even as possible", None, resumable=True
     )
-    zero_stage: Annotated[int, Interval("[0, 3]")] = key(
+    zero_stage: Literal[0, 1, 2, 3] = key(
         "what DeepSpeed ZeRO shards over data-parallel ranks: 0 nothing, 1 optimizer, 2 also gradients, 3 also weights",
         0,
         resumable=True,

@@ -94,12 +94,12 @@ def _check_channels(index: Index, config: Config) -> None:
             "encode the captions during training"
         )
     if model.repa_block and not config.data.repa_encoder:
-        held = index.features or {"dim": "none", "patch": "none"}
-        if (held["dim"], held["patch"]) != (model.repa_dim, model.patch_size):
+        held = index.features
+        if held is None or (held["dim"], held["patch"]) != (model.repa_dim, model.patch_size):
+            found = "has no features" if held is None else f"has features with dim={held['dim']}, patch={held['patch']}"
             raise UserError(
                 f"REPA needs features of model.repa_dim={model.repa_dim} at model.patch_size={model.patch_size}, but "
-                f"{index.folder} has features with dim={held['dim']} and patch={held['patch']}; encode the data with "
-                "--vision-encoder and --patch, or set data.repa_encoder"
+                f"{index.folder} {found}; encode the data with --vision-encoder and --patch, or set data.repa_encoder"
             )
 
 

@@ -27,7 +27,7 @@ class Layout:
     tensor: int = 1
     sequence: bool = False
     pipeline: int = 1
-    chunks: int = 1
+    virtual_stages: int = 1
     zero: int = 0
     accumulation: int = 1
     recompute: str = "none"
@@ -40,7 +40,7 @@ class Layout:
             f"parallel.tensor={self.tensor}",
             f"parallel.sequence={str(self.sequence).lower()}",
             f"parallel.pipeline={self.pipeline}",
-            f"parallel.virtual_stages={self.chunks}",
+            f"parallel.virtual_stages={self.virtual_stages}",
             "parallel.blocks_per_stage=null",
             f"parallel.zero_stage={self.zero}",
             f"train.recompute={self.recompute}",
@@ -60,7 +60,7 @@ LAYOUTS = {
     "tp2-sp": Layout(2, tensor=2, sequence=True),
     "dp2-tp2-zero3": Layout(4, tensor=2, zero=3),
     "pp2": Layout(2, pipeline=2, accumulation=4),
-    "pp2-interleaved": Layout(2, pipeline=2, chunks=2, accumulation=4),
+    "pp2-interleaved": Layout(2, pipeline=2, virtual_stages=2, accumulation=4),
     "dp2-pp2-zero1": Layout(4, pipeline=2, zero=1, accumulation=4),
     "tp2-pp2": Layout(4, tensor=2, pipeline=2, accumulation=4),
     "tp2-sp-pp2": Layout(4, tensor=2, sequence=True, pipeline=2, accumulation=4),

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import yaml
 
-from megatron_dit import verify
+from megatron_dit.verify.layout_parity import first_steps
 from tests.helpers.configs import small
 
 # With other seeds the variational term of a batch of eight may be ill-conditioned: then even the gradient norms of a
@@ -23,12 +23,12 @@ def trace(arch, layout, data, scratch, fault=None, **overrides):
     config = small(arch, **{**overrides, **{k: yaml.safe_load(v) for k, v in values.items()}})
     folder = Path(scratch) / f"{arch}-{zlib.crc32(repr(layout).encode())}-{fault}"
     if fault is None:
-        return verify.first_steps(config, folder)
+        return first_steps(config, folder)
     from megatron_dit.parallel.layers import Backend
 
     right = getattr(Backend, fault)
     setattr(Backend, fault, lambda self, x: x)
     try:
-        return verify.first_steps(config, folder)
+        return first_steps(config, folder)
     finally:
         setattr(Backend, fault, right)

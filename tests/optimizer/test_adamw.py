@@ -142,7 +142,7 @@ def with_stand_in(config):
         result["zero_optimization"]["sub_group_size"] = 2000
         return result
 
-    stand_in = adamw.AdamW("stand-in", CountsInGroup, lambda: None)
+    stand_in = adamw.AdamWImplementation("stand-in", CountsInGroup, lambda: None)
     real, made = adamw.AVAILABLE["apex"], engine_module.deepspeed_config
     try:
         adamw.AVAILABLE["apex"], engine_module.deepspeed_config = stand_in, small_sub_groups

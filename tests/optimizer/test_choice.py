@@ -44,7 +44,7 @@ def test_unrelated_package_named_apex_is_not_imported(monkeypatch, tmp_path):
 
 def test_auto_selects_the_first_available_that_needs_no_compiling(monkeypatch):
     def stub(absent, **keywords):
-        return adamw.AdamW("stub", lambda groups: None, lambda: absent, **keywords)
+        return adamw.AdamWImplementation("stub", lambda groups: None, lambda: absent, **keywords)
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     compiles = stub(None, automatic=lambda: False)
@@ -56,7 +56,7 @@ def test_auto_selects_the_first_available_that_needs_no_compiling(monkeypatch):
 
 
 def test_missing_compiler_is_reported(monkeypatch):
-    monkeypatch.setattr(adamw, "PROGRAMS", "")
+    monkeypatch.setattr(adamw, "build_path", lambda: "")
     for keys in ({"implementation": "deepspeed"}, {"offload": True}):
         with pytest.raises(UserError, match="ninja is not on PATH"):
             choose(replace(config_of(), **keys))
@@ -82,7 +82,7 @@ def lacks_on_one_rank(config):
     try:
         Engine(config, build_topology(config))
     finally:
-        adamw.AVAILABLE["apex"] = adamw.AdamW("apex.optimizers.FusedAdam", adamw._apex, adamw._absent_apex)
+        adamw.AVAILABLE["apex"] = adamw.AdamWImplementation("apex.optimizers.FusedAdam", adamw._apex, adamw._absent_apex)
 
 
 def test_all_ranks_raise_if_one_lacks_the_implementation(pool):

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from megatron_dit import verify
 from megatron_dit.verify import LAYOUTS, REFERENCE, Layout
+from megatron_dit.verify.layout_parity import compare, first_steps
 from tests.helpers.configs import ARCHITECTURES, small
 from tests.helpers.traces import SEED, STEPS, trace
 
@@ -33,7 +33,7 @@ def deep(arch):
 def traced(arch, data, scratch, overrides):
     """Return the first steps of a config without changes. Runs in the ranks of the pool."""
     config = small(arch, **{"data.path": str(data), "seed": SEED, "train.steps": STEPS, **overrides})
-    return verify.first_steps(config, Path(scratch) / "checkpoints")
+    return first_steps(config, Path(scratch) / "checkpoints")
 
 
 @pytest.fixture(scope="module")
@@ -56,7 +56,7 @@ def test_layout_equals_one_process(pool, dataset, tmp_path, reference, deep_refe
     staged = layout.pipeline > 1
     overrides = deep(arch) if staged else {}
     found = pool.run(layout.ranks, trace, arch, layout, dataset, tmp_path, **overrides)[0]
-    result = verify.compare(name, found, (deep_reference if staged else reference)(arch))
+    result = compare(name, found, (deep_reference if staged else reference)(arch))
     assert result.good, result
     assert len(found.losses) == STEPS
 
@@ -66,7 +66,7 @@ def test_uneven_blocks_equal_one_process(pool, dataset, tmp_path, deep_reference
     config = {**deep(arch), "parallel.pipeline": 2, "train.micro_batch": 2}
     config["parallel.blocks_per_stage"] = [1, config["model.depth"] - 1]
     found = pool.run(2, traced, arch, dataset, tmp_path, config)[0]
-    result = verify.compare("uneven", found, deep_reference(arch))
+    result = compare("uneven", found, deep_reference(arch))
     assert result.good, result
 
 
@@ -82,7 +82,7 @@ def test_uneven_blocks_equal_one_process(pool, dataset, tmp_path, deep_reference
 )
 def test_verify_detects_a_gradient_that_is_not_summed(pool, dataset, tmp_path, reference, arch, fault, layout):
     found = pool.run(2, trace, arch, layout, dataset, tmp_path, fault)[0]
-    result = verify.compare("faulty", found, reference(arch))
+    result = compare("faulty", found, reference(arch))
     assert result.equal_initial
     assert not result.good
 

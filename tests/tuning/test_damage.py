@@ -25,7 +25,7 @@ def finished(tmp_path, dataset):
     config = plant(path, [({"optimizer.lr": 2**-9}, "complete", 0.5), ({"optimizer.lr": 2**-8}, "complete", 0.25)])
     sweep = Sweep(config)
     for number in range(2):
-        sweep._tell(sweep._stored(number))  # pyright: ignore[reportArgumentType]
+        sweep._report(sweep._stored(number))  # pyright: ignore[reportArgumentType]
     return path, config.folder
 
 

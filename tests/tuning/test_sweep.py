@@ -202,7 +202,7 @@ def test_invalid_sweep_configs_are_rejected_with_a_one_line_message(dataset, tmp
     assert_rejected("expected exactly one of log2", space={"optimizer.lr": {"log2": [-8, -7], "choice": [1]}})
     assert_rejected("low < high", space={"optimizer.lr": {"uniform": [2, 1]}})
     assert_rejected("is continuous", space={"optimizer.lr": {"uniform": [1, 2]}})
-    assert_rejected("trials=0", sampler="random")
+    assert_rejected("trials is not set: sampler=random", sampler="random")
     assert_rejected("sampler='bayes'", sampler="bayes")
     assert_rejected("the grid has 2 points", trials=3)
     assert_rejected("did you mean", "paralel=2")
