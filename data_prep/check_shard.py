@@ -92,17 +92,17 @@ def _members(tar: tarfile.TarFile) -> tuple[dict[str, Place], list[str]]:
 def _table(path: Path, place: Place | None, index: Index, shard: Shard) -> np.ndarray:
     """Return the rows of the table. Raise BadSample if their number or offset differs from the index."""
     if place is None:
-        raise BadSample("torn_shard", f"no member {TABLE}")
+        raise BadSample("corrupt_shard", f"no member {TABLE}")
     with path.open("rb") as file:
         file.seek(place[0])
         rows = parse_array(file.read(min(place[1], path.stat().st_size)), TABLE)
     key = rows.dtype["key"].itemsize if rows.dtype.names and "key" in rows.dtype.names else 0
     if rows.ndim != 1 or rows.dtype != table_dtype(len(index.members), key):
-        raise BadSample("torn_shard", f"{TABLE} has shape {rows.shape} and dtype {rows.dtype}, not those of a table")
+        raise BadSample("corrupt_shard", f"{TABLE} has shape {rows.shape} and dtype {rows.dtype}, not those of a table")
     if len(rows) != shard.samples:
-        raise BadSample("torn_shard", f"the table has {len(rows)} samples, the index {shard.samples}")
+        raise BadSample("corrupt_shard", f"the table has {len(rows)} samples, the index {shard.samples}")
     if (at := place[0] + place[1] - rows.nbytes) != shard.table:
-        raise BadSample("torn_shard", f"the table's rows are at byte {at}, expected {shard.table}")
+        raise BadSample("corrupt_shard", f"the table's rows are at byte {at}, expected {shard.table}")
     return rows
 
 

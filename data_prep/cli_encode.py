@@ -150,8 +150,6 @@ def _run_job(arguments: argparse.Namespace, work: Callable[[], Done]) -> int:
     from data_prep.workers import WORKER, run_workers
 
     folder, worker = arguments.folder, os.environ.get(WORKER)
-    if "://" in str(folder):
-        raise UserError(f"FOLDER={folder} is a URL; give a local folder, and upload it when it is finished")
     if not folder.exists():
         check_output(folder / "index.json", "FOLDER", makes_folder=True)
     keep_going()

@@ -7,9 +7,8 @@ import os
 import tarfile
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from functools import lru_cache, partial
+from functools import partial
 from pathlib import Path
-from typing import BinaryIO
 
 from data_prep.images import Unusable
 from data_prep.sources.record import (
@@ -131,7 +130,7 @@ def _index(path: Path) -> tuple[dict[str, _Sample], bool, bool]:
                     _add(samples.setdefault(key, _Sample()), member, extension)
             else:
                 # tarfile treats a corrupt header as the end of the archive.
-                rest = os.pread(_opened(str(path)).fileno(), AFTER_BYTES, tar.offset)
+                rest = os.pread(file.fileno(), AFTER_BYTES, tar.offset)
                 truncated = rest[: tarfile.BLOCKSIZE] != tarfile.NUL * tarfile.BLOCKSIZE
                 more = not truncated and rest.strip(tarfile.NUL) != b""
     except (tarfile.TarError, ValueError, OverflowError, RecursionError):  # RecursionError: many consecutive long names
@@ -182,9 +181,5 @@ def _member(path: Path, where: tuple[int, int], limit: int) -> bytes:
     """Return the content of a member. Raise Unusable if it is larger than ``limit`` bytes."""
     offset, size = where
     check_size(size, limit)
-    return os.pread(_opened(str(path)).fileno(), size, offset)
-
-
-@lru_cache(maxsize=16)
-def _opened(path: str) -> BinaryIO:
-    return Path(path).open("rb")
+    with path.open("rb") as file:
+        return os.pread(file.fileno(), size, offset)

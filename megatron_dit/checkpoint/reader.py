@@ -161,7 +161,7 @@ class CheckpointReader:
             low, high = max(start, fragment.start), min(stop, fragment.stop)
             if fragment.tensor_rank != tensor_rank or low >= high:
                 continue
-            with _torn_on_error(fragment.file), safe_open(fragment.file, framework="pt") as file:
+            with _incomplete_on_error(fragment.file), safe_open(fragment.file, framework="pt") as file:
                 piece = file.get_slice(f"{key}/{name}")[low - fragment.start : high - fragment.start]
                 if piece.shape != (high - low,):
                     raise Incomplete(f"{fragment.file}: {key}/{name} is shorter than {fragment.stop - fragment.start}")
@@ -177,7 +177,7 @@ class CheckpointReader:
         found: dict[str, list[Fragment]] = {}
         for name in self.manifest["files"]:
             path = self.folder / name
-            with _torn_on_error(path), safe_open(path, framework="pt") as file:
+            with _incomplete_on_error(path), safe_open(path, framework="pt") as file:
                 about = file.metadata()
                 rank = int(about["tensor_rank"])
                 for param, start in json.loads(about["starts"]).items():
@@ -192,7 +192,7 @@ class CheckpointReader:
 
 
 @contextmanager
-def _torn_on_error(path: Path) -> Iterator[None]:
+def _incomplete_on_error(path: Path) -> Iterator[None]:
     """Raise Incomplete for any error of reading a file of tensors, whose header may contain arbitrary values."""
     try:
         yield

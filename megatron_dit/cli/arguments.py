@@ -45,8 +45,13 @@ def input_path(option: str) -> Callable[[str], str]:
 
 def file_path(option: str) -> Callable[[str], Path]:
     """Return an argparse type like :func:`input_path`, for a local file or folder."""
-    parse = input_path(option)
-    return lambda text: Path(parse(text))
+
+    def parse(text: str) -> Path:
+        if "://" in text:
+            raise UserError(f"{option}={text} is a URL; give a local file or folder")
+        return Path(input_path(option)(text))
+
+    return parse
 
 
 def output_file(option: str, *, makes_folder: bool = False) -> Callable[[str], Path]:

@@ -130,12 +130,12 @@ def write_index(index: Index) -> None:
 def broken_shards(index: Index, shards: Iterable[Shard]) -> dict[str, str]:
     """Return the problems of local shards by file: missing, of the wrong size, or without a table of samples.
 
-    ShardPool of a URL are checked when they are fetched.
+    Shards of a URL are checked when they are fetched.
     """
     wrong = {}
     for shard in shards if index.local else ():
         try:
-            ShardReader(Path(index.path(shard.file)), shard, index.members)
+            ShardReader(Path(index.path(shard.file)), shard, index.members).close()
         except BadSample as error:
             wrong[shard.file] = str(error)
     return wrong

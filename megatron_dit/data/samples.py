@@ -160,6 +160,10 @@ class ShardPool:
         self._open: OrderedDict[tuple[int, int], ShardReader] = OrderedDict()
         self._failed: dict[tuple[int, int], tuple[float, BadSample]] = {}
 
+    def __del__(self) -> None:
+        for reader in self._open.values():
+            reader.close()
+
     def open(self, dataset: int, number: int) -> ShardReader:
         """Return a reader of the shard, reopening it if its file was deleted. Raise BadSample if missing or corrupt."""
         place = dataset, number

@@ -87,7 +87,7 @@ class Cache(Store):
         if found != shard.sha256:
             part.unlink()
             raise BadSample(
-                "torn_shard",
+                "corrupt_shard",
                 f"shard {url} has SHA-256 {found[:12]}, but the index lists {shard.sha256[:12]}; restore it",
             )
         part.replace(path)

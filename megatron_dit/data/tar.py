@@ -37,7 +37,7 @@ MEMBERS = ("latent.npy", "std.npy", "ids.npy", "text.npy", "captions.npy", "feat
 TABLE = "__table__/samples.npy"
 CAUSES = (
     "missing_shard",
-    "torn_shard",
+    "corrupt_shard",
     "missing_member",
     "wrong_checksum",
     "not_an_array",
@@ -88,11 +88,16 @@ class ShardReader:
             self._file = path.open("rb")
         except OSError as error:
             raise BadSample("missing_shard", f"shard {path} is missing ({error.strerror}); restore it") from None
-        size = os.fstat(self._file.fileno()).st_size
-        if size != shard.bytes:
-            raise BadSample("torn_shard", f"shard {path} has {size} bytes, expected {shard.bytes}; restore it")
-        self._size = size
-        self._dtype = self._table_dtype()
+        try:
+            self._size = os.fstat(self._file.fileno()).st_size
+            if self._size != shard.bytes:
+                raise BadSample(
+                    "corrupt_shard", f"shard {path} has {self._size} bytes, expected {shard.bytes}; restore it"
+                )
+            self._dtype = self._table_dtype()
+        except BadSample:
+            self.close()
+            raise
 
     def _table_dtype(self) -> np.dtype:
         """Return the dtype of the rows, read from the array header that precedes them."""
@@ -108,9 +113,8 @@ class ShardReader:
             if self._rows + self._samples * dtype.itemsize > self._size:
                 raise ValueError("its rows extend beyond the end of the file")
         except Exception as error:  # as in parse_array
-            raise BadSample(
-                "torn_shard", f"shard {self.path} has no valid table of {self._samples} samples ({error}); restore it"
-            ) from None
+            problem = f"shard {self.path} has no valid table of {self._samples} samples ({error}); restore it"
+            raise BadSample("corrupt_shard", problem) from None
         return dtype
 
     @property
@@ -133,7 +137,7 @@ class ShardReader:
         count = (self._samples if stop is None else stop) - start
         data = self._pread(self._rows + start * size, count * size)
         if len(data) != count * size:
-            raise BadSample("torn_shard", f"shard {self.path} ends within its table; restore it")
+            raise BadSample("corrupt_shard", f"shard {self.path} ends within its table; restore it")
         return np.frombuffer(data, self._dtype)
 
     def read(self, number: int, wanted: Sequence[str]) -> tuple[str, dict[str, bytes]]:
@@ -150,7 +154,7 @@ class ShardReader:
         }
         lacking = row["size"] == -1  # smaller values are invalid
         if (row["size"][~lacking] < 0).any() or not self._plausible([place[:2] for place in held.values()]):
-            raise BadSample("torn_shard", f"sample {key} of shard {self.path}: its row in the table is corrupt")
+            raise BadSample("corrupt_shard", f"sample {key} of shard {self.path}: its row in the table is corrupt")
         places = {name: place for name, place in held.items() if name in wanted}
         if not places:
             return key, {}

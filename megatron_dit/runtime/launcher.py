@@ -84,6 +84,8 @@ class _Rank:
     def finish_reading(self) -> None:
         """Read the remaining output of an ended process, without waiting for children that keep the pipe open."""
         self._reader.join(timeout=1.0)
+        if self.process.stderr is not None and not self._reader.is_alive():
+            self.process.stderr.close()
 
     @property
     def status(self) -> int:

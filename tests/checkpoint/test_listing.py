@@ -199,7 +199,7 @@ def test_average_ignores_strays_and_refuses_corrupt_snapshots(trained, tmp_path,
     words = ["average", str(run), "--sigma-rel", "0.1"]
     assert main([*words, "--out", str(tmp_path / "a")]) == 0
     captured = capsys.readouterr()
-    assert "at step 6 from 2 averages" in captured.out
+    assert "at step 6 from 2 stored averages" in captured.out
     assert captured.err.count("ignoring entries of") == 1
     flip(step_folder(run / "ema", 3))
     assert main([*words, "--out", str(tmp_path / "b")]) == 2

@@ -85,7 +85,7 @@ ILL_TYPED = {
     "data without codec": ("data", {"text": "x", "samples": "y"}),
     "data of numbers": ("data", {"text": 1, "codec": 2, "samples": 3}),
     "bad samples a list": ("bad_samples", [1]),
-    "bad samples of strings": ("bad_samples", {"torn_shard": "1"}),
+    "bad samples of strings": ("bad_samples", {"corrupt_shard": "1"}),
     "config a list": ("config", []),
     "config empty": ("config", {}),
     "model a list": ("config", "model", []),

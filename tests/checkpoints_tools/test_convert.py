@@ -48,7 +48,7 @@ def options(draw, arch):
         "mup.output_multiplier": draw(st.sampled_from([1.0, 0.7])),
     }
     if arch == "mmdit":
-        found["model.position_size"] = draw(st.sampled_from([0, 5]))
+        found["model.position_size"] = draw(st.sampled_from([None, 5]))
     if arch == "pixart":
         found["model.interpolation_scale"] = draw(st.sampled_from([1.0, 2.0]))
     if arch not in ("dit", "uvit-class"):

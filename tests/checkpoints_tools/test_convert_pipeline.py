@@ -99,7 +99,7 @@ def test_exported_pipeline_class_generates_the_images_of_our_sampler(run):
     assert not same(plain.images, expected[:1])
     drawn = [pipe(**wanted, generator=torch.Generator().manual_seed(3)).images[1] for _ in range(2)]
     assert drawn[0].size == (16, 16)
-    assert list(drawn[0].getdata()) == list(drawn[1].getdata())
+    assert drawn[0].tobytes() == drawn[1].tobytes()
 
 
 @pytest.mark.parametrize("run", ["pixart"], indirect=True)

@@ -61,7 +61,7 @@ def test_flipped_bit_in_the_table_affects_only_its_own_sample(tmp_path):
             causes.add(sample.bad[0])
         assert samples[0, 2, 0, 0, 2].bad is None
     tracemalloc.stop()
-    assert causes == {"torn_shard", "wrong_checksum"}
+    assert causes == {"corrupt_shard", "wrong_checksum"}
 
 
 def array_of(header, body=b""):

@@ -71,7 +71,7 @@ def test_online_text_gives_the_same_losses_as_precomputed_text(dataset, tmp_path
 
 
 def test_dataset_with_token_ids_only_gives_the_same_losses(tmp_path):
-    """ShardPool with token ids only contain no features, and give the same losses."""
+    """Shards with token ids only contain no features, and give the same losses."""
     from PIL import Image
 
     rng = np.random.default_rng(0)

@@ -1,4 +1,4 @@
-"""ShardPool of a URL are fetched once into a bounded cache, checked, and read like local ones."""
+"""Shards of a URL are fetched once into a bounded cache, checked, and read like local ones."""
 
 from __future__ import annotations
 
@@ -105,7 +105,7 @@ def test_file_that_does_not_match_the_index_is_not_used(served, tmp_path):
         cache.path(remote.shards[1])
     with pytest.raises(BadSample, match="is missing") as missing:
         cache.path(remote.shards[2])
-    assert (corrupt.value.cause, missing.value.cause) == ("torn_shard", "missing_shard")
+    assert (corrupt.value.cause, missing.value.cause) == ("corrupt_shard", "missing_shard")
     assert not list((tmp_path / "cache").rglob("*.tar"))
     assert not list((tmp_path / "cache").rglob("*.part"))
 

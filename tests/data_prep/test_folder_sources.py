@@ -257,7 +257,7 @@ def test_each_fault_in_a_table_has_its_own_reason(fill, tmp_path):
     ]
     path = tmp_path / "t.jsonl"
     lines = [json.dumps(row).encode() for row in rows]
-    path.write_bytes(b"\n".join([*lines, b"{torn", b'{"picture": "a.png", "words": "caf\xe9"}']))
+    path.write_bytes(b"\n".join([*lines, b"{truncated", b'{"picture": "a.png", "words": "caf\xe9"}']))
     found = scan(open_source(str(folder), table=str(path), file_column="picture", caption_column="words"))
     assert kept(found)["t.jsonl row 0"].captions == (Caption("one", 1.0), Caption("two", 2.0))
     assert kept(found)["t.jsonl row 0"].meta == {"deep": {"x": [1]}}

@@ -341,7 +341,7 @@ def test_home_folder_is_expanded_in_all_paths_but_variables_are_not(tmp_path, mo
         assert data_prep(["encode", *words, "--size", "8"]) == 2
         assert "is not expanded" in one_line(capsys)
     assert data_prep(["encode", "in/*.tar", "s3://bucket/out", "--size", "8"]) == 2
-    assert "is a URL; give a local folder" in one_line(capsys)
+    assert "is a URL; give a local file or folder" in one_line(capsys)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["in", "out"]
 
 

@@ -377,7 +377,7 @@ def test_each_tar_of_globs_and_lists_is_a_unit_in_order(tmp_path, monkeypatch):
         ("a.tar,missing.tar", {}, "'missing.tar' matches no files"),
         ("", {}, "matches no files"),
         ("a.zip", {}, "'a.zip' is not a .tar"),
-        ("a.tar", {"classes": True}, "is not a folder; --class-folders requires one"),
+        ("a.tar", {"class_folders": True}, "is not a folder; --class-folders requires one"),
         ("a.tar", {"table": "t.csv"}, "is not a folder; --table requires one"),
     ],
 )

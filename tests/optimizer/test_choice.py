@@ -77,12 +77,13 @@ def lacks_on_one_rank(config):
     from megatron_dit.parallel.topology import build_topology
     from megatron_dit.training.engine import Engine
 
+    apex = adamw.AVAILABLE["apex"]
     if dist.get_rank() == 0:
         adamw.AVAILABLE["apex"] = adamw.AVAILABLE["torch"]
     try:
         Engine(config, build_topology(config))
     finally:
-        adamw.AVAILABLE["apex"] = adamw.AdamWImplementation("apex.optimizers.FusedAdam", adamw._apex, adamw._absent_apex)
+        adamw.AVAILABLE["apex"] = apex
 
 
 def test_all_ranks_raise_if_one_lacks_the_implementation(pool):

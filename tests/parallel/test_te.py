@@ -192,7 +192,7 @@ def test_verify_detects_a_row_bias_gradient_that_is_not_summed(pool, dataset, tm
         ("mmdit", {**FP8, "model.text_tokens": 6}, ["6 text tokens per rank", "= 24", "multiple of 8"]),
         ("pixart", {**FP8, "model.text_tokens": 6}, ["6 text tokens per rank", "= 24", "multiple of 8"]),
         ("uvit", FP8, None),  # (16 patches + 1 + 23 of text) * 4
-        ("uvit-class", FP8, ["18 sequence tokens per rank", "= 72", "multiple of 8"]),  # 16 patches + time + class
+        ("uvit-class", FP8, ["18 joint tokens per rank", "= 72", "multiple of 8"]),  # 16 patches + time + class
         ("uvit-class", {**FP8, "train.micro_batch": 8}, None),
         # A rank has half of the image tokens and all text tokens of PixArt-α.
         ("pixart", {**FP8, "parallel.tensor": 2, "parallel.sequence": True, "train.micro_batch": 2}, None),

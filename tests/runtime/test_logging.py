@@ -25,7 +25,7 @@ def test_level_selects_the_stream(capsys):
 
 
 @pytest.mark.parametrize("level", [logging.INFO, logging.WARNING])
-@pytest.mark.parametrize(("foreign", "shown"), zip(FOREIGN, SHOWN, strict=True))
+@pytest.mark.parametrize(("foreign", "shown"), list(zip(FOREIGN, SHOWN, strict=True)))
 def test_messages_are_literal_and_on_one_line(capsys, level, foreign, shown):
     logger.log(level, "file %s", foreign)
     assert "".join(capsys.readouterr()).removeprefix("warning: ") == f"file {shown}\n"
@@ -45,9 +45,8 @@ class Terminal(io.StringIO):
         return True
 
 
-@pytest.fixture
-def terminal(monkeypatch):
-    """Both standard streams are one terminal; returns what it received."""
+def make_terminal(monkeypatch):
+    """Make both standard streams one terminal and return it. A fixture cannot: pytest sets the streams after it."""
     screen = Terminal()
     monkeypatch.setattr("sys.stdout", screen)
     monkeypatch.setattr("sys.stderr", screen)
@@ -55,7 +54,8 @@ def terminal(monkeypatch):
     return screen
 
 
-def test_messages_are_printed_above_the_bar_without_wrapping(terminal):
+def test_messages_are_printed_above_the_bar_without_wrapping(monkeypatch):
+    terminal = make_terminal(monkeypatch)
     long = "x" * 60
     with ProgressBar("train", 3) as bar:
         bar.advance()
@@ -69,7 +69,8 @@ def test_messages_are_printed_above_the_bar_without_wrapping(terminal):
     assert shown.endswith("after the bar\n")
 
 
-def test_warning_goes_to_a_redirected_standard_error_while_a_bar_is_shown(terminal, monkeypatch):
+def test_warning_goes_to_a_redirected_standard_error_while_a_bar_is_shown(monkeypatch):
+    terminal = make_terminal(monkeypatch)
     file = io.StringIO()
     monkeypatch.setattr("sys.stderr", file)
     with ProgressBar("train", 3):

@@ -118,7 +118,7 @@ def test_sample_and_evaluate_write_images_and_results(trained, tmp_path, capsys)
     assert (trained / "samples.png").is_file()
     assert json.loads((tmp_path / "e.json").read_text())["prompts"] == 6
     assert run(["evaluate", str(trained), "--prompts", "6", "--min-score", "1.0"]) == 1
-    assert "of 6 held-out prompts" in capsys.readouterr().out
+    assert "of 6 images match their held-out prompt" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -223,6 +223,6 @@ def test_uvit_samples_only_at_its_training_size(dataset, tmp_path, capsys):
     assert run([*words, "--size", "16x32"]) == 2
     assert "is not supported by uvit, which learns the positions" in capsys.readouterr().err
     assert run(["train", str(path), "model.sample_size=32", f"run_dir={tmp_path / 'other'}"]) == 2
-    assert "uvit learns positions of a single size" in capsys.readouterr().err
+    assert "U-ViT learns the positions of one size" in capsys.readouterr().err
     assert run(["config", str(path), "model.depth=4"]) == 2
     assert "model.depth=4" in capsys.readouterr().err
