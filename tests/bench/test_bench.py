@@ -28,7 +28,7 @@ PLAIN = ["dit", "mmdit", "pixart"]
 
 def written(folder, arch, **overrides):
     path = folder / "config.yaml"
-    path.write_text(yaml.safe_dump(small_dict(arch, **{"train.threads": 1, **overrides})))
+    path.write_text(yaml.safe_dump(small_dict(arch, **overrides)))
     return str(path)
 
 
@@ -57,7 +57,7 @@ def test_derived_metrics_equal_closed_forms():
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 def test_flops_equal_torchs_count_of_a_training_step(arch, recompute):
     connect()
-    config = small(arch, **REPA, **{"train.threads": 1, "train.recompute": recompute})
+    config = small(arch, **REPA, **{"train.recompute": recompute})
     engine = Engine(config, build_topology(config))
     measure.fill(engine)
     batch = measure.random_batch(config, config.train.global_batch)

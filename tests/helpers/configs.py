@@ -15,7 +15,8 @@ ARCHITECTURES = ["dit", "mmdit", "pixart", "uvit"]
 def small_dict(arch: str = "mmdit", heads: int = 4, base_heads: int = 2, **overrides) -> dict:
     """Return the config of a tiny model on 16 x 16 pixels. ``overrides`` are dotted keys.
 
-    ``uvit-class`` is U-ViT with class labels, ``dit-flow`` DiT with rectified flow (SiT).
+    ``uvit-class`` is U-ViT with class labels, ``dit-flow`` DiT with rectified flow (SiT). A rank has one thread, because
+    more are slower for such small tensors, and the number may affect rounding.
     """
     arch, _, kind = arch.partition("-")
     condition = {"text_dim": 64, "text_tokens": 23 if arch == "uvit" else 24}
@@ -33,7 +34,7 @@ def small_dict(arch: str = "mmdit", heads: int = 4, base_heads: int = 2, **overr
         "objective": {"name": "rectified_flow"} if kind == "flow" else {},
         "optimizer": {"lr": 2**-8, "weight_decay": 0.01, "grad_clip": 0.5, "warmup_steps": 3},
         "data": {"path": "unused"},
-        "train": {"steps": 10, "global_batch": 8, "micro_batch": 4, "log_every": 1},
+        "train": {"steps": 10, "global_batch": 8, "micro_batch": 4, "log_every": 1, "threads": 1},
         "ema": {"decay": 0.9},
     }  # fmt: skip
     for key, value in overrides.items():

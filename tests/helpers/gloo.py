@@ -13,6 +13,7 @@ from typing import Any
 import torch.multiprocessing as mp
 
 SIZE = 4
+PRELOADED = ["deepspeed", "megatron_dit.training.trainer", "tests.helpers.gloo"]
 RENEW = 40  # restart the processes after this many tasks: ZeRO-3 engines leave process groups whose threads poll
 
 
@@ -89,7 +90,8 @@ class Pool:
 
     def _start(self) -> None:
         self._done = 0
-        context = mp.get_context("spawn")
+        context = mp.get_context("forkserver")  # its server imports once, and each process is a copy of it
+        context.set_forkserver_preload(PRELOADED)
         self._tasks = [context.Queue() for _ in range(SIZE)]
         self._results = context.Queue()
         self._processes = [

@@ -13,7 +13,7 @@ from tests.helpers.configs import small_dict
 def write_sweep(folder, data, space, arch="mmdit", base=None, **options):
     """Write base and sweep configs to ``folder``; return the sweep config's path."""
     tiny = {"model.depth": 1, "train.steps": 6, "train.global_batch": 4, "optimizer.warmup_steps": 0}
-    tiny |= {"checkpoint.every": 2, "data.path": str(data), "train.threads": 1}
+    tiny |= {"checkpoint.every": 2, "data.path": str(data)}
     (folder / "base.yaml").write_text(yaml.safe_dump(small_dict(arch, **{**tiny, **(base or {})})))
     values = {"run_dir": str(folder / "sweep"), "base_config": str(folder / "base.yaml"), "space": space, **options}
     path = folder / "search.yaml"

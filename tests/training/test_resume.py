@@ -26,7 +26,6 @@ def write(folder, dataset, name, **overrides):
         "data.path": str(dataset),
         "run_dir": str(folder / name),
         "train.steps": STEPS,
-        "train.threads": 1,  # the same in the pool and in new processes
         "checkpoint.every": 7,
         "optimizer.schedule": "cosine",
         **overrides,
