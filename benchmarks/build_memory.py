@@ -46,7 +46,7 @@ def rank(number: int, port: int, phase: str, heads: int, folder: str, results: A
     if phase != "empty":
         engine = Engine(config, topology)
         if phase == "build and save":
-            engine.initialise()
+            engine.initialize()
             save(engine, Path(folder))
         else:
             reader = newest(Path(folder)).reader
@@ -56,7 +56,7 @@ def rank(number: int, port: int, phase: str, heads: int, folder: str, results: A
         numels = [math.prod(param.shape) for param in params]
         states = state_bytes(config, params, RANKS).total
         results.put(
-            {"phase": phase, "peak": peak(), "share": states, "largest": 4 * max(numels), "parameters": sum(numels)}
+            {"phase": phase, "peak": peak(), "states": states, "largest": 4 * max(numels), "parameters": sum(numels)}
         )
         return
     results.put({"phase": phase, "peak": empty})
@@ -85,8 +85,8 @@ def measure(heads: int) -> dict[str, Any]:
             for process in processes:
                 process.join()
             metrics["peaks"][phase] = max(row["peak"] for row in rows)
-            metrics.update({key: rows[0][key] for key in ("share", "largest", "parameters") if key in rows[0]})
-    metrics["bound"] = int(BOUND * metrics["share"]) + metrics["largest"] + metrics["peaks"]["empty"]
+            metrics.update({key: rows[0][key] for key in ("states", "largest", "parameters") if key in rows[0]})
+    metrics["bound"] = int(BOUND * metrics["states"]) + metrics["largest"] + metrics["peaks"]["empty"]
     return metrics
 
 
@@ -102,7 +102,7 @@ def main() -> int:
         name: f"{count / 2**20:,.0f} MiB" for name, count in {**metrics["peaks"], **metrics}.items() if name != "peaks"
     }
     print(f"{metrics['parameters'] / 1e9:.2f}B parameters on {RANKS} ranks, ZeRO-3, bf16")
-    print(f"empty process {mib['empty']}, states per rank {mib['share']}, ", end="")
+    print(f"empty process {mib['empty']}, states per rank {mib['states']}, ", end="")
     print(f"largest parameter {mib['largest']}: bound {mib['bound']}")
     print(f"peak of building and saving {mib['build and save']}, of building and loading {mib['build and load']}")
     if arguments.json:

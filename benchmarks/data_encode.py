@@ -36,7 +36,7 @@ PICTURES, BATCH, SIDE, TOKENS = 1024, 32, 64, 24
 def prepare(folder: Path) -> None:
     """Write the images and the encoders to ``folder``."""
     rng = np.random.default_rng(0)
-    with tarfile.open(folder / "pictures.tar", "w") as tar:
+    with tarfile.open(folder / "images.tar", "w") as tar:
         for number in range(PICTURES):
             coarse = Image.fromarray(rng.integers(0, 256, (8, 10, 3), dtype=np.uint8))
             jpeg = io.BytesIO()
@@ -75,7 +75,7 @@ def plain_loop(folder: Path, threads: int) -> None:
         read = {end: [source.extractfile(f"{name}.{end}").read() for name in names] for end in ("jpg", "txt")}  # pyright: ignore
         return [(jpeg, text.decode()) for jpeg, text in zip(read["jpg"], read["txt"], strict=True)]
 
-    with tarfile.open(folder / "pictures.tar") as source, tarfile.open(folder / "plain.tar", "w") as out:
+    with tarfile.open(folder / "images.tar") as source, tarfile.open(folder / "plain.tar", "w") as out:
         for first in range(0, PICTURES, BATCH):
             group = members(source, first)
             pixels = torch.from_numpy(np.stack([fit(jpeg) for jpeg, _ in group])).permute(0, 3, 1, 2)
@@ -105,7 +105,7 @@ def seconds(command: list[str]) -> float:
 def measure(folder: Path, rounds: int) -> dict[str, list[float]]:
     times: dict[str, list[float]] = {}
     cores = os.cpu_count() or 1
-    encode = ["-m", "data_prep", "encode", str(folder / "pictures.tar")]
+    encode = ["-m", "data_prep", "encode", str(folder / "images.tar")]
     options = ["--vae", str(folder / "vae"), "--text-encoder", str(folder / "t5"), "--tokens", str(TOKENS)]
     options += ["--size", str(SIDE), "--batch", str(BATCH), "--per-shard", "256"]
     for number in range(rounds):

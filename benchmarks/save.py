@@ -56,7 +56,7 @@ def main() -> int:
     overrides = [f"model.heads={parsed.heads}", "model.sample_size=16", "train.global_batch=1", "train.micro_batch=1"]
     config = load_config(CONFIG, overrides)
     engine = Engine(config, start_up(config))
-    engine.initialise()
+    engine.initialize()
     saver, size, held, waited, overlapped = CheckpointWriter(engine), 0, [], [], []
     with tempfile.TemporaryDirectory(dir=parsed.folder) as scratch, ProgressBar("save", parsed.turns + 1) as bar:
         folder = Path(scratch)
@@ -84,8 +84,8 @@ def main() -> int:
         "waited": statistics.median(waited[1:]),
         "ratio": statistics.median(ratios),
         "ratios": ratios,
-        "steps beside": statistics.median(count for count, _ in overlapped[1:]),
-        "longer by": statistics.median(extra for _, extra in overlapped[1:]),
+        "steps during a save": statistics.median(count for count, _ in overlapped[1:]),
+        "seconds longer": statistics.median(extra for _, extra in overlapped[1:]),
     }
     title = f"time that saving {size / 1e9:.2f} GB blocks training (medians of {parsed.turns} saves)"
     table = Table(title=title, show_header=False)
@@ -94,7 +94,7 @@ def main() -> int:
     table.add_row("ratio", f"{100 * metrics['ratio']:.1f}% ({', '.join(f'{100 * x:.1f}' for x in sorted(ratios))})")
     table.add_row(
         "steps during a background save",
-        f"{metrics['steps beside']:.0f}, in total {metrics['longer by']:+.2f} s longer",
+        f"{metrics['steps during a save']:.0f}, in total {metrics['seconds longer']:+.2f} s longer",
     )
     Console().print(table)
     if parsed.json:

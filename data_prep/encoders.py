@@ -104,7 +104,7 @@ class Encoders:
         return side[0] // self._codec.scale, side[1] // self._codec.scale
 
     def batch(self, examples: Sequence[Example]) -> Batch:
-        """Tokenize the captions. Labelled images without a caption get the ids of an empty one."""
+        """Tokenize the captions. Labeled images without a caption get the ids of an empty one."""
         if self._text is None:
             return Batch(examples, ())
         texts = [text for example in examples for text, _ in _captions(example.record)]

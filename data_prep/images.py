@@ -34,7 +34,7 @@ PNG_TEXT = (b"tEXt", b"zTXt", b"iTXt")
 PNG_ORIENTATION = (b"XML:com.adobe.xmp\0", b"Raw profile type exif\0")  # keywords of the chunks that may contain it
 PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY
 
-# PIL supports 16-bit grey with white as zero in only one of the two byte orders.
+# PIL supports 16-bit gray with white as zero in only one of the two byte orders.
 TiffImagePlugin.OPEN_INFO.setdefault((b"MM", 0, (1,), 1, (16,), ()), ("I;16B", "I;16B"))
 TIFF_MAGIC = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 # libtiff returns values in the machine's byte order, which PIL 13 handles only for unsigned 16 bits.
@@ -112,9 +112,9 @@ class Buckets:
 def decode(data: bytes, limits: Limits) -> Image.Image:
     """Return the first frame as upright RGB, composited on white if transparent. Raise Unusable if not possible.
 
-    The format is determined from the content. Grey of 12 or 16 bits is scaled by its maximum possible value. Signed,
+    The format is determined from the content. Gray of 12 or 16 bits is scaled by its maximum possible value. Signed,
     32-bit and float values, which have no defined white, are scaled by the image's minimum and maximum. A TIFF in which
-    zero is white is inverted. Colour profiles and gamma are not applied: stored values are treated as sRGB.
+    zero is white is inverted. Color profiles and gamma are not applied: stored values are treated as sRGB.
     """
     if not data:
         raise Unusable("empty file")
@@ -143,7 +143,7 @@ def decode(data: bytes, limits: Limits) -> Image.Image:
 
 
 def fit(image: Image.Image, side: tuple[int, int]) -> np.ndarray:
-    """Resize to cover ``side`` (height, width) and crop the centre. Return (height, width, 3) uint8."""
+    """Resize to cover ``side`` (height, width) and crop the center. Return (height, width, 3) uint8."""
     height, width = side
     return np.array(ImageOps.fit(image, (width, height), Image.Resampling.LANCZOS))
 
@@ -160,7 +160,7 @@ def _check(size: tuple[int, int], limits: Limits) -> None:
 
 
 def _without_texts(data: bytes) -> bytes:
-    """Remove the colour profile and all text chunks that cannot contain the orientation from a PNG.
+    """Remove the color profile and all text chunks that cannot contain the orientation from a PNG.
 
     Return other formats unchanged.
     """
@@ -210,10 +210,10 @@ def _rgb(image: Image.Image, data: bytes) -> Image.Image:
     tags = image.tag_v2 if isinstance(image, TiffImagePlugin.TiffImageFile) else {}
     signed = tags.get(TiffImagePlugin.SAMPLEFORMAT, (1,))[0] == 2
     if image.mode.startswith(("I", "F")) or (image.mode == "L" and signed):
-        grey = _table_grey(image, tags) if image.mode.startswith("I;16") else _ranged_grey(image, bool(tags), signed)
+        gray = _table_gray(image, tags) if image.mode.startswith("I;16") else _ranged_gray(image, bool(tags), signed)
         # If zero is white, PIL inverts only images of 8 or fewer bits.
         inverted = image.mode != "L" and tags.get(TiffImagePlugin.PHOTOMETRIC_INTERPRETATION) == 0
-        return Image.fromarray(255 - grey if inverted else grey).convert("RGB")
+        return Image.fromarray(255 - gray if inverted else gray).convert("RGB")
     if not image.has_transparency_data:
         return image.convert("RGB")
     if image.format == "PNG":
@@ -231,8 +231,8 @@ def _scale_transparency(image: Image.Image, bits: int) -> None:
         image.info["transparency"] = tuple(value >> 8 for value in clear)
 
 
-def _table_grey(image: Image.Image, tags: Mapping[int, Any]) -> np.ndarray:
-    """Convert unsigned grey of 12 or 16 bits to 8 bits. PIL's own conversion clips all values above 255 to white."""
+def _table_gray(image: Image.Image, tags: Mapping[int, Any]) -> np.ndarray:
+    """Convert unsigned gray of 12 or 16 bits to 8 bits. PIL's own conversion clips all values above 255 to white."""
     greatest = 2 ** tags.get(TiffImagePlugin.BITSPERSAMPLE, (16,))[0] - 1
     table = np.rint(np.arange(2**16) * (255 / greatest)).clip(0, 255).astype(np.uint8)
     if isinstance(clear := image.info.get("transparency"), int):  # this value marks transparent pixels
@@ -240,8 +240,8 @@ def _table_grey(image: Image.Image, tags: Mapping[int, Any]) -> np.ndarray:
     return table[np.asarray(image)]
 
 
-def _ranged_grey(image: Image.Image, tiff: bool, signed: bool) -> np.ndarray:
-    """Convert signed, 32-bit or float grey to 8 bits, mapping the image's minimum to 0 and its maximum to 255."""
+def _ranged_gray(image: Image.Image, tiff: bool, signed: bool) -> np.ndarray:
+    """Convert signed, 32-bit or float gray to 8 bits, mapping the image's minimum to 0 and its maximum to 255."""
     values = np.asarray(image)
     if values.dtype == np.uint8:
         values = values.view(np.int8)

@@ -1,4 +1,4 @@
-"""A tiny T5 tokenizer and a randomly initialised T5 encoder, saved in the same format as published ones."""
+"""A tiny T5 tokenizer and a randomly initialized T5 encoder, saved in the same format as published ones."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from transformers.utils.logging import disable_progress_bar
 
 SPECIAL = ("<pad>", "</s>", "<unk>")
 HEADS = 8
-# Each head attends to one neighbour; in T5 every distance below 8 has its own bucket.
+# Each head attends to one neighbor; in T5 every distance below 8 has its own bucket.
 OFFSETS = (-1, 1, -2, 2, -3, 3, -4, 4)
 BUCKETS = 32
 
@@ -23,8 +23,8 @@ def _bucket(offset: int) -> int:
     return abs(offset) + (BUCKETS // 2 if offset > 0 else 0)
 
 
-def _initialise(model: T5EncoderModel, generator: torch.Generator) -> None:
-    """Initialise the weights so that each output token encodes its own word and, per head, that of one neighbour.
+def _initialize(model: T5EncoderModel, generator: torch.Generator) -> None:
+    """Initialize the weights so that each output token encodes its own word and, per head, that of one neighbor.
 
     Each block adds its attention output to the word's embedding; the final norm scales the sum to unit RMS.
     """
@@ -34,7 +34,7 @@ def _initialise(model: T5EncoderModel, generator: torch.Generator) -> None:
         elif "relative_attention_bias" in name:
             weight.zero_()
             for head, offset in enumerate(OFFSETS):
-                # With weight e^8, the neighbour dominates all other tokens of a caption.
+                # With weight e^8, the neighbor dominates all other tokens of a caption.
                 weight[_bucket(offset), head] = 8.0
         else:
             if "shared" in name or "embed_tokens" in name:
@@ -84,7 +84,7 @@ def build_tiny_t5(
     # Constructing the model would otherwise advance the caller's global random generator.
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         model = T5EncoderModel(config).float().eval()
-        _initialise(model, torch.Generator().manual_seed(seed))
+        _initialize(model, torch.Generator().manual_seed(seed))
 
     disable_progress_bar()
     folder.mkdir(parents=True, exist_ok=True)

@@ -29,7 +29,7 @@ class SceneSource:
     """Source of ``images`` scenes of 16 x 16 pixels without held-out combinations, each seeded by its number."""
 
     kind = spec = SCENES
-    classes = tuple(f"{colour} {shape}" for colour in scenes.COLOURS for shape in scenes.SHAPES)
+    classes = tuple(f"{color} {shape}" for color in scenes.COLORS for shape in scenes.SHAPES)
 
     def __init__(self, images: int, seed: int) -> None:
         self._images, self._seed = images, seed
@@ -42,7 +42,7 @@ class SceneSource:
         """Yield records without image bytes, because rendered images need no check."""
         for number in range(unit * UNIT, min((unit + 1) * UNIT, self._images)):
             scene, _ = self._draw(number)
-            label = scenes.kind_index(scene.objects[0].colour, scene.objects[0].shape)
+            label = scenes.kind_index(scene.objects[0].color, scene.objects[0].shape)
             yield Record(f"scene {number}", (number,), (Caption(scene.caption, 1.0),), label, {}), None
 
     def read(self, record: Record) -> np.ndarray:

@@ -85,7 +85,7 @@ def _parametrization(export: Export) -> list[str]:
         if name not in export.left_out:
             roles[param["role"]] = roles.get(param["role"], 0) + 1
     base = _cell(mup.base_shapes or f"{mup.base_heads} heads")
-    lines = [f"Trained with mup.parametrization={mup.parametrization}, base {base}.", ""]
+    lines = [f"Trained with {mup.parametrization} parametrization, base {base}.", ""]
     lines += _table("role", "tensors", roles)
     values: dict[float, int] = {}
     for factor in export.factors.values():

@@ -31,22 +31,22 @@ def is_dataset(folder: Path) -> bool:
 
 
 class SavedDataset:
-    """Reads a saved dataset's only Image column, its caption column and, if ``labelled``, its only ClassLabel column.
+    """Reads a saved dataset's only Image column, its caption column and, if ``labeled``, its only ClassLabel column.
 
     Other columns become metadata, except media columns, which are not read.
     """
 
     kind = "dataset"
 
-    def __init__(self, spec: str, caption_column: str, labelled: bool) -> None:
+    def __init__(self, spec: str, caption_column: str, labeled: bool) -> None:
         self.spec = spec
         rows = _load(Path(spec))
         features = rows.features
         self._image = _only(spec, "Image", features)
-        self._label = _only(spec, "ClassLabel", features) if labelled else None
+        self._label = _only(spec, "ClassLabel", features) if labeled else None
         self.classes: tuple[str, ...] = tuple(features[self._label].names) if self._label else ()
         self._caption = caption_column
-        if not labelled and caption_column not in features:
+        if not labeled and caption_column not in features:
             columns = ", ".join(features)
             raise UserError(
                 f"dataset {spec} has no column {caption_column!r}, its columns are {columns}; "

@@ -179,7 +179,7 @@ def measure(config: Config, steps: int, warmup: int, diffusers: bool) -> Measure
 def fill(engine: Engine) -> None:
     """Fill the weights with small random values, generated on the device that holds them.
 
-    ``Engine.initialise`` generates every full tensor on the CPU, which takes minutes for billions of weights, and sets
+    ``Engine.initialize`` generates every full tensor on the CPU, which takes minutes for billions of weights, and sets
     gates to zero. Multiplying zeros consumes less power and therefore runs faster than the products of a model in
     training.
     """

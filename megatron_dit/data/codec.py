@@ -24,7 +24,7 @@ class Codec(Protocol):
         """SHA-256 of the weights; "" if the codec has none."""
         ...
 
-    def posterior(self, pictures: Tensor) -> tuple[Tensor, Tensor | None]:
+    def posterior(self, images: Tensor) -> tuple[Tensor, Tensor | None]:
         """Encode (B, 3, H, W) uint8 images.
 
         Return the mean and standard deviation of the latents, (B, channels, H / scale, W / scale) fp32. The standard
@@ -42,8 +42,8 @@ class PixelCodec:
 
     channels, scale, sha256 = 3, 1, ""
 
-    def posterior(self, pictures: Tensor) -> tuple[Tensor, None]:
-        return pictures.float() / 127.5 - 1, None
+    def posterior(self, images: Tensor) -> tuple[Tensor, None]:
+        return images.float() / 127.5 - 1, None
 
     def decode(self, latents: Tensor) -> Tensor:
         return ((latents.float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
@@ -82,9 +82,9 @@ class VaeCodec:
         return self._sha256
 
     @torch.no_grad()
-    def posterior(self, pictures: Tensor) -> tuple[Tensor, Tensor]:
+    def posterior(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Return the shifted and scaled mean and the scaled standard deviation, on the CPU."""
-        x, _ = PixelCodec().posterior(pictures.to(self._device))
+        x, _ = PixelCodec().posterior(images.to(self._device))
         found = self._vae.encode(x.to(self._dtype)).latent_dist
         mean = (found.mean.float().cpu() - self.shift_factor) * self.scaling_factor
         std = (0.5 * found.logvar.float()).exp().cpu() * self.scaling_factor

@@ -20,7 +20,7 @@ from megatron_dit.data.index import Index
 from megatron_dit.data.shuffle import key_of, shuffle
 from megatron_dit.runtime.errors import UserError
 
-LANES = 256  # maximum; with more ranks than this, neighbouring ranks share lanes
+LANES = 256  # maximum; with more ranks than this, neighboring ranks share lanes
 BLOCK = 1024  # steps per block; every block contains each dataset of a mixture in its exact proportion
 
 
@@ -91,17 +91,17 @@ class DatasetOrder:
 class SampleOrder:
     """The batches of one dataset, or of a mixture of several.
 
-    ``shares`` are the fractions of the steps of all datasets except the first, which gets the remaining steps. Every
+    ``fractions`` are the fractions of the steps of all datasets except the first, which gets the remaining steps. Every
     block of 1,024 steps contains each dataset in its exact proportion.
     """
 
     def __init__(
-        self, indexes: Sequence[Index], shares: Sequence[float], seed: int, global_batch: int, window: int
+        self, indexes: Sequence[Index], fractions: Sequence[float], seed: int, global_batch: int, window: int
     ) -> None:
-        assert len(indexes) == len(shares) + 1
+        assert len(indexes) == len(fractions) + 1
         self._seed = seed
         self.datasets = [DatasetOrder(index, (seed, i), global_batch, window) for i, index in enumerate(indexes)]
-        counts = [round(share * BLOCK) for share in shares]
+        counts = [round(fraction * BLOCK) for fraction in fractions]
         self._ends = np.cumsum([BLOCK - sum(counts), *counts])  # end of each dataset's turns in a block of steps
 
     def dataset(self, step: int) -> tuple[int, int]:

@@ -1,14 +1,14 @@
-"""Toy dataset of rendered scenes with captions, and a scorer that recognises the objects in an image.
+"""Toy dataset of rendered scenes with captions, and a scorer that recognizes the objects in an image.
 
 An image is (16, 16, 3) uint8: four 8x8 cells named by their quadrant, each empty or containing one flat
-coloured shape about 6 pixels wide. There are three kinds of captions:
+colored shape about 6 pixels wide. There are three kinds of captions:
 
     single   "a red circle at the top left"
     counted  "three green squares"                 rendered from the top left on; any cells score as correct
     pair     "a red circle at the top left and a blue square at the bottom right"
 
 A fixed sixth of each kind's combinations is held out: training scenes never contain them, while every word and
-every (colour, shape) still occurs in training in other combinations.
+every (color, shape) still occurs in training in other combinations.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ SIDE = 16
 CELL = 8
 RADIUS = 3.0
 JITTER = 0.5
-COLOURS: dict[str, tuple[int, int, int]] = {
+COLORS: dict[str, tuple[int, int, int]] = {
     "red": (230, 50, 50),
     "green": (50, 200, 70),
     "blue": (60, 90, 240),
@@ -42,7 +42,7 @@ SHAPES: tuple[str, ...] = tuple(PLURALS)
 POSITIONS: tuple[str, ...] = ("top left", "top right", "bottom left", "bottom right")
 COUNTS: dict[str, int] = {"two": 2, "three": 3, "four": 4}
 HOLD_EVERY = 6
-KINDS = len(COLOURS) * len(SHAPES)
+KINDS = len(COLORS) * len(SHAPES)
 
 # An empty cell with noise of sigma 12 has a standard deviation of 12; a shape at a quarter of its contrast has
 # about 20. A cell with a faintly visible shape therefore does not count as empty.
@@ -50,15 +50,15 @@ EMPTY_SPREAD = 20.0
 BACKGROUND_LIMIT = 80.0
 # Fraction of a cell's variance that one flat shape on a flat background must explain.
 FIT_LIMIT = 0.85
-# Less than half of the smallest distance between two palette colours, so that no colour matches two names.
+# Less than half of the smallest distance between two palette colors, so that no color matches two names.
 COLOUR_LIMIT = 75.0
 
 
 @dataclass(frozen=True)
 class SceneObject:
-    """One shape in one cell; names are keys of COLOURS, SHAPES and POSITIONS."""
+    """One shape in one cell; names are keys of COLORS, SHAPES and POSITIONS."""
 
-    colour: str
+    color: str
     shape: str
     position: str
 
@@ -76,35 +76,35 @@ class CountedKind:
     """A request for `count` (2 to 4) identical objects in any cells."""
 
     count: int
-    colour: str
+    color: str
     shape: str
 
 
-class _UnrecognisedCell(Exception):
-    """Raised if a cell is neither empty nor a recognisable shape."""
+class _UnrecognizedCell(Exception):
+    """Raised if a cell is neither empty nor a recognizable shape."""
 
 
 Combination = tuple[SceneObject, ...] | CountedKind
 
 
-def kind_index(colour: str, shape: str) -> int:
-    """Return the index of a (colour, shape) in [0, KINDS). That of the first object is the image's class label."""
-    return tuple(COLOURS).index(colour) * len(SHAPES) + SHAPES.index(shape)
+def kind_index(color: str, shape: str) -> int:
+    """Return the index of a (color, shape) in [0, KINDS). That of the first object is the image's class label."""
+    return tuple(COLORS).index(color) * len(SHAPES) + SHAPES.index(shape)
 
 
 def is_held_out(combination: Combination) -> bool:
     """Return whether a combination (a placed object, a counted kind or a pair) is excluded from training.
 
-    For a pair this depends only on the two (colour, shape) kinds, not on their order or positions.
+    For a pair this depends only on the two (color, shape) kinds, not on their order or positions.
     """
     if isinstance(combination, CountedKind):
-        colour, shape = tuple(COLOURS).index(combination.colour), SHAPES.index(combination.shape)
-        return (colour + 2 * shape + combination.count) % HOLD_EVERY == 0
+        color, shape = tuple(COLORS).index(combination.color), SHAPES.index(combination.shape)
+        return (color + 2 * shape + combination.count) % HOLD_EVERY == 0
     if len(combination) == 1:
         placed = combination[0]
-        colour, shape = tuple(COLOURS).index(placed.colour), SHAPES.index(placed.shape)
-        return (colour + shape + POSITIONS.index(placed.position)) % HOLD_EVERY == 0
-    return sum(kind_index(placed.colour, placed.shape) for placed in combination) % HOLD_EVERY == 0
+        color, shape = tuple(COLORS).index(placed.color), SHAPES.index(placed.shape)
+        return (color + shape + POSITIONS.index(placed.position)) % HOLD_EVERY == 0
+    return sum(kind_index(placed.color, placed.shape) for placed in combination) % HOLD_EVERY == 0
 
 
 @cache
@@ -114,14 +114,14 @@ def combinations(held_out: bool) -> tuple[tuple[Combination, ...], ...]:
     Pairs of both splits contain only placed objects that occur in training, so that only the pairing is new in a
     held-out pair.
     """
-    placed = [SceneObject(*names) for names in product(COLOURS, SHAPES, POSITIONS)]
+    placed = [SceneObject(*names) for names in product(COLORS, SHAPES, POSITIONS)]
     singles = [(one,) for one in placed if is_held_out((one,)) == held_out]
-    counted = [CountedKind(*names) for names in product(COUNTS.values(), COLOURS, SHAPES)]
+    counted = [CountedKind(*names) for names in product(COUNTS.values(), COLORS, SHAPES)]
     seen = [one for one in placed if not is_held_out((one,))]
     pairs = [
         (one, other)
         for one, other in permutations(seen, 2)
-        if one.position != other.position and (one.colour, one.shape) != (other.colour, other.shape)
+        if one.position != other.position and (one.color, one.shape) != (other.color, other.shape)
     ]
     return (
         tuple(singles),
@@ -133,8 +133,8 @@ def combinations(held_out: bool) -> tuple[tuple[Combination, ...], ...]:
 def _caption(combination: Combination) -> str:
     if isinstance(combination, CountedKind):
         number = next(word for word, count in COUNTS.items() if count == combination.count)
-        return f"{number} {combination.colour} {PLURALS[combination.shape]}"
-    return " and ".join(f"a {each.colour} {each.shape} at the {each.position}" for each in combination)
+        return f"{number} {combination.color} {PLURALS[combination.shape]}"
+    return " and ".join(f"a {each.color} {each.shape} at the {each.position}" for each in combination)
 
 
 def draw_scene(rng: np.random.Generator, held_out: bool = False) -> Scene:
@@ -146,7 +146,7 @@ def draw_scene(rng: np.random.Generator, held_out: bool = False) -> Scene:
         # With random cells, the model's choices for the individual cells would have to agree on the total count, which
         # small models get wrong.
         cells = POSITIONS[: combination.count]
-        objects = tuple(SceneObject(combination.colour, combination.shape, cell) for cell in cells)
+        objects = tuple(SceneObject(combination.color, combination.shape, cell) for cell in cells)
     else:
         objects = combination
     return Scene(_caption(combination), objects)
@@ -172,7 +172,7 @@ def vocabulary() -> tuple[str, ...]:
 
 
 def _coverage(shape: str, dy: float, dx: float, samples: int = 8) -> np.ndarray:
-    """Return the fraction of each pixel of a cell, (8, 8), that `shape` covers if it is (dy, dx) pixels off centre."""
+    """Return the fraction of each pixel of a cell, (8, 8), that `shape` covers if it is (dy, dx) pixels off center."""
     at = (np.arange(CELL * samples) + 0.5) / samples - CELL / 2
     y, x = (at[:, None] - dy) / RADIUS, (at[None, :] - dx) / RADIUS
     reach = np.maximum(abs(y), abs(x)) <= 1
@@ -193,15 +193,15 @@ def _cell(position: str) -> tuple[slice, slice]:
 
 
 def render(scene: Scene, rng: np.random.Generator) -> np.ndarray:
-    """Render `scene` as (16, 16, 3) uint8, with random jitter of object positions, object colours and background."""
+    """Render `scene` as (16, 16, 3) uint8, with random jitter of object positions, object colors and background."""
     ground = rng.uniform(12, 40) + rng.uniform(-4, 4, size=3)
-    picture = np.broadcast_to(ground, (SIDE, SIDE, 3)).copy()
+    image = np.broadcast_to(ground, (SIDE, SIDE, 3)).copy()
     for placed in scene.objects:
         cover = _coverage(placed.shape, *rng.uniform(-JITTER, JITTER, size=2))[..., None]
-        colour = np.array(COLOURS[placed.colour]) * rng.uniform(0.9, 1.0) + rng.uniform(-10, 10, size=3)
+        color = np.array(COLORS[placed.color]) * rng.uniform(0.9, 1.0) + rng.uniform(-10, 10, size=3)
         cell = _cell(placed.position)
-        picture[cell] = picture[cell] * (1 - cover) + colour * cover
-    return np.clip(np.rint(picture), 0, 255).astype(np.uint8)
+        image[cell] = image[cell] * (1 - cover) + color * cover
+    return np.clip(np.rint(image), 0, 255).astype(np.uint8)
 
 
 @cache
@@ -215,15 +215,15 @@ def _templates() -> tuple[np.ndarray, tuple[str, ...]]:
 
 
 def _read_cell(cell: np.ndarray) -> tuple[str, str] | None:
-    """Return the (colour, shape) in a cell (64, 3) with values in [0, 255], or None if it is empty.
+    """Return the (color, shape) in a cell (64, 3) with values in [0, 255], or None if it is empty.
 
-    Raise _UnrecognisedCell if it is neither.
+    Raise _UnrecognizedCell if it is neither.
     """
     mean = cell.mean(axis=0)
     centred = cell - mean
     if np.sqrt((centred**2).mean()) < EMPTY_SPREAD:
         if mean.max() > BACKGROUND_LIMIT:
-            raise _UnrecognisedCell("bright cell without a shape")
+            raise _UnrecognizedCell("bright cell without a shape")
         return None
     templates, names = _templates()
     cover, cover_mean = templates[:, :-1], templates[:, -1:]
@@ -234,25 +234,25 @@ def _read_cell(cell: np.ndarray) -> tuple[str, str] | None:
     best = int(explained.argmax())
     ground = mean - slope[best] * cover_mean[best]
     if explained[best] < FIT_LIMIT or ground.max() > BACKGROUND_LIMIT:
-        raise _UnrecognisedCell("no shape fits the cell")
-    distance = np.linalg.norm(np.array(list(COLOURS.values())) - (ground + slope[best]), axis=1)
+        raise _UnrecognizedCell("no shape fits the cell")
+    distance = np.linalg.norm(np.array(list(COLORS.values())) - (ground + slope[best]), axis=1)
     if distance.min() > COLOUR_LIMIT:
-        raise _UnrecognisedCell("colour is not in the palette")
-    return tuple(COLOURS)[int(distance.argmin())], names[best]
+        raise _UnrecognizedCell("color is not in the palette")
+    return tuple(COLORS)[int(distance.argmin())], names[best]
 
 
-def read_picture(picture: np.ndarray) -> tuple[SceneObject, ...] | None:
+def read_scene(image: np.ndarray) -> tuple[SceneObject, ...] | None:
     """Return the objects in a (16, 16, 3) image with values in [0, 255], in the order of POSITIONS.
 
-    Return None if a cell cannot be recognised.
+    Return None if a cell cannot be recognized.
     """
-    if picture.shape != (SIDE, SIDE, 3):
-        raise ValueError(f"image has shape {picture.shape}, expected ({SIDE}, {SIDE}, 3)")
+    if image.shape != (SIDE, SIDE, 3):
+        raise ValueError(f"image has shape {image.shape}, expected ({SIDE}, {SIDE}, 3)")
     found = []
     for position in POSITIONS:
         try:
-            kind = _read_cell(picture[_cell(position)].reshape(-1, 3).astype(np.float64))
-        except _UnrecognisedCell:
+            kind = _read_cell(image[_cell(position)].reshape(-1, 3).astype(np.float64))
+        except _UnrecognizedCell:
             return None
         if kind is not None:
             found.append(SceneObject(*kind, position))
@@ -261,12 +261,12 @@ def read_picture(picture: np.ndarray) -> tuple[SceneObject, ...] | None:
 
 def parse_caption(caption: str) -> Combination:
     """Return the combination that a caption describes. Raise ValueError if it is none of the three kinds."""
-    colours, shapes, positions = "|".join(COLOURS), "|".join(SHAPES), "|".join(POSITIONS)
-    counted = re.fullmatch(f"({'|'.join(COUNTS)}) ({colours}) ({'|'.join(PLURALS.values())})", caption)
+    colors, shapes, positions = "|".join(COLORS), "|".join(SHAPES), "|".join(POSITIONS)
+    counted = re.fullmatch(f"({'|'.join(COUNTS)}) ({colors}) ({'|'.join(PLURALS.values())})", caption)
     if counted:
         shape = next(shape for shape, plural in PLURALS.items() if plural == counted[3])
         return CountedKind(COUNTS[counted[1]], counted[2], shape)
-    item = re.compile(f"a ({colours}) ({shapes}) at the ({positions})")
+    item = re.compile(f"a ({colors}) ({shapes}) at the ({positions})")
     matches = [item.fullmatch(part) for part in caption.split(" and ")]
     objects = tuple(SceneObject(*match.groups()) for match in matches if match)
     places = {placed.position for placed in objects}
@@ -275,13 +275,13 @@ def parse_caption(caption: str) -> Combination:
     return objects
 
 
-def score(picture: np.ndarray, caption: str) -> bool:
+def score(image: np.ndarray, caption: str) -> bool:
     """Return whether a (16, 16, 3) image with values in [0, 255] shows exactly what `caption` describes."""
     wanted = parse_caption(caption)
-    found = read_picture(picture)
+    found = read_scene(image)
     if found is None:
         return False
     if isinstance(wanted, CountedKind):
-        kinds = [(placed.colour, placed.shape) for placed in found]
-        return kinds == [(wanted.colour, wanted.shape)] * wanted.count
+        kinds = [(placed.color, placed.shape) for placed in found]
+        return kinds == [(wanted.color, wanted.shape)] * wanted.count
     return set(found) == set(wanted)

@@ -31,14 +31,14 @@ class VisionEncoder:
         return self._model.config.hidden_size
 
     @torch.no_grad()
-    def features(self, pictures: Tensor, rows: int, columns: int) -> Tensor:
+    def features(self, images: Tensor, rows: int, columns: int) -> Tensor:
         """Return the patch tokens (B, rows * columns, dim) fp32, row by row, of (B, 3, H, W) uint8 images.
 
         The images are resized so that the encoder has ``rows`` by ``columns`` patches, one for each patch of the
         diffusion model (REPA, arXiv 2410.06940, section 3).
         """
         patch = self._model.config.patch_size
-        x = pictures.to(self._device).float() / 255
+        x = images.to(self._device).float() / 255
         x = F.interpolate(x, (rows * patch, columns * patch), mode="bicubic", antialias=True).clamp(0, 1)
         mean, std = (torch.tensor(values, device=self._device)[:, None, None] for values in (MEAN, STD))
         tokens = self._model(pixel_values=(x - mean) / std).last_hidden_state

@@ -1,4 +1,4 @@
-"""Score images generated for prompts of the toy dataset, whose held-out combinations test generalisation."""
+"""Score images generated for prompts of the toy dataset, whose held-out combinations test generalization."""
 
 from __future__ import annotations
 

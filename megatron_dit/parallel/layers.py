@@ -101,8 +101,7 @@ class ColumnGatheredLinear(ColumnLinear):
 class ColumnThenGatherLinear(ColumnLinear):
     """Column-parallel linear layer with all output features of its tokens: (S, B, inputs) -> (S, B, outputs).
 
-    For long skip connections, where a rank has all features of its tokens: of all tokens, or of its own under sequence
-    parallelism.
+    For long skip connections: each rank gets all features, of all tokens or, under sequence parallelism, of its own.
     """
 
     def __init__(self, backend: Backend, inputs: int, outputs: int) -> None:
@@ -303,7 +302,7 @@ class Backend:
 
 
 def set_init(parameter: Any, kind: InitKind, *, trained: bool = True) -> None:
-    """Set how ``mup.rules`` treats a parameter; ``kind`` is a key of ``mup.schemes.KINDS``.
+    """Set how ``mup.rules`` treats a parameter; ``kind`` selects its initial values.
 
     A parameter with ``trained=False`` keeps its initial values: its learning rate and weight decay are zero, and its
     module detaches it.

@@ -1,4 +1,4 @@
-"""Changes to the behaviour of third-party libraries, each one function with its reason."""
+"""Changes to the behavior of third-party libraries, each one function with its reason."""
 
 from __future__ import annotations
 

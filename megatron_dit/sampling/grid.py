@@ -17,9 +17,9 @@ def save_grid(
     images: np.ndarray | Sequence[np.ndarray],
     captions: Sequence[str],
     path: Path,
-    colours: Sequence[str] | None = None,
+    colors: Sequence[str] | None = None,
 ) -> None:
-    """Write a PNG with (H, W, 3) uint8 images of any sizes, each above its caption. ``colours`` are the captions'."""
+    """Write a PNG with (H, W, 3) uint8 images of any sizes, each above its caption. ``colors`` are the captions'."""
     columns = min(8, math.ceil(math.sqrt(len(images))))
     rows = math.ceil(len(images) / columns)
     figure = Figure(figsize=(1.7 * columns, 2.0 * rows), layout="constrained")
@@ -29,8 +29,8 @@ def save_grid(
         cell.spines[:].set_visible(False)
     for i, (cell, image, caption) in enumerate(zip(cells, images, captions, strict=False)):
         cell.imshow(image, interpolation="nearest")
-        colour = colours[i] if colours else "black"
-        cell.set_xlabel(_wrap(printable(caption)), fontsize=7, color=colour, parse_math=False)  # for captions with a $
+        color = colors[i] if colors else "black"
+        cell.set_xlabel(_wrap(printable(caption)), fontsize=7, color=color, parse_math=False)  # for captions with a $
     with replacing(path) as part:
         figure.savefig(part, dpi=110)
 

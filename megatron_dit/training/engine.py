@@ -106,8 +106,8 @@ class Engine:
 
     # --- loading of state -------------------------------------------------------------------------
 
-    def initialise(self) -> None:
-        """Initialise the weights from (seed, global name), and the weight averages to the same values."""
+    def initialize(self) -> None:
+        """Initialize the weights from (seed, global name), and the weight averages to the same values."""
         self.write_full_state({"master": lambda name: initial_value(self.params[name], self.config.seed)})
         for shard in self.masters.shards.values():
             for name in averages(self.config.ema):

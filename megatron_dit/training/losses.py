@@ -24,7 +24,7 @@ class LossTerms:
     """Results of the forward pass of a micro-batch through the model or a virtual pipeline stage."""
 
     output: Tensor  # the prediction, or the state for the next virtual stage
-    total: Tensor | None  # the loss to minimise; None unless this is the last virtual stage
+    total: Tensor | None  # the loss to minimize; None unless this is the last virtual stage
     objective: Tensor | None  # the objective's mean loss, detached; None unless this is the last virtual stage
     alignment: Tensor | None  # REPA's mean loss, detached; None unless this virtual stage has the projector
     intermediates: Intermediates  # the model's named intermediates; empty unless requested
@@ -80,7 +80,7 @@ def nan_if_nonfinite(loss: Tensor) -> Tensor:
 
 
 def attach(x: Tensor, loss: Tensor) -> Tensor:
-    """Return ``x`` such that its backward pass also minimises ``loss``, a loss of an intermediate pipeline stage."""
+    """Return ``x`` such that its backward pass also minimizes ``loss``, a loss of an intermediate pipeline stage."""
     return _Attached.apply(x, loss)  # pyright: ignore[reportReturnType]
 
 

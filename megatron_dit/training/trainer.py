@@ -95,7 +95,7 @@ def _engine(config: Config, topology: Topology, data: Sequence[Index], reader: C
     engine = Engine(config, topology)
     engine.data = dataset_fingerprint(data)
     if reader is None:
-        engine.initialise()
+        engine.initialize()
     else:
         check_same(reader.manifest["data"], engine.data)
         restore(engine, reader)

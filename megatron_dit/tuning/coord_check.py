@@ -85,7 +85,7 @@ def _measure(config: Config) -> list[tuple[int, str, float]]:
     """Return (step, name, size) before each training step and after the last, on the first step's batch."""
     topology = build_topology(config)
     engine = Engine(config, topology)
-    engine.initialise()
+    engine.initialize()
     stream = list(batches(read_data(config.data), config, 0, topology.data_rank, topology.data_size))
     rows = []
     for step, batch in enumerate([*stream, None]):
@@ -137,8 +137,8 @@ def draw(sizes: Sequence[Size], head_dim: int, path: Path) -> None:
                 here = [r for r in sizes if (r.parametrization, r.step, r.name) == (parametrization, step, name)]
                 means = [float(np.mean([r.size for r in here if r.heads == count])) for count in heads]
                 if min(means) > 0:
-                    colour = "black" if name == "output" else f"C{number % 10}"
-                    axes.plot(widths, means, marker=".", linewidth=1, color=colour, label=name)
+                    color = "black" if name == "output" else f"C{number % 10}"
+                    axes.plot(widths, means, marker=".", linewidth=1, color=color, label=name)
             axes.set_xscale("log", base=2)
             axes.set_yscale("log", base=2)
             axes.grid(alpha=0.3)

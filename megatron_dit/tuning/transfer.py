@@ -41,12 +41,12 @@ class Cost:
     target: tuple[int, int]
 
     @property
-    def share(self) -> float:
+    def fraction(self) -> float:
         """Cost of the search as a fraction of the target's training."""
         return sum(size * samples for size, samples in self.runs) / math.prod(self.target)
 
     @property
-    def rounded_share(self) -> float | None:
+    def rounded_fraction(self) -> float | None:
         """The same fraction with sizes rounded to 0.01B, as in the paper; None if one of them rounds to zero."""
         sizes = [round(size / 1e9, 2) for size, _ in (*self.runs, self.target)]
         if not all(sizes):
@@ -58,11 +58,11 @@ class Cost:
         """Return the calculation as lines of text."""
         size, samples = self.target
         text = [f"search cost: {len(self.runs)} trials * size * samples / (target size * target samples)"]
-        text.append(f"  = {self._spent(exact=True)} / ({size:,} * {samples:,}) = {100 * self.share:.2f}%")
-        if self.rounded_share is not None:
+        text.append(f"  = {self._spent(exact=True)} / ({size:,} * {samples:,}) = {100 * self.fraction:.2f}%")
+        if self.rounded_fraction is not None:
             text.append(
                 f"  with sizes rounded to 0.01B, as in the paper: {self._spent(exact=False)}"
-                f" / ({size / 1e9:.2f}B * {samples:,}) = {100 * self.rounded_share:.2f}%"
+                f" / ({size / 1e9:.2f}B * {samples:,}) = {100 * self.rounded_fraction:.2f}%"
             )
         return text
 
@@ -119,8 +119,8 @@ def transfer(folder: Path, target: Config, target_path: str, out: Path) -> dict[
         "trials": [trial.number for trial in chosen.trials],
         "loss": chosen.loss,
         "groups": groups,
-        "cost": cost.share,
-        "cost_rounded": cost.rounded_share,
+        "cost": cost.fraction,
+        "cost_rounded": cost.rounded_fraction,
     }
 
 
@@ -179,7 +179,7 @@ def print_plan(config: SweepConfig, target: str | None) -> dict[str, Any]:
         target_config = load_config(target)
         cost = Cost(_planned(config), (parameters(target_config.model), samples(target_config)))
         print("\n".join(cost.lines()))
-        plan |= {"cost": cost.share, "cost_rounded": cost.rounded_share}
+        plan |= {"cost": cost.fraction, "cost_rounded": cost.rounded_fraction}
     return plan
 
 

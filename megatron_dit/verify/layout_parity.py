@@ -78,7 +78,7 @@ def first_steps(config: Config, folder: Path) -> Trace | None:
     """
     topology = start_up(config)
     engine = Engine(config, topology)
-    engine.initialise()
+    engine.initialize()
     initial = hash_weights(CheckpointReader(save(engine, folder))) if topology.rank == 0 else save(engine, folder)
     engine.write_full_state({STATE: lambda name: disturbed(engine.params[name], config.seed)})
     losses, norms = [], []

@@ -126,7 +126,7 @@ def resumed(
     engine = Engine(config, topology)
     found = Resumed({}, {}, {})
     if sources is None:
-        engine.initialise()
+        engine.initialize()
         engine.write_full_state({STATE: lambda name: disturbed(engine.params[name], config.seed)})
         found.stretches[""] = _train(engine, config, topology, folder, stop)
     for name, source in (sources or {}).items():

@@ -20,7 +20,7 @@ from megatron_dit.models.param_specs import param_specs
 from megatron_dit.models.registry import formats
 from tests.helpers.conversion import TOLERANCE, convert, inputs, our_model, tensors
 from tests.helpers.datasets import make_folder
-from tests.helpers.published_models import DiT, PixArt, UViT, dit_mup, randomise
+from tests.helpers.published_models import DiT, PixArt, UViT, dit_mup, randomize
 
 
 @torch.no_grad()
@@ -57,7 +57,7 @@ def moments(model, optimizer=torch.optim.AdamW):
 
 def training_file(path, make, **arguments):
     """Write a file {model, ema, opt, args} as DiT's training script does; return the raw model and its average."""
-    model, ema = randomise(make(), seed=0), randomise(make(), seed=1)
+    model, ema = randomize(make(), seed=0), randomize(make(), seed=1)
     state = {"model": model.state_dict(), "ema": ema.state_dict()}
     under_mup = any(hasattr(p, "infshape") for p in model.parameters())
     state["opt"] = moments(make(), mup.MuAdamW if under_mup else torch.optim.AdamW)
@@ -66,7 +66,7 @@ def training_file(path, make, **arguments):
 
 
 def pixart_file(path, prefix="", **options):
-    model, ema = (randomise(PixArt(**options), seed) for seed in (0, 1))
+    model, ema = (randomize(PixArt(**options), seed) for seed in (0, 1))
     states = ({prefix + name: value for name, value in each.state_dict().items()} for each in (model, ema))
     names = ("state_dict", "state_dict_ema")
     torch.save({**dict(zip(names, states, strict=True)), "epoch": 3, "optimizer": moments(model)}, path)
@@ -84,7 +84,7 @@ def test_a_dit_training_checkpoint_gives_raw_weights_and_ema(tmp_path, capsys):
 
 @pytest.mark.parametrize("zipped", [True, False], ids=["zip", "legacy"])
 def test_a_plain_state_dict_gives_both_raw_weights_and_ema(tmp_path, zipped):
-    theirs = randomise(DiT(), seed=0)
+    theirs = randomize(DiT(), seed=0)
     path = tmp_path / "DiT.pt"
     torch.save(OrderedDict(theirs.state_dict()), path, _use_new_zipfile_serialization=zipped)
     convert(path, tmp_path / "run", "--from", "dit", "model.heads=2")
@@ -170,7 +170,7 @@ def test_a_pixart_training_checkpoint_is_imported(tmp_path, scale, prefix):
 
 
 def test_a_pixart_file_without_positions_is_imported(tmp_path):
-    theirs = randomise(PixArt(), seed=0)
+    theirs = randomize(PixArt(), seed=0)
     state = {name: value for name, value in theirs.state_dict().items() if name != "pos_embed"}
     torch.save({"state_dict": state}, tmp_path / "PixArt.pth")
     words = ["--from", "pixart", "model.heads=2", "model.sample_size=8"]
@@ -189,7 +189,7 @@ def test_a_pixart_file_without_positions_is_imported(tmp_path):
     ids=["labels", "huge", "clip", "text"],
 )
 def test_a_uvit_checkpoint_is_imported(tmp_path, options, changes):
-    theirs = randomise(UViT(**options), seed=0)
+    theirs = randomize(UViT(**options), seed=0)
     torch.save(theirs.state_dict(), tmp_path / "nnet_ema.pth")
     convert(tmp_path / "nnet_ema.pth", tmp_path / "run", "--from", "uvit", "model.heads=2", *changes)
     assert difference(tmp_path / "run", theirs) <= TOLERANCE
@@ -198,7 +198,7 @@ def test_a_uvit_checkpoint_is_imported(tmp_path, options, changes):
 
 
 def test_a_label_table_without_a_row_for_no_class_gets_a_zero_row(tmp_path, capsys):
-    theirs = randomise(UViT(labels=10), seed=0)
+    theirs = randomize(UViT(labels=10), seed=0)
     torch.save(theirs.state_dict(), tmp_path / "nnet.pth")
     words = ["--from", "uvit", "model.heads=2", "model.num_classes=10"]
     convert(tmp_path / "nnet.pth", tmp_path / "run", *words)

@@ -16,7 +16,7 @@ import torch
 from checkpoints_tools.__main__ import main
 from checkpoints_tools.convert.original.torch_files import read_original
 from tests.helpers.conversion import convert, our_model
-from tests.helpers.published_models import DiT, PixArt, UViT, dit_mup, randomise
+from tests.helpers.published_models import DiT, PixArt, UViT, dit_mup, randomize
 
 
 class Payload:
@@ -35,7 +35,7 @@ class Empty:
 
 def save(path, model, **changes):
     """Save a plain state dict with ``changes``; None removes a tensor."""
-    state = {**randomise(model, seed=0).state_dict(), **changes}
+    state = {**randomize(model, seed=0).state_dict(), **changes}
     torch.save({name: value for name, value in state.items() if value is not None}, path)
     return path
 
@@ -85,7 +85,7 @@ def test_types_allowed_by_other_libraries_are_rejected_and_stay_allowed_elsewher
 @pytest.mark.parametrize("kept", [0.99, 0.5, 0.01, 0])
 def test_a_truncated_file_is_rejected(tmp_path, capsys, kept, zipped):
     path = tmp_path / "x.pt"
-    torch.save(randomise(DiT(), seed=0).state_dict(), path, _use_new_zipfile_serialization=zipped)
+    torch.save(randomize(DiT(), seed=0).state_dict(), path, _use_new_zipfile_serialization=zipped)
     whole = path.read_bytes()
     path.write_bytes(whole[: int(kept * len(whole))])
     expected = "is an empty file" if kept == 0 else "is a truncated zip archive" if zipped else "cannot be read"

@@ -159,7 +159,7 @@ def step_with_unreadable(bad):
 
     config = small("mmdit", **{"train.global_batch": 8, "train.micro_batch": 2})
     engine = Engine(config, build_topology(config))
-    engine.initialise()
+    engine.initialize()
     share = 8 // engine.topology.data_size
     rows = range(engine.topology.data_rank * share, (engine.topology.data_rank + 1) * share)
     weight = torch.tensor([float(row not in bad) for row in rows])

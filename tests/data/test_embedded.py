@@ -33,8 +33,8 @@ def test_batch_equals_the_encoded_images_and_captions(dataset):
     tokenizer = AutoTokenizer.from_pretrained(dataset / "text_encoder")
     encoder = T5EncoderModel.from_pretrained(dataset / "text_encoder")
     for row, key in enumerate(batch.keys):
-        scene, picture = rendered(key)
-        latents = torch.from_numpy(picture / 127.5 - 1).permute(2, 0, 1).float()
+        scene, image = rendered(key)
+        latents = torch.from_numpy(image / 127.5 - 1).permute(2, 0, 1).float()
         torch.testing.assert_close(batch.latents[row], latents, rtol=1e-3, atol=1e-3)
         with torch.no_grad():
             features = encoder(**tokenizer(scene.caption, return_tensors="pt")).last_hidden_state[0]
@@ -49,7 +49,7 @@ def test_labels_match_the_rendered_scenes(dataset):
     (batch,) = batches([read_index(dataset)], config, 0, 0, 1)
     for key, label in zip(batch.keys, batch.condition.label, strict=True):
         first = rendered(key)[0].objects[0]
-        assert int(label) == scenes.kind_index(first.colour, first.shape)
+        assert int(label) == scenes.kind_index(first.color, first.shape)
     assert batch.condition.text is None
 
 
@@ -79,7 +79,7 @@ def test_dataset_with_token_ids_only_gives_the_same_losses(tmp_path):
     for number in range(24):
         pixels = rng.integers(0, 256, (16, 16, 3), dtype=np.uint8)
         Image.fromarray(pixels).save(tmp_path / "photos" / f"{number}.png")
-        (tmp_path / "photos" / f"{number}.txt").write_text(f"picture number {WORDS[number % 4]}")
+        (tmp_path / "photos" / f"{number}.txt").write_text(f"image number {WORDS[number % 4]}")
     for text in ("features", "ids"):
         command = ["encode", str(tmp_path / "photos"), str(tmp_path / text), "--size", "16", "--tokens", "24"]
         assert data_prep([*command, "--text", text]) == 0

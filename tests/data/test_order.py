@@ -41,7 +41,7 @@ def test_shuffles_of_four_are_uniform():
 
 
 def test_shuffled_positions_are_uncorrelated():
-    """Positions and their images, and the images of neighbours, are correlated by no more than chance (1/sqrt(n))."""
+    """Positions and their images, and the images of neighbors, are correlated by no more than chance (1/sqrt(n))."""
     image = shuffle(np.arange(10000), 10000, key_of(1))
     assert abs(np.corrcoef(np.arange(10000), image)[0, 1]) < 0.04
     assert abs(np.corrcoef(image[:-1], image[1:])[0, 1]) < 0.04

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from megatron_dit.data.scenes import (
-    COLOURS,
+    COLORS,
     POSITIONS,
     SHAPES,
     CountedKind,
@@ -18,7 +18,7 @@ from megatron_dit.data.scenes import (
     held_out_captions,
     is_held_out,
     parse_caption,
-    read_picture,
+    read_scene,
     render,
     score,
     vocabulary,
@@ -42,19 +42,19 @@ def pairing(caption: str) -> object:
     wanted = parse_caption(caption)
     if isinstance(wanted, CountedKind) or len(wanted) == 1:
         return wanted
-    return frozenset((placed.colour, placed.shape) for placed in wanted)
+    return frozenset((placed.color, placed.shape) for placed in wanted)
 
 
 @pytest.mark.parametrize("held_out", [False, True])
 def test_rendered_scenes_score_as_correct(held_out: bool) -> None:
     drawn = draw(500, seed=1, held_out=held_out)
-    assert all(picture.shape == (16, 16, 3) and picture.dtype == np.uint8 for _, picture in drawn)
-    assert np.mean([score(picture, scene.caption) for scene, picture in drawn]) >= 0.99
+    assert all(image.shape == (16, 16, 3) and image.dtype == np.uint8 for _, image in drawn)
+    assert np.mean([score(image, scene.caption) for scene, image in drawn]) >= 0.99
 
 
-def test_read_picture_returns_the_rendered_objects() -> None:
+def test_read_scene_returns_the_rendered_objects() -> None:
     drawn = draw(500, seed=2)
-    right = [set(read_picture(picture) or ()) == set(scene.objects) for scene, picture in drawn]
+    right = [set(read_scene(image) or ()) == set(scene.objects) for scene, image in drawn]
     assert np.mean(right) >= 0.99
 
 
@@ -65,7 +65,7 @@ def test_shuffled_captions_score_at_chance() -> None:
     chance = sum((count / 20000) ** 2 for count in counts.values())
     assert chance < 0.01
     order = np.random.default_rng(5).permutation(len(drawn))
-    hits = np.mean([score(picture, drawn[at][0].caption) for (_, picture), at in zip(drawn, order, strict=True)])
+    hits = np.mean([score(image, drawn[at][0].caption) for (_, image), at in zip(drawn, order, strict=True)])
     assert hits <= chance + 5 * np.sqrt(chance / len(drawn))
 
 
@@ -73,16 +73,16 @@ def test_shuffled_captions_score_at_chance() -> None:
 def test_noise_is_tolerated(sigma: int) -> None:
     rng = np.random.default_rng(6)
     right = []
-    for scene, picture in draw(500, seed=7):
-        noisy = np.clip(np.rint(picture + rng.normal(0, sigma, picture.shape)), 0, 255).astype(np.uint8)
+    for scene, image in draw(500, seed=7):
+        noisy = np.clip(np.rint(image + rng.normal(0, sigma, image.shape)), 0, 255).astype(np.uint8)
         right.append(score(noisy, scene.caption))
     assert np.mean(right) >= 0.98
 
 
 def test_mild_blur_is_tolerated() -> None:
     right = []
-    for scene, picture in draw(500, seed=8):
-        soft = picture.astype(np.float64)
+    for scene, image in draw(500, seed=8):
+        soft = image.astype(np.float64)
         for axis in (0, 1):
             soft = 0.7 * soft + 0.15 * np.roll(soft, 1, axis) + 0.15 * np.roll(soft, -1, axis)
         right.append(score(soft, scene.caption))
@@ -92,14 +92,14 @@ def test_mild_blur_is_tolerated() -> None:
 def test_ruined_images_score_as_wrong() -> None:
     rng = np.random.default_rng(9)
     drawn = draw(300, seed=10)
-    for index, (scene, picture) in enumerate(drawn):
+    for index, (scene, image) in enumerate(drawn):
         other = drawn[index - 1][1]
-        assert not score(np.zeros_like(picture), scene.caption)
-        assert not score(rng.integers(0, 256, picture.shape, dtype=np.uint8), scene.caption)
-        assert not score(np.full_like(picture, picture.mean()), scene.caption)
-        assert not score(255 - picture, scene.caption)
+        assert not score(np.zeros_like(image), scene.caption)
+        assert not score(rng.integers(0, 256, image.shape, dtype=np.uint8), scene.caption)
+        assert not score(np.full_like(image, image.mean()), scene.caption)
+        assert not score(255 - image, scene.caption)
         if set(scene.objects) != set(drawn[index - 1][0].objects):
-            assert not score(picture // 2 + other // 2, scene.caption)
+            assert not score(image // 2 + other // 2, scene.caption)
 
 
 def test_missing_or_extra_objects_score_as_wrong() -> None:
@@ -109,7 +109,7 @@ def test_missing_or_extra_objects_score_as_wrong() -> None:
         fewer = Scene(scene.caption, scene.objects[1:])
         assert not score(render(fewer, rng), scene.caption)
         if free:
-            extra = type(scene.objects[0])(scene.objects[0].colour, scene.objects[0].shape, free[0])
+            extra = type(scene.objects[0])(scene.objects[0].color, scene.objects[0].shape, free[0])
             more = Scene(scene.caption, (*scene.objects, extra))
             assert not score(render(more, rng), scene.caption)
 
@@ -146,12 +146,12 @@ def test_all_words_and_kinds_occur_in_training() -> None:
     assert held <= words == set(vocabulary())
     for single in (True, False):
         kinds = {
-            (placed.colour, placed.shape)
+            (placed.color, placed.shape)
             for scene in training
             if (len(scene.objects) == 1) == single
             for placed in scene.objects
         }
-        assert len(kinds) == len(COLOURS) * len(SHAPES)
+        assert len(kinds) == len(COLORS) * len(SHAPES)
 
 
 def test_held_out_captions_contain_all_kinds_equally() -> None:

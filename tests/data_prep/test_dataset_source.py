@@ -37,12 +37,12 @@ def saved(tmp_path):
 
 
 def test_saved_dataset_yields_undecoded_images_and_captions(saved):
-    folder, pictures = saved
+    folder, images = saved
     source = open_source(str(folder))
     found = scan(source)
     assert (source.kind, source.units, source.classes) == ("dataset", 1, ())
     first, second = kept(found).values()
-    assert [source.read(first), source.read(second)] == pictures
+    assert [source.read(first), source.read(second)] == images
     assert first.captions == (Caption("a bee", 1.0), Caption("an insect", 1.0))
     assert (second.label, second.meta) == (None, {"kind": 0, "id": "b", "score": 1})
     assert reasons(found) == {

@@ -1,4 +1,4 @@
-"""``encode`` writes shards that match the captioned or labelled images of the source."""
+"""``encode`` writes shards that match the captioned or labeled images of the source."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def photos(tmp_path):
 
     def write(extras):
         pixels = [noise(seed=seed) for seed in range(len(extras))]
-        samples = [{"png": png(picture), **members} for picture, members in zip(pixels, extras, strict=True)]
+        samples = [{"png": png(image), **members} for image, members in zip(pixels, extras, strict=True)]
         return write_tar(tmp_path / "photos.tar", samples), pixels
 
     return write
@@ -38,8 +38,8 @@ def test_captioned_images_are_encoded(photos, tmp_path, capsys):
     assert (index.samples, index.classes, index.text["tokens"]) == (2, 0, 8)
     assert (index.codec, index.shards[0].bucket) == ({"kind": "pixels", "sha256": ""}, (8, 8))
     assert list(samples) == ["00000-000000", "00000-000002"]
-    for sample, picture in zip(samples.values(), (pixels[0], pixels[2]), strict=True):
-        expected = picture.transpose(2, 0, 1).astype(np.float32) / 127.5 - 1
+    for sample, image in zip(samples.values(), (pixels[0], pixels[2]), strict=True):
+        expected = image.transpose(2, 0, 1).astype(np.float32) / 127.5 - 1
         np.testing.assert_allclose(sample["latent.npy"], expected, atol=1e-3)
         assert "std.npy" not in sample
     first = samples["00000-000000"]
@@ -50,7 +50,7 @@ def test_captioned_images_are_encoded(photos, tmp_path, capsys):
     assert rejected == [{"name": "photos.tar/0001", "reason": "no caption"}]
 
 
-def test_labelled_images_are_encoded(photos, tmp_path, capsys):
+def test_labeled_images_are_encoded(photos, tmp_path, capsys):
     source, _ = photos([{"cls": "2"}, {"cls": "0", "txt": "a dot"}, {"txt": "no class"}])
     assert data_prep(["encode", source, str(tmp_path / "out"), "--size", "8", "--num-classes", "3"]) == 0
     index, samples = read_samples(tmp_path / "out")

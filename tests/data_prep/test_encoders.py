@@ -46,10 +46,10 @@ def models(tmp_path_factory):
 @pytest.fixture
 def encoded(models, tmp_path):
     """Return a function that runs encode with additional arguments and returns the index, samples and pixels."""
-    pictures = [noise(*side, seed=seed) for seed, side in enumerate(SIDES)]
+    images = [noise(*side, seed=seed) for seed, side in enumerate(SIDES)]
     members = [
-        {"png": png(picture), "json": {"captions": [{"text": text, "weight": weight} for text, weight in texts]}}
-        for picture, texts in zip(pictures, TEXTS, strict=True)
+        {"png": png(image), "json": {"captions": [{"text": text, "weight": weight} for text, weight in texts]}}
+        for image, texts in zip(images, TEXTS, strict=True)
     ]
     source = write_tar(tmp_path / "a.tar", members)
 
@@ -58,26 +58,26 @@ def encoded(models, tmp_path):
         common += ["--min-side", "12", "--vae", str(models / "vae"), "--text-encoder", str(models / "t5")]
         assert data_prep([*common, *words]) == 0
         index, samples = read_samples(tmp_path / "out")
-        return index, [samples[f"00000-{number:06d}"] for number in range(len(SIDES))], pictures
+        return index, [samples[f"00000-{number:06d}"] for number in range(len(SIDES))], images
 
     return run
 
 
-def posterior(models, picture):
+def posterior(models, image):
     vae = AutoencoderKL.from_pretrained(models / "vae").eval()
-    x = torch.from_numpy(picture).permute(2, 0, 1)[None] / 127.5 - 1
+    x = torch.from_numpy(image).permute(2, 0, 1)[None] / 127.5 - 1
     with torch.no_grad():
         found = vae.encode(x).latent_dist
     return ((found.mean[0] - 0.1) * 0.2).numpy(), (found.std[0] * 0.2).numpy()
 
 
 def test_latents_and_text_equal_those_of_diffusers_and_transformers(models, encoded):
-    index, samples, pictures = encoded()
+    index, samples, images = encoded()
     tokenizer = AutoTokenizer.from_pretrained(models / "t5")
     t5 = T5EncoderModel.from_pretrained(models / "t5").eval()
     assert [shard.bucket for shard in index.shards] == [(6, 12), (8, 8), (12, 6)]
-    for sample, picture, texts in zip(samples, pictures, TEXTS, strict=True):
-        mean, std = posterior(models, picture)
+    for sample, image, texts in zip(samples, images, TEXTS, strict=True):
+        mean, std = posterior(models, image)
         np.testing.assert_allclose(sample["latent.npy"], mean, **FP16)
         np.testing.assert_allclose(sample["std.npy"], std, **FP16)
         ids = [tokenizer(text).input_ids for text, _ in texts]
@@ -94,10 +94,10 @@ def test_latents_and_text_equal_those_of_diffusers_and_transformers(models, enco
 
 
 def test_vision_features_equal_those_of_transformers_in_every_bucket(models, encoded):
-    index, samples, pictures = encoded("--vision-encoder", str(models / "dino"))
+    index, samples, images = encoded("--vision-encoder", str(models / "dino"))
     dino = Dinov2Model.from_pretrained(models / "dino").eval()
-    for sample, picture in zip(samples, pictures, strict=True):
-        x = (picture / 255 - np.array(MEAN)) / np.array(STD)
+    for sample, image in zip(samples, images, strict=True):
+        x = (image / 255 - np.array(MEAN)) / np.array(STD)
         x = torch.from_numpy(x.transpose(2, 0, 1)).float()[None]
         with torch.no_grad():
             expected = dino(x).last_hidden_state[
@@ -108,10 +108,10 @@ def test_vision_features_equal_those_of_transformers_in_every_bucket(models, enc
 
 
 def test_token_ids_only_and_half_precision(models, encoded):
-    index, samples, pictures = encoded("--text", "ids", "--dtype", "bf16")
+    index, samples, images = encoded("--text", "ids", "--dtype", "bf16")
     assert (index.text["features"], index.text["dtype"], index.codec["dtype"]) == (False, "bf16", "bf16")
-    for sample, picture in zip(samples, pictures, strict=True):
-        mean, _ = posterior(models, picture)
+    for sample, image in zip(samples, images, strict=True):
+        mean, _ = posterior(models, image)
         assert 0 < np.abs(sample["latent.npy"] - mean).max() < 0.02
         assert "text.npy" not in sample
         assert len(sample["ids.npy"]) == sample["captions.npy"][:, 0].sum()

@@ -22,9 +22,9 @@ RATIOS = ["1:1", "3:2", "2:3", "16:9", "9:16"]
 @pytest.mark.parametrize("name", KEPT)
 def test_usable_images_decode_to_the_expected_pixels(name):
     case = CASES[name]
-    picture = decode(case.data, LIMITS)
-    assert picture.mode == "RGB"
-    found = np.asarray(picture)
+    image = decode(case.data, LIMITS)
+    assert image.mode == "RGB"
+    found = np.asarray(image)
     assert found.shape == case.pixels.shape
     assert np.abs(found.astype(int) - case.pixels.astype(int)).max() <= case.tolerance
 
@@ -141,10 +141,10 @@ def test_fit_crops_the_centre():
 
 @pytest.mark.parametrize("factor", [0.5, 3])
 def test_fit_resizes_to_cover_and_crops(factor):
-    picture = Image.fromarray(photo(40, 100))
+    image = Image.fromarray(photo(40, 100))
     height, width = round(40 * factor), round(100 * factor)
-    covering = np.asarray(picture.resize((width, height), Image.Resampling.LANCZOS)).astype(int)
+    covering = np.asarray(image.resize((width, height), Image.Resampling.LANCZOS)).astype(int)
     margin = (width - height) // 2
-    found = fit(picture, (height, height))
+    found = fit(image, (height, height))
     assert found.dtype == np.uint8
     assert np.abs(found - covering[:, margin : margin + height]).max() <= 1

@@ -34,8 +34,8 @@ def arguments(tmp_path_factory):
     """
     folder = tmp_path_factory.mktemp("source")
     for unit in range(UNITS):
-        pictures = [noise(16 + 8 * (number % 3 == 0), 16, seed=unit * PER_UNIT + number) for number in range(PER_UNIT)]
-        samples = [{"png": png(each), "txt": f"picture {number}"} for number, each in enumerate(pictures)]
+        images = [noise(16 + 8 * (number % 3 == 0), 16, seed=unit * PER_UNIT + number) for number in range(PER_UNIT)]
+        samples = [{"png": png(each), "txt": f"image {number}"} for number, each in enumerate(images)]
         samples[unit % PER_UNIT].pop("txt")
         write_tar(folder / f"{unit}.tar", samples)
     return ["--size", "16", "--ratios", "1:1,2:3", "--per-shard", "5", "--batch", "2", f"{folder}/*.tar"]

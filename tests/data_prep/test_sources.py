@@ -27,7 +27,7 @@ def test_tar_yields_images_captions_and_json(tmp_path):
         "0.png": PNG,
         "0.txt": "\ufeff a café \n".encode(),
         "0.json": b'{"width": 3}',
-        "./deep/1.seg.png": b"another picture's part",
+        "./deep/1.seg.png": b"another image's part",
         "./deep/1.JPEG": b"not looked into",
         "./deep/1.txt": b"two words",
         "._0.png": b"a Mac's own",
@@ -94,8 +94,8 @@ def test_each_fault_in_a_tar_has_its_own_reason(tmp_path):
         "a.tar/../up": "unsafe name",
         "a.tar//etc/root": "unsafe name",
     }
-    pictures = sum(name.endswith((".png", ".jpg")) for name, _ in members)
-    assert len(found) == pictures + 1  # and the caption without an image
+    images = sum(name.endswith((".png", ".jpg")) for name, _ in members)
+    assert len(found) == images + 1  # and the caption without an image
 
 
 def test_link_in_a_tar_is_not_followed(tmp_path):
@@ -174,7 +174,7 @@ def test_keys_with_dots_are_distinct_and_parts_are_not_samples(tmp_path):
         "d.e.png": PNG,  # a separate sample, because it has its own caption
         "d.e.txt": b"fourth",
         "v1.2/f.g.png": PNG,
-        "v1.2/f.txt": b"of another picture",
+        "v1.2/f.txt": b"of another image",
     }
     found = scan(open_source(write_tar(tmp_path / "a.tar", members)))
     assert {name: item.captions[0].text for name, item in kept(found).items()} == {

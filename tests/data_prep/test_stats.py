@@ -67,9 +67,9 @@ def test_statistics_equal_those_of_numpy(folder, tmp_path, capsys):
     assert found["per_image"] == pytest.approx(len(lengths) / 60)
     assert results["classes"] == [sum(n % 24 == label for n in range(60)) for label in range(24)]
     for name in ("stats.png", "samples.png"):
-        with Image.open(tmp_path / "stats" / name) as picture:
-            assert picture.format == "PNG"
-            assert min(picture.size) > 200
+        with Image.open(tmp_path / "stats" / name) as image:
+            assert image.format == "PNG"
+            assert min(image.size) > 200
     assert "4 x 8" in capsys.readouterr().out
 
 

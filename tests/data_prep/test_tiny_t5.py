@@ -68,10 +68,10 @@ def test_features_depend_on_word_order(folder: Path) -> None:
             "a blue circle at the top left and a red square at the top right",
         ],
     )
-    # Only tokens near the two colours have a changed word among the neighbours they attend to.
+    # Only tokens near the two colors have a changed word among the neighbors they attend to.
     assert (one[2] - other[2]).pow(2).mean().sqrt() > 0.1
     assert (one[10] - other[10]).pow(2).mean().sqrt() > 0.1
-    # Each head encodes one neighbour, so even the sum over all tokens depends on the order of the words.
+    # Each head encodes one neighbor, so even the sum over all tokens depends on the order of the words.
     pooled = features(folder, ["red circle and blue square", "blue circle and red square"]).sum(1)
     assert (pooled[0] - pooled[1]).pow(2).mean().sqrt() > 0.1
 

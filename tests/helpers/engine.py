@@ -38,7 +38,7 @@ def start(config):
     from megatron_dit.training.engine import Engine
 
     engine = Engine(config, build_topology(config))
-    engine.initialise()
+    engine.initialize()
     return engine
 
 

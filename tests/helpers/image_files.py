@@ -11,34 +11,34 @@ from PIL import Image
 
 
 def photo(height: int = 24, width: int = 32, seed: int = 0) -> np.ndarray:
-    """Return smooth colours, (height, width, 3) uint8, that JPEG preserves well and that differ in every corner."""
+    """Return smooth colors, (height, width, 3) uint8, that JPEG preserves well and that differ in every corner."""
     y, x = np.mgrid[0:height, 0:width] / max(height, width)
     channels = [200 * x + 20, 200 * y + 20, 100 + 60 * np.sin(seed + 3 * (x - y))]
     return np.stack(channels, axis=-1).astype(np.uint8)
 
 
-def written(picture: np.ndarray | Image.Image, kind: str = "PNG", **settings: object) -> bytes:
+def written(image: np.ndarray | Image.Image, kind: str = "PNG", **settings: object) -> bytes:
     buffer = io.BytesIO()
-    (Image.fromarray(picture) if isinstance(picture, np.ndarray) else picture).save(buffer, kind, **settings)
+    (Image.fromarray(image) if isinstance(image, np.ndarray) else image).save(buffer, kind, **settings)
     return buffer.getvalue()
 
 
-def png(width: int, height: int, depth: int, body: bytes, colours: int = 2, clear: bytes = b"") -> bytes:
+def png(width: int, height: int, depth: int, body: bytes, colors: int = 2, clear: bytes = b"") -> bytes:
     """Return a handmade PNG of ``depth`` bits whose filtered rows are ``body``, which need not match the header.
 
-    ``colours`` is the colour type, RGB by default; ``clear`` is the body of its tRNS chunk.
+    ``colors`` is the color type, RGB by default; ``clear`` is the body of its tRNS chunk.
     """
 
     def chunk(kind: bytes, body: bytes) -> bytes:
         return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
 
-    header = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, depth, colours, 0, 0, 0))
+    header = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, depth, colors, 0, 0, 0))
     header += chunk(b"tRNS", clear) if clear else b""
     return b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", zlib.compress(body)) + chunk(b"IEND", b"")
 
 
 def tiff(values: np.ndarray, photometric: int, sample_format: int = 1, bits: int = 0) -> bytes:
-    """Return a handmade grey TIFF in the byte order of ``values``, which are already packed if ``bits`` is given."""
+    """Return a handmade gray TIFF in the byte order of ``values``, which are already packed if ``bits`` is given."""
     order = ">" if values.dtype.byteorder == ">" else "<"
     data = values.tobytes()
     height, width = values.shape[0], values.shape[1] * 8 * values.itemsize // (bits or 8 * values.itemsize)

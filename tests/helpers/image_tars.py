@@ -18,9 +18,9 @@ def noise(height=8, width=8, seed=0):
     return np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
 
 
-def png(picture):
+def png(image):
     buffer = io.BytesIO()
-    (picture if isinstance(picture, Image.Image) else Image.fromarray(picture)).save(buffer, "PNG")
+    (image if isinstance(image, Image.Image) else Image.fromarray(image)).save(buffer, "PNG")
     return buffer.getvalue()
 
 
@@ -32,7 +32,7 @@ def write_tar(path, samples):
     return str(path)
 
 
-COLOURS, SHAPES = ("red", "green", "blue", "orange", "purple"), ("ellipse", "rectangle", "rounded_rectangle")
+COLORS, SHAPES = ("red", "green", "blue", "orange", "purple"), ("ellipse", "rectangle", "rounded_rectangle")
 
 
 def write_img2dataset_tar(path, count):
@@ -43,13 +43,13 @@ def write_img2dataset_tar(path, count):
     captions = []
     with TarWriter(str(path)) as writer:
         for number in range(count):
-            colour, shape = COLOURS[number % 5], SHAPES[number % 3]
-            picture = Image.new("RGB", (64, 64), "white")
+            color, shape = COLORS[number % 5], SHAPES[number % 3]
+            image = Image.new("RGB", (64, 64), "white")
             left, top = number % 30, number * 7 % 30
-            getattr(ImageDraw.Draw(picture), shape)((left, top, left + 30, top + 25), fill=colour, outline="black")
-            key, caption = f"{number:09d}", f"{colour} {shape.replace('_', ' ')} number {number}"
+            getattr(ImageDraw.Draw(image), shape)((left, top, left + 30, top + 25), fill=color, outline="black")
+            key, caption = f"{number:09d}", f"{color} {shape.replace('_', ' ')} number {number}"
             meta = {"key": key, "caption": caption, "width": 64, "height": 64}
-            writer.write({"__key__": key, "json": json.dumps(meta), "png": png(picture), "txt": caption})
+            writer.write({"__key__": key, "json": json.dumps(meta), "png": png(image), "txt": caption})
             captions.append(caption)
     return captions
 

@@ -209,8 +209,8 @@ class UViT(nn.Module):
         return self.final_layer(patches(self.decoder_pred(self.norm(x))[:, self.extras :], self.channels, self.p))
 
 
-def randomise(model, seed):
-    """Randomise all parameters, including gates and readouts, to magnitudes as after training; keep fixed positions."""
+def randomize(model, seed):
+    """Randomize all parameters, including gates and readouts, to magnitudes as after training; keep fixed positions."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, value in model.state_dict().items():

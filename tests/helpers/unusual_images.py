@@ -42,8 +42,8 @@ def _whole() -> dict[str, Case]:
     opacity = np.where(left, 0, 255).astype(np.uint8)
     on_white = np.where(left[..., None], 255, rgb)
     ramp = np.rint(RAMP / 257)
-    colours = np.array([[10, 60, 200], [250, 140, 30]], np.uint8)
-    first, second = (_palette(index, colours) for index in (np.where(left, 1, 0), np.where(left, 0, 1)))
+    colors = np.array([[10, 60, 200], [250, 140, 30]], np.uint8)
+    first, second = (_palette(index, colors) for index in (np.where(left, 1, 0), np.where(left, 0, 1)))
     deep = np.dstack([RAMP, RAMP[::-1], RAMP[:, ::-1]])
     rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in deep)
     mangled = jpeg[:2] + b"\xff\xe1" + struct.pack(">H", 2 + 14) + b"Exif\0\0garbage!" + jpeg[2:]
@@ -54,19 +54,19 @@ def _whole() -> dict[str, Case]:
         "plain.bmp": Case(written(rgb, "BMP"), rgb),
         "plain.tiff": Case(written(rgb, "TIFF"), rgb),
         "cmyk.jpg": Case(written(Image.fromarray(rgb).convert("CMYK"), "JPEG", quality=100), rgb, tolerance=12),
-        "grey16.png": Case(written(RAMP), _grey(ramp)),
-        "grey16_clear.png": Case(written(RAMP, transparency=0), _grey(np.where(RAMP == 0, 255, ramp))),
-        "grey32.tiff": Case(written(RAMP.astype(np.int32) * 30000 - 5, "TIFF"), _grey(ramp), tolerance=1),
-        "float.tiff": Case(written((RAMP / 65535 * 7 - 3).astype(np.float32), "TIFF"), _grey(ramp), tolerance=1),
+        "gray16.png": Case(written(RAMP), _gray(ramp)),
+        "gray16_clear.png": Case(written(RAMP, transparency=0), _gray(np.where(RAMP == 0, 255, ramp))),
+        "gray32.tiff": Case(written(RAMP.astype(np.int32) * 30000 - 5, "TIFF"), _gray(ramp), tolerance=1),
+        "float.tiff": Case(written((RAMP / 65535 * 7 - 3).astype(np.float32), "TIFF"), _gray(ramp), tolerance=1),
         "rgb16.png": Case(png(32, 24, 16, rows), np.rint(deep / 257), tolerance=1),
-        "one_bit.png": Case(written(Image.fromarray(left)), _grey(np.where(left, 255, 0))),
+        "one_bit.png": Case(written(Image.fromarray(left)), _gray(np.where(left, 255, 0))),
         "rgba.png": Case(written(np.dstack([rgb, opacity])), on_white),
-        "grey_alpha.png": Case(written(np.dstack([rgb[..., 0], opacity])), _grey(on_white[..., 0])),
+        "gray_alpha.png": Case(written(np.dstack([rgb[..., 0], opacity])), _gray(on_white[..., 0])),
         "palette_clear.png": Case(
-            written(first, transparency=1), np.where(left[..., None], 255, colours[0]).astype(np.uint8)
+            written(first, transparency=1), np.where(left[..., None], 255, colors[0]).astype(np.uint8)
         ),
         "animated.gif": Case(
-            written(first, "GIF", save_all=True, append_images=[second]), colours[np.where(left, 1, 0)]
+            written(first, "GIF", save_all=True, append_images=[second]), colors[np.where(left, 1, 0)]
         ),
         "mangled_exif.jpg": Case(mangled, rgb, tolerance=4),
     }
@@ -76,7 +76,7 @@ def _whole() -> dict[str, Case]:
 
 
 def _deep() -> dict[str, Case]:
-    """Return grey images of other depths, signs and polarities, and PNGs with a transparent value.
+    """Return gray images of other depths, signs and polarities, and PNGs with a transparent value.
 
     The expected pixels are computed directly.
     """
@@ -90,7 +90,7 @@ def _deep() -> dict[str, Case]:
     signed = (ramp - 128).astype(np.int8)
     floats = (RAMP / 65535).astype(np.float32)
     half = np.broadcast_to(np.arange(32) < 16, (24, 32))
-    colours = np.where(half[..., None], [[4660, 300, 65535]], [[513, 40000, 1]]).astype(np.uint16)
+    colors = np.where(half[..., None], [[4660, 300, 65535]], [[513, 40000, 1]]).astype(np.uint16)
     bits = np.packbits(half, axis=1)
     planes = np.stack([RAMP, RAMP[::-1], RAMP[:, ::-1]])
     in_planes = {
@@ -102,38 +102,38 @@ def _deep() -> dict[str, Case]:
     }
     alpha = np.stack([RAMP, np.where(half, 0, 65535).astype(np.uint16)], axis=-1)
     return {
-        "white16.tiff": Case(tiff(RAMP, 0), _grey(255 - ramp)),
-        "white16_big.tiff": Case(tiff(RAMP.astype(">u2"), 0), _grey(255 - ramp)),
-        "black16_big.tiff": Case(tiff(RAMP.astype(">u2"), 1), _grey(ramp)),
-        "white8.tiff": Case(tiff(ramp.astype(np.uint8), 0), _grey(255 - ramp)),
-        "white1.tiff": Case(tiff(bits, 0, bits=1), _grey(np.where(half, 0, 255))),
-        "white_float.tiff": Case(tiff(floats, 0, 3), _grey(255 - ramp), tolerance=1),
-        "black12.tiff": Case(tiff(triples.reshape(24, -1), 1, bits=12), _grey(np.rint(twelve / 4095 * 255))),
-        "unsigned32.tiff": Case(tiff(unsigned.astype(np.uint32), 1), _grey(ramp), tolerance=1),
-        "signed8.tiff": Case(tiff(signed, 1, 2), _grey(ramp)),
+        "white16.tiff": Case(tiff(RAMP, 0), _gray(255 - ramp)),
+        "white16_big.tiff": Case(tiff(RAMP.astype(">u2"), 0), _gray(255 - ramp)),
+        "black16_big.tiff": Case(tiff(RAMP.astype(">u2"), 1), _gray(ramp)),
+        "white8.tiff": Case(tiff(ramp.astype(np.uint8), 0), _gray(255 - ramp)),
+        "white1.tiff": Case(tiff(bits, 0, bits=1), _gray(np.where(half, 0, 255))),
+        "white_float.tiff": Case(tiff(floats, 0, 3), _gray(255 - ramp), tolerance=1),
+        "black12.tiff": Case(tiff(triples.reshape(24, -1), 1, bits=12), _gray(np.rint(twelve / 4095 * 255))),
+        "unsigned32.tiff": Case(tiff(unsigned.astype(np.uint32), 1), _gray(ramp), tolerance=1),
+        "signed8.tiff": Case(tiff(signed, 1, 2), _gray(ramp)),
         **in_planes,
-        "one_plane16.tiff": Case(packed_tiff("<", RAMP[None], 1, 0, deflate=False), _grey(255 - ramp)),
-        "one_plane_float.tiff": Case(packed_tiff(">", floats[None], 3, deflate=False), _grey(ramp), tolerance=1),
-        "deflated_float_big.tiff": Case(packed_tiff(">", floats[None], 3), _grey(ramp), tolerance=1),
+        "one_plane16.tiff": Case(packed_tiff("<", RAMP[None], 1, 0, deflate=False), _gray(255 - ramp)),
+        "one_plane_float.tiff": Case(packed_tiff(">", floats[None], 3, deflate=False), _gray(ramp), tolerance=1),
+        "deflated_float_big.tiff": Case(packed_tiff(">", floats[None], 3), _gray(ramp), tolerance=1),
         "deflated_signed16_big.tiff": Case(
-            packed_tiff(">", (RAMP.astype(int) - 32768).astype(np.int16)[None], 2), _grey(ramp)
+            packed_tiff(">", (RAMP.astype(int) - 32768).astype(np.int16)[None], 2), _gray(ramp)
         ),
         "deflated_signed32_big.tiff": Case(
             packed_tiff(">", (RAMP.astype(np.int64) * 60000 - 2**31).astype(np.int32)[None], 2),
-            _grey(ramp),
+            _gray(ramp),
             tolerance=1,
         ),
-        "signed16.tiff": Case(tiff((RAMP.astype(int) - 32768).astype(np.int16), 1, 2), _grey(ramp)),
-        "grey4_clear.png": Case(
-            png(32, 24, 4, _rows(packed), 0, b"\0\3"), _grey(np.where(four == 3, 255, four * 17)), tolerance=0
+        "signed16.tiff": Case(tiff((RAMP.astype(int) - 32768).astype(np.int16), 1, 2), _gray(ramp)),
+        "gray4_clear.png": Case(
+            png(32, 24, 4, _rows(packed), 0, b"\0\3"), _gray(np.where(four == 3, 255, four * 17)), tolerance=0
         ),
-        "grey1_clear.png": Case(png(32, 24, 1, _rows(bits), 0, b"\0\0"), _grey(np.full((24, 32), 255))),
+        "gray1_clear.png": Case(png(32, 24, 1, _rows(bits), 0, b"\0\0"), _gray(np.full((24, 32), 255))),
         "rgb16_clear.png": Case(
-            png(32, 24, 16, _rows(colours.astype(">u2")), 2, struct.pack(">HHH", 513, 40000, 1)),
+            png(32, 24, 16, _rows(colors.astype(">u2")), 2, struct.pack(">HHH", 513, 40000, 1)),
             np.where(half[..., None], np.array([18, 1, 255]), 255),
         ),
-        "grey16_alpha.png": Case(
-            png(32, 24, 16, _rows(alpha.astype(">u2")), 4), _grey(np.where(half, 255, ramp)), tolerance=1
+        "gray16_alpha.png": Case(
+            png(32, 24, 16, _rows(alpha.astype(">u2")), 4), _gray(np.where(half, 255, ramp)), tolerance=1
         ),
     }
 
@@ -159,7 +159,7 @@ def _remarked() -> dict[str, Case]:
     info.add_itxt("workflow", "y" * 2_000_000, zip=True)
     found["international.png"] = Case(written(rgb, pnginfo=info), rgb)
     found["profile.png"] = Case(written(rgb, icc_profile=bytes(2_000_000)), rgb)
-    # Applying this profile would change the colours.
+    # Applying this profile would change the colors.
     srgb = ImageCms.ImageCmsProfile(ImageCms.createProfile("LAB")).tobytes()
     found["profile_of_another_space.png"] = Case(written(rgb, icc_profile=srgb), rgb)
     info = PngImagePlugin.PngInfo()
@@ -232,11 +232,11 @@ def _orientation(value: int) -> Image.Exif:
     return exif
 
 
-def _grey(values: np.ndarray) -> np.ndarray:
+def _gray(values: np.ndarray) -> np.ndarray:
     return np.repeat(values.astype(np.uint8)[..., None], 3, axis=-1)
 
 
-def _palette(index: np.ndarray, colours: np.ndarray) -> Image.Image:
-    picture = Image.fromarray(index.astype(np.uint8)).convert("L")
-    picture.putpalette(colours.tobytes())
-    return picture
+def _palette(index: np.ndarray, colors: np.ndarray) -> Image.Image:
+    image = Image.fromarray(index.astype(np.uint8)).convert("L")
+    image.putpalette(colors.tobytes())
+    return image

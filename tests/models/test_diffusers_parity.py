@@ -19,7 +19,7 @@ def relative(a, b):
     return float((a - b).detach().norm() / b.detach().norm())
 
 
-def randomise(model, seed):
+def randomize(model, seed):
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, p in model.named_parameters():
@@ -63,7 +63,7 @@ def test_mmdit_equals_sd3(height, width):
         text_dim=12, text_tokens=5,
     )  # fmt: skip
     ours = build_unsharded(config)
-    randomise(ours, seed=1)
+    randomize(ours, seed=1)
     theirs = SD3Transformer2DModel(
         sample_size=8, patch_size=2, in_channels=4, num_layers=3, attention_head_dim=8, num_attention_heads=4,
         joint_attention_dim=12, caption_projection_dim=32, pooled_projection_dim=16, out_channels=4,
@@ -90,7 +90,7 @@ def test_mmdit_zeroes_masked_and_dropped_text():
         text_tokens=5,
     )  # fmt: skip
     model = build_unsharded(config)
-    randomise(model, seed=2)
+    randomize(model, seed=2)
     x, t, text = inputs(config, 2, 8, 8)
     mask = torch.tensor([[True, True, False, False, False], [True] * 5])
     dropped = torch.tensor([False, True])
@@ -111,7 +111,7 @@ def test_pixart_equals_diffusers(height, width, masked):
         text_dim=12, text_tokens=5, interpolation_scale=2.0, train_null_caption=masked,
     )  # fmt: skip
     ours = build_unsharded(config)
-    randomise(ours, seed=1)
+    randomize(ours, seed=1)
     theirs = PixArtTransformer2DModel(
         num_attention_heads=4, attention_head_dim=8, in_channels=4, out_channels=8, num_layers=3,
         cross_attention_dim=32, sample_size=8, patch_size=2, interpolation_scale=2, caption_channels=12,
@@ -143,7 +143,7 @@ def test_dit_equals_diffusers():
         num_classes=10,
     )  # fmt: skip
     ours = build_unsharded(config)
-    randomise(ours, seed=1)
+    randomize(ours, seed=1)
     theirs = DiTTransformer2DModel(
         num_attention_heads=4, attention_head_dim=8, in_channels=4, out_channels=8, num_layers=3, sample_size=8,
         patch_size=2, num_embeds_ada_norm=10, norm_eps=1e-6,
@@ -172,7 +172,7 @@ def test_uvit_equals_plain_pytorch(kind):
         arch="uvit", depth=5, heads=4, head_dim=8, patch_size=2, in_channels=4, sample_size=8, **condition
     )
     ours = build_unsharded(config)
-    randomise(ours, seed=1)
+    randomize(ours, seed=1)
     sizes = {"classes": 10} if kind == "class" else condition
     theirs = plain_uvit.PlainUViT(32, 5, 4, 2, 4, 8, **sizes)
     state = {name: value.detach() for name, value in ours.named_parameters()}
@@ -197,7 +197,7 @@ def test_taps_receive_intermediates_by_name(arch):
         arch=arch, depth=2, heads=2, head_dim=8, patch_size=2, in_channels=4, sample_size=8, text_dim=12, text_tokens=5,
     )  # fmt: skip
     model = build_unsharded(config)
-    randomise(model, seed=2)
+    randomize(model, seed=2)
     x, t, text = inputs(config, 2, 8, 8)
     intermediates = {}
     keep, mask = torch.zeros(2, dtype=torch.bool), torch.ones(2, 5, dtype=torch.bool)

@@ -20,7 +20,7 @@ def train(data, overrides):
     config = small("pixart", **options)
     topology = build_topology(config)
     engine = Engine(config, topology)
-    engine.initialise()
+    engine.initialize()
     shard = engine.masters.shards.get(NAME)
     parts = {} if shard is None else {key: engine.state_slice(shard, key) for key in ("master", "ema", "exp_avg_sq")}
     before = {key: value.clone() for key, value in parts.items()}

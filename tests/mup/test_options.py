@@ -148,7 +148,7 @@ def three_steps(arch, data, mup_enabled):
         **{"data.path": str(data), "mup.enabled": mup_enabled, "train.steps": 3},
     )
     engine = Engine(config, build_topology(config))
-    engine.initialise()
+    engine.initialize()
     losses = [engine.train_step(batch).loss for batch in batches([read_index(data)], config, 0, 0, 1)]
     return losses, {name: p.detach().clone() for name, p in engine.model.named_parameters()}
 

@@ -46,7 +46,7 @@ def expected_monitors():
         of_role = [name for name, param in plain.params.items() if param.role == role]
         update = math.hypot(*(float((plain.weights[name] - before[name]).norm()) for name in of_role))
         found[f"update_ratio/{role}"] = update / math.hypot(*(float(before[name].norm()) for name in of_role))
-    return found, {name: float(tap.abs().mean()) for name, tap in intermediates.items()}
+    return found, {name: float(value.abs().mean()) for name, value in intermediates.items()}
 
 
 @pytest.mark.parametrize(

@@ -98,8 +98,8 @@ def test_search_costs_equal_those_of_the_paper(tmp_path):
 
 
 def test_rounded_cost_is_none_if_a_size_rounds_to_zero():
-    assert Cost(((2_000_000, 10),), (600_000_000, 100)).rounded_share is None
-    assert Cost(((2_000_000, 10),), (4_000_000, 100)).share == 0.05
+    assert Cost(((2_000_000, 10),), (600_000_000, 100)).rounded_fraction is None
+    assert Cost(((2_000_000, 10),), (4_000_000, 100)).fraction == 0.05
 
 
 def test_invalid_sweep_folders_and_targets_are_rejected(planted, tmp_path, dataset, capsys):

@@ -22,7 +22,7 @@ def layer_norm(x: Tensor) -> Tensor:
 
 
 def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    """Normalise x (S, B, D), then scale and shift it by (B, D) vectors (adaLN)."""
+    """Normalize x (S, B, D), then scale and shift it by (B, D) vectors (adaLN)."""
     return layer_norm(x) * (1 + scale) + shift
 
 
@@ -93,7 +93,7 @@ class ModulatedHead(nn.Module):
 
 
 class Projector(nn.Module):
-    """REPA's projector (arXiv 2410.06940): a 3-layer SiLU MLP of hidden width 2D with normalised outputs."""
+    """REPA's projector (arXiv 2410.06940): a 3-layer SiLU MLP of hidden width 2D with normalized outputs."""
 
     def __init__(self, backend: Backend, config: ModelConfig) -> None:
         super().__init__()
