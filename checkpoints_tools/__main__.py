@@ -16,9 +16,9 @@ from megatron_dit.runtime.program import run_program
 from megatron_dit.runtime.text import printable
 
 
-def main(words: list[str]) -> int:
+def main(argv: list[str]) -> int:
     """Run one command and return its exit status."""
-    return run_command(command_parser(), words)
+    return run_command(command_parser(), argv)
 
 
 def command_parser() -> Parser:

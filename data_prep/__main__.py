@@ -9,9 +9,9 @@ from megatron_dit.cli.command import Parser, program_parser, run_command
 from megatron_dit.runtime.program import run_program
 
 
-def main(words: list[str]) -> int:
+def main(argv: list[str]) -> int:
     """Run one command and return its exit status."""
-    return run_command(command_parser(), words, interrupted="interrupted: run the same command again to resume")
+    return run_command(command_parser(), argv, interrupted="interrupted: run the same command again to resume")
 
 
 def command_parser() -> Parser:

@@ -154,7 +154,7 @@ def _run_job(arguments: argparse.Namespace, work: Callable[[], Done]) -> int:
         check_output(folder / "index.json", "FOLDER", makes_folder=True)
     keep_going()
     if arguments.procs > 1 and worker is None:
-        return run_workers(arguments.words, arguments.procs)
+        return run_workers(arguments.argv, arguments.procs)
     from data_prep.plan import format_rejected
 
     done = work()

@@ -18,7 +18,7 @@ from megatron_dit.runtime.launcher import die_with_parent
 WORKER = "DATA_PREP_WORKER"  # environment variable with the number of a worker that --procs started
 
 
-def run_workers(words: Sequence[str], workers: int) -> int:
+def run_workers(argv: Sequence[str], workers: int) -> int:
     """Run ``python -m data_prep WORDS`` in ``workers`` processes, each with one of the GPUs.
 
     Return 0 if all succeed. If one fails, stop the others, print its error message and return its exit status, or
@@ -34,7 +34,7 @@ def run_workers(words: Sequence[str], workers: int) -> int:
             own = {"CUDA_VISIBLE_DEVICES": devices[number % len(devices)]} if devices else {}
             processes.append(
                 subprocess.Popen(
-                    [sys.executable, "-m", "data_prep", *words],
+                    [sys.executable, "-m", "data_prep", *argv],
                     env={**os.environ, **own, WORKER: str(number)},
                     stdout=None if number == 0 else subprocess.DEVNULL,
                     stderr=message,

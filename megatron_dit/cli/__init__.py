@@ -23,11 +23,11 @@ def main() -> NoReturn:
     leave(run_program(run))
 
 
-def run(words: list[str]) -> int:
+def run(argv: list[str]) -> int:
     """Run one command and return its exit status."""
     # The deepspeed launcher adds --local_rank=N; it also sets LOCAL_RANK.
-    words = [word for word in words if not re.fullmatch(r"--local[_-]rank=\d+", word)]
-    return run_command(command_parser(), words, _is_shown)
+    argv = [word for word in argv if not re.fullmatch(r"--local[_-]rank=\d+", word)]
+    return run_command(command_parser(), argv, _is_shown)
 
 
 def command_parser() -> Parser:

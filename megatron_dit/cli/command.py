@@ -66,27 +66,27 @@ def add_command(
 
 def run_command(
     parser: Parser,
-    words: list[str],
+    argv: list[str],
     shown: Callable[[UserError], bool] = lambda _: True,
     interrupted: str = "interrupted",
 ) -> int:
     """Parse a command line, run its command and return the exit status, as :func:`exit_status` does.
 
-    The command gets the parsed arguments, in addition to ``words`` themselves for starting the same command again in
+    The command gets the parsed arguments, in addition to ``argv`` themselves for starting the same command again in
     other processes.
     """
 
     def command() -> int:
-        parsed = _parse(parser, words)
+        parsed = _parse(parser, argv)
         check_files_differ(parsed)
         return parsed.run(parsed)
 
     return exit_status(command, shown, interrupted)
 
 
-def _parse(parser: Parser, words: list[str]) -> argparse.Namespace:
+def _parse(parser: Parser, argv: list[str]) -> argparse.Namespace:
     """Parse the arguments, accepting overrides between and after flags, where argparse accepts no more positionals."""
-    parsed, rest = parser.parse_known_args(words)
+    parsed, rest = parser.parse_known_args(argv)
     overrides = [word for word in rest if not word.startswith("-") and hasattr(parsed, "overrides")]
     unknown = [word for word in rest if word not in overrides]
     if unknown:
@@ -94,7 +94,7 @@ def _parse(parser: Parser, words: list[str]) -> argparse.Namespace:
     if hasattr(parsed, "overrides"):
         parsed.overrides = [*parsed.overrides, *overrides]
         check_overrides(parsed.overrides)
-    parsed.words = words
+    parsed.argv = argv
     return parsed
 
 

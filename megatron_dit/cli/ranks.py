@@ -37,4 +37,4 @@ def starts_ranks(arguments: argparse.Namespace) -> bool:
 def start_ranks(arguments: argparse.Namespace, config: Config) -> int:
     """Run this command line on ``--procs`` ranks of this host and return the exit status."""
     config.data_parallel(arguments.procs)
-    return launcher.run_ranks(arguments.words, arguments.procs, stop_seconds=config.launch.stop_seconds)
+    return launcher.run_ranks(arguments.argv, arguments.procs, stop_seconds=config.launch.stop_seconds)

@@ -15,9 +15,9 @@ from megatron_dit.verify.layouts import RESULT, TASK
 from megatron_dit.verify.resume_parity import resumed
 
 
-def run(words: list[str]) -> int:
+def run(argv: list[str]) -> int:
     """Run the task in a folder; rank 0 writes its result there."""
-    folder = Path(words[0])
+    folder = Path(argv[0])
     config, task = load_config(folder / "config.yaml"), json.loads((folder / TASK).read_text())
     result = resumed(config, folder, **task) if task else first_steps(config, folder / "checkpoints")
     if result is not None:
