@@ -157,7 +157,8 @@ def _prune(arguments: argparse.Namespace) -> int:
             CheckpointReader(path).verify(show=True)
         except Incomplete as error:
             raise UserError(
-                f"checkpoint {path} is incomplete ({error}): move it away, so that it does not count as one to keep"
+                f"checkpoint {path} is incomplete ({error}), but --keep must only count complete ones: move it "
+                "to another folder"
             ) from None
     old = old_ones(folder, arguments.keep, arguments.keep_every)
     for path in old:

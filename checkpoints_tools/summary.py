@@ -1,4 +1,4 @@
-"""What a checkpoint contains, as printed by ``python -m checkpoints_tools inspect``."""
+"""Summary of a checkpoint's contents, as printed by ``python -m checkpoints_tools inspect``."""
 
 from __future__ import annotations
 

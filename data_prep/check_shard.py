@@ -60,7 +60,8 @@ def check_shard(index: Index, shard: Shard, path: Path) -> Checked:
                 if place[1] < 0:
                     continue
                 if (at := places.get(f"{key}.{name}")) != place:
-                    wrong.append(f"{name} is at {at or 'no place'} in the tar, but at {place} in the table")
+                    found_at = f"at {at} in the tar" if at else "missing from the tar"
+                    wrong.append(f"{name} is {found_at}, but at {place} in the table")
                     continue
                 file.seek(place[0])
                 members[name] = file.read(place[1])

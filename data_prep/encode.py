@@ -45,16 +45,16 @@ class ShardEncoder:
         self._readers = ThreadPoolExecutor(READERS)
         self._encoder = ThreadPoolExecutor(1)
 
-    def run(self, plans: list[PlannedShard], wait: Callable[[], None], tell: Callable[[int, int], None]) -> None:
+    def run(self, plans: list[PlannedShard], wait: Callable[[], None], report: Callable[[int, int], None]) -> None:
         """Encode until every shard is done, by this worker or by others.
 
-        ``tell`` is called with a shard's number and the number of its samples encoded so far. ``wait`` is called if
+        ``report`` is called with a shard's number and the number of its samples encoded so far. ``wait`` is called if
         there is nothing to do until other workers finish.
         """
         closing: deque[Future[None]] = deque()
 
         def close_one() -> None:
-            """Wait for this worker's oldest shard that is being written, or if there is none, for other workers."""
+            """Wait for the oldest shard that this worker is still writing or, if there is none, for other workers."""
             if closing:
                 closing.popleft().result()
             else:
@@ -64,7 +64,7 @@ class ShardEncoder:
             try:
                 for number, claim in self._job.claims(PHASE, len(plans), close_one):
                     encoded = threading.Event()
-                    closing.append(writers.submit(self._shard, number, plans[number], claim, encoded, tell))
+                    closing.append(writers.submit(self._shard, number, plans[number], claim, encoded, report))
                     encoded.wait()
                     if len(closing) > 1:
                         close_one()
@@ -73,7 +73,12 @@ class ShardEncoder:
                 raise
 
     def _shard(
-        self, number: int, plan: PlannedShard, claim: Claim, encoded: threading.Event, tell: Callable[[int, int], None]
+        self,
+        number: int,
+        plan: PlannedShard,
+        claim: Claim,
+        encoded: threading.Event,
+        report: Callable[[int, int], None],
     ) -> None:
         def samples() -> Iterator[dict[str, bytes | str]]:
             done = 0
@@ -82,7 +87,7 @@ class ShardEncoder:
                     raise Stopped
                 yield from self._encoders.members(batch)
                 done += len(batch.batch.examples)
-                tell(number, done)
+                report(number, done)
             encoded.set()
 
         def example(item: tuple[str, Record]) -> Example:

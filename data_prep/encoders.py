@@ -93,10 +93,10 @@ class Encoders:
     def weights(self) -> dict[str, str]:
         """Return the SHA-256 of each encoder's weights, "" if it has none yet. The first call reads all files."""
         text = self._text.sha256 if self._text else ""
-        found = {"vae": self._codec.sha256, "text_encoder": text, "vision_encoder": self._eye_sha256()}
+        found = {"vae": self._codec.sha256, "text_encoder": text, "vision_encoder": self._vision_sha256()}
         return {f"{name}_sha256": value for name, value in found.items()}
 
-    def _eye_sha256(self) -> str:
+    def _vision_sha256(self) -> str:
         return weights_sha256(self._recipe.vision_encoder) if self._recipe.vision_encoder else ""
 
     def latent(self, side: tuple[int, int]) -> tuple[int, int]:
@@ -176,8 +176,12 @@ class Encoders:
                 "features": recipe.text == "features",
             }
         if self._vision_encoder is not None:
-            features = {"encoder": recipe.vision_encoder, "sha256": self._eye_sha256(), "dim": self._vision_encoder.dim}
-            features["patch"] = recipe.patch
+            features = {
+                "encoder": recipe.vision_encoder,
+                "sha256": self._vision_sha256(),
+                "dim": self._vision_encoder.dim,
+                "patch": recipe.patch,
+            }
         return {"channels": self._codec.channels, "codec": codec, "text": text, "features": features}
 
 

@@ -28,7 +28,7 @@ Image.init()
 FORMATS = tuple(name for name in ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF") if name in Image.OPEN)
 
 # PIL rejects a PNG with a text chunk of more than 1 MiB. Text chunks that do not affect the pixels are removed before
-# decoding. Those that may contain the orientation, EXIF and XMP, may be as large as PIL allows for all texts together.
+# decoding. Chunks that may contain the orientation (EXIF and XMP) may be as large as PIL allows for all texts together.
 PNG_MAGIC = b"\x89PNG\r\n\x1a\n"
 PNG_TEXT = (b"tEXt", b"zTXt", b"iTXt")
 PNG_ORIENTATION = (b"XML:com.adobe.xmp\0", b"Raw profile type exif\0")  # keywords of the chunks that may contain it

@@ -19,7 +19,7 @@ BUCKETS = 32
 
 
 def _bucket(offset: int) -> int:
-    """Return T5's bidirectional position bucket of a key `offset` tokens after the query, |offset| < 8."""
+    """Return T5's bidirectional position bucket of a key ``offset`` tokens after the query, |offset| < 8."""
     return abs(offset) + (BUCKETS // 2 if offset > 0 else 0)
 
 
@@ -55,10 +55,10 @@ def build_tiny_t5(
     layers: int = 1,
     max_tokens: int = 24,
 ) -> None:
-    """Save a tokenizer with one token per word of `captions` and an encoder of width `d_model` in `folder`.
+    """Save a tokenizer with one token per word of ``captions`` and an encoder of width ``d_model`` in ``folder``.
 
     The ids are 0 pad, 1 end, 2 unknown, then the words in sorted order. The same arguments give identical files.
-    The tokenizer truncates to `max_tokens`, including its end token.
+    The tokenizer truncates to ``max_tokens``, including its end token.
     """
     counts = Counter(word for caption in captions for word in caption.split())
     if not counts:

@@ -19,7 +19,7 @@ WORKER = "DATA_PREP_WORKER"  # environment variable with the number of a worker 
 
 
 def run_workers(argv: Sequence[str], workers: int) -> int:
-    """Run ``python -m data_prep WORDS`` in ``workers`` processes, each with one of the GPUs.
+    """Run ``python -m data_prep ARGV`` in ``workers`` processes, each with one of the GPUs.
 
     Return 0 if all succeed. If one fails, stop the others, print its error message and return its exit status, or
     128 + n if it was killed by signal n.

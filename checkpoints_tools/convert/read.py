@@ -52,7 +52,7 @@ class DiffusersFolder:
 
     @property
     def class_name(self) -> str:
-        """Class name in config.json; the old name of several classes is resolved by their norm_type."""
+        """Class name in config.json. Transformer2DModel, the old name of several classes, is resolved by norm_type."""
         return _class_name(self.settings)
 
     @property
@@ -141,7 +141,7 @@ def read_tensor(path: Path, name: str) -> Tensor:
 
 
 def find_counterpart(class_name: str) -> tuple[str, DiffusersCounterpart] | None:
-    """Return the architecture, with its counterpart, of a class of diffusers; None if there is none."""
+    """Return (architecture, counterpart) for a class of diffusers, or None if no counterpart has that class."""
     return next((item for item in counterparts().items() if item[1].class_name == class_name), None)
 
 
@@ -165,13 +165,13 @@ def _with_defaults(settings: Settings) -> Settings:
 
 
 def _defaults(kind: Any) -> dict[str, Any]:
-    """Return the default values of a class's arguments."""
+    """Return the default values of the arguments of a class's constructor."""
     arguments = inspect.signature(kind.__init__).parameters.values()
     return {each.name: each.default for each in arguments if each.default is not inspect.Parameter.empty}
 
 
 def _facts(path: Path) -> dict[str, Any]:
-    """Return the facts about the run that our export wrote; {} for a folder of another origin."""
+    """Return the facts about the run that our export wrote; {} if another program wrote the folder."""
     facts = _json(path)
     if facts is None:
         return {}

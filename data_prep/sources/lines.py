@@ -1,4 +1,4 @@
-"""Read lines of a text file and records of a csv with their offsets, in bounded memory, whatever the content."""
+"""Read the lines of a text file and the records of a csv with their offsets, in bounded memory for any content."""
 
 from __future__ import annotations
 

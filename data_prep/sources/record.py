@@ -95,8 +95,8 @@ def or_rejected(name: str, make: Callable[[], tuple[Record, bytes]]) -> Scanned:
     """Return the result of ``make``, or a rejection if it raises Unusable."""
     try:
         return make()
-    except Unusable as left_out:
-        return Rejected(name, left_out.reason), None
+    except Unusable as error:
+        return Rejected(name, error.reason), None
 
 
 def shown(name: str) -> str:

@@ -148,8 +148,8 @@ def _split(name: str) -> tuple[str, str]:
 
 
 def _joined(samples: dict[str, _Sample]) -> dict[str, _Sample]:
-    """Return the samples without those that belong to another sample, which inherits their problems."""
-    apart = dict(samples)
+    """Return the samples that do not belong to another sample. The owner inherits the problems of those that do."""
+    kept = dict(samples)
     for key, part in samples.items():
         folder, slash, base = key.rpartition("/")
         stem, dot, _ = base.partition(".")
@@ -157,8 +157,8 @@ def _joined(samples: dict[str, _Sample]) -> dict[str, _Sample]:
         if owner is None or not owner.images or (part.images and part.sidecars):
             continue
         owner.problem = owner.problem or part.problem
-        del apart[key]
-    return apart
+        del kept[key]
+    return kept
 
 
 def _add(sample: _Sample, member: tarfile.TarInfo, extension: str) -> None:

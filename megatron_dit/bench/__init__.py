@@ -1,1 +1,1 @@
-"""Throughput, MFU and memory of a config's training step, optionally compared with a plain diffusers model."""
+"""Throughput, MFU and memory of a config's training step, optionally compared with a diffusers baseline."""

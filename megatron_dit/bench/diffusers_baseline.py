@@ -1,4 +1,4 @@
-"""The baseline of ``bench --diffusers``: the same model from diffusers, trained the way diffusers' scripts do.
+"""The baseline of ``bench --diffusers``: the same model from diffusers, trained as in diffusers' training scripts.
 
 The weights are fp32. With ``train.dtype=bf16`` matrix products run in bf16 under autocast. The optimizer is torch's
 fused AdamW, the loss is the mean squared error, and there is no EMA.

@@ -63,7 +63,7 @@ class Measurement:
     peak_memory: int  # bytes, maximum over ranks: allocated memory on a GPU, resident memory on a CPU
     skipped_steps: int  # steps without an optimizer update because the loss or gradient was not finite
     times: Times
-    diffusers: Times | None  # the plain model's steps, interleaved with ours
+    diffusers: Times | None  # steps of the diffusers baseline, interleaved with ours
 
     @property
     def samples_per_second(self) -> float:
@@ -80,7 +80,7 @@ class Measurement:
 
     @property
     def speedup(self) -> float | None:
-        """Median step time of the plain model divided by ours."""
+        """Median step time of the diffusers baseline divided by ours."""
         return None if self.diffusers is None else self.diffusers.median / self.times.median
 
     def results(self) -> dict[str, Any]:
@@ -121,7 +121,7 @@ class Measurement:
 def measure(config: Config, steps: int, warmup: int, diffusers: bool) -> Measurement:
     """Time ``steps`` training steps after ``warmup`` untimed ones. Collective.
 
-    If ``diffusers`` is true, also time the same number of steps of a plain diffusers model, interleaved with ours.
+    If ``diffusers`` is true, also time the same number of steps of the diffusers baseline, interleaved with ours.
     """
     topology = start_up(config)
     world = topology.world
@@ -129,7 +129,7 @@ def measure(config: Config, steps: int, warmup: int, diffusers: bool) -> Measure
         check_baseline(config.model)
         if world > 1:
             raise UserError(
-                f"--diffusers was given with {world} ranks, but the plain model trains on one rank; omit --procs"
+                f"--diffusers was given with {world} ranks, but the diffusers baseline runs on one rank; omit --procs"
             )
     torch.manual_seed(config.seed)
     engine = Engine(config, topology)
@@ -150,8 +150,8 @@ def measure(config: Config, steps: int, warmup: int, diffusers: bool) -> Measure
         memory = _peak_memory()
         turns = {"ours": ours}
         if diffusers:
-            plain = DiffusersBaseline(config)
-            turns["diffusers"] = lambda: plain.step(batch)
+            baseline = DiffusersBaseline(config)
+            turns["diffusers"] = lambda: baseline.step(batch)
             for _ in range(warmup):
                 _timed(turns["diffusers"])
         for _ in range(steps):

@@ -133,7 +133,7 @@ def old_ones(folder: Path, keep: int, keep_every: int | None = None) -> list[Pat
 
 
 def clear(folder: Path) -> None:
-    """Delete what interrupted saves left in ``folder``."""
+    """Delete the temporary files and folders that interrupted saves left in ``folder``."""
     for path in folder.iterdir():
         if _UNFINISHED.fullmatch(path.name):
             remove(path)

@@ -98,8 +98,8 @@ def open_checkpoint(path: str | Path, *, verify: bool = True) -> CheckpointReade
     """Return the checkpoint in folder ``path``, or the newest intact checkpoint if ``path`` is a run's folder.
 
     For a run, newer incomplete checkpoints are skipped with a warning. The folder of a single checkpoint may have any
-    name. ``verify`` as in :func:`newest`. Raises UserError if there is no checkpoint, or if the given one is
-    incomplete.
+    name. ``verify`` has the same meaning as in :func:`newest`. Raises UserError if there is no checkpoint, or if the
+    given one is incomplete.
     """
     path = Path(path)
     try:
@@ -116,7 +116,9 @@ def open_checkpoint(path: str | Path, *, verify: bool = True) -> CheckpointReade
     found = newest(path / CHECKPOINTS, verify=verify)
     if found.reader is None:
         detail = f" ({'; '.join(found.notes)})" if found.notes else ""
-        raise UserError(f"{path} contains no complete checkpoint{detail}; give a run's folder or a checkpoints/step_*")
+        raise UserError(
+            f"{path} contains no complete checkpoint{detail}; give a run's folder or one of its checkpoints/step_*"
+        )
     for line in found.notes:
         logger.warning(line)
     return found.reader

@@ -207,14 +207,14 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 def size_of(folder: Path, name: str) -> int:
     """Return the size in bytes of a checkpoint's file without opening it, because opening a FIFO would block.
 
-    Raises Incomplete if it is missing, is not a regular file, or is a link to a file outside of ``folder``.
+    Raises Incomplete if it is missing, is not a regular file, or is a link to a file outside ``folder``.
     """
     path = folder / name
     try:
         status = path.lstat()
         if stat.S_ISLNK(status.st_mode):
             if not path.exists() or path.resolve().parent != folder.resolve():
-                raise Incomplete(f"{path} is a link to a file outside of the checkpoint; replace it by the file itself")
+                raise Incomplete(f"{path} is a link to a file outside the checkpoint; replace it with the file itself")
             status = path.stat()
     except (FileNotFoundError, NotADirectoryError):
         raise Incomplete(f"{path} is missing") from None

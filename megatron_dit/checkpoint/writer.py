@@ -171,7 +171,7 @@ def _finish(part: Path, target: Path, manifest: Mapping[str, Any]) -> None:
     _sync(target.parent)
     if old is not None:
         remove(old)
-    _point(target)
+    _write_latest(target)
 
 
 def set_aside(folder: Path, step: int) -> list[Path]:
@@ -188,18 +188,18 @@ def set_aside(folder: Path, step: int) -> list[Path]:
             renamed.append(path.rename(target))
             logger.info("renamed incomplete checkpoint %s to %s", path, target.name)
     if renamed:
-        _point(step_folder(folder, step))
+        _write_latest(step_folder(folder, step))
     return renamed
 
 
-def _point(target: Path) -> None:
+def _write_latest(target: Path) -> None:
     """Write the name of the newest checkpoint to ``latest`` in the same folder."""
-    latest, aside = target.with_name(LATEST), target.with_name(LATEST + PART)
+    latest, part = target.with_name(LATEST), target.with_name(LATEST + PART)
     if not is_made_by_runs(latest) and os.path.lexists(latest):  # a user's own folder has this name: leave it alone
         return
-    aside.write_text(target.name + "\n")
-    _sync(aside)
-    aside.replace(latest)
+    part.write_text(target.name + "\n")
+    _sync(part)
+    part.replace(latest)
 
 
 def _local_ranges(engine: Engine, keys: Sequence[str]) -> tuple[dict[str, Tensor], dict[str, str]]:

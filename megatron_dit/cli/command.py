@@ -1,4 +1,4 @@
-"""Command-line kit of the three programs: the parser, the format of ``--help``, the error policy and ``--json``."""
+"""Code shared by the three command-line programs: the parser, the ``--help`` format, error handling and ``--json``."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ def run_command(
 
 
 def _parse(parser: Parser, argv: list[str]) -> argparse.Namespace:
-    """Parse the arguments, accepting overrides between and after flags, where argparse accepts no more positionals."""
+    """Parse the arguments. Unlike argparse alone, accept overrides (positionals) between and after flags too."""
     parsed, rest = parser.parse_known_args(argv)
     overrides = [word for word in rest if not word.startswith("-") and hasattr(parsed, "overrides")]
     unknown = [word for word in rest if word not in overrides]

@@ -1,4 +1,4 @@
-"""The commands that train nothing: config and plan."""
+"""The commands that inspect a run before it is trained: config and plan."""
 
 from __future__ import annotations
 

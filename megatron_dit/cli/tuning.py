@@ -124,12 +124,12 @@ def _coord_check(arguments: argparse.Namespace) -> int:
     from megatron_dit.parallel.startup import multi_rank_command
     from megatron_dit.runtime.progress import ProgressBar
 
-    first = is_rank0()
+    rank0 = is_rank0()
     steps = 2 * len(heads) * arguments.seeds
-    with multi_rank_command(), ProgressBar("coord-check", steps, show=first) as bar:
+    with multi_rank_command(), ProgressBar("coord-check", steps, show=rank0) as bar:
         sizes = coord_check.coord_check(config, heads, arguments.seeds, arguments.steps, bar.advance)
     slopes = coord_check.slopes(sizes)
-    if first:
+    if rank0:
         coord_check.draw(sizes, config.model.head_dim, arguments.out)
         for name in coord_check.PARAMETRIZATIONS:
             row = coord_check.worst(slopes, name)
@@ -137,7 +137,7 @@ def _coord_check(arguments: argparse.Namespace) -> int:
             print(f"{name}: steepest slope {slope}, {row.name} at step {row.step}")
         write_json(arguments, coord_check.results_of(sizes, slopes))
     good = abs(coord_check.worst(slopes, config.mup.parametrization).slope) <= coord_check.LIMIT
-    if first:
+    if rank0:
         verdict = "passes" if good else "fails"
         print(f"{config.mup.parametrization} {verdict} the coordinate check (|slope| of at most {coord_check.LIMIT})")
         print(f"plot: {printable(arguments.out)}")

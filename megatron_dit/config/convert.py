@@ -172,7 +172,7 @@ def _boolean(value: Any, key: str) -> bool:
 
 
 def _untyped(value: Any) -> Any:
-    """Convert a value by the YAML 1.2 core schema, for keys without a declared type (values of other keys)."""
+    """Convert a value by the YAML 1.2 core schema, for keys of type Any (such as the values that a sweep searches)."""
     if isinstance(value, list):
         return [_untyped(item) for item in value]
     if isinstance(value, dict):

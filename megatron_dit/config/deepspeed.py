@@ -19,7 +19,7 @@ def deepspeed_config(config: Config, data_parallel: int) -> dict[str, Any]:
         "gradient_accumulation_steps": config.train.global_batch // (micro * data_parallel),
         "gradient_clipping": (config.optimizer.grad_clip or 0.0) if stage else 0.0,
         "zero_allow_untested_optimizer": True,
-        # memory_efficient_linear would replace torch.nn.functional.linear in the whole process.
+        # memory_efficient_linear would replace torch.nn.functional.linear in the entire process.
         "zero_optimization": {
             "stage": stage,
             "memory_efficient_linear": False,
@@ -33,9 +33,10 @@ def deepspeed_config(config: Config, data_parallel: int) -> dict[str, Any]:
     }
     if config.optimizer.offload:
         result["zero_optimization"]["offload_optimizer"] = {"device": "cpu"}
-        result["zero_force_ds_cpu_optimizer"] = False  # ours wraps a DeepSpeedCPUAdam, it is not a subclass
+        result["zero_force_ds_cpu_optimizer"] = False  # our optimizer wraps DeepSpeedCPUAdam
     if bf16:
-        # Copy each gradient to fp32 as soon as it is ready, else a pipeline's micro-batches are accumulated in bf16.
+        # Add each gradient to its fp32 copy as soon as it is ready. Otherwise, the gradients of a pipeline's
+        # micro-batches are accumulated in bf16.
         result["bf16"] = {"enabled": True, "check_grad_overflow": True, "immediate_grad_update": True}
         if stage:
             result["data_types"] = {"grad_accum_dtype": "fp32"}

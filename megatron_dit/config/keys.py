@@ -49,7 +49,7 @@ NonNegative = Annotated[float, Interval("[0, inf)")]
 Fraction = Annotated[float, Interval("[0, 1]")]
 SigmaRel = Annotated[float, Interval("[0.0001, 0.2886]")]  # relative width of a power-function average (EDM2)
 PATH = "a path as users write it"
-FilePath = Annotated[str, PATH]  # `~` is expanded, a shell variable is refused
+FilePath = Annotated[str, PATH]  # `~` is expanded; shell variables are rejected
 
 
 def key(
@@ -87,7 +87,7 @@ class Section:
 
 @functools.cache
 def hints_of(schema: type) -> dict[str, Any]:
-    """Return the types of a dataclass's fields, intervals included."""
+    """Return the types of a dataclass's fields, including their ``Annotated`` metadata (intervals)."""
     found = get_type_hints(schema, include_extras=True)
     return {item.name: found[item.name] for item in fields(schema)}
 

@@ -1,4 +1,4 @@
-"""Monitors unreadable data, at the start of a run and during training, and stops the run if there is too much."""
+"""Check for unreadable data at the start of a run and during training, and stop the run if there is too much."""
 
 from __future__ import annotations
 

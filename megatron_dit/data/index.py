@@ -30,7 +30,7 @@ PROTOCOLS = ("file", "s3", "gs", "gcs", "az", "abfs", "hf", "http", "https", "me
 class Index:
     """Contents of a folder of shards. ``text``, ``codec`` and ``features`` describe how it was encoded.
 
-    The ``sha256`` of each is that of its encoder's weights, or ``""`` if there are none (pixels).
+    Each contains the SHA-256 of its encoder's weights, or ``""`` if the encoder has none (pixels).
     """
 
     folder: str  # a path or a URL
@@ -86,7 +86,7 @@ def file_system(folder: str) -> fsspec.AbstractFileSystem:
 
 def read_index(folder: str | Path) -> Index:
     """Read and check ``index.json``. Raise UserError if the folder or its index is missing or invalid."""
-    folder = _found(user_path(str(folder), "data.path"))
+    folder = _decode_file_url(user_path(str(folder), "data.path"))
     path = f"{folder.rstrip('/')}/{INDEX}"
     if "://" not in folder and Path(path).exists() and not Path(path).is_file():  # reading a FIFO would block
         raise UserError(f"{path} is not a regular file; encode the data again")
@@ -108,8 +108,11 @@ def read_index(folder: str | Path) -> Index:
     return Index(folder=folder, shards=shards, members=tuple(raw["members"]), **described)
 
 
-def _found(folder: str) -> str:
-    """Decode the percent escapes of a file: URL, which fsspec does not do, unless the folder's name contains them."""
+def _decode_file_url(folder: str) -> str:
+    """Decode the percent escapes of a file: URL, because fsspec does not. Other paths are returned unchanged.
+
+    A folder whose name itself contains the escapes is not decoded.
+    """
     if not folder.startswith("file:") or "%" not in folder:
         return folder
     local = file_system(folder)

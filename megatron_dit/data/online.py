@@ -22,7 +22,7 @@ END = np.ones(1, np.int32)  # T5's end token: the ids of an empty caption
 
 
 class OnlineText:
-    """Computes text features from token ids, equal to those that shards with features contain.
+    """Computes text features from token ids. They are equal to the features that ``data_prep`` stores in shards.
 
     The features of the most recently used captions are cached. ``text`` is the index's description of the text; the
     encoder must be the one that produced the ids. If ``sharded``, the weights are sharded over all ranks (ZeRO-3), and
@@ -87,8 +87,8 @@ class OnlineText:
             self._bytes -= self._cache.popitem(last=False)[1].nbytes
 
 
-# Elsewhere only the engine uses DeepSpeed. It is used directly here because nothing is trained: the encoder has no
-# gradients, no optimizer and no part in the parallel layout, and this package must not depend on the engine.
+# Elsewhere only the engine uses DeepSpeed. It is used directly here because the encoder is not trained and is not part
+# of the parallel layout, and because this package must not depend on the engine.
 
 
 def _zero_config(dtype: str) -> dict[str, Any]:
@@ -126,7 +126,7 @@ def _gather_on_use(model: Any, dtype: str) -> Any:
     import deepspeed
     from deepspeed.utils import groups
 
-    # Without an mpu DeepSpeed uses that of the previously created engine, whose groups are the training layout's.
+    # Without an mpu, DeepSpeed would use the mpu of the previously created engine, with the training layout's groups.
     mpu, groups.mpu = groups.mpu, None
     try:
         return deepspeed.initialize(model=model, config=_zero_config(dtype), dist_init_required=False)[0].eval()

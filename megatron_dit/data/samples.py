@@ -39,7 +39,7 @@ class Sample:
     ids: np.ndarray | None = None
     label: int = 0
     features: np.ndarray | None = None
-    bad: tuple[str, str] | None = None  # (cause, text)
+    bad: tuple[str, str] | None = None  # (cause, message) if the sample is unreadable
 
 
 class Samples(Dataset[Sample]):
@@ -193,8 +193,8 @@ def _one_of(captions: np.ndarray, tokens: np.ndarray, rng: np.random.Generator) 
     """Return the tokens of one caption, chosen at random in proportion to the captions' weights."""
     if len(captions) == 1:
         return tokens
-    chances = np.cumsum(captions[:, 1])
-    chosen = int(np.searchsorted(chances, rng.random() * chances[-1], side="right"))
+    cumulative = np.cumsum(captions[:, 1])
+    chosen = int(np.searchsorted(cumulative, rng.random() * cumulative[-1], side="right"))
     ends = np.cumsum(captions[:, 0]).astype(int)
     return tokens[ends[chosen] - int(captions[chosen, 0]) : ends[chosen]]
 

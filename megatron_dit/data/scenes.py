@@ -73,7 +73,7 @@ class Scene:
 
 @dataclass(frozen=True)
 class CountedKind:
-    """A request for `count` (2 to 4) identical objects in any cells."""
+    """A request for ``count`` (2 to 4) identical objects in any cells."""
 
     count: int
     color: str
@@ -88,7 +88,7 @@ Combination = tuple[SceneObject, ...] | CountedKind
 
 
 def kind_index(color: str, shape: str) -> int:
-    """Return the index of a (color, shape) in [0, KINDS). That of the first object is the image's class label."""
+    """Return the index of a (color, shape) in [0, KINDS). The image's class label is that of its first object."""
     return tuple(COLORS).index(color) * len(SHAPES) + SHAPES.index(shape)
 
 
@@ -153,7 +153,7 @@ def draw_scene(rng: np.random.Generator, held_out: bool = False) -> Scene:
 
 
 def held_out_captions(n: int, seed: int) -> list[str]:
-    """Return `n` distinct held-out captions, taken in turn from each of the three kinds until it is exhausted."""
+    """Return ``n`` distinct held-out captions, taken in turn from each of the three kinds until it is exhausted."""
     rng = np.random.default_rng(seed)
     queues = [[_caption(kind[index]) for index in rng.permutation(len(kind))] for kind in combinations(True)]
     total = sum(len(queue) for queue in queues)
@@ -172,7 +172,7 @@ def vocabulary() -> tuple[str, ...]:
 
 
 def _coverage(shape: str, dy: float, dx: float, samples: int = 8) -> np.ndarray:
-    """Return the fraction of each pixel of a cell, (8, 8), that `shape` covers if it is (dy, dx) pixels off center."""
+    """Return the fraction of each pixel of a cell, (8, 8), that ``shape`` covers if shifted by (dy, dx) pixels."""
     at = (np.arange(CELL * samples) + 0.5) / samples - CELL / 2
     y, x = (at[:, None] - dy) / RADIUS, (at[None, :] - dx) / RADIUS
     reach = np.maximum(abs(y), abs(x)) <= 1
@@ -193,7 +193,7 @@ def _cell(position: str) -> tuple[slice, slice]:
 
 
 def render(scene: Scene, rng: np.random.Generator) -> np.ndarray:
-    """Render `scene` as (16, 16, 3) uint8, with random jitter of object positions, object colors and background."""
+    """Render ``scene`` as (16, 16, 3) uint8, with random jitter of object positions, object colors and background."""
     ground = rng.uniform(12, 40) + rng.uniform(-4, 4, size=3)
     image = np.broadcast_to(ground, (SIDE, SIDE, 3)).copy()
     for placed in scene.objects:
@@ -220,8 +220,8 @@ def _read_cell(cell: np.ndarray) -> tuple[str, str] | None:
     Raise _UnrecognizedCell if it is neither.
     """
     mean = cell.mean(axis=0)
-    centred = cell - mean
-    if np.sqrt((centred**2).mean()) < EMPTY_SPREAD:
+    centered = cell - mean
+    if np.sqrt((centered**2).mean()) < EMPTY_SPREAD:
         if mean.max() > BACKGROUND_LIMIT:
             raise _UnrecognizedCell("bright cell without a shape")
         return None
@@ -229,8 +229,8 @@ def _read_cell(cell: np.ndarray) -> tuple[str, str] | None:
     cover, cover_mean = templates[:, :-1], templates[:, -1:]
     # Least-squares fit of the cell on (coverage, 1): the slope is the step from background to object, per channel.
     power = (cover**2).sum(axis=1, keepdims=True)
-    slope = cover @ centred / power
-    explained = (slope**2 * power).sum(axis=1) / (centred**2).sum()
+    slope = cover @ centered / power
+    explained = (slope**2 * power).sum(axis=1) / (centered**2).sum()
     best = int(explained.argmax())
     ground = mean - slope[best] * cover_mean[best]
     if explained[best] < FIT_LIMIT or ground.max() > BACKGROUND_LIMIT:
@@ -276,7 +276,7 @@ def parse_caption(caption: str) -> Combination:
 
 
 def score(image: np.ndarray, caption: str) -> bool:
-    """Return whether a (16, 16, 3) image with values in [0, 255] shows exactly what `caption` describes."""
+    """Return whether a (16, 16, 3) image with values in [0, 255] shows exactly what ``caption`` describes."""
     wanted = parse_caption(caption)
     found = read_scene(image)
     if found is None:

@@ -72,7 +72,7 @@ def batches(data: Sequence[Index], config: Config, start: int, data_rank: int, d
         num_workers=config.data.workers,
         collate_fn=dataset.collate,
         pin_memory=torch.cuda.is_available(),
-        worker_init_fn=_keep_what_is_inherited,
+        worker_init_fn=_freeze_inherited_objects,
         generator=torch.Generator().manual_seed(0),
     )
     stream: Iterator[Batch] = iter(loader)
@@ -83,7 +83,7 @@ def batches(data: Sequence[Index], config: Config, start: int, data_rank: int, d
     return map(OnlineFeatures(data[0], config), stream) if config.data.repa_encoder else stream
 
 
-def _keep_what_is_inherited(_: int) -> None:
+def _freeze_inherited_objects(_: int) -> None:
     """Exclude the parent's objects from garbage collection in a forked worker.
 
     The destructor of a process group would wait for threads that do not exist in the worker.

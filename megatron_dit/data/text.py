@@ -58,7 +58,7 @@ class TextEncoder:
     def encode_ids(self, ids: Sequence[np.ndarray]) -> list[Tensor]:
         """Return the features (tokens, dim) fp32 of each caption's ids, without padding.
 
-        This runs one forward pass, which contains identical captions only once.
+        Runs a single forward pass in which identical captions are encoded only once.
         """
         rows: dict[bytes, int] = {}
         places = [rows.setdefault(caption.tobytes(), len(rows)) for caption in ids]

@@ -1,1 +1,1 @@
-"""Architectures: a registry, what they share, and one folder each."""
+"""Architectures: a registry, the code that they share, and one folder per architecture."""

@@ -1,4 +1,4 @@
-"""Create models by the config."""
+"""Create models from their config."""
 
 from __future__ import annotations
 

@@ -128,7 +128,7 @@ def _condition(config: ModelConfig) -> Condition:
 
 
 def _count(function: Callable[[State], State], state: State) -> tuple[State, Flops]:
-    """Return a part's output and its FLOPs, with gradients for its weights and the state that it receives."""
+    """Return a part's output and its FLOPs, including the gradients of its weights and of the state it receives."""
     inputs = tuple(value.detach().requires_grad_() for value in state)
     with sdpa_kernel(SDPBackend.MATH):
         with FlopCounterMode(display=False) as forward:

@@ -1,4 +1,4 @@
-"""Find the dimensions that grow with width from unsharded base, delta and target models on the meta device."""
+"""Find the dimensions that grow with width by comparing unsharded models of several widths on the meta device."""
 
 from __future__ import annotations
 
@@ -29,9 +29,9 @@ def param_specs(config: Config, build: Callable[[ModelConfig], nn.Module] = buil
     if config.mup.base_shapes:
         base = load_base_shapes(config.mup.base_shapes, shapes, functools.partial(_to_ours, config.model))
     else:
-        base = _grown(build, config)
+        base = _base_shapes(build, config)
     return {
-        name: Param(name=name, shape=shapes[name], base=base[name], mup=config.mup, init=config.init, **_marks(p))
+        name: Param(name=name, shape=shapes[name], base=base[name], mup=config.mup, init=config.init, **_attributes(p))
         for name, p in target.items()
     }
 
@@ -42,10 +42,11 @@ def _to_ours(model: ModelConfig, base: Mapping[str, BaseShape]) -> Mapping[str, 
     return base if form is None else form.rename_base_shapes(base, model)
 
 
-def _grown(build: Callable[[ModelConfig], nn.Module], config: Config) -> dict[str, BaseShape]:
-    """Return the sizes of dimensions that differ between the base model and one with twice as many heads; else None.
+def _base_shapes(build: Callable[[ModelConfig], nn.Module], config: Config) -> dict[str, BaseShape]:
+    """Return the base model's size of each dimension that grows with width, and None for the other dimensions.
 
-    If head_dim grows too (``model.base_head_dim``), the second model's head_dim is also doubled.
+    These are the dimensions in which the base model differs from a model with twice as many heads. If head_dim grows
+    too (``model.base_head_dim``), the second model's head_dim is also doubled.
     """
     model, heads = config.model, config.mup.base_heads
     assert heads is not None
@@ -61,13 +62,13 @@ def _grown(build: Callable[[ModelConfig], nn.Module], config: Config) -> dict[st
     }
 
 
-def _marks(p: Any) -> dict[str, Any]:
+def _attributes(p: Any) -> dict[str, Any]:
     """Return the attributes that a layer set on its parameter, as arguments of :class:`Param`."""
-    cut = getattr(p, "tensor_model_parallel", False)
+    sharded = getattr(p, "tensor_model_parallel", False)
     return {
         "init_kind": p.init_kind,
         "trained": p.trained,
         "kernel": getattr(p, "kernel", 1),
-        "dim": p.partition_dim if cut else None,
-        "fused_parts": p.partition_stride if cut else 1,
+        "dim": p.partition_dim if sharded else None,
+        "fused_parts": p.partition_stride if sharded else 1,
     }

@@ -1,8 +1,9 @@
-"""Architectures by name. A further one is a folder with the same files and a line in ``ARCHITECTURES``.
+"""Registry of architectures by name. To add one, create its folder and add the folder's name to ``ARCHITECTURES``.
 
-``spec.py`` and ``model.py`` are required; ``diffusers.py`` and ``original.py`` only where there is such a counterpart.
+The folder must contain ``spec.py`` and ``model.py``. ``diffusers.py`` is needed only if diffusers has a counterpart of
+the architecture, and ``original.py`` only if checkpoints of its original project can be imported.
 
-Imports no torch: the config is checked, and ``--help`` printed, without it.
+This module does not import torch, so that a config can be checked and ``--help`` printed without the delay.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What the rest of the package needs to know of an architecture without importing torch."""
+"""Properties of an architecture that the rest of the package can read without importing torch."""
 
 from __future__ import annotations
 
@@ -28,12 +28,12 @@ class TokenSequence:
 
 
 class ArchitectureSpec(ABC):
-    """Facts and config checks of one architecture. Each ``models/<name>/spec.py`` defines its ``SPEC``."""
+    """Properties and config checks of one architecture. Each ``models/<name>/spec.py`` defines its ``SPEC``."""
 
     name: ClassVar[str]  # value of model.arch, and name of the folder
     title: ClassVar[str]  # as papers write it
     objectives: ClassVar[tuple[str, ...]]  # supported values of objective.name; the first is the default
-    optional_keys: ClassVar[tuple[str, ...]] = ()  # those of OPTIONAL_KEYS that it has
+    optional_keys: ClassVar[tuple[str, ...]] = ()  # keys of OPTIONAL_KEYS that this architecture has
     init_presets: ClassVar[Mapping[str, InitPreset]] = {}  # values of init.preset that it adds
     fixed_size: ClassVar[bool] = False  # positions are learned for square latents of side sample_size
 

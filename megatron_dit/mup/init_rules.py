@@ -1,6 +1,7 @@
-"""How weights are initialized at the base width: by the kind that their layer declares, or by a preset of patterns.
+"""Rules for initial weights at the base width, selected by a preset's name patterns or else by the layer's InitKind.
 
-A rule gives the standard deviation for a *base* shape; ``rules`` scales it to the actual width. Imports no torch.
+A rule gives the standard deviation for a *base* shape; ``mup.rules`` scales it to the actual width. This module does
+not import torch.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ class InitRule:
 
 
 class InitKind(Enum):
-    """What a layer declares about a parameter's initial values (``parallel.layers.set_init``)."""
+    """Kind of initialization that a layer declares for a parameter (``parallel.layers.set_init``)."""
 
     FAN_IN = "fan_in"
     ZERO = "zero"
@@ -69,7 +70,7 @@ RULES_BY_KIND: dict[InitKind, InitRule] = {
 
 
 def init_rule_of(name: str, kind: InitKind, preset: Mapping[str, InitRule]) -> InitRule:
-    """Return the rule of parameter ``name``: of the first pattern that matches, else of its kind."""
+    """Return the rule of the first pattern in ``preset`` that matches ``name``, or else the rule of ``kind``."""
     for pattern, rule in preset.items():
         if fnmatch.fnmatchcase(name, pattern):
             return rule

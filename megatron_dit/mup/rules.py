@@ -15,9 +15,9 @@ from megatron_dit.mup.init_rules import FAN_IN, ZERO, InitKind, InitRule, init_r
 @dataclass(frozen=True)
 class Rule:
     multiplier: float  # forward multiplier n^multiplier
-    init_std: float  # standard deviation of the initial values is that of the base shape * n^init_std
+    init_std: float  # initial standard deviation: that of the base shape, times n^init_std
     lr: float  # learning rate multiplier n^lr
-    weight_decay: float  # decoupled weight decay multiplier n^weight_decay, keeps lr * wd constant (as package mup)
+    weight_decay: float  # decoupled weight decay multiplier n^weight_decay; keeps lr * wd constant, as in package mup
 
 
 RULES: dict[str, Rule] = {
@@ -105,7 +105,7 @@ class Param:
 
     @property
     def _is_weight(self) -> bool:
-        """Whether it is initialized randomly by default, unlike biases, gains, and gates that start at zero."""
+        """Whether ``init.std`` applies: not to biases, gains, and weights that start at zero (such as gates)."""
         return self.init_kind in (InitKind.FAN_IN, InitKind.TABLE, InitKind.READOUT)
 
     def _power(self, exponent: float) -> float:

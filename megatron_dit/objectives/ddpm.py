@@ -104,7 +104,7 @@ def variational_term(
     kl = 0.5 * (log_variance - 1 + (1 + deviation.square()) * (-log_variance).exp())
     inverse_std = (-0.5 * log_variance).exp()
     half_bin = at["recip_posterior_std"] * inverse_std / 255
-    nll = -_discretised_log_likelihood(x, deviation * inverse_std, half_bin, CDF[config.normal_cdf])
+    nll = -_discretized_log_likelihood(x, deviation * inverse_std, half_bin, CDF[config.normal_cdf])
     per_element = torch.where(t[:, None, None, None] == 0, nll, kl)
     return per_element.flatten(1).mean(1) / math.log(2)
 
@@ -122,7 +122,7 @@ def _exact_cdf(x: Tensor) -> Tensor:
 CDF = {"exact": _exact_cdf, "tanh": _tanh_cdf}
 
 
-def _discretised_log_likelihood(x: Tensor, z: Tensor, half_bin: Tensor, cdf: Callable[[Tensor], Tensor]) -> Tensor:
+def _discretized_log_likelihood(x: Tensor, z: Tensor, half_bin: Tensor, cdf: Callable[[Tensor], Tensor]) -> Tensor:
     """Return the elementwise log probability of x in [-1, 1] under a Gaussian on 256 bins (DDPM, eq. 13).
 
     ``z`` is x minus the mean and ``half_bin`` half the width of a bin, both in standard deviations.

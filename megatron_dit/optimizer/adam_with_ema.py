@@ -66,7 +66,7 @@ class AdamWithEma(torch.optim.Optimizer):
         self._adam.param_groups = [group for group in self.param_groups if group["params"]]
         for group in self._adam.param_groups:
             self.create_state(p for p in group["params"] if not self.state[p])
-            self._write_age(group)
+            self._write_step_count(group)
         self._adam.step()
         weights = {name: 1 - decay(self.num_updates + 1) for name, decay in self._averages.items()}
         for group in self._adam.param_groups:
@@ -77,7 +77,7 @@ class AdamWithEma(torch.optim.Optimizer):
                     if self.observer is not None:
                         self.observer(p, group, self.state[p], self.num_updates + 1)
 
-    def _write_age(self, group: dict[str, Any]) -> None:
+    def _write_step_count(self, group: dict[str, Any]) -> None:
         """Write ``num_updates`` to where the library reads its step count, which it then increments.
 
         torch's own counters, one per tensor on its device, are correct already. Apex and Transformer Engine count

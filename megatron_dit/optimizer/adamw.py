@@ -127,7 +127,8 @@ def _torch(groups: Groups) -> torch.optim.Optimizer:
     return torch.optim.AdamW(groups, fused=True)
 
 
-# In the order of preference of ``auto``, which never compiles: DeepSpeed's only if it was built at installation.
+# In ``auto``'s order of preference. ``auto`` never compiles an extension, so it selects DeepSpeed's implementation only
+# if that was built when DeepSpeed was installed.
 AVAILABLE = {
     "apex": AdamWImplementation("apex.optimizers.FusedAdam", _apex, _absent_apex),
     "te": AdamWImplementation("transformer_engine.pytorch.optimizers.FusedAdam", _te, _absent_te),

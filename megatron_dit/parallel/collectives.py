@@ -1,4 +1,4 @@
-"""Collectives on Python values: over all ranks of the job, each rank calls them at the same point."""
+"""Collectives on Python values over all ranks of the job. Every rank must call them at the same point."""
 
 from __future__ import annotations
 

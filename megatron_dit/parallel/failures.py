@@ -20,9 +20,9 @@ from megatron_dit.runtime.errors import RemoteError, UserError
 from megatron_dit.runtime.launch_environment import launch_environment
 
 KEY = "failure"
-REPORT_SECONDS = 3.0  # for which a rank that lost a connection waits for a report
+REPORT_SECONDS = 3.0  # time that a rank waits for a report after it has lost a connection
 POLL_SECONDS = 0.1
-# Parts of the messages of gloo and NCCL if the process at the other end of a connection has ended.
+# Substrings of the error messages of gloo and NCCL if the process at the other end of a connection has ended.
 LOST_CONNECTION = ("connection closed by peer", "connection reset by peer", "broken pipe", "remote process exited")
 
 _store: dist.Store | None = None

@@ -99,9 +99,10 @@ class ColumnGatheredLinear(ColumnLinear):
 
 
 class ColumnThenGatherLinear(ColumnLinear):
-    """Column-parallel linear layer with all output features of its tokens: (S, B, inputs) -> (S, B, outputs).
+    """Column-parallel linear layer whose output features are gathered: (S, B, inputs) -> (S, B, outputs).
 
-    For long skip connections: each rank gets all features, of all tokens or, under sequence parallelism, of its own.
+    Used for long skip connections. Each rank gets all features of all tokens or, under sequence parallelism, all
+    features of its own tokens.
     """
 
     def __init__(self, backend: Backend, inputs: int, outputs: int) -> None:

@@ -43,9 +43,9 @@ class Masters:
         self._zero, self._stage = engine.optimizer, stage
         self.shards: dict[str, MasterShard] = {}
         named = dict(engine.module.named_parameters())
-        find = {0: self._whole, 1: self._fragment, 2: self._fragment, 3: self._partition}[stage]
+        find = {0: self._full_range, 1: self._fragment, 2: self._fragment, 3: self._partition}[stage]
         if stage == 0:
-            self._map_whole()
+            self._map_masters()
         for name, p in named.items():
             shard = find(p)
             if shard is not None and shard.numel > 0:
@@ -91,7 +91,7 @@ class Masters:
 
     @torch.no_grad()
     def sync_model_weights(self) -> None:
-        """Copy the master weights to the model weights, after they were written from outside. Collective."""
+        """Copy the master weights to the model weights after masters were changed outside ``step()``. Collective."""
         zero = self._zero
         if self._stage == 0:
             for p, master in self._masters.items():
@@ -115,8 +115,8 @@ class Masters:
         if getattr(self._zero, "cpu_offload", False):  # only stages 1 and 2 have this attribute
             self._zero.averaged_gradients.update(dict.fromkeys(self._zero.averaged_gradients))
 
-    def _map_whole(self) -> None:
-        """Stage 0: the parameter itself, or the fp32 copy that DeepSpeed's bf16 wrapper updates."""
+    def _map_masters(self) -> None:
+        """Stage 0: map each parameter to itself, or to the fp32 copy that DeepSpeed's bf16 wrapper updates."""
         zero = self._zero
         self._masters: dict[nn.Parameter, Tensor] = {}
         if hasattr(zero, "fp32_groups"):
@@ -125,7 +125,8 @@ class Masters:
         else:
             self._masters.update({p: p for group in zero.param_groups for p in group["params"]})
 
-    def _whole(self, p: nn.Parameter) -> MasterShard:
+    def _full_range(self, p: nn.Parameter) -> MasterShard:
+        """Stage 0: every data-parallel rank holds the complete parameter."""
         return MasterShard(start=0, numel=p.numel(), flat=self._masters[p], offset=0)
 
     def _fragment(self, p: nn.Parameter) -> MasterShard | None:

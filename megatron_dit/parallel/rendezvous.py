@@ -20,13 +20,13 @@ import torch.distributed as dist
 from megatron_dit.runtime.errors import OwnError, UserError
 from megatron_dit.runtime.launch_environment import LaunchEnvironment
 
-SILENT_SECONDS = 10.0  # before the first message about missing ranks
-REPEAT_SECONDS = 30.0  # between messages
+SILENT_SECONDS = 10.0  # time before the first message about missing ranks
+REPEAT_SECONDS = 30.0  # time between messages
 POLL_SECONDS = 0.1
 NAME_SECONDS = 30.0  # retry resolving a host name for this long: the name of a new pod takes a while to appear
 STORE_SECONDS = 10.0  # timeout of one connection to the store
-FAREWELL_SECONDS = 3.0  # for which rank 0 keeps the store open so that the others can read its error
-GROUP_TIMEOUT = datetime.timedelta(minutes=30)  # of collectives, after all ranks have connected
+FAREWELL_SECONDS = 3.0  # time that rank 0 keeps the store open after an error, so that the other ranks can read it
+GROUP_TIMEOUT = datetime.timedelta(minutes=30)  # timeout of collectives, after all ranks have connected
 DEFAULT_PORT = "29500"
 
 
@@ -36,7 +36,7 @@ def rendezvous(place: LaunchEnvironment, limit: float) -> dist.Store:
     Raises UserError naming the missing ranks after ``limit`` seconds, and if the ranks' settings contradict each other.
     """
     address, port = _master()
-    return _Meeting(place, address, port, time.monotonic(), limit).hold()
+    return _Rendezvous(place, address, port, time.monotonic(), limit).run()
 
 
 def ranges(numbers: Sequence[int]) -> str:
@@ -63,15 +63,15 @@ def _master() -> tuple[str, int]:
     return address, int(text)
 
 
-class _Meeting:
-    """Rendezvous from the side of one rank. Rank 0 serves the store, unless torchrun's agent does."""
+class _Rendezvous:
+    """One rank's part of the rendezvous. Rank 0 serves the store, unless torchrun's agent does."""
 
     def __init__(self, place: LaunchEnvironment, address: str, port: int, started: float, limit: float) -> None:
         self._place, self._address, self._port, self._limit = place, address, port, limit
         self._started, self._last_message = started, started + SILENT_SECONDS - REPEAT_SECONDS
         self._who = f"process {os.getpid()} on host {socket.gethostname()}"
 
-    def hold(self) -> dist.Store:
+    def run(self) -> dist.Store:
         by_agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
         serving = self._place.rank == 0 and not by_agent
         store: dist.Store = self._serve() if serving else self._join()
@@ -145,8 +145,8 @@ class _Meeting:
                 time.sleep(POLL_SECONDS)
                 continue
             missing = [rank for rank in others if not store.check([f"rank{rank}"])] or [others[-1]]
-            few = f"rank {missing[0]}" if len(missing) == 1 else f"ranks {ranges(missing)}"
-            text = f"{few} of {self._place.world} did not connect to {self._address}:{self._port}"
+            listed = f"rank {missing[0]}" if len(missing) == 1 else f"ranks {ranges(missing)}"
+            text = f"{listed} of {self._place.world} did not connect to {self._address}:{self._port}"
             try:
                 self._pause(text, "start the missing ranks, or check their logs for errors")
             except UserError as error:

@@ -16,7 +16,7 @@ from megatron_dit.runtime.launch_environment import launch_environment
 
 @contextlib.contextmanager
 def multi_rank_command() -> Iterator[None]:
-    """Context for a command that runs on several ranks: a failure of one rank ends all; disconnect at the end."""
+    """Context for a command that runs on several ranks: if one rank fails, all end. Disconnects at the end."""
     with failure_ends_all_ranks():
         yield
     disconnect()
@@ -25,7 +25,8 @@ def multi_rank_command() -> Iterator[None]:
 def start_up(config: Config) -> Topology:
     """Join the process group, set the number of threads and return this rank's place in the layout. Collective.
 
-    Raises UserError if ranks are missing after ``launch.rendezvous_seconds`` or do not suit the layout.
+    Raises UserError if ranks are missing after ``launch.rendezvous_seconds``, or if their number does not match the
+    layout.
     """
     connect(config.launch.rendezvous_seconds)
     set_threads(config)

@@ -1,9 +1,9 @@
 """Layer backend on Transformer Engine (TE): hidden linear layers in bf16 or FP8, attention on cuDNN.
 
 Embedders, conditioning and output layers are those of the local backend, in bf16: they are a small part of the
-computation and the most sensitive to FP8. Norms are too, because their gains are read through
-``sum_grad_over_tensor_ranks`` and ``sum_grad_over_sequence_ranks``, which TE's modules do not support. Weights are
-stored in bf16 and cast to FP8 at each use.
+computation and the most sensitive to FP8. The norms are also those of the local backend, because their gains are read
+through ``sum_grad_over_tensor_ranks`` and ``sum_grad_over_sequence_ranks``, which TE's modules do not support. Weights
+are stored in bf16 and cast to FP8 at each use.
 """
 
 from __future__ import annotations

@@ -54,7 +54,7 @@ class RankBuild:
 
 
 def build_rank(config: Config, world: int, rank: int) -> RankBuild:
-    """Build rank ``rank`` of ``world``. Raises UserError if the job would be refused at its start.
+    """Build rank ``rank`` of ``world``. Raises UserError if the job would fail its checks when it starts.
 
     The dataset is checked if it exists on this machine.
     """
@@ -105,7 +105,7 @@ def print_rank_build(config: Config, built: RankBuild) -> None:
         differs = "" if expected[name] == count else " DIFFERS"
         table.add_row(name, f"{count:,}", f"{count / GIB:.3f}", f"{expected[name]:,}{differs}")
     console = Console(width=110)
-    console.print(f"{built.parameters:,} parameters ({built.parameters / 1e9:.1f}B); blocks {built.blocks} here")
+    console.print(f"{built.parameters:,} parameters ({built.parameters / 1e9:.1f}B); rank's blocks: {built.blocks}")
     console.print(table)
     if parallel.pipeline > 1:
         fractions = ", ".join(f"{flops / sum(built.stage_flops):.1%}" for flops in built.stage_flops)

@@ -1,4 +1,4 @@
-"""Changes to the behavior of third-party libraries, each one function with its reason."""
+"""Changes to the behavior of third-party libraries: one function per change, which documents its reason."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def prepare_deepspeed() -> None:
     """Configure DeepSpeed 0.19 before it is used for training.
 
     Without DS_ACCELERATOR it warns on a machine without GPUs that it found no accelerator. Its logger prints the
-    config and timers at INFO. Its shared-memory all-reduce for CPUs would be compiled at start-up; gloo serves as well.
+    config and timers at INFO. Its shared-memory all-reduce for CPUs would be compiled at start-up; gloo is sufficient.
     """
     import torch
 

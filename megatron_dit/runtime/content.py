@@ -1,4 +1,4 @@
-"""Detect a file's format from its first bytes: clones and failed downloads leave files of another format than named."""
+"""Detect a file's format from its first bytes, which may differ from its name after a failed download or clone."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 _HEAD = 512  # bytes read from each file
-_LARGEST_HEADER = 100_000_000  # bytes; the safetensors library refuses longer ones
+_LARGEST_HEADER = 100_000_000  # bytes; the safetensors library rejects longer ones
 _AGAIN = "download or export it again"
 _LFS = b"version https://git-lfs.github.com/spec/"
 # First bytes in lower case -> (name, description).

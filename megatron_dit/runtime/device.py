@@ -1,4 +1,4 @@
-"""Peak FLOP/s of devices (the denominator of MFU) and peak memory of this process."""
+"""This rank's device, the peak FLOP/s of devices (the denominator of MFU), and peak memory of this process."""
 
 from __future__ import annotations
 

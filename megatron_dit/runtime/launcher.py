@@ -18,9 +18,9 @@ from typing import NoReturn
 
 from megatron_dit.runtime.launch_environment import LAUNCHER_PREFIXES, RANK_VARIABLES
 
-GRACE_SECONDS = 2.0  # between the first rank's failure and the killing of the other ranks
-REMINDER_SECONDS = 10.0  # between a signal and the message about ranks that have not ended
-DELAY_SECONDS = 0.3  # before a rank's standard error is printed, because another rank's failure may have caused it
+GRACE_SECONDS = 2.0  # time that the other ranks have to end after the first rank's failure, before they are killed
+REMINDER_SECONDS = 10.0  # time between a signal and the message about ranks that have not ended
+DELAY_SECONDS = 0.3  # delay before a rank's error output is printed, because another rank's failure may have caused it
 LAST_LINES = 40  # number of lines of a failed rank's standard error printed at the end
 LAUNCHED = "MEGATRON_DIT_LAUNCHED"  # environment variable set for the ranks of --procs
 
@@ -119,7 +119,7 @@ class _Job:
                 (rank for rank in self._ranks if rank.status), key=lambda rank: rank.failure, default=None
             )
             if first:
-                # Ranks with the same error end by themselves; the others would wait for the failed rank for ever.
+                # Ranks with the same error end by themselves; the others would wait for the failed rank forever.
                 self._wait(GRACE_SECONDS)
                 self._send(signal.SIGKILL)
                 continue

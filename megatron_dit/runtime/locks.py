@@ -59,7 +59,7 @@ class FileLock:
         self.release()
 
 
-def _forget_in_child() -> None:
+def _release_in_child() -> None:
     """Close inherited locks in a forked child, such as a data-loader worker.
 
     The child shares the open file, so it would otherwise keep the lock after its parent was killed.
@@ -68,7 +68,7 @@ def _forget_in_child() -> None:
         lock.release()
 
 
-os.register_at_fork(after_in_child=_forget_in_child)
+os.register_at_fork(after_in_child=_release_in_child)
 
 
 def _open(path: Path) -> int:

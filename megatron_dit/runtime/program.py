@@ -17,16 +17,16 @@ from megatron_dit.runtime.launcher import LAUNCHED
 from megatron_dit.runtime.output import guard_output
 from megatron_dit.runtime.text import printable
 
-# After another rank's failure, rank 0 ends this much later, because it serves the store from which the other ranks read
-# the report, and so do all ranks of --procs, so that the launcher sees the failed rank end first.
+# Delay before this process ends after another rank's failure. Rank 0 waits because it serves the store from which the
+# other ranks read the report. All ranks of --procs wait so that the launcher sees the failed rank end first.
 FAREWELL_SECONDS = 3.0
 
 
 def run_program(command: Callable[[list[str]], int]) -> int:
     """Run ``command`` on the process's arguments and return its exit status.
 
-    After an exception the status is 1, and the traceback is printed, unless the exception is another rank's, which
-    prints it.
+    After an exception the status is 1, and the traceback is printed unless the exception was raised on another rank,
+    which prints it itself.
     """
     guard_output()
     logging.set_up()

@@ -1,4 +1,4 @@
-"""Handling of SIGTERM and Ctrl-C: at once while a command waits for other ranks, by saving first during training."""
+"""Handling of SIGTERM and Ctrl-C: end at once while waiting for other ranks, but save first during training."""
 
 from __future__ import annotations
 
@@ -29,7 +29,10 @@ def signals_end_at_once() -> Iterator[None]:
 
 
 class StopSignal:
-    """Context in which SIGTERM and Ctrl-C end the process at once. After ``listen``, the first only sets ``asked``."""
+    """Context in which SIGTERM and Ctrl-C end the process at once.
+
+    After ``listen`` is called, the first signal only sets ``asked``; a second one still ends the process at once.
+    """
 
     def __init__(self) -> None:
         self.asked = False

@@ -55,7 +55,10 @@ def noise_of(prompt: str, copy: int, seed: int, shape: tuple[int, ...]) -> Tenso
 
 
 class Sampler:
-    """Generator of images from one checkpoint. ``data`` overrides the dataset, which names codec and text encoder."""
+    """Generator of images from one checkpoint.
+
+    The dataset's index names the codec and text encoder; ``data`` overrides the dataset in the run's config.
+    """
 
     def __init__(self, checkpoint: str | Path, *, data: str | None = None, ema: bool = True) -> None:
         reader = open_checkpoint(checkpoint)
@@ -126,8 +129,8 @@ class Sampler:
             raise UserError(f"text encoder {name} has {encoder.dim} features, but model.text_dim={model.text_dim}")
         if encoder.sha256 != index.text["sha256"]:
             raise UserError(
-                f"text encoder {name} has weights {encoder.sha256[:12]}, but {index.folder} was made with "
-                f"{index.text['sha256'][:12]}; restore that encoder"
+                f"text encoder {name} has weights with SHA-256 {encoder.sha256[:12]}, but {index.folder} was encoded "
+                f"with {index.text['sha256'][:12]}; restore that encoder"
             )
         return encoder
 

@@ -19,7 +19,10 @@ def save_grid(
     path: Path,
     colors: Sequence[str] | None = None,
 ) -> None:
-    """Write a PNG with (H, W, 3) uint8 images of any sizes, each above its caption. ``colors`` are the captions'."""
+    """Write a grid of (H, W, 3) uint8 images of any sizes, each above its caption, in the format of ``path``'s suffix.
+
+    ``colors`` are the text colors of the captions.
+    """
     columns = min(8, math.ceil(math.sqrt(len(images))))
     rows = math.ceil(len(images) / columns)
     figure = Figure(figsize=(1.7 * columns, 2.0 * rows), layout="constrained")

@@ -27,7 +27,7 @@ class CheckpointSchedule:
         self._plotted = time.monotonic()
 
     def prepare(self) -> None:
-        """Create the folders and delete the remainders of interrupted saves.
+        """Create the folders and delete the remains of interrupted saves.
 
         Only rank 0 calls this, before the first step. Raises UserError if an entry that is not a checkpoint has the
         name of one that this run will write.
@@ -66,13 +66,13 @@ class CheckpointSchedule:
         """
         step, config = self._engine.step, self._config.checkpoint
         snapshot_every = self._config.ema.snapshot_every
-        of_averages = bool(snapshot_every) and (step % snapshot_every == 0 or step == self._config.train.steps)
-        due = last or step % config.every == 0
-        if due or of_averages or not writing:
+        snapshot_due = bool(snapshot_every) and (step % snapshot_every == 0 or step == self._config.train.steps)
+        checkpoint_due = last or step % config.every == 0
+        if checkpoint_due or snapshot_due or not writing:
             self.finish()
-        if of_averages:
+        if snapshot_due:
             self._snapshot.begin(self._run.snapshots, list(power_averages(self._config.ema)))
-        if due:
+        if checkpoint_due:
             self._checkpoint.begin(self._run.checkpoints)
         if last:
             self.finish(must=True)

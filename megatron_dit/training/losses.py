@@ -41,7 +41,7 @@ class MicroBatchLoss:
     def __call__(self, model: Callable[..., Tensor], micro_batch: Batch, *, intermediates: bool = False) -> LossTerms:
         """Return the losses of ``micro_batch``, and the model's intermediates if requested.
 
-        If an earlier virtual stage than the last one has REPA's projector, REPA's loss is attached to its output.
+        If a virtual stage before the last one has REPA's projector, REPA's loss is attached to that stage's output.
         """
         repa, config = bool(self._config.model.repa_block), self._config.objective
         seen: Intermediates | None = {} if repa or intermediates else None

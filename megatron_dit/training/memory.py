@@ -62,7 +62,7 @@ def _block(config: Config, name: str) -> int:
 
 
 def state_bytes(config: Config, params: Iterable[Param], data_parallel: int, stage: int = 0) -> StateBytes:
-    """Return the bytes on a rank of pipeline stage ``stage``. Includes padding, so all ranks of a stage are equal."""
+    """Return the bytes on each rank of a pipeline stage. With padding included, all ranks of a stage need the same."""
     zero, item = config.parallel.zero_stage, ITEM_BYTES[config.train.dtype]
     averages = FP32 * (1 + len(config.ema.sigma_rel))
     params = stage_params(config, params, stage)

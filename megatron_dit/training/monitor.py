@@ -19,7 +19,7 @@ from megatron_dit.runtime.device import device
 class StepMonitor:
     """Accumulates sums of squares over parameters while the optimizer steps.
 
-    Only at that time the gradients are in fp32, averaged over ranks, and sharded as the optimizer's states are.
+    Only at that time are the gradients in fp32, averaged over ranks, and sharded like the optimizer's states.
     """
 
     def __init__(self, params: Mapping[str, Param], masters: Masters, topology: Topology) -> None:
@@ -37,7 +37,7 @@ class StepMonitor:
         self._sums = torch.zeros(len(names), dtype=torch.float64, device=device())
 
     def observe(self, flat: Tensor, group: Mapping[str, Any], state: Mapping[str, Tensor], num_updates: int) -> None:
-        """Add a flat tensor that AdamW has just updated for the ``num_updates``-th time, its gradient still present."""
+        """Add a flat tensor just after AdamW's ``num_updates``-th update, while its gradient is still available."""
         assert flat.grad is not None
         (beta1, beta2), lr, decay = group["betas"], group["lr"], group["weight_decay"]
         for name, shard in self._shards.get(id(flat), []):
@@ -54,9 +54,9 @@ class StepMonitor:
                 self._sums[self._index[key]] += tensor.double().square().sum().to(self._sums.device)
 
     def results(self, clipped: float) -> dict[str, float]:
-        """Return gradient norms by block before clipping by the factor ``clipped``, and |update| / |weight| by role.
+        """Return gradient norms by block and |update| / |weight| by role, and reset the sums. Collective.
 
-        Collective. Resets the sums.
+        ``clipped`` is the factor by which clipping scaled the gradients; the norms are those before clipping.
         """
         sums = self._sums / self._copies
         self._sums = torch.zeros_like(self._sums)

@@ -1,4 +1,4 @@
-"""Run the models under Megatron-core's pipeline schedules, 1F1B and interleaved 1F1B."""
+"""Run the model under Megatron-core's pipeline schedules, 1F1B and interleaved 1F1B."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from megatron_dit.parallel.topology import Topology
 from megatron_dit.runtime.compat import create_cuda_tensors_on_cpu
 from megatron_dit.training.losses import LossTerms
 
-Forward = Callable[["ModelChunk", Batch], LossTerms]  # of a virtual stage and a micro-batch
+Forward = Callable[["ModelChunk", Batch], LossTerms]  # (virtual stage, micro-batch) -> its losses
 
 
 class ModelChunk(nn.Module):

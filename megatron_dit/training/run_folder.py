@@ -92,10 +92,10 @@ class RunFolder:
             raise UserError(f"run_dir={self.path} exists and is not a run; set run_dir to a new folder")
 
     def _saved_config(self) -> tuple[Config | None, str]:
-        """Return the config of the run in the folder (None if there is no run), and what is wrong with config.yaml.
+        """Return the config of the run in the folder and the error of config.yaml ("" if it can be used).
 
         If config.yaml cannot be used, the config in the newest checkpoint is returned. Raises UserError if that
-        cannot be used either.
+        cannot be used either. The config is None if the folder contains no run.
         """
         path = self.path / CONFIG
         try:

@@ -96,7 +96,7 @@ def _measure(config: Config) -> list[tuple[int, str, float]]:
 
 
 def slopes(sizes: Sequence[Size]) -> list[Slope]:
-    """Return the slope for each parametrization, step and name, except where a size is zero (as of a zero readout).
+    """Return the slope for each parametrization, step and name, except if a size is zero (zero-initialized readout).
 
     With four or more widths the narrowest is excluded, because μP is a statement about the limit of large width.
     """

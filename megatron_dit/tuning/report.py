@@ -78,7 +78,7 @@ def write_best(results: Sequence[Result], config: SweepConfig) -> Setting | None
 
 
 def provenance(chosen: Setting, results: Sequence[Result]) -> str:
-    """Return one line that says which trials the best values come from."""
+    """Return one line that names the trials with the best values."""
     numbers = ", ".join(str(trial.number) for trial in chosen.trials)
     seeds = [trial.params["seed"] for trial in chosen.trials if "seed" in trial.params]
     of_seeds = f" (seeds {', '.join(map(str, seeds))})" if seeds else ""

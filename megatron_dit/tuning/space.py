@@ -57,13 +57,13 @@ class Dimension(Section):
         values = self.uniform or self.log_uniform
         return [int(value) for value in values] if all(value.is_integer() for value in values) else values
 
-    def distribution(self, whole: bool) -> BaseDistribution:
-        """Return the Optuna distribution; ``whole`` says that the config's key is an integer."""
+    def distribution(self, integer: bool) -> BaseDistribution:
+        """Return the Optuna distribution; ``integer`` states whether the config's key is an integer."""
         if self.finite:
             return CategoricalDistribution([to_optuna(value) for value in self.finite])
         low, high = self.interval
         log = bool(self.log_uniform)
-        return IntDistribution(int(low), int(high), log) if whole else FloatDistribution(low, high, log)
+        return IntDistribution(int(low), int(high), log) if integer else FloatDistribution(low, high, log)
 
     def from_optuna(self, value: Any) -> Any:
         """Return the config value for a value stored by Optuna."""
@@ -165,7 +165,7 @@ def to_optuna(value: Any) -> Any:
 
 
 def open_folder(config: SweepConfig) -> None:
-    """Create the sweep's folder and write its config. Raises UserError if the folder holds anything else.
+    """Create the sweep's folder and write its config. Raises UserError if the folder contains anything else.
 
     A corrupt saved config is rewritten if the results have the keys of this sweep.
     """
@@ -210,8 +210,8 @@ def _difference(folder: Path, config: SweepConfig) -> str | None:
         old, new = getattr(saved, name), getattr(config, name)
         if old != new:
             return f"{name} was {old!r} and is now {new!r}"
-    how_it_is_run = RESUMABLE - {"train.steps"}
-    return first_difference(saved.base, config.base, how_it_is_run)
+    may_differ = RESUMABLE - {"train.steps"}
+    return first_difference(saved.base, config.base, may_differ)
 
 
 def _other_results(folder: Path, config: SweepConfig) -> str | None:

@@ -1,9 +1,9 @@
 """Run the first steps of a config in each layout and compare them with a single process.
 
 A layout must have identical initial weights, and losses and gradient norms that are equal up to rounding. The norms
-are compared before clipping, because after it all norms above the limit are equal. After the initial weights are
+are compared before clipping, because after clipping all norms above the limit are equal. After the initial weights are
 hashed, noise is added to every weight. Otherwise, layers that start at zero (adaLN gates, readouts) would hide wrong
-gradients behind them until the end of the warm-up.
+gradients of other layers until the end of the warm-up.
 """
 
 from __future__ import annotations

@@ -79,7 +79,7 @@ def layouts_of(
     known = {SINGLE: REFERENCE, **LAYOUTS}
     unknown = next((name for name in names if name not in known), None)
     if unknown is not None:
-        raise UserError(f"unknown layout {unknown!r}; expected some of {', '.join(known)}")
+        raise UserError(f"unknown layout {unknown!r}; expected one or more of {', '.join(known)}")
     # ZeRO stage 0 cannot offload. Transformer Engine computes fp32 products in TF32, whose error exceeds the tolerance.
     forced = [*overrides, "train.dtype=fp32", "optimizer.offload=false", "train.fp8=none", "parallel.backend=local"]
     base = load_config(path, forced)

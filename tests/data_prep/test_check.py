@@ -98,7 +98,7 @@ def plant(kind, folder, ran):
         return "00000.tar/000002: latent.npy has a CRC-32 that differs from the table"
     if kind == "byte in table":
         flip(first, read_index(folder).shards[0].table)  # in the first key
-        return "00000.tar/100000: latent.npy is at no place in the tar"
+        return "00000.tar/100000: latent.npy is missing from the tar"
     if kind == "extra member":
         append(first, "000001.jpg", b"x")
         return "member '000001.jpg' is not in the table"

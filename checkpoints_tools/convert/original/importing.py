@@ -83,14 +83,14 @@ def _config(form: OriginalFormat, file: OriginalCheckpoint, given: Overrides, as
     if recipe is not None and not math.isclose(recipe.ratio, width_multiplier(config), rel_tol=1e-6):
         raise UserError(
             f"{file.path} was trained with the learning rates {_listed(recipe.lrs)}, so its width is {recipe.ratio:g} "
-            f"times the base width, but the given base width makes it {width_multiplier(config):g} times: give the "
-            "base width it was trained with by --base-shapes or mup.base_heads=N"
+            f"times the base width, but the given base width makes it {width_multiplier(config):g} times: give "
+            "the base width that was used in training, with --base-shapes F.bsh or mup.base_heads=N"
         )
     return config
 
 
 def _check_parametrization(form: OriginalFormat, file: OriginalCheckpoint, recipe: Recipe | None) -> None:
-    """Raise UserError if the file was trained under μP and the format was not, or the other way round."""
+    """Raise UserError if the file was trained under μP but the format's models are not, or vice versa."""
     others = [each.name for each in formats_of(form.arch) if bool(each.mup_preset) != bool(form.mup_preset)]
     remedy = f"import it with --from {others[0]}" if others else "it cannot be imported"
     recorded = getattr(file.args, "mup", None)

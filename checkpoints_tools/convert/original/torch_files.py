@@ -42,16 +42,18 @@ def read_original(path: Path) -> OriginalCheckpoint:
     )
     if raw is None and averages is None:
         raw = found
-    one, other = (None if weights is None else _tensors(path, weights) for weights in (raw, averages))
-    if one is not None and other is not None and _shapes(one) != _shapes(other):
+    raw_tensors, averaged_tensors = (
+        None if weights is None else _tensors(path, weights) for weights in (raw, averages)
+    )
+    if raw_tensors is not None and averaged_tensors is not None and _shapes(raw_tensors) != _shapes(averaged_tensors):
         raise UserError(
             f"{path} has raw weights and averages with different names or shapes: expected those of one model"
         )
     args = found.get("args")
     return OriginalCheckpoint(
         path,
-        one if one is not None else other or {},
-        other if other is not None else one or {},
+        raw_tensors if raw_tensors is not None else averaged_tensors or {},
+        averaged_tensors if averaged_tensors is not None else raw_tensors or {},
         args if isinstance(args, argparse.Namespace) else argparse.Namespace(),
         _groups(next((found[key] for key in OPTIMIZER if key in found), None)),
     )
@@ -166,7 +168,7 @@ def _tensors(path: Path, weights: Mapping[Any, Any]) -> Weights:
             raise UserError(
                 f"{path} declares {needed:,} bytes for {name:.200}, but has {min(held, size):,}: download it again"
             )
-        if records is not None and held not in records:  # a mapped storage may extend into the bytes of the next
+        if records is not None and held not in records:  # a memory-mapped storage may extend into the next entry
             raise UserError(
                 f"{path} declares {held:,} bytes for {name:.200}, but has no entry of that size: download it again"
             )

@@ -1,7 +1,7 @@
 """Base class of all models, which lets a pipeline split them: ``embed``, numbered blocks, and ``readout``.
 
-Blocks pass on a :data:`State`, which contains all tensors (n, B, D) of tokens that later blocks need. Pipeline stages
-send it as one tensor, concatenated along n, so no stage needs copies of another stage's parameters.
+Each block receives and returns a :data:`State`, which contains all tensors (n, B, D) that later blocks need. Pipeline
+stages send it as one tensor, concatenated along n, so no stage needs copies of another stage's parameters.
 """
 
 from __future__ import annotations
@@ -100,6 +100,6 @@ class DiffusionTransformer(nn.Module, ABC):
             return torch.cat(state)
         out = self.readout(state, height, width)
         if intermediates is not None:
-            # Only ε, without the variance; see coord_check.
+            # Only ε, without the learned variance, for the reason given in tuning/coord_check.py.
             intermediates["output"] = out[:, : self.config.in_channels]
         return out

@@ -41,7 +41,7 @@ class ModelFolder(Protocol):
 
 @dataclass(frozen=True)
 class Unmapped:
-    """What an import takes from weights that no row maps."""
+    """Parameters, corrections and notes that an import derives from weights that no row maps."""
 
     values: Mapping[str, Tensor] = field(default_factory=dict)  # values of our parameters without a row
     added: Mapping[str, Tensor] = field(default_factory=dict)  # tensors to add to our parameters
@@ -58,8 +58,8 @@ class DiffusersCounterpart(ABC):
     module: ClassVar[str] = "diffusers"  # the class's module, as model_index.json names it
     source_file: ClassVar[Path | None] = None  # the module's file if it is ours, which exported folders contain
     old_norm_type: ClassVar[str | None] = None  # norm_type of models saved under the old name Transformer2DModel
-    only: ClassVar[Mapping[str, Any]] = {"mlp_ratio": 4}  # keys of ModelConfig of which the class supports one value
-    kept_settings: ClassVar[tuple[str, ...]] = ()  # settings without a key of ModelConfig that re-export preserves
+    only: ClassVar[Mapping[str, Any]] = {"mlp_ratio": 4}  # key of ModelConfig -> the only supported value
+    kept_settings: ClassVar[tuple[str, ...]] = ()  # settings without a key of ModelConfig; a re-export keeps them
     separate: ClassVar[Mapping[str, str]] = {}  # our parameters that the class lacks -> file and tensor of the export
     has_clip: ClassVar[bool] = False  # whether the class takes CLIP's pooled text, which our model does not
 
@@ -76,10 +76,10 @@ class DiffusersCounterpart(ABC):
 
     @abstractmethod
     def input_notes(self, config: ModelConfig) -> str:
-        """Return what the model card says about the inputs."""
+        """Return the model card's notes on the inputs, in Markdown."""
 
     def settings(self, config: ModelConfig) -> Settings:
-        """Return the arguments of the class."""
+        """Return the arguments of the class's constructor."""
         return {
             "num_attention_heads": config.heads,
             "attention_head_dim": config.head_dim,
@@ -91,11 +91,11 @@ class DiffusersCounterpart(ABC):
         }
 
     def baseline_settings(self, config: ModelConfig) -> Settings:
-        """Return the arguments of the class with which ``bench`` compares."""
+        """Return the arguments of the class's constructor for the baseline of ``bench --diffusers``."""
         return self.settings(config)
 
     def model_keys(self, settings: Settings) -> dict[str, Any]:
-        """Return keys of ModelConfig. Raise UserError for settings that our model does not support."""
+        """Convert ``settings`` to keys of ModelConfig. Raise UserError for settings that our model does not support."""
         return {
             "depth": read_count(settings, "num_layers"),
             "heads": read_count(settings, "num_attention_heads"),
@@ -106,7 +106,7 @@ class DiffusersCounterpart(ABC):
         }
 
     def inputs(self, model: Any, condition: Condition) -> dict[str, Tensor | None]:
-        """Return the arguments of ``model``, of the class, that express a condition, ignoring whether it is dropped."""
+        """Return the arguments that pass a condition to ``model``, an instance of the class. Ignores ``dropped``."""
         if condition.label is not None:
             return {"class_labels": condition.label}
         return {"encoder_hidden_states": condition.text}
@@ -123,7 +123,7 @@ class DiffusersCounterpart(ABC):
         return getattr(importlib.import_module(self.module), self.class_name)
 
     def unsupported(self, config: ModelConfig) -> str | None:
-        """Return the first key of ModelConfig whose value the class does not support."""
+        """Return the first key of ModelConfig whose value the class does not support; None if there is none."""
         return next((key for key, value in self.only.items() if getattr(config, key) != value), None)
 
 

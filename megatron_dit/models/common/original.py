@@ -1,6 +1,6 @@
-"""Base class of the formats in which architectures' original projects save checkpoints, and what the formats share.
+"""Base class and shared code for the checkpoint formats of the architectures' original projects.
 
-Importing a format imports no torch: the command line lists the formats.
+Importing a format does not import torch, so that the command line can list the formats quickly.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ class OriginalCheckpoint:
 class OriginalFormat(ABC):
     """Format of one project's checkpoints. Each ``models/<name>/original.py`` defines its ``FORMATS``.
 
-    The defaults of the methods are those of DiT's names.
+    The default implementations of the methods are for DiT's parameter names.
     """
 
     arch: ClassVar[str]
@@ -93,8 +93,8 @@ class OriginalFormat(ABC):
     def adapt(self, file: OriginalCheckpoint, found: Weights, config: ModelConfig) -> list[str]:
         """Convert in place the weights, already under our names, whose layout differs from ours.
 
-        Return lines to print. Raise UserError if our model computes other values for tensors that it has no
-        parameters for.
+        Return lines to print. Raise UserError if the file stores a tensor that our model computes itself, with other
+        values.
         """
         return []
 

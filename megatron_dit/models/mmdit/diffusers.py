@@ -23,7 +23,7 @@ from megatron_dit.models.common.rows import Constant, Row, linear, patch_embed, 
 from megatron_dit.runtime.errors import UserError
 
 POOLED_TEXT = 2048  # width of SD3's pooled text input, which our MMDiT does not have
-BASELINE_POOLED_TEXT = 16  # the same in the baseline of bench; small to cost little
+BASELINE_POOLED_TEXT = 16  # width of this input in bench's baseline: small, so that it adds little time
 POOLED = "time_text_embed.text_embedder.linear_{}.{}"
 POSITIONS = "pos_embed.pos_embed"
 STREAMS = (
@@ -123,7 +123,7 @@ class MMDiTCounterpart(DiffusersCounterpart):
         return found
 
     def read_unmapped(self, folder: ModelFolder, config: ModelConfig, drop_clip: bool) -> Unmapped:
-        """Return what to add to the bias of the timestep's embedder if CLIP is dropped: that of zero pooled text.
+        """If CLIP is dropped, return the embedding of an all-zero pooled text, to add to the timestep embedder's bias.
 
         Raise UserError if the positions differ from ours, or if the model uses pooled text and ``drop_clip`` is False.
         """
@@ -135,7 +135,7 @@ class MMDiTCounterpart(DiffusersCounterpart):
         if not drop_clip:
             raise UserError(
                 f"{folder.path} was trained with CLIP's pooled text, which our MMDiT does not support: add --drop-clip "
-                "to import it without"
+                "to import it without CLIP"
             )
         hidden = F.silu(folder.tensor(POOLED.format(1, "bias")))
         last = (folder.tensor(POOLED.format(2, kind)) for kind in ("weight", "bias"))

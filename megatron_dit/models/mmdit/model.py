@@ -126,8 +126,8 @@ class MMDiT(DiffusionTransformer):
         return unpatchify(self.head(image, c[0]), self.config.patch_size, height, width)
 
     def state_lengths(self, i: int, patches: int) -> list[int]:
-        share = self.backend.tokens_per_rank
-        return [share(patches), share(self.config.text_tokens), 1]
+        tokens_per_rank = self.backend.tokens_per_rank
+        return [tokens_per_rank(patches), tokens_per_rank(self.config.text_tokens), 1]
 
     def _positions(self, x: Tensor) -> Tensor:
         config = self.config

@@ -1,4 +1,4 @@
-"""PixArt-α as PixArtTransformer2DModel, which has no parameter for the null caption: that has a file of its own."""
+"""PixArt-α as PixArtTransformer2DModel. It has no parameter for the null caption, which is stored in its own file."""
 
 from __future__ import annotations
 

@@ -76,7 +76,7 @@ class UViTFormat(OriginalFormat):
         }
 
     def rename(self, name: str, config: ModelConfig) -> str:
-        """The groups in_blocks, mid_block and out_blocks become consecutive blocks."""
+        """Return our name of a parameter. The groups in_blocks, mid_block and out_blocks become consecutive blocks."""
         middle = config.depth // 2
         block = re.match(r"(in_blocks|mid_block|out_blocks)\.(?:(\d+)\.)?(.+)", name)
         if block is None:
@@ -98,7 +98,7 @@ class UViTFormat(OriginalFormat):
                 notes.append(
                     f'the last of {rows} labels is taken as "no class": if it is a class, set model.num_classes={rows}'
                 )
-            # The original puts the label's token first, we the timestep's. Only the positions depend on the order.
+            # The original's first token is the label, ours is the timestep. Only the positions depend on the order.
             label, time, patches = found["positions"].split([1, 1, found["positions"].shape[1] - 2], dim=1)
             found["positions"] = torch.cat([time, label, patches], dim=1)
         if not any(name.startswith("final_layer.") for name in file.raw):
