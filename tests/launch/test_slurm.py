@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import socket
 import subprocess
@@ -83,6 +84,21 @@ def nodes(env):
     return done.stdout.strip()
 
 
+def run_batch_job(env, *arguments):
+    """Submit a batch job, wait until its tasks have ended, and return their states. sbatch --wait polls too rarely."""
+    done = subprocess.run(["sbatch", "--parsable", *arguments], capture_output=True, text=True, check=False, env=env)
+    assert done.returncode == 0, done.stderr
+    show = ["scontrol", "--oneliner", "show", "job", done.stdout.strip()]
+    deadline = time.monotonic() + 200
+    while True:
+        shown = subprocess.run(show, capture_output=True, text=True, check=True, env=env).stdout
+        states = re.findall(r"\bJobState=(\w+)", shown)
+        if not {"PENDING", "CONFIGURING", "RUNNING", "COMPLETING"} & set(states):
+            return states
+        assert time.monotonic() < deadline, shown
+        time.sleep(0.2)
+
+
 def test_srun_trains_and_reports_an_invalid_config_once(slurm, dataset, tmp_path):
     config = tmp_path / "config.yaml"
     values = small_dict("mmdit", **{"data.path": str(dataset), "run_dir": str(tmp_path / "run"), "train.steps": 3})
@@ -107,11 +123,9 @@ def test_sweep_sbatch_runs_trials_as_a_job_array(slurm, dataset, tmp_path):
     """Runs launch/sweep.sbatch without changes."""
     path = write_sweep(tmp_path, dataset, {"optimizer.lr": {"log2": [-9, -8]}})
     script = Path(__file__).parents[2] / "launch" / "sweep.sbatch"
-    words = ["sbatch", "--wait", "--array=0-1", f"--output={tmp_path}/%a.log", str(script), str(path)]
     env = {**slurm, "PYTHON": sys.executable}
-    done = subprocess.run(words, capture_output=True, text=True, timeout=200, check=False, env=env)
-    logs = [log.read_text() for log in tmp_path.glob("*.log")]
-    assert done.returncode == 0, (done.stdout, done.stderr, *logs)
+    states = run_batch_job(env, "--array=0-1", f"--output={tmp_path}/%a.log", str(script), str(path))
+    assert states == ["COMPLETED"] * 2, [log.read_text() for log in tmp_path.glob("*.log")]
     assert [result.state for result in read_sweep(tmp_path / "sweep")[1]] == ["complete", "complete"]
 
 
@@ -121,12 +135,11 @@ def test_train_sbatch_trains_on_two_nodes(slurm, dataset, tmp_path):
     values = small_dict("mmdit", **{"data.path": str(dataset), "run_dir": str(tmp_path / "run"), "train.steps": 3})
     config.write_text(yaml.safe_dump(values))
     script = Path(__file__).parents[2] / "launch" / "train.sbatch"
-    flags = ["--wait", "--nodes=2", "--ntasks-per-node=1", "--gpus-per-node=0", f"--output={tmp_path}/log"]
-    words = ["sbatch", *flags, str(script), str(config), "parallel.pipeline=2", "train.micro_batch=2"]
+    flags = ["--nodes=2", "--ntasks-per-node=1", "--gpus-per-node=0", f"--output={tmp_path}/log"]
     address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}  # n0 and n1 are not host names
     env = {**slurm, "PYTHON": sys.executable, **address}
-    done = subprocess.run(words, capture_output=True, text=True, timeout=200, check=False, env=env)
-    assert done.returncode == 0, (done.stdout, done.stderr, (tmp_path / "log").read_text())
+    states = run_batch_job(env, *flags, str(script), str(config), "parallel.pipeline=2", "train.micro_batch=2")
+    assert states == ["COMPLETED"], (tmp_path / "log").read_text()
     reader = open_checkpoint(tmp_path / "run")
     assert (reader.step, reader.manifest["layout"]["pipeline"]) == (3, 2)
 
@@ -137,7 +150,6 @@ def test_procs_starts_the_ranks_in_a_batch_script(slurm, dataset, tmp_path):
     values = small_dict("mmdit", **{"data.path": str(dataset), "run_dir": str(tmp_path / "run"), "train.steps": 3})
     config.write_text(yaml.safe_dump(values))
     command = f"{sys.executable} -m megatron_dit train {config} --procs 2"
-    words = ["sbatch", "--wait", "--nodes=2", "--ntasks-per-node=1", f"--output={tmp_path}/log", "--wrap", command]
-    done = subprocess.run(words, capture_output=True, text=True, timeout=200, check=False, env=slurm)
-    assert done.returncode == 0, (done.stdout, done.stderr, (tmp_path / "log").read_text())
+    states = run_batch_job(slurm, "--nodes=2", "--ntasks-per-node=1", f"--output={tmp_path}/log", f"--wrap={command}")
+    assert states == ["COMPLETED"], (tmp_path / "log").read_text()
     assert open_checkpoint(tmp_path / "run").manifest["layout"]["world"] == 2
