@@ -123,7 +123,7 @@ def _average(arguments: argparse.Namespace) -> int:
     summary = average(arguments.folder, arguments.sigma_rel, arguments.step, out)
     print(
         f"wrote {printable(out)}: sigma_rel {summary['sigma_rel']} at step {summary['step']} from "
-        f"{summary['averages']} stored averages; relative approximation error {100 * summary['missed']:.2g}%"
+        f"{summary['averages']} stored averages; relative approximation error {100 * summary['relative_error']:.2g}%"
     )
     write_json(arguments, summary)
     return 0
@@ -143,24 +143,24 @@ def _reshard(arguments: argparse.Namespace) -> int:
 
 
 def _prune(arguments: argparse.Namespace) -> int:
-    from megatron_dit.checkpoint.listing import CHECKPOINTS, delete, list_checkpoints, old_ones
+    from megatron_dit.checkpoint.listing import CHECKPOINTS, checkpoints_to_delete, delete, list_checkpoints
     from megatron_dit.checkpoint.manifest import Incomplete
     from megatron_dit.checkpoint.reader import CheckpointReader
 
     folder = arguments.folder / CHECKPOINTS
     listing = list_checkpoints(folder)
     if not listing.checkpoints:
-        raise UserError(f"{arguments.folder} contains no checkpoints: give the folder of a run")
+        raise UserError(f"{arguments.folder} contains no checkpoints; give the folder of a run")
     listing.log_strays(logging.INFO)
     for path in listing.checkpoints[-arguments.keep :]:
         try:
             CheckpointReader(path).verify(show=True)
         except Incomplete as error:
             raise UserError(
-                f"checkpoint {path} is incomplete ({error}), but --keep must only count complete ones: move it "
+                f"checkpoint {path} is incomplete ({error}), but --keep must only count complete ones; move it "
                 "to another folder"
             ) from None
-    old = old_ones(folder, arguments.keep, arguments.keep_every)
+    old = checkpoints_to_delete(folder, arguments.keep, arguments.keep_every)
     for path in old:
         if not arguments.dry_run:
             with writing(path):

@@ -12,13 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from checkpoints_tools.write import aside, new_folder, write_checkpoint
+from checkpoints_tools.write import new_folder, write_checkpoint, writing_folder
 from megatron_dit.checkpoint.listing import list_checkpoints
 from megatron_dit.checkpoint.manifest import Incomplete
 from megatron_dit.checkpoint.reader import CheckpointReader
 from megatron_dit.config.keys import SigmaRel, check_value
 from megatron_dit.optimizer import power_averages
-from megatron_dit.optimizer.averages import Profile, combination, gamma_of
+from megatron_dit.optimizer.ema import Profile, combination, gamma_of
 from megatron_dit.runtime.errors import UserError
 from megatron_dit.runtime.progress import ProgressBar
 from megatron_dit.training.run_folder import SNAPSHOTS
@@ -55,9 +55,9 @@ def average(run: Path, sigma_rel: float, step: int | None, out: Path) -> dict[st
         for key, width in _widths(reader).items()
     ]
     target = Profile(gamma_of(sigma_rel), readers[-1].manifest["num_updates"])
-    coefficients, missed = combination([item.profile for item in stored], target)
-    summary = {"sigma_rel": sigma_rel, "step": step, "averages": len(stored), "missed": missed}
-    with aside(out) as part:
+    coefficients, relative_error = combination([item.profile for item in stored], target)
+    summary = {"sigma_rel": sigma_rel, "step": step, "averages": len(stored), "relative_error": relative_error}
+    with writing_folder(out) as part:
         manifest = {**readers[-1].manifest, "states": ["ema"], "post_hoc": summary}
         write_checkpoint(part, manifest, _combined(stored, coefficients.tolist()))
     return summary
@@ -77,7 +77,7 @@ def _snapshots(run: Path) -> list[CheckpointReader]:
         found[reader.manifest["num_updates"]] = reader
     found.pop(0, None)
     if not found:
-        raise UserError(f"{run / SNAPSHOTS} contains no snapshots: train with ema.sigma_rel and ema.snapshot_every")
+        raise UserError(f"{run / SNAPSHOTS} contains no snapshots; train with ema.sigma_rel and ema.snapshot_every")
     return list(found.values())
 
 

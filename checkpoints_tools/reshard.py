@@ -8,7 +8,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from checkpoints_tools.write import aside, write_checkpoint
+from checkpoints_tools.write import write_checkpoint, writing_folder
 from megatron_dit.checkpoint.listing import CHECKPOINTS, step_folder
 from megatron_dit.checkpoint.reader import CheckpointReader
 from megatron_dit.config import save_config
@@ -24,7 +24,7 @@ def reshard(reader: CheckpointReader, out: Path, tensor_size: int) -> None:
     """
     parallel = replace(reader.config.parallel, tensor=tensor_size)
     config = replace(reader.config, run_dir=str(out), parallel=parallel)
-    with aside(out) as part:
+    with writing_folder(out) as part:
         write_checkpoint(step_folder(part / CHECKPOINTS, reader.step), reader.manifest, _tensors(reader), tensor_size)
         save_config(config, part / CONFIG)
 

@@ -36,12 +36,14 @@ def new_folder(out: Path) -> Path:
     out = Path(os.path.normpath(user_path(str(out), "the folder to write")))
     with writing(out):
         if os.path.lexists(out):
-            raise UserError(f"{out} already exists: give a folder that does not exist")
+            raise UserError(f"{out} already exists; give a folder that does not exist")
         parents = [parent for parent in out.absolute().parents if os.path.lexists(parent)]
         for folder in parents:
             of_a_run = folder.name in (CHECKPOINTS, SNAPSHOTS) and (folder.parent / CONFIG).exists()
             if of_a_run or (folder / MANIFEST).exists():
-                raise UserError(f"{out} is inside {folder}, which contains checkpoints: choose another folder")
+                raise UserError(
+                    f"{out} is inside {folder}, which contains checkpoints; choose an output folder elsewhere"
+                )
         with suppress(FileNotFoundError):
             _part_of(out).lstat()  # raises if a name is too long or a parent is not a folder
         with tempfile.TemporaryDirectory(dir=parents[0]):
@@ -50,7 +52,7 @@ def new_folder(out: Path) -> Path:
 
 
 @contextmanager
-def aside(out: Path) -> Iterator[Path]:
+def writing_folder(out: Path) -> Iterator[Path]:
     """Yield a temporary folder next to ``out``, which is renamed to ``out`` on success and removed on failure.
 
     Raise UserError if the folder cannot be written.
@@ -85,7 +87,7 @@ def write_checkpoint(
     for name, param in params.items():
         if param["dim"] is not None and param["shape"][param["dim"]] % (param["fused_parts"] * tensor_size):
             raise UserError(
-                f"{name} of shape {param['shape']} cannot be divided among {tensor_size} tensor-parallel ranks: choose "
+                f"{name} of shape {param['shape']} cannot be divided among {tensor_size} tensor-parallel ranks; choose "
                 "a number that divides model.heads"
             )
     paths = [folder / f"rank_{rank:05d}.safetensors" for rank in range(tensor_size)]

@@ -11,7 +11,7 @@ from megatron_dit.runtime.program import run_program
 
 def main(argv: list[str]) -> int:
     """Run one command and return its exit status."""
-    return run_command(command_parser(), argv, interrupted="interrupted: run the same command again to resume")
+    return run_command(command_parser(), argv, interrupted="interrupted; run the same command again to resume")
 
 
 def command_parser() -> Parser:

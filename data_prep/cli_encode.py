@@ -14,7 +14,7 @@ from megatron_dit.cli.command import Parser, add_command, write_json
 from megatron_dit.config.keys import Count, CountOrZero, Interval
 from megatron_dit.runtime.errors import UserError
 from megatron_dit.runtime.io import check_output
-from megatron_dit.runtime.output import keep_going
+from megatron_dit.runtime.output import survive_console_loss
 from megatron_dit.runtime.paths import user_path
 from megatron_dit.runtime.text import printable
 
@@ -152,7 +152,7 @@ def _run_job(arguments: argparse.Namespace, work: Callable[[], Done]) -> int:
     folder, worker = arguments.folder, os.environ.get(WORKER)
     if not folder.exists():
         check_output(folder / "index.json", "FOLDER", makes_folder=True)
-    keep_going()
+    survive_console_loss()
     if arguments.procs > 1 and worker is None:
         return run_workers(arguments.argv, arguments.procs)
     from data_prep.plan import format_rejected

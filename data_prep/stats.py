@@ -168,7 +168,7 @@ def _results(index: Index, seen: Seen, codec: Codec | None) -> dict[str, Any]:
         own["samples"] += shard.samples
     for own in buckets.values():
         own["fraction"] = own["samples"] / index.samples
-    results = {"samples": index.samples, "looked_at": len(seen.values), "buckets": buckets}
+    results = {"samples": index.samples, "examined": len(seen.values), "buckets": buckets}
     if seen.tokens and index.text:
         results["captions"] = _captions(seen.tokens, index.text["tokens"])
     results["latents"] = _latents(seen, codec)

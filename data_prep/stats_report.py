@@ -28,7 +28,7 @@ def print_results(results: dict[str, Any]) -> None:
     for name, own in sorted(results["buckets"].items(), key=lambda item: -item[1]["samples"]):
         buckets.add_row(name, f"{own['shards']:,}", f"{own['samples']:,}", f"{own['fraction']:.1%}")
     console.print(buckets)
-    console.print(f"{results['samples']:,} samples; the statistics below are of {results['looked_at']:,} of them")
+    console.print(f"{results['samples']:,} samples; the statistics below are of {results['examined']:,} of them")
     if "captions" in results:
         console.print(_caption_line(results["captions"]), soft_wrap=True)
     console.print(_latent_table(results["latents"]))

@@ -83,7 +83,7 @@ def _convert(parsed: argparse.Namespace) -> int:
     wrong = next((name for name in groups[unused] if getattr(parsed, name) not in (None, False, [])), None)
     if wrong is not None:
         given = parsed.overrides[0] if wrong == "overrides" else f"--{wrong.replace('_', '-')}"
-        raise UserError(f"{given} is only valid with {unused}: leave it out")
+        raise UserError(f"{given} is only valid with {unused}; leave it out")
     parsed.out = new_folder(parsed.out)
     notes = _to_diffusers(parsed) if parsed.to else _from_others(parsed)
     for line in notes:
@@ -94,11 +94,11 @@ def _convert(parsed: argparse.Namespace) -> int:
 
 def _to_diffusers(parsed: argparse.Namespace) -> list[str]:
     if not parsed.pipeline and (parsed.vae or parsed.text_encoder or parsed.link):
-        raise UserError("--vae, --text-encoder and --link apply to a pipeline only: add --pipeline")
+        raise UserError("--vae, --text-encoder and --link apply to a pipeline only; add --pipeline")
     from checkpoints_tools.convert.card import card
     from checkpoints_tools.convert.export import Export, write_model
     from checkpoints_tools.convert.pipeline import find_index, find_parts, tokens_of, write_pipeline
-    from checkpoints_tools.write import aside
+    from checkpoints_tools.write import writing_folder
     from megatron_dit.checkpoint.load import check_model, open_checkpoint
 
     reader = open_checkpoint(parsed.source)
@@ -115,7 +115,7 @@ def _to_diffusers(parsed: argparse.Namespace) -> list[str]:
         _bytes(parsed.max_shard_size or "5GB"),
         tokens_of(config, index),
     )
-    with aside(parsed.out) as part:
+    with writing_folder(parsed.out) as part:
         notes = write_model(export, part) if parts is None else write_pipeline(export, part, parts, parsed.link)
         (part / "README.md").write_text(card(export, parts))
     return notes
@@ -133,15 +133,15 @@ def _from_others(parsed: argparse.Namespace) -> list[str]:
         raise UserError(f"{run_dir}: the run is written to {parsed.out}; leave run_dir out")
     form = formats().get(parsed.source_format)
     if form is not None and parsed.variant is not None:
-        raise UserError(f"--variant {parsed.variant} is only valid with --from diffusers: leave it out")
+        raise UserError(f"--variant {parsed.variant} is only valid with --from diffusers; leave it out")
     if form is not None and parsed.drop_clip:
-        raise UserError("--drop-clip is only valid with --from diffusers: leave it out")
+        raise UserError("--drop-clip is only valid with --from diffusers; leave it out")
     if parsed.base_shapes and not (form and form.mup_preset):
         under_mup = " or ".join(each.name for each in formats().values() if each.mup_preset)
         raise UserError(
-            f"--base-shapes is only valid with --from {under_mup}: leave it out, or give mup.base_shapes=F.bsh"
+            f"--base-shapes is only valid with --from {under_mup}; leave it out, or give mup.base_shapes=F.bsh"
         )
-    asked = Import(
+    request = Import(
         parsed.source,
         parsed.out,
         parsed.data,
@@ -150,7 +150,7 @@ def _from_others(parsed: argparse.Namespace) -> list[str]:
         parsed.base_shapes,
         parsed.variant,
     )
-    return known[parsed.source_format](asked)
+    return known[parsed.source_format](request)
 
 
 def _bytes(size: str) -> int:

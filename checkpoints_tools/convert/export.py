@@ -169,7 +169,7 @@ def _folded(export: Export, row: Row, lost: TensorFile | None) -> Iterator[tuple
 def _cast(name: str, value: Tensor, dtype: torch.dtype) -> Tensor:
     cast = value.to(dtype)
     if dtype == torch.float16 and not cast.isfinite().all():
-        raise UserError(f"{name} reaches {value.abs().max():.3g}, which overflows fp16: use --dtype bf16 or fp32")
+        raise UserError(f"{name} reaches {value.abs().max():.3g}, which overflows fp16; use --dtype bf16 or fp32")
     return cast
 
 

@@ -23,34 +23,34 @@ from megatron_dit.runtime.errors import UserError
 from megatron_dit.runtime.text import printable
 
 
-def from_diffusers(asked: Import) -> list[str]:
+def from_diffusers(request: Import) -> list[str]:
     """Write the run and return lines to print."""
-    folder = DiffusersFolder(asked.source, asked.variant)
+    folder = DiffusersFolder(request.source, request.variant)
     found = find_counterpart(folder.class_name)
     if found is None:
         known = ", ".join(each.class_name for each in counterparts().values())
         if "_class_name" not in folder.settings:
-            raise UserError(f"{folder.path / 'config.json'} has no _class_name: add the model's class, one of {known}")
+            raise UserError(f"{folder.path / 'config.json'} has no _class_name; add the model's class, one of {known}")
         raise UserError(f"{folder.path} is a {folder.class_name}: expected one of {known}")
     arch, counterpart = found
-    if asked.drop_clip and not counterpart.has_clip:
+    if request.drop_clip and not counterpart.has_clip:
         others = " and ".join(each.class_name for each in counterparts().values() if each.has_clip)
-        raise UserError(f"--drop-clip has no effect on {folder.class_name}, only on {others}: leave it out")
-    config = config_of(_values(folder, arch, counterpart), asked)
+        raise UserError(f"--drop-clip has no effect on {folder.class_name}, only on {others}; leave it out")
+    config = config_of(_values(folder, arch, counterpart), request)
     heads = (config.model.heads, config.model.head_dim)
     if heads != (own := tuple(counterpart.model_keys(folder.settings)[name] for name in ("heads", "head_dim"))):
         raise UserError(
             f"the overrides give model.heads={heads[0]} and model.head_dim={heads[1]}, but {folder.path} has "
-            f"{own[0]} and {own[1]}: leave them out"
+            f"{own[0]} and {own[1]}; leave them out"
         )
     if config.model.depth > len(folder.names):
         raise UserError(
             f"{folder.path} has {len(folder.names)} tensors, fewer than the number of blocks in its config.json "
-            f"({config.model.depth:,}): use the config.json that belongs to the weights"
+            f"({config.model.depth:,}); use the config.json that belongs to the weights"
         )
     rows = {row.ours: row for row in counterpart.rows(config.model)}
     _check_names(folder, counterpart, config)
-    unmapped = counterpart.read_unmapped(folder, config.model, asked.drop_clip)
+    unmapped = counterpart.read_unmapped(folder, config.model, request.drop_clip)
 
     def weights(param: Param) -> Tensor:
         if param.name in unmapped.values:
@@ -58,16 +58,16 @@ def from_diffusers(asked: Import) -> list[str]:
         value = rows[param.name].restore(_unfolded(folder, rows[param.name], config, param), param.shape)
         return value + unmapped.added[param.name] if param.name in unmapped.added else value
 
-    data = folder.facts.get("data") or data_of(config, asked)
+    data = folder.facts.get("data") or data_of(config, request)
     count = write_run(config, weights, data, {"diffusers": folder.settings})
     notes = [
-        f"wrote {printable(asked.out)}: {folder.class_name} as a run of {count:,} parameters",
+        f"wrote {printable(request.out)}: {folder.class_name} as a run of {count:,} parameters",
         *unmapped.notes,
     ]
     if not folder.facts:
         notes.append(
-            "the training hyperparameters are unknown: check "
-            f"{printable(asked.out / 'config.yaml')} before continuing training"
+            "the training hyperparameters are unknown; check "
+            f"{printable(request.out / 'config.yaml')} before continuing training"
         )
     return notes
 
@@ -128,14 +128,14 @@ def _unfolded(folder: DiffusersFolder, row: Row, config: Config, param: Param) -
         if tuple(value.shape) != expected:
             raise UserError(
                 f"{folder.path} has {name} of shape {list(value.shape)}, but its config.json and the overrides require "
-                f"{list(expected)}: use the config.json that belongs to the weights"
+                f"{list(expected)}; use the config.json that belongs to the weights"
             )
         if name in factors:
             factor = factors[name]
             ours = fold.rounds(factor) and folder.facts.get("factors", {}).get(name) == factor
             lost = folder.lost(name) if ours else None
             if lost is not None and (lost.dtype, lost.shape) != (torch.int8, value.shape):
-                raise UserError(f"{folder.path / LOST} does not match {name}: remove the file, or export the run again")
+                raise UserError(f"{folder.path / LOST} does not match {name}; remove the file, or export the run again")
             value = fold.unfold(value, factor, lost)
         parts.append(value)
     return parts

@@ -50,12 +50,12 @@ def find_parts(config: Config, index: Index | None, vae: str | None, text_encode
     """
     text = config.model.text_tokens > 0
     if text_encoder is not None and not text:
-        raise UserError(f"--text-encoder {text_encoder} has no effect on a run trained with class labels: leave it out")
+        raise UserError(f"--text-encoder {text_encoder} has no effect on a run trained with class labels; leave it out")
     if vae is not None and index is not None and index.codec["kind"] == "pixels":
-        raise UserError(f"--vae {vae} has no effect on a run trained on pixels: leave it out")
+        raise UserError(f"--vae {vae} has no effect on a run trained on pixels; leave it out")
     if index is None and (vae is None or (text and text_encoder is None)):
         flags = "--vae and --text-encoder" if text else "--vae"
-        raise UserError(f"the run's data {config.data.path} are not available: give {flags}, or restore the folder")
+        raise UserError(f"the run's data {config.data.path} are not available; give {flags}, or restore the folder")
     if vae is None and index is not None and index.codec["kind"] == "vae":
         vae = index.codec["path"]
     if text and text_encoder is None and index is not None:
@@ -124,7 +124,7 @@ def _write_vae(source: Path, channels: int, target: Path, link: bool) -> None:
     vae_factors(config, str(source))
     if config.get("latent_channels") != channels:
         raise UserError(
-            f"VAE {source} has {config.get('latent_channels')} latent channels, but the model has {channels}: give "
+            f"VAE {source} has {config.get('latent_channels')} latent channels, but the model has {channels}; give "
             "the VAE that the run's data were encoded with"
         )
     _copy_weights(VAE, source, target, link)
@@ -136,7 +136,7 @@ def _write_text(source: Path, dim: int, target: Path, link: bool) -> None:
     found = read_json(source / "config.json").get("d_model")
     if found != dim:
         raise UserError(
-            f"text encoder {source} has {found} features, but the model has model.text_dim={dim}: give the encoder "
+            f"text encoder {source} has {found} features, but the model has model.text_dim={dim}; give the encoder "
             "that the run's data were encoded with"
         )
     _copy_weights(T5, source, target, link)

@@ -36,16 +36,16 @@ class DiffusersFolder:
 
     def __init__(self, folder: Path, variant: str | None = None) -> None:
         if folder.is_file():
-            raise UserError(f"{folder} is {content_of(folder).description}: give the folder of a diffusers model")
+            raise UserError(f"{folder} is {content_of(folder).description}; give the folder of a diffusers model")
         if not folder.is_dir():
-            raise UserError(f"{folder} is not a folder: give the folder of a diffusers model or pipeline")
+            raise UserError(f"{folder} is not a folder; give the folder of a diffusers model or pipeline")
         is_pipeline = (folder / "model_index.json").is_file() or not (folder / "config.json").is_file()
         self.pipeline = folder if is_pipeline and (folder / "transformer").is_dir() else None
         self.path = folder / "transformer" if self.pipeline else folder
         settings = _json(self.path / "config.json")
         if settings is None:
             part = "" if self.pipeline or not (folder / "model_index.json").is_file() else "transformer/"
-            raise UserError(f"{self.path} has no {part}config.json: give a folder of a diffusers model or pipeline")
+            raise UserError(f"{self.path} has no {part}config.json; give a folder of a diffusers model or pipeline")
         self.settings: Settings = _with_defaults(settings)
         self.facts = _facts(self.path / FACTS)
         self._variant = variant
@@ -63,7 +63,7 @@ class DiffusersFolder:
     def tensor(self, name: str) -> Tensor:
         """Return a tensor in fp32. The file is reopened each time, so that mapped pages do not accumulate in memory."""
         if name not in self._files:
-            raise UserError(f"{self.path} has no {name}: use the config.json that belongs to the weights")
+            raise UserError(f"{self.path} has no {name}; use the config.json that belongs to the weights")
         path, in_file = self._files[name]
         return read_tensor(path, in_file)
 
@@ -110,7 +110,7 @@ class DiffusersFolder:
         available = variants(self.path, STEM)
         if variant is None and "" not in available and len(available) > 1:
             choices = " or ".join(f"--variant {name}" for name in available)
-            raise UserError(f"{self.path} has weights in several variants: add {choices}")
+            raise UserError(f"{self.path} has weights in several variants; add {choices}")
         chosen = variant if variant is not None else "" if "" in available or not available else available[0]
         if chosen not in available:
             raise UserError(f"{self.path} has no weights {self._expected(available, variant)}")
@@ -126,7 +126,7 @@ class DiffusersFolder:
             again = "save the model again with diffusers' save_pretrained(..., safe_serialization=True)"
             remedy = form.remedy if form.name == "safetensors" else again
             return f"in files named .safetensors, but has {pickled[0].name}, {form.description}: {remedy}"
-        return f"in {STEM}.safetensors: download or export them"
+        return f"in {STEM}.safetensors; download or export them"
 
 
 def read_tensor(path: Path, name: str) -> Tensor:
@@ -180,7 +180,7 @@ def _facts(path: Path) -> dict[str, Any]:
     sections += [facts.get(name, {}) for name in ("factors", "data")]
     # A "${...}" interpolation could read environment variables of the user who imports the folder.
     if not all(isinstance(section, dict) for section in sections) or "${" in json.dumps(facts):
-        raise UserError(f"{path} was not written by an export: export again, or remove it to import only the weights")
+        raise UserError(f"{path} was not written by an export; export again, or remove it to import only the weights")
     return facts
 
 
@@ -192,7 +192,7 @@ def _open(path: Path) -> Any:
     try:
         return safe_open(path, framework="pt")
     except (OSError, SafetensorError) as error:
-        raise UserError(f"{path} cannot be read ({error}): download or export it again") from None
+        raise UserError(f"{path} cannot be read ({error}); download or export it again") from None
 
 
 def _tensor(path: Path, name: str) -> Tensor:

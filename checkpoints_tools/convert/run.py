@@ -12,12 +12,12 @@ import torch
 import yaml
 from torch import Tensor
 
-from checkpoints_tools.write import aside, write_checkpoint
+from checkpoints_tools.write import write_checkpoint, writing_folder
 from megatron_dit.checkpoint.listing import CHECKPOINTS, step_folder
 from megatron_dit.checkpoint.manifest import STATE, manifest_of
 from megatron_dit.config import Config, load_config, save_config
+from megatron_dit.data.fingerprint import dataset_fingerprint
 from megatron_dit.data.index import read_index
-from megatron_dit.data.validate import dataset_fingerprint
 from megatron_dit.models.param_specs import param_specs
 from megatron_dit.mup.rules import Param
 from megatron_dit.optimizer import averages, state_keys
@@ -41,16 +41,16 @@ class Import:
     variant: str | None = None  # variant of a diffusers folder's weights, such as fp16
 
 
-def config_of(values: Mapping[str, Any], asked: Import) -> Config:
+def config_of(values: Mapping[str, Any], request: Import) -> Config:
     """Return the run's config: ``values`` (as in a config's YAML) with the options of the import applied."""
-    data = {**values["data"], **({"path": asked.data} if asked.data else {})}
+    data = {**values["data"], **({"path": request.data} if request.data else {})}
     with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / f"{asked.out.name}.yaml"
-        path.write_text(yaml.safe_dump({**values, "run_dir": str(asked.out), "data": data}, sort_keys=False))
+        path = Path(folder) / f"{request.out.name}.yaml"
+        path.write_text(yaml.safe_dump({**values, "run_dir": str(request.out), "data": data}, sort_keys=False))
         try:
-            return load_config(path, asked.overrides)
+            return load_config(path, request.overrides)
         except UserError as error:
-            raise UserError(str(error).replace(str(path), f"config of {asked.source}", 1)) from None
+            raise UserError(str(error).replace(str(path), f"config of {request.source}", 1)) from None
 
 
 def fresh(model: Mapping[str, Any], objective: Mapping[str, Any]) -> dict[str, Any]:
@@ -68,11 +68,11 @@ def fresh(model: Mapping[str, Any], objective: Mapping[str, Any]) -> dict[str, A
     }
 
 
-def data_of(config: Config, asked: Import) -> dict[str, str]:
+def data_of(config: Config, request: Import) -> dict[str, str]:
     """Return the fingerprint of the dataset that the user named; {} if none was named."""
     return (
         dataset_fingerprint([read_index(path) for path in (config.data.path, *config.data.mixture)])
-        if asked.data
+        if request.data
         else {}
     )
 
@@ -95,7 +95,7 @@ def write_run(
     params = param_specs(config)
     states = [STATE, *state_keys(config.ema)]
     starts = {STATE: weights, **dict.fromkeys(averages(config.ema), averaged or weights)}
-    with aside(out) as part:
+    with writing_folder(out) as part:
         manifest = {**manifest_of(config, params, states, data=dict(data)), **origin}
         write_checkpoint(step_folder(part / CHECKPOINTS, 0), manifest, _tensors(params, starts))
         save_config(config, part / CONFIG)

@@ -30,7 +30,7 @@ from data_prep.sources.record import (
 from megatron_dit.runtime.content import content_of
 
 REFUSED = frozenset({"pickle", "pkl", "pyd", "pth", "pt"})  # extensions of files that can run code when opened
-BESIDE = frozenset({"txt", "json", "cls"})
+SIDECARS = frozenset({"txt", "json", "cls"})
 
 HEADER_BYTES = 2**20  # maximum size of a long name or PAX header
 AFTER_BYTES = 2**16  # bytes checked after the end-of-archive marker; padding extends to the next multiple of 10 KiB
@@ -173,7 +173,7 @@ def _add(sample: _Sample, member: tarfile.TarInfo, extension: str) -> None:
     where = (member.offset_data, member.size)
     if extension in IMAGES:
         sample.images.append(where)
-    elif extension in BESIDE:
+    elif extension in SIDECARS:
         sample.sidecars[extension] = where
 
 

@@ -68,7 +68,7 @@ def list_checkpoints(folder: Path) -> Listing:
     strays: dict[Path, str] = {}
     try:
         for path in sorted(folder.iterdir()) if folder.is_dir() else ():
-            if is_made_by_runs(path):
+            if is_created_by_runs(path):
                 continue
             try:
                 why = why_stray(path)
@@ -109,7 +109,7 @@ def why_stray(path: Path) -> str | None:
     return None if found == step else f"a checkpoint of step {found} under another name"
 
 
-def old_ones(folder: Path, keep: int, keep_every: int | None = None) -> list[Path]:
+def checkpoints_to_delete(folder: Path, keep: int, keep_every: int | None = None) -> list[Path]:
     """Return all checkpoints, oldest first, except the newest ``keep`` and those of every ``keep_every``-th step.
 
     ``keep_every`` 0 exempts no step. Only folders whose manifest contains their own step are counted: other folders
@@ -141,10 +141,10 @@ def clear(folder: Path) -> None:
 
 def delete(path: Path) -> None:
     """Delete a checkpoint, or the link to one. If this is interrupted, :func:`clear` deletes the remainder."""
-    remove(out_of_the_way(path))
+    remove(rename_for_deletion(path))
 
 
-def out_of_the_way(path: Path) -> Path:
+def rename_for_deletion(path: Path) -> Path:
     """Rename a checkpoint to a name that :func:`clear` deletes, and return its new path."""
     old = path.with_name(path.name + OLD)
     remove(old)
@@ -152,7 +152,7 @@ def out_of_the_way(path: Path) -> Path:
     return old
 
 
-def is_made_by_runs(path: Path) -> bool:
+def is_created_by_runs(path: Path) -> bool:
     """Return whether a run itself created this entry in addition to its checkpoints."""
     if path.name == LATEST:
         return path.is_symlink() or path.is_file()

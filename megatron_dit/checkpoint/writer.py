@@ -26,9 +26,9 @@ from megatron_dit.checkpoint.listing import (
     LATEST,
     PART,
     checkpoints,
-    is_made_by_runs,
-    out_of_the_way,
+    is_created_by_runs,
     remove,
+    rename_for_deletion,
     step_folder,
     step_of,
     why_stray,
@@ -166,7 +166,7 @@ def _finish(part: Path, target: Path, manifest: Mapping[str, Any]) -> None:
         why = why_stray(target)
         if why is not None:
             raise UserError(f"the path exists and is {why}; move it away")
-        old = out_of_the_way(target)
+        old = rename_for_deletion(target)
     part.replace(target)
     _sync(target.parent)
     if old is not None:
@@ -195,7 +195,7 @@ def set_aside(folder: Path, step: int) -> list[Path]:
 def _write_latest(target: Path) -> None:
     """Write the name of the newest checkpoint to ``latest`` in the same folder."""
     latest, part = target.with_name(LATEST), target.with_name(LATEST + PART)
-    if not is_made_by_runs(latest) and os.path.lexists(latest):  # a user's own folder has this name: leave it alone
+    if not is_created_by_runs(latest) and os.path.lexists(latest):  # a user's own folder has this name: leave it alone
         return
     part.write_text(target.name + "\n")
     _sync(part)

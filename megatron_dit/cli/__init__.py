@@ -12,7 +12,7 @@ from typing import NoReturn
 
 from megatron_dit.cli import planning, sampling, training, tuning
 from megatron_dit.cli.command import Parser, program_parser, run_command
-from megatron_dit.runtime.errors import OwnError, UserError
+from megatron_dit.runtime.errors import RankError, UserError
 from megatron_dit.runtime.launch_environment import is_rank0
 from megatron_dit.runtime.launcher import LAUNCHED, leave
 from megatron_dit.runtime.program import run_program
@@ -42,4 +42,4 @@ def command_parser() -> Parser:
 
 def _is_shown(error: UserError) -> bool:
     """Return whether this rank prints the error. Under --procs the launcher prints equal messages of ranks once."""
-    return is_rank0() or isinstance(error, OwnError) or LAUNCHED in os.environ
+    return is_rank0() or isinstance(error, RankError) or LAUNCHED in os.environ

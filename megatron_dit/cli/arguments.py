@@ -94,7 +94,7 @@ def check_files_differ(arguments: argparse.Namespace) -> None:
             continue
         path = os.path.realpath(given)
         if name in WRITTEN and path in files:
-            raise UserError(f"--{name} {given} is also {files[path]}: choose another name")
+            raise UserError(f"--{name} {given} is also {files[path]}; choose another name")
         files[path] = f"--{name}" if name in WRITTEN else f"the {name.replace('_', ' ')}"
 
 

@@ -54,7 +54,7 @@ def _print_reference(arguments: argparse.Namespace) -> int:
     from megatron_dit.config.reference import reference
 
     if arguments.json is not None or arguments.procs != 1:
-        raise UserError("--json and --procs have no effect without a config: give one, or omit them")
+        raise UserError("--json and --procs have no effect without a config; give one, or omit them")
     print(reference(), end="")
     return 0
 

@@ -168,13 +168,15 @@ def _explain_out_of_memory(arguments: argparse.Namespace) -> Iterator[None]:
         if reason is None:
             raise
         raise UserError(
-            f"out of memory ({reason}): lower --batch {arguments.batch}, the number of images generated at a time, or "
+            f"out of memory ({reason}); lower --batch {arguments.batch}, the number of images generated at a time, or "
             "use a device with more memory; the model is not sharded for sampling"
         ) from None
 
 
 def _run_of(checkpoint: Path) -> Path:
-    return checkpoint.parent.parent if checkpoint.parent.name == "checkpoints" else checkpoint
+    from megatron_dit.checkpoint.listing import CHECKPOINTS
+
+    return checkpoint.parent.parent if checkpoint.parent.name == CHECKPOINTS else checkpoint
 
 
 def _size(text: str | None) -> tuple[int, int] | None:

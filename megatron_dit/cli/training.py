@@ -12,7 +12,7 @@ from megatron_dit.cli.ranks import ranks_argument, start_ranks, starts_ranks
 from megatron_dit.config.keys import Count, Interval
 from megatron_dit.runtime.errors import UserError
 from megatron_dit.runtime.launch_environment import is_rank0
-from megatron_dit.runtime.output import keep_going
+from megatron_dit.runtime.output import survive_console_loss
 from megatron_dit.runtime.signals import signals_end_at_once
 
 
@@ -36,7 +36,9 @@ def add_commands(commands: Any) -> None:
         _verify,
     )
     config_arguments(verify)
-    verify.add_argument("--layouts", metavar="A,B", help="comma-separated layouts; if omitted, all")
+    verify.add_argument(
+        "--layouts", metavar="A,B", help="comma-separated layouts; if omitted, all, or nine with --resume"
+    )
     verify.add_argument("--steps", type=number("--steps", Count), default=10, metavar="N", help="number of steps")
     verify.add_argument("--resume", action="store_true", help="save under each layout halfway, resume under each")
 
@@ -60,7 +62,7 @@ def _train(arguments: argparse.Namespace) -> int:
     from megatron_dit.config import load_config
 
     config = load_config(arguments.config, arguments.overrides)
-    keep_going()
+    survive_console_loss()
     if starts_ranks(arguments):
         return start_ranks(arguments, config)
     with signals_end_at_once():  # also while torch is being imported

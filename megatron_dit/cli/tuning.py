@@ -20,7 +20,7 @@ from megatron_dit.cli.ranks import ranks_argument, start_ranks, starts_ranks
 from megatron_dit.config.keys import Count, CountOrZero
 from megatron_dit.runtime.errors import UserError
 from megatron_dit.runtime.launch_environment import is_rank0
-from megatron_dit.runtime.output import keep_going
+from megatron_dit.runtime.output import survive_console_loss
 from megatron_dit.runtime.text import printable
 
 if TYPE_CHECKING:  # imports of torch take seconds: each command imports what it needs
@@ -161,23 +161,23 @@ def _widths(text: str | None, config: Config) -> list[int]:
 def _sweep(arguments: argparse.Namespace) -> int:
     from megatron_dit.config import load
     from megatron_dit.tuning import report
+    from megatron_dit.tuning.cost import print_plan
     from megatron_dit.tuning.space import SweepConfig
     from megatron_dit.tuning.study import Sweep
-    from megatron_dit.tuning.transfer import print_plan
 
     config = load(SweepConfig, arguments.config, arguments.overrides)
     if arguments.target and not arguments.cost:
         raise UserError(
-            f"--target {arguments.target} requires --cost: add it, or use 'megatron-dit transfer' for a finished sweep"
+            f"--target {arguments.target} requires --cost; add it, or use 'megatron-dit transfer' for a finished sweep"
         )
     if arguments.cost:
         if arguments.trial is not None:
-            raise UserError(f"--trial {arguments.trial} has no effect with --cost: omit one of them")
+            raise UserError(f"--trial {arguments.trial} has no effect with --cost; omit one of them")
         write_json(arguments, print_plan(config, arguments.target))
         return 0
     if arguments.trial is not None and arguments.trial >= config.count:
         raise UserError(f"--trial {arguments.trial}: expected a number from 0 to {config.count - 1}")
-    keep_going()
+    survive_console_loss()
     results = Sweep(config).run(arguments.trial)
     write_json(arguments, [asdict(result) for result in results])
     report.print_table(results)
@@ -186,7 +186,7 @@ def _sweep(arguments: argparse.Namespace) -> int:
     plots = report.draw(results, config)
     chosen = report.write_best(results, config)
     if chosen is None:
-        print("no trial completed: see the table above for the reasons; lower learning rates may help")
+        print("no trial completed; see the table above for the reasons; lower learning rates may help")
         return 1
     print(printable(f"{report.provenance(chosen, results)}: {config.folder / 'best.yaml'}"))
     print(printable("plots: " + ", ".join(map(str, plots))))

@@ -35,7 +35,7 @@ def build(schema: type, values: Any, prefix: str = "") -> Any:
     converted = {key: convert(hints[key], value, prefix + key) for key, value in values.items()}
     for item in fields(schema):
         if item.default is MISSING and item.default_factory is MISSING and item.name not in values:
-            raise UserError(f"{prefix}{item.name} is missing: add it, it has no default")
+            raise UserError(f"{prefix}{item.name} is missing; add it, it has no default")
     return schema(**converted)
 
 

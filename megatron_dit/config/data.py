@@ -44,13 +44,13 @@ class DataConfig(Section):
         check(bool(self.path), "data.path is empty: expected a folder of shards or its URL")
         check(
             self.text_encoder is not None or not self.shard_text_encoder,
-            "data.shard_text_encoder=true needs data.text_encoder: set it, or set data.shard_text_encoder=false",
+            "data.shard_text_encoder=true needs data.text_encoder; set it, or set data.shard_text_encoder=false",
         )
         total = sum(self.mixture.values())
         check(total < 0.9995, f"data.mixture: fractions sum to {total}, expected less than 1: data.path gets the rest")
         check(
             self.path not in self.mixture,
-            f"data.mixture: {self.path} is also data.path, which gets the rest of the steps: remove it here",
+            f"data.mixture: {self.path} is also data.path, which gets the rest of the steps; remove it here",
         )
         remote = next((folder for folder in (self.path, *self.mixture) if "://" in folder), None)
         check(remote is None or self.cache is not None, f"{remote} is a URL: set data.cache to a local folder")

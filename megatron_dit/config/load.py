@@ -55,7 +55,7 @@ def check_overrides(overrides: Sequence[str]) -> None:
     """Raise UserError if two overrides set the same key, because the first would have no effect."""
     keys = [item.partition("=")[0] for item in overrides]
     twice = next((key for key in keys if keys.count(key) > 1), None)
-    check(twice is None, f"override {twice} is given twice: remove one")
+    check(twice is None, f"override {twice} is given twice; remove one")
 
 
 def config_from_dict(values: Any, source: str = "the checkpoint's config") -> Config:

@@ -56,7 +56,7 @@ class ModelConfig(Section):
         check_choice("model.arch", self.arch, tuple(ARCHITECTURES))
         check(
             (self.repa_block is None) == (self.repa_dim is None),
-            f"model.repa_block={self.repa_block} and model.repa_dim={self.repa_dim}: set both or neither",
+            f"model.repa_block={self.repa_block} and model.repa_dim={self.repa_dim}; set both or neither",
         )
         check((self.repa_block or 0) <= self.depth, f"model.repa_block={self.repa_block}: expected 1 to {self.depth}")
         expected = ("num_classes",) if self.spec.uses_labels(self) else ("text_dim", "text_tokens")
@@ -65,7 +65,7 @@ class ModelConfig(Section):
             if name in expected:
                 at_least(f"model.{name}", value, 1)
             else:
-                check(value == 0, f"model.{name}={value}: {self.arch} has none, remove the key")
+                check(value == 0, f"model.{name}={value}: {self.arch} has none; remove the key")
         check(
             self.width % 4 == 0,
             f"model.heads * model.head_dim = {self.width}: expected a multiple of 4, for 2-D sin-cos positions",

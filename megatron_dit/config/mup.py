@@ -36,7 +36,7 @@ class MupConfig(Section):
     def check(self) -> None:
         check(
             (self.base_heads is None) != (self.base_shapes is None),
-            f"mup.base_heads={self.base_heads} and mup.base_shapes={self.base_shapes}: set exactly one of the two",
+            f"mup.base_heads={self.base_heads} and mup.base_shapes={self.base_shapes}; set exactly one of the two",
         )
 
 

@@ -81,6 +81,6 @@ class EmaConfig(Section):
         )
         check(
             self.snapshot_every is None or bool(self.sigma_rel),
-            f"ema.snapshot_every={self.snapshot_every} saves the averages of ema.sigma_rel: set it, for example to "
+            f"ema.snapshot_every={self.snapshot_every} saves the averages of ema.sigma_rel; set it, for example to "
             "[0.05, 0.1]",
         )

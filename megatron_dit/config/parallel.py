@@ -52,7 +52,7 @@ class ParallelConfig(Section):
     def check(self) -> None:
         check(
             self.virtual_stages == 1 or self.pipeline > 1,
-            f"parallel.virtual_stages={self.virtual_stages} needs parallel.pipeline of at least 2: remove it",
+            f"parallel.virtual_stages={self.virtual_stages} needs parallel.pipeline of at least 2; remove it",
         )
         check(
             self.pipeline == 1 or self.zero_stage < 2,

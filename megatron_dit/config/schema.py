@@ -63,7 +63,7 @@ class Config(Section):
         )
         check(
             name == "ddpm" or not model.learn_sigma,
-            f"model.learn_sigma=true with objective.name={name}: only ddpm has a variance to learn, set it to false",
+            f"model.learn_sigma=true with objective.name={name}: only ddpm has a variance to learn; set it to false",
         )
         allowed = ("auto", *SOLVERS_OF[name])
         check(
@@ -87,13 +87,13 @@ class Config(Section):
         )
         check(
             not self.optimizer.offload or parallel.zero_stage > 0,
-            "optimizer.offload=true with parallel.zero_stage=0: only ZeRO can offload, set the stage to 1, 2 or 3",
+            "optimizer.offload=true with parallel.zero_stage=0: only ZeRO can offload; set the stage to 1, 2 or 3",
         )
         stages = parallel.pipeline * parallel.virtual_stages
         check(
             stages <= model.depth,
             f"model.depth={model.depth} blocks are fewer than parallel.pipeline={parallel.pipeline} * "
-            f"parallel.virtual_stages={parallel.virtual_stages} = {stages}: lower one of them",
+            f"parallel.virtual_stages={parallel.virtual_stages} = {stages}; lower one of them",
         )
         blocks = parallel.blocks_per_stage
         check(
@@ -165,7 +165,7 @@ class Config(Section):
             product += f" * parallel.pipeline={parallel.pipeline} = {model_ranks}"
         check(
             world_size % model_ranks == 0,
-            f"{world_size} ranks are not divisible by {product}: start a multiple of {model_ranks} ranks",
+            f"{world_size} ranks are not divisible by {product}; start a multiple of {model_ranks} ranks",
         )
         ranks = world_size // model_ranks
         check(

@@ -66,11 +66,11 @@ class _Builder:
         self._nodes += 1
         line = node.start_mark.line + 1
         if self._nodes > MAX_NODES:
-            raise UserError(f"{self._source} has more than {MAX_NODES:,} values: check the path")
+            raise UserError(f"{self._source} has more than {MAX_NODES:,} values; check the path")
         if depth > MAX_DEPTH:
             raise UserError(f"{self._source} is nested too deeply: expected at most {MAX_DEPTH} levels")
         if node.tag not in _TAGS:
-            raise UserError(f"{self._source}, line {line}: the tag {node.tag!r} is not supported, remove it")
+            raise UserError(f"{self._source}, line {line}: the tag {node.tag!r} is not supported; remove it")
         if isinstance(node, yaml.ScalarNode):
             return Scalar(node.value, plain=node.style is None)
         if isinstance(node, yaml.SequenceNode):

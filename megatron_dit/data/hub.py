@@ -283,9 +283,9 @@ def _weights_options(kind: Kind, folder: Path, pickled: bool) -> dict[str, Any]:
 
 
 def _check_type(kind: Kind, source: Source, config: dict[str, Any]) -> None:
-    """Raise UserError if config.json states another model type.
+    """Raise UserError if config.json declares a different model type than ``kind``.
 
-    If it states no type, the check of the weights' names detects a wrong model later.
+    If it declares none, a wrong model is detected later, when the names of the weights are checked.
     """
     found = config.get(kind.key)
     other = config.get("_class_name") or config.get("model_type")

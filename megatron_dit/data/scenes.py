@@ -51,7 +51,7 @@ BACKGROUND_LIMIT = 80.0
 # Fraction of a cell's variance that one flat shape on a flat background must explain.
 FIT_LIMIT = 0.85
 # Less than half of the smallest distance between two palette colors, so that no color matches two names.
-COLOUR_LIMIT = 75.0
+COLOR_LIMIT = 75.0
 
 
 @dataclass(frozen=True)
@@ -236,7 +236,7 @@ def _read_cell(cell: np.ndarray) -> tuple[str, str] | None:
     if explained[best] < FIT_LIMIT or ground.max() > BACKGROUND_LIMIT:
         raise _UnrecognizedCell("no shape fits the cell")
     distance = np.linalg.norm(np.array(list(COLORS.values())) - (ground + slope[best]), axis=1)
-    if distance.min() > COLOUR_LIMIT:
+    if distance.min() > COLOR_LIMIT:
         raise _UnrecognizedCell("color is not in the palette")
     return tuple(COLORS)[int(distance.argmin())], names[best]
 

@@ -15,7 +15,7 @@ from megatron_dit.config import Config, DataConfig
 from megatron_dit.data.batch import Batch
 from megatron_dit.data.codec import open_codec
 from megatron_dit.data.index import Index, read_index
-from megatron_dit.data.online import OnlineText
+from megatron_dit.data.online_text import OnlineText
 from megatron_dit.data.order import SampleOrder
 from megatron_dit.data.samples import Place, Samples, with_text
 from megatron_dit.data.shard_cache import open_store

@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Mapping, Sequence
-from hashlib import sha256
+from collections.abc import Sequence
 
 from megatron_dit.config import Config
 from megatron_dit.data.index import Index
 from megatron_dit.runtime.errors import UserError
-
-logger = logging.getLogger(__name__)
 
 
 def check_data(data: Sequence[Index], config: Config) -> None:
@@ -23,32 +19,6 @@ def check_data(data: Sequence[Index], config: Config) -> None:
         _check_channels(index, config)
         for bucket in sorted({shard.bucket for shard in index.shards}):
             _check_bucket(bucket, index, config)
-
-
-def dataset_fingerprint(data: Sequence[Index]) -> dict[str, str]:
-    """Return hashes of a run's encoders and of its samples. They are stored in checkpoints."""
-    first = data[0]
-    samples = sha256("".join(shard.sha256 for index in data for shard in index.shards).encode()).hexdigest()
-    return {"text": first.text.get("sha256", ""), "codec": first.codec["sha256"], "samples": samples}
-
-
-def check_same(before: Mapping[str, str], now: Mapping[str, str]) -> None:
-    """Raise UserError if a resumed run's dataset was encoded by different encoders than before.
-
-    Only log it if the samples changed. ``before`` is {} for imported weights, whose training
-    data are unknown.
-    """
-    if not before:
-        return
-    for name, what in (("text", "text encoder"), ("codec", "VAE")):
-        if before[name] != now[name]:
-            raise UserError(
-                f"data.path was encoded with a different {what} than this run has used so far (SHA-256 "
-                f"{now[name][:12]}, expected {before[name][:12]}); use data encoded with the same {what}, or set "
-                "run_dir to a new folder"
-            )
-    if before["samples"] != now["samples"]:
-        logger.info("the dataset's shards changed since the last run; continuing at the same step with the new shards")
 
 
 def _check_alike(first: Index, index: Index) -> None:

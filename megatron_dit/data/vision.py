@@ -18,7 +18,7 @@ class VisionEncoder:
     """DINOv2 from a local folder or hub name, in evaluation mode."""
 
     def __init__(self, name: str, device: torch.device | None = None) -> None:
-        """Load the encoder. Raise UserError if ``name`` has no DINOv2, or if its files do not belong together."""
+        """Load the encoder. Raise UserError if ``name`` is not a DINOv2 model, or its files are inconsistent."""
         from transformers import Dinov2Model
 
         self._device = device or torch.device("cpu")

@@ -50,7 +50,7 @@ class ArchitectureSpec(ABC):
         for name, unset in OPTIONAL_KEYS.items():
             value = getattr(config, name)
             if name not in self.optional_keys and value != unset:
-                raise UserError(f"model.{name}={value}: {self.name} has no such option, remove the key")
+                raise UserError(f"model.{name}={value}: {self.name} has no such option; remove the key")
 
     def bucket_error(self, config: ModelConfig, height: int, width: int) -> str | None:
         """Return why latents of this size cannot be trained on, as the end of a sentence; None if they can."""

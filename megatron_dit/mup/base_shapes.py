@@ -34,7 +34,7 @@ def load_base_shapes(
     """
     path = Path(path)
     if not path.exists():
-        raise UserError(f"mup.base_shapes={path} does not exist: write it with 'megatron-dit mup CONFIG --save {path}'")
+        raise UserError(f"mup.base_shapes={path} does not exist; write it with 'megatron-dit mup CONFIG --save {path}'")
     try:
         read = convert(dict[str, list[int | None]], read_tree(path, "the file"), "the file")
     except UserError as error:
@@ -42,7 +42,7 @@ def load_base_shapes(
     base = dict(to_ours({name: tuple(dims) for name, dims in read.items()}))
     for name, shape in shapes.items():
         if name not in base:
-            raise UserError(f"mup.base_shapes={path} has no {name}: use a file for the same architecture and depth")
+            raise UserError(f"mup.base_shapes={path} has no {name}; use a file for the same architecture and depth")
         dims = base[name]
         if len(dims) != len(shape) or any(dim is not None and dim < 1 for dim in dims):
             raise UserError(
@@ -51,6 +51,6 @@ def load_base_shapes(
     extra = next((name for name in base if name not in shapes), None)
     if extra is not None:
         raise UserError(
-            f"mup.base_shapes={path} has {extra}, unlike the model: use a file for the same architecture and depth"
+            f"mup.base_shapes={path} has {extra}, unlike the model; use a file for the same architecture and depth"
         )
     return base

@@ -2,7 +2,7 @@
 
 from megatron_dit.optimizer.adam_with_ema import AdamWithEma
 from megatron_dit.optimizer.adamw import AdamWImplementation, choose
-from megatron_dit.optimizer.averages import averages, power_averages, state_keys
+from megatron_dit.optimizer.ema import averages, power_averages, state_keys
 from megatron_dit.optimizer.schedule import lr_factor, set_lr
 
 __all__ = [

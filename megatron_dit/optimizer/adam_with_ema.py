@@ -10,7 +10,7 @@ from torch import Tensor
 
 from megatron_dit.config import OptimizerConfig
 from megatron_dit.optimizer.adamw import AdamWImplementation
-from megatron_dit.optimizer.averages import Decay
+from megatron_dit.optimizer.ema import Decay
 
 Observer = Callable[[Tensor, dict[str, Any], dict[str, Tensor], int], None]  # (tensor, group, state, number of updates)
 

@@ -22,9 +22,9 @@ def open_backend(config: Config, topology: Topology) -> Backend:
     local = selected == "local" or (selected == "auto" and config.train.dtype != "bf16")
     missing = None if local else _missing()
     if missing and selected == "te":
-        raise UserError(f"parallel.backend=te, but {missing}: set parallel.backend=local")
+        raise UserError(f"parallel.backend=te, but {missing}; set parallel.backend=local")
     if missing and fp8 != "none":
-        raise UserError(f"train.fp8={fp8} needs Transformer Engine, but {missing}: set train.fp8=none")
+        raise UserError(f"train.fp8={fp8} needs Transformer Engine, but {missing}; set train.fp8=none")
     if local or missing:
         train = config.train
         return Backend(config.model, config.parallel, topology, train.recompute, train.recompute_blocks)
@@ -40,7 +40,7 @@ def check_gpu(fp8: str) -> None:
     if capability < needed:
         raise UserError(
             f"train.fp8={fp8} needs compute capability {needed[0]}.{needed[1]}, {torch.cuda.get_device_name()} has "
-            f"{capability[0]}.{capability[1]}: set train.fp8=none, which trains in bf16"
+            f"{capability[0]}.{capability[1]}; set train.fp8=none, which trains in bf16"
         )
 
 

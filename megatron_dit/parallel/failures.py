@@ -55,7 +55,7 @@ class Report:
         if self.user_error:
             return UserError(self.message)
         return RemoteError(
-            f"rank {self.rank} on host {self.host} failed ({self.message}): see its traceback",
+            f"rank {self.rank} on host {self.host} failed ({self.message}); see its traceback",
             self.rank,
             self.host,
             self.traceback,
@@ -101,7 +101,7 @@ def _cause_on_another_rank(error: Exception, store: dist.Store) -> Exception | N
             time.sleep(POLL_SECONDS)
     rank, host, reason = launch_environment().rank, socket.gethostname(), str(error).splitlines()[0]
     return RemoteError(
-        f"rank {rank} on host {host} lost the connection to a rank that ended ({reason}): see its output"
+        f"rank {rank} on host {host} lost the connection to a rank that ended ({reason}); see its output"
     )
 
 

@@ -27,6 +27,7 @@ from torch import Tensor, nn
 
 from megatron_dit.config import ModelConfig, ParallelConfig
 from megatron_dit.mup.init_rules import InitKind
+from megatron_dit.parallel.attention import attention
 from megatron_dit.parallel.recompute import Recompute
 from megatron_dit.parallel.topology import SOLO, Topology
 
@@ -248,9 +249,7 @@ class Backend:
 
         q (S, B, H, d), k and v (T, B, H, d); mask (B, 1, 1, T) bool, True = attend. Returns (S, B, H * d).
         """
-        q, k, v = (x.permute(1, 2, 0, 3) for x in (q, k, v))  # (B, H, S, d)
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
-        return out.permute(2, 0, 1, 3).flatten(2)  # (S, B, H * d)
+        return attention(q, k, v, scale, mask)
 
     def precision(self) -> AbstractContextManager[Any]:
         """Return the context manager for the forward pass of the model (FP8 with Transformer Engine)."""

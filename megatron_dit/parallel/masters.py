@@ -29,7 +29,7 @@ class MasterShard:
         return self.of(optimizer.state[self.flat][key])
 
     def of(self, tensor: Tensor) -> Tensor:
-        """Return the parameter's range of ``tensor``, which has the same layout as ``flat``."""
+        """Return the slice of ``tensor`` that belongs to this parameter; ``tensor`` is laid out like ``flat``."""
         return tensor.reshape(-1).narrow(0, self.offset, self.numel)
 
 
@@ -52,7 +52,7 @@ class Masters:
                 self.shards[name] = shard
 
     @property
-    def whole(self) -> bool:
+    def unsharded(self) -> bool:
         """Whether every data-parallel rank holds the complete master weights (stage 0)."""
         return self._stage == 0
 

@@ -17,7 +17,7 @@ from collections.abc import Iterator, Sequence
 
 import torch.distributed as dist
 
-from megatron_dit.runtime.errors import OwnError, UserError
+from megatron_dit.runtime.errors import RankError, UserError
 from megatron_dit.runtime.launch_environment import LaunchEnvironment
 
 SILENT_SECONDS = 10.0  # time before the first message about missing ranks
@@ -54,7 +54,7 @@ def _master() -> tuple[str, int]:
     address = os.environ.get("MASTER_ADDR", "").strip()
     if not address:
         raise UserError(
-            "there are several ranks, but MASTER_ADDR is not set: start with --procs, torchrun or deepspeed, or export "
+            "there are several ranks, but MASTER_ADDR is not set; start with --procs, torchrun or deepspeed, or export "
             "MASTER_ADDR and MASTER_PORT in the sbatch script"
         )
     text = os.environ.get("MASTER_PORT", "").strip() or DEFAULT_PORT
@@ -82,9 +82,9 @@ class _Rendezvous:
             self._register(store)
             self._gather(store) if self._place.rank == 0 else self._wait(store)
         except dist.DistError as error:
-            raise OwnError(
+            raise RankError(
                 f"rank {self._place.rank} lost the connection to {self._address}:{self._port} while it waited for the "
-                f"other ranks ({_first_line(error)}): see the message of rank 0"
+                f"other ranks ({_first_line(error)}); see the message of rank 0"
             ) from None
         store.set_timeout(GROUP_TIMEOUT)
         return dist.PrefixStore("ranks", store)
@@ -94,7 +94,7 @@ class _Rendezvous:
             # Other ranks connect to MASTER_ADDR, which may be a service address that this host itself cannot reach.
             return self._store("127.0.0.1", serve=True)
         except (dist.DistError, RuntimeError) as error:
-            raise OwnError(
+            raise RankError(
                 f"MASTER_PORT={self._port} cannot be served by rank 0 on host {socket.gethostname()} "
                 f"({_first_line(error)}): another job or a process with RANK=0 may be using it; choose a free port"
             ) from None
@@ -124,16 +124,16 @@ class _Rendezvous:
         rank, world = self._place.rank, self._place.world
         expected = store.compare_set("world", "", str(world)).decode()
         if expected != str(world):
-            raise OwnError(
-                f"rank {rank} ({self._who}) was started with WORLD_SIZE={world}, other ranks with {expected}: start "
+            raise RankError(
+                f"rank {rank} ({self._who}) was started with WORLD_SIZE={world}, other ranks with {expected}; start "
                 "all ranks with the same WORLD_SIZE, and each job with its own MASTER_PORT"
             )
         mine = f"{self._who}\n{secrets.token_hex(8)}"  # containers may have equal host names and process ids
         registered = store.compare_set(f"rank{rank}", "", mine).decode()
         if registered != mine:
             other = registered.partition("\n")[0]
-            raise OwnError(
-                f"RANK={rank} is set for {other} and for {self._who}: give each process its own rank, and "
+            raise RankError(
+                f"RANK={rank} is set for {other} and for {self._who}; give each process its own rank, and "
                 f"each job its own MASTER_PORT (now {self._port})"
             )
 
@@ -182,7 +182,7 @@ class _Rendezvous:
 
     def _failed(self, reason: str, remedy: str) -> UserError:
         waited = f"after {time.monotonic() - self._started:.0f} s"
-        return OwnError(f"rank {self._place.rank} on host {socket.gethostname()}: {reason}, {waited}: {remedy}")
+        return RankError(f"rank {self._place.rank} on host {socket.gethostname()}: {reason}, {waited}: {remedy}")
 
 
 _stderr = threading.Lock()

@@ -17,7 +17,6 @@ import transformer_engine.pytorch as te  # pyright: ignore[reportMissingImports]
 from megatron.core import parallel_state
 from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformer_engine.common import recipe  # pyright: ignore[reportMissingImports]
 from transformer_engine.pytorch.quantization import (  # pyright: ignore[reportMissingImports]
     FP8GlobalState,
@@ -26,6 +25,7 @@ from transformer_engine.pytorch.quantization import (  # pyright: ignore[reportM
 
 from megatron_dit.config import Config
 from megatron_dit.mup.init_rules import InitKind
+from megatron_dit.parallel.attention import cudnn_attention
 from megatron_dit.parallel.layers import Backend, set_init
 from megatron_dit.parallel.topology import Topology
 
@@ -35,12 +35,6 @@ RECIPES = {
     "blockwise": recipe.Float8BlockScaling,  # blocks of 1 x 128 (activations, gradients) or 128 x 128 (weights)
 }
 FORMATS = {"hybrid": recipe.Format.HYBRID, "e4m3": recipe.Format.E4M3}
-ATTENTION = [
-    SDPBackend.CUDNN_ATTENTION,
-    SDPBackend.FLASH_ATTENTION,
-    SDPBackend.EFFICIENT_ATTENTION,
-    SDPBackend.MATH,
-]  # in order of preference
 
 
 class TeLinear(te.Linear):
@@ -135,8 +129,7 @@ class TeBackend(Backend):
     def attention(self, q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor | None = None) -> Tensor:
         # These are the kernels of TE's DotProductAttention, which is not used because its scale and mask type are fixed
         # at construction, it takes padding masks as lengths only, and delayed scaling would track it needlessly.
-        with sdpa_kernel(ATTENTION, set_priority=True):
-            return super().attention(q, k, v, scale, mask)
+        return cudnn_attention(q, k, v, scale, mask)
 
     def precision(self) -> AbstractContextManager[Any]:
         """Return a context manager that enables FP8 for linear layers called in it, and for their backward pass."""

@@ -135,7 +135,7 @@ def connect(limit: float = LaunchConfig.rendezvous_seconds) -> None:
 
 def _warn_unconnected(place: LaunchEnvironment) -> None:
     logger.warning(
-        "rank %d on %s: all %d ranks have started, but did not connect to each other within %.0f s: set "
+        "rank %d on %s: all %d ranks have started, but did not connect to each other within %.0f s; set "
         "GLOO_SOCKET_IFNAME or NCCL_SOCKET_IFNAME to the network interface that connects the hosts",
         place.rank,
         socket.gethostname(),

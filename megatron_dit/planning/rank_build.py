@@ -114,5 +114,5 @@ def print_rank_build(config: Config, built: RankBuild) -> None:
             f"a stage is idle for {built.bubble:.1%} of a step"
         )
     if not Path(config.data.path).exists():
-        console.print(plain(f"data.path={config.data.path} does not exist on this machine and was not checked"))
+        console.print(plain(f"data.path={config.data.path} is not a folder on this machine and was not checked"))
     console.print(f"built in {built.seconds:.0f} s; activations and communication buffers are not included")

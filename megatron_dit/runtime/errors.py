@@ -15,7 +15,7 @@ class UserError(Exception):
     """
 
 
-class OwnError(UserError):
+class RankError(UserError):
     """UserError raised on this rank only, which therefore prints the message even if it is not rank 0."""
 
 
@@ -37,7 +37,7 @@ def writing(path: Path) -> Iterator[None]:
         yield
     except (FileExistsError, IsADirectoryError, NotADirectoryError) as error:
         raise UserError(
-            f"{path} cannot be written ({error}): move the existing file or folder away, or choose another folder"
+            f"{path} cannot be written ({error}); move the existing file or folder away, or choose another folder"
         ) from None
     except OSError as error:
         raise UserError(f"{path} cannot be written ({error}): free space or choose another folder") from None

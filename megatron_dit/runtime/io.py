@@ -27,7 +27,7 @@ def read_text(path: Path, name: str, expected: str = "a file", limit: int = TEXT
             kind = "a folder" if stat.S_ISDIR(status.st_mode) else "not a regular file"
             raise UserError(f"{name} is {kind}: expected {expected}")
         if status.st_size > limit:
-            raise UserError(f"{name} has {status.st_size:,} bytes, expected at most {limit:,}: check the path")
+            raise UserError(f"{name} has {status.st_size:,} bytes, expected at most {limit:,}; check the path")
         return path.read_bytes().decode("utf-8-sig")
     except UnicodeDecodeError as error:
         byte = error.object[error.start]
@@ -55,13 +55,13 @@ def check_output(path: Path, option: str, *, makes_folder: bool = False) -> None
             what = "is not a folder" if folder.exists() else "does not exist, create it first"
             raise UserError(f"{option} {path} cannot be written: {folder} {what}")
         if path.exists() and not os.access(path, os.W_OK):
-            raise UserError(f"{option} {path} cannot be written: it is read-only, choose another name")
+            raise UserError(f"{option} {path} cannot be written: it is read-only; choose another name")
         if not _is_written_in_place(path):
             with tempfile.TemporaryFile(dir=folder):
                 pass
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or error
-        raise UserError(f"{option} {path} cannot be written ({reason}): choose another folder") from None
+        raise UserError(f"{option} {path} cannot be written ({reason}); choose another folder") from None
 
 
 @contextmanager

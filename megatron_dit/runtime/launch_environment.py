@@ -39,7 +39,7 @@ def launch_environment(variables: Mapping[str, str] | None = None) -> LaunchEnvi
     env = {name: text for name, text in (os.environ if variables is None else variables).items() if text.strip()}
     if "RANK" in env or "WORLD_SIZE" in env:
         if env.get("WORLD_SIZE", "1").strip() != "1" and "RANK" not in env:
-            raise UserError(f"WORLD_SIZE={env['WORLD_SIZE']} but RANK is not set: set both, or neither for one rank")
+            raise UserError(f"WORLD_SIZE={env['WORLD_SIZE']} but RANK is not set; set both, or neither for one rank")
         rank, world = _number(env, "RANK", 0), _number(env, "WORLD_SIZE", 1)
         if world < 1 or rank >= world:
             given = f"WORLD_SIZE={world}" if "WORLD_SIZE" in env else "WORLD_SIZE not set (1)"

@@ -78,7 +78,7 @@ def _open(path: Path) -> int:
     """
     with contextlib.suppress(FileNotFoundError):
         if not stat.S_ISREG(path.lstat().st_mode):
-            raise UserError(f"{path} is not a regular file, but a lock file must be: move it away")
+            raise UserError(f"{path} is not a regular file, but a lock file must be; move it away")
     return os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
 
 
@@ -213,4 +213,4 @@ def _describe(holder: dict[str, Any]) -> str:
 
 def _in_use(path: Path, holder: dict[str, Any]) -> str:
     who = _describe(holder) if holder else "another process"
-    return f"run_dir={path.parent} is in use by {who}: wait for it, stop it, or set run_dir to another folder"
+    return f"run_dir={path.parent} is in use by {who}; wait for it, stop it, or set run_dir to another folder"

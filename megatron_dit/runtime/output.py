@@ -17,7 +17,7 @@ class GuardedStream:
     """Text stream whose write errors end the command.
 
     If the reader of the pipe has exited (``… | head``), the command ends silently with status 141; other errors raise
-    UserError. After :func:`keep_going`, and always for standard error, write errors are ignored instead.
+    UserError. After :func:`survive_console_loss`, and always for standard error, write errors are ignored instead.
     """
 
     def __init__(self, stream: TextIO, name: str, *, drop: bool) -> None:
@@ -65,7 +65,7 @@ def guard_output() -> None:
             setattr(sys, name, cast(TextIO, GuardedStream(stream, title, drop=name == "stderr")))
 
 
-def keep_going() -> None:
+def survive_console_loss() -> None:
     """Ignore write errors and SIGHUP from now on, for commands that run for hours and write results to files.
 
     SIGHUP is sent when a terminal is closed. Processes started later ignore it too.

@@ -31,11 +31,11 @@ def signals_end_at_once() -> Iterator[None]:
 class StopSignal:
     """Context in which SIGTERM and Ctrl-C end the process at once.
 
-    After ``listen`` is called, the first signal only sets ``asked``; a second one still ends the process at once.
+    After ``listen`` is called, the first signal only sets ``requested``; a second one still ends the process at once.
     """
 
     def __init__(self) -> None:
-        self.asked = False
+        self.requested = False
         self._at_once = signals_end_at_once()
 
     def listen(self) -> None:
@@ -44,7 +44,7 @@ class StopSignal:
             signal.signal(number, self._ask)
 
     def _ask(self, number: int, _: FrameType | None) -> None:
-        self.asked = True
+        self.requested = True
         for each in STOPPING:
             signal.signal(each, signal.SIG_DFL)
 

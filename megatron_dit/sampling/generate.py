@@ -150,8 +150,8 @@ class Sampler:
             return model.sample_size, model.sample_size
         if model.spec.fixed_size:
             raise UserError(
-                f"--size {size[0]}x{size[1]} is not supported by uvit, which learns the positions of its training "
-                "size; omit --size"
+                f"--size {size[0]}x{size[1]} is not supported by {model.arch}, which learns the positions of its "
+                "training size; omit --size"
             )
         multiple = self.codec.scale * model.patch_size
         if any(side % multiple or side <= 0 for side in size):

@@ -6,7 +6,7 @@ import logging
 import time
 from pathlib import Path
 
-from megatron_dit.checkpoint.listing import clear, delete, list_checkpoints, old_ones, step_of
+from megatron_dit.checkpoint.listing import checkpoints_to_delete, clear, delete, list_checkpoints, step_of
 from megatron_dit.checkpoint.writer import CheckpointWriter, set_aside
 from megatron_dit.optimizer import power_averages
 from megatron_dit.runtime.errors import UserError, writing
@@ -98,7 +98,7 @@ class CheckpointSchedule:
         """Delete old checkpoints and, if it is due or ``must`` is true, update loss.png."""
         config = self._config.checkpoint
         try:
-            for old in old_ones(self._run.checkpoints, config.keep, config.keep_every):
+            for old in checkpoints_to_delete(self._run.checkpoints, config.keep, config.keep_every):
                 delete(old)
             if must or time.monotonic() - self._plotted > SECONDS_BETWEEN_PLOTS:
                 self._run.plot()

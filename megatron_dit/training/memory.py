@@ -17,7 +17,7 @@ import torch
 from megatron_dit.config import Config
 from megatron_dit.models.param_specs import param_specs
 from megatron_dit.mup.rules import Param
-from megatron_dit.runtime.errors import OwnError
+from megatron_dit.runtime.errors import RankError
 from megatron_dit.runtime.launch_environment import launch_environment
 
 GIB = 2**30
@@ -98,7 +98,7 @@ def explain_out_of_memory(config: Config) -> Iterator[None]:
             raise
         place = launch_environment()
         where = f"rank {place.rank} on host {socket.gethostname()}"
-        raise OwnError(f"{where}: {_advice(config, place.world, reason)}") from None
+        raise RankError(f"{where}: {_advice(config, place.world, reason)}") from None
 
 
 def out_of_memory_reason(error: Exception) -> str | None:

@@ -28,7 +28,7 @@ class StepMonitor:
         for name, shard in masters.shards.items():
             if topology.tensor_rank == 0 or params[name].dim is not None:  # count replicated parameters once
                 self._shards.setdefault(id(shard.flat), []).append((name, shard))
-        self._copies = topology.data_size if masters.whole else 1
+        self._copies = topology.data_size if masters.unsharded else 1
         parts = sorted({_part(name) for name in params})
         roles = sorted({param.role for param in params.values()})
         names = [*(f"grad_norm/{part}" for part in parts), *(f"{kind}/{role}" for kind in KINDS for role in roles)]

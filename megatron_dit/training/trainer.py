@@ -9,10 +9,10 @@ from typing import Any
 from megatron_dit.checkpoint.load import newest_intact, restore
 from megatron_dit.checkpoint.reader import CheckpointReader
 from megatron_dit.config import Config
+from megatron_dit.data.fingerprint import check_fingerprint, dataset_fingerprint
 from megatron_dit.data.health import DataHealth, check_shards
 from megatron_dit.data.index import Index
 from megatron_dit.data.stream import batches, read_data
-from megatron_dit.data.validate import check_same, dataset_fingerprint
 from megatron_dit.parallel.collectives import on_all_ranks
 from megatron_dit.parallel.startup import start_up
 from megatron_dit.parallel.topology import Topology
@@ -62,7 +62,7 @@ def _train(
     with ProgressBar("train", config.train.steps, engine.step, show=rank0) as bar:
         for batch in stream:
             monitor = bool(config.train.monitor_every) and (engine.step + 1) % config.train.monitor_every == 0
-            metrics = engine.train_step(batch, extra=[stop_signal.asked, schedule.writing], monitor=monitor)
+            metrics = engine.train_step(batch, extra=[stop_signal.requested, schedule.writing], monitor=monitor)
             stop, writing = (count > 0 for count in metrics.extra)  # on any rank
             last = stop or engine.step == config.train.steps
             if log is not None:
@@ -97,7 +97,7 @@ def _engine(config: Config, topology: Topology, data: Sequence[Index], reader: C
     if reader is None:
         engine.initialize()
     else:
-        check_same(reader.manifest["data"], engine.data)
+        check_fingerprint(reader.manifest["data"], engine.data)
         restore(engine, reader)
         logger.info("resumed %s at step %d", config.run_dir, engine.step)
     return engine

@@ -89,7 +89,7 @@ def print_table(results: Sequence[Result]) -> None:
     """Print a row per setting: its loss, the std over its seeds, and the trials that did not complete, with reasons."""
     table = Table(title=f"{len(results)} trials")
     keys = sorted({key for result in results for key in result.params if key != "seed"})
-    for column in (*keys, "loss", "std over seeds", "trials", "failed trials"):
+    for column in (*keys, "loss", "std over seeds", "trial numbers", "failed trials"):
         table.add_column(column)
     for setting in settings(results):
         values = {**dict(setting.model), **dict(setting.hyperparameters)}

@@ -1,89 +1,26 @@
-"""Transfer a sweep's best base hyperparameters to a target, and report the cost of the search.
-
-The cost is defined as in arXiv 2505.15270: trials * proxy size * proxy epochs / (target size * target epochs). Size
-times samples equals the training FLOPs up to the factor 6 * tokens, which is the same for proxy and target.
-"""
+"""Transfer a sweep's best base hyperparameters to a target."""
 
 from __future__ import annotations
 
-import functools
 import logging
-import math
 from collections import Counter
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import torch
 import yaml
 
-from megatron_dit.config import Config, ModelConfig, config_from_dict, flatten, load_config
-from megatron_dit.models.build import build_unsharded
+from megatron_dit.config import Config, config_from_dict, flatten
 from megatron_dit.models.param_specs import param_specs
 from megatron_dit.runtime.errors import UserError
 from megatron_dit.runtime.io import replacing
 from megatron_dit.runtime.text import printable
 from megatron_dit.tuning import report
+from megatron_dit.tuning.cost import cost_of_results
 from megatron_dit.tuning.space import SweepConfig, load_saved
 from megatron_dit.tuning.trial import Result, stored_result
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Cost:
-    """Cost of a search relative to its target's training.
-
-    ``runs`` has the (parameters, samples seen) of each trial, ``target`` those of the target.
-    """
-
-    runs: tuple[tuple[int, int], ...]
-    target: tuple[int, int]
-
-    @property
-    def fraction(self) -> float:
-        """Cost of the search as a fraction of the target's training."""
-        return sum(size * samples for size, samples in self.runs) / math.prod(self.target)
-
-    @property
-    def rounded_fraction(self) -> float | None:
-        """The same fraction with sizes rounded to 0.01B, as in the paper; None if one of them rounds to zero."""
-        sizes = [round(size / 1e9, 2) for size, _ in (*self.runs, self.target)]
-        if not all(sizes):
-            return None
-        spent = sum(size * samples for size, (_, samples) in zip(sizes, self.runs, strict=False))
-        return spent / (sizes[-1] * self.target[1])
-
-    def lines(self) -> list[str]:
-        """Return the calculation as lines of text."""
-        size, samples = self.target
-        text = [f"search cost: {len(self.runs)} trials * size * samples / (target size * target samples)"]
-        text.append(f"  = {self._spent(exact=True)} / ({size:,} * {samples:,}) = {100 * self.fraction:.2f}%")
-        if self.rounded_fraction is not None:
-            text.append(
-                f"  with sizes rounded to 0.01B, as in the paper: {self._spent(exact=False)}"
-                f" / ({size / 1e9:.2f}B * {samples:,}) = {100 * self.rounded_fraction:.2f}%"
-            )
-        return text
-
-    def _spent(self, exact: bool) -> str:
-        terms = [
-            f"{count} * {f'{size:,}' if exact else f'{size / 1e9:.2f}B'} * {samples:,}"
-            for (size, samples), count in Counter(self.runs).items()
-        ]
-        return terms[0] if len(terms) == 1 else "(" + " + ".join(terms) + ")"
-
-
-@functools.cache
-def parameters(model: ModelConfig) -> int:
-    """Return the number of parameters of a model."""
-    with torch.device("meta"):
-        return sum(p.numel() for p in build_unsharded(model).parameters())
-
-
-def samples(config: Config) -> int:
-    """Return the number of samples that a run sees."""
-    return config.train.steps * config.train.global_batch
 
 
 def transfer(folder: Path, target: Config, target_path: str, out: Path) -> dict[str, Any]:
@@ -101,7 +38,7 @@ def transfer(folder: Path, target: Config, target_path: str, out: Path) -> dict[
     _check_target(proxy, target)
     tuned = with_values(target, dict(chosen.hyperparameters))
     groups = group_lines(tuned)
-    cost = Cost(tuple(_run(config, result) for result in results), (parameters(tuned.model), samples(tuned)))
+    cost = cost_of_results(config, results, tuned)
     values = ", ".join(f"{key} = {report.show(value)}" for key, value in chosen.hyperparameters)
     header = [
         f"{target_path} with base hyperparameters from {folder}: {values}",
@@ -163,36 +100,6 @@ def read_sweep(folder: Path) -> tuple[SweepConfig, list[Result]]:
         except UserError as error:
             logger.warning("%s; ignoring this trial, 'megatron-dit sweep' will run it again", error)
     return config, [result for result in results if result is not None]
-
-
-def print_plan(config: SweepConfig, target: str | None) -> dict[str, Any]:
-    """Print the search space, and the cost relative to ``target``'s training if every trial completes."""
-    print(
-        f"{config.count} trials ({config.sampler}) of {printable(config.base_config)}, "
-        f"{config.concurrent_trials} at a time:"
-    )
-    for key, dimension in config.space.items():
-        kind = next(name for name in ("log2", "choice", "uniform", "log_uniform") if getattr(dimension, name))
-        print(printable(f"  {key}: {kind} {getattr(dimension, kind)}"))
-    plan: dict[str, Any] = {"trials": config.count}
-    if target is not None:
-        target_config = load_config(target)
-        cost = Cost(_planned(config), (parameters(target_config.model), samples(target_config)))
-        print("\n".join(cost.lines()))
-        plan |= {"cost": cost.fraction, "cost_rounded": cost.rounded_fraction}
-    return plan
-
-
-def _planned(config: SweepConfig) -> tuple[tuple[int, int], ...]:
-    """Return (parameters, samples) of every trial, assuming that all searched widths occur equally often."""
-    widths = config.space["model.heads"].finite if "model.heads" in config.space else [config.base.model.heads]
-    proxies = [config.trial_config({"model.heads": heads}, 0) for heads in widths]
-    runs = [(parameters(proxy.model), samples(proxy)) for proxy in proxies]
-    return tuple(runs[number % len(runs)] for number in range(config.count))
-
-
-def _run(config: SweepConfig, result: Result) -> tuple[int, int]:
-    return parameters(config.trial_config(result.params, result.number).model), result.samples
 
 
 def _check_target(proxy: Config, target: Config) -> None:

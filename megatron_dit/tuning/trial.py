@@ -24,7 +24,7 @@ from megatron_dit.runtime.io import read_text, replacing
 from megatron_dit.runtime.launcher import die_with_parent, leave, run_ranks
 from megatron_dit.runtime.locks import try_lock
 from megatron_dit.runtime.logging import set_up
-from megatron_dit.runtime.output import guard_output, keep_going
+from megatron_dit.runtime.output import guard_output, survive_console_loss
 from megatron_dit.training.run_folder import read_metrics
 from megatron_dit.training.trainer import train
 from megatron_dit.tuning.space import SweepConfig
@@ -114,7 +114,7 @@ def run_trial(files: TrialFiles, procs: int, last: float, keep: bool, devices: s
         os.dup2(log.fileno(), 2)
     guard_output()
     set_up()
-    keep_going()
+    survive_console_loss()
     if devices is not None:
         os.environ["CUDA_VISIBLE_DEVICES"] = devices
     with files.lock() as locked:

@@ -127,9 +127,15 @@ def verify(path: str, overrides: Sequence[str], names: Sequence[str] | None, ste
 
 
 def greatest_difference(found: list[float], expected: list[float]) -> float:
-    """Return the maximum relative difference, infinite if a value of ``found`` is not finite."""
-    assert len(found) == len(expected)
-    return max(abs(a - b) / abs(b) if math.isfinite(a) else math.inf for a, b in zip(found, expected, strict=True))
+    """Return the maximum relative difference, infinite if a value of either is not finite."""
+    return max(ratio(abs(a - b), abs(b)) for a, b in zip(found, expected, strict=True))
+
+
+def ratio(error: float, scale: float) -> float:
+    """Return ``error / scale``; infinity if the error is not finite, or if only the scale is zero."""
+    if not math.isfinite(error):
+        return math.inf
+    return error / scale if scale else math.inf if error else 0.0
 
 
 def _print(results: list[Comparison], reference: Trace, steps: int) -> None:

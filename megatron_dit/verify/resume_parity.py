@@ -31,7 +31,7 @@ from megatron_dit.parallel.topology import Topology
 from megatron_dit.runtime.progress import ProgressBar
 from megatron_dit.runtime.table import Table
 from megatron_dit.training.engine import Engine
-from megatron_dit.verify.layout_parity import TOLERANCE, disturbed, greatest_difference
+from megatron_dit.verify.layout_parity import TOLERANCE, disturbed, greatest_difference, ratio
 from megatron_dit.verify.layouts import SINGLE, layouts_of, run_layout
 
 STATE_TOLERANCE = 0.1  # a state that is not restored has an error of about 1
@@ -49,7 +49,7 @@ PAIRED = [
 
 
 @dataclass
-class Stretch:
+class Segment:
     """Record of a layout's steps from one step to another, equal on all ranks."""
 
     losses: list[float] = field(default_factory=list)
@@ -62,7 +62,7 @@ class Stretch:
 class Resumed:
     """Results of one layout by the layout whose checkpoint it resumed; the uninterrupted run has the key ""."""
 
-    stretches: dict[str, Stretch]
+    segments: dict[str, Segment]
     state: dict[str, float]  # distance to the single process's state relative to that state's change; maximum
     equal: dict[str, bool]  # whether all states are bitwise equal to those of the layout's uninterrupted run
 
@@ -95,19 +95,19 @@ def verify_resume(path: str, overrides: Sequence[str], names: Sequence[str] | No
     pairs = []
     with tempfile.TemporaryDirectory() as scratch, ProgressBar("verify", 2 * len(layouts)) as bar:
         folders = {name: str(Path(scratch) / name) for name in layouts}
-        uninterrupted: dict[str, Stretch] = {}
+        uninterrupted: dict[str, Segment] = {}
         for name, (layout, config) in layouts.items():
             found = run_layout(Path(folders[name]), name, layout, config, {"stop": steps // 2})
-            uninterrupted[name] = Stretch(**found["stretches"][""])
+            uninterrupted[name] = Segment(**found["segments"][""])
             bar.advance(f"{name} saved")
-        rest = Stretch(*(getattr(uninterrupted[SINGLE], part)[steps // 2 :] for part in ("losses", "lrs", "keys")))
+        rest = Segment(*(getattr(uninterrupted[SINGLE], part)[steps // 2 :] for part in ("losses", "lrs", "keys")))
         rest.ratios = uninterrupted[SINGLE].ratios
         for name, (layout, config) in layouts.items():
             task = {"stop": steps // 2, "sources": folders, "own": folders[name], "single": folders[SINGLE]}
             found = run_layout(Path(folders[name] + ".loads"), name, layout, config, task)
             pairs += [
-                _compare(saved, name, Stretch(**stretch), rest, found["state"][saved], found["equal"][saved])
-                for saved, stretch in found["stretches"].items()
+                _compare(saved, name, Segment(**segment), rest, found["state"][saved], found["equal"][saved])
+                for saved, segment in found["segments"].items()
             ]
             bar.advance(f"{name} loaded")
     _print(pairs, list(layouts), steps)
@@ -128,10 +128,10 @@ def resumed(
     if sources is None:
         engine.initialize()
         engine.write_full_state({STATE: lambda name: disturbed(engine.params[name], config.seed)})
-        found.stretches[""] = _train(engine, config, topology, folder, stop)
+        found.segments[""] = _train(engine, config, topology, folder, stop)
     for name, source in (sources or {}).items():
         restore(engine, CheckpointReader(step_folder(Path(source), stop)))
-        found.stretches[name] = _train(engine, config, topology, folder, stop)
+        found.segments[name] = _train(engine, config, topology, folder, stop)
         if topology.rank == 0:
             last = CheckpointReader(step_folder(folder, engine.step))
             start, end = (CheckpointReader(step_folder(Path(single), step)) for step in (stop, engine.step))
@@ -142,20 +142,20 @@ def resumed(
     return found if topology.rank == 0 else None
 
 
-def _train(engine: Engine, config: Config, topology: Topology, folder: Path, stop: int) -> Stretch:
+def _train(engine: Engine, config: Config, topology: Topology, folder: Path, stop: int) -> Segment:
     """Train from the engine's step to the last one, saving at ``stop`` and at the end."""
-    stretch = Stretch()
+    segment = Segment()
     for batch in batches(read_data(config.data), config, engine.step, topology.data_rank, topology.data_size):
         metrics = engine.train_step(batch)
-        stretch.losses.append(metrics.loss)
-        stretch.lrs.append(metrics.lr)
+        segment.losses.append(metrics.loss)
+        segment.lrs.append(metrics.lr)
         by_rank = sorted(set(gather((topology.data_rank, batch.keys))))
-        stretch.keys.append([key for _, keys in by_rank for key in keys])
+        segment.keys.append([key for _, keys in by_rank for key in keys])
         if engine.step in (stop, config.train.steps):
             save(engine, folder)
     for groups in gather([(g["names"], g["initial_lr"], g["weight_decay"]) for g in engine.groups]):
-        stretch.ratios.update({name: [lr, decay] for names, lr, decay in groups for name in names})
-    return stretch
+        segment.ratios.update({name: [lr, decay] for names, lr, decay in groups for name in names})
+    return segment
 
 
 def _drift(found: CheckpointReader, start: CheckpointReader, end: CheckpointReader) -> float:
@@ -167,7 +167,7 @@ def _drift(found: CheckpointReader, start: CheckpointReader, end: CheckpointRead
             value = end.full(key, name)
             off += float((found.full(key, name) - value).square().sum())
             moved += float((start.full(key, name) - value).square().sum())
-        ratios.append(math.sqrt(off / moved) if math.isfinite(off) else math.inf)
+        ratios.append(ratio(math.sqrt(off), math.sqrt(moved)) if math.isfinite(off) else math.inf)
     return max(ratios)
 
 
@@ -176,7 +176,7 @@ def _equal(one: CheckpointReader, other: CheckpointReader, key: str) -> bool:
     return all(one.full(key, name).equal(other.full(key, name)) for name in one.manifest["params"])
 
 
-def _compare(saved: str, loaded: str, found: Stretch, expected: Stretch, state: float, equal: bool) -> Pair:
+def _compare(saved: str, loaded: str, found: Segment, expected: Segment, state: float, equal: bool) -> Pair:
     return Pair(
         saved=saved,
         loaded=loaded,

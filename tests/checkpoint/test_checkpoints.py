@@ -11,7 +11,7 @@ import torch
 from safetensors import safe_open
 
 from megatron_dit.checkpoint import reader as format_module
-from megatron_dit.checkpoint.listing import clear, old_ones, step_folder
+from megatron_dit.checkpoint.listing import checkpoints_to_delete, clear, step_folder
 from megatron_dit.checkpoint.manifest import Incomplete
 from megatron_dit.checkpoint.reader import CheckpointReader
 from megatron_dit.models.param_specs import param_specs
@@ -136,14 +136,16 @@ def test_incomplete_and_corrupt_checkpoints_are_detected(pool, tmp_path, harm):
         CheckpointReader(folder)
 
 
-def test_old_ones_excludes_the_newest_and_every_mth_step(tmp_path):
+def test_checkpoints_to_delete_excludes_the_newest_and_every_mth_step(tmp_path):
     for step in (1, 20, 300):
         checkpoint(tmp_path, step)
     (tmp_path / "step_00000400.part").mkdir()
-    assert old_ones(tmp_path, keep=2) == [step_folder(tmp_path, 1)]
+    assert checkpoints_to_delete(tmp_path, keep=2) == [step_folder(tmp_path, 1)]
     for step in (100, 310, 320):
         checkpoint(tmp_path, step)
-    assert old_ones(tmp_path, keep=1, keep_every=100) == [step_folder(tmp_path, step) for step in (1, 20, 310)]
+    assert checkpoints_to_delete(tmp_path, keep=1, keep_every=100) == [
+        step_folder(tmp_path, step) for step in (1, 20, 310)
+    ]
     clear(tmp_path)
     assert not list(tmp_path.glob("*.part"))
     assert len(list(tmp_path.iterdir())) == 6

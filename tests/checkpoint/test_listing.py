@@ -8,7 +8,7 @@ import pytest
 
 from checkpoints_tools.__main__ import main
 from megatron_dit.checkpoint import listing
-from megatron_dit.checkpoint.listing import clear, list_checkpoints, old_ones, step_folder
+from megatron_dit.checkpoint.listing import checkpoints_to_delete, clear, list_checkpoints, step_folder
 from megatron_dit.checkpoint.load import newest, open_checkpoint
 from megatron_dit.checkpoint.writer import set_aside
 from megatron_dit.cli import run as command_line
@@ -37,7 +37,7 @@ def test_entries_without_a_matching_manifest_are_not_checkpoints(run, capsys, ki
     folder = run / "checkpoints"
     before = contents(STRAYS[kind](folder))
     assert names(list_checkpoints(folder).checkpoints) == ["step_00000003", "step_00000006"]
-    assert names(old_ones(folder, keep=1)) == ["step_00000003"]
+    assert names(checkpoints_to_delete(folder, keep=1)) == ["step_00000003"]
     assert open_checkpoint(run).step == 6
     (note,) = capsys.readouterr().err.splitlines()
     assert note.startswith(f"warning: ignoring entries of {folder} that are not its checkpoints: ")
@@ -69,7 +69,7 @@ def test_checkpoints_are_sorted_by_step(tmp_path):
     found = newest(tmp_path).reader
     assert found is not None
     assert found.step == 100_000_000
-    assert names(old_ones(tmp_path, keep=1)) == ["step_99999999"]
+    assert names(checkpoints_to_delete(tmp_path, keep=1)) == ["step_99999999"]
 
 
 def test_checkpoint_with_any_name_can_be_opened_by_its_path(run):

@@ -13,7 +13,7 @@ from checkpoints_tools.average import average
 from megatron_dit.checkpoint.listing import checkpoints
 from megatron_dit.checkpoint.load import open_checkpoint
 from megatron_dit.cli import run as command_line
-from megatron_dit.optimizer.averages import gamma_of
+from megatron_dit.optimizer.ema import gamma_of
 from megatron_dit.runtime.errors import UserError
 from tests.helpers.averages import step_weights
 from tests.helpers.configs import small_dict
@@ -107,7 +107,7 @@ def test_invalid_arguments_and_missing_snapshots_are_rejected(trained, tmp_path)
     for width, step, out, message in [
         (0.3, None, "out", r"--sigma-rel=0.3: expected at least 0.0001"),
         (0.08, 5, "out", "--step 5: no snapshot of this step; choose one of 4, 8, 12"),
-        (0.08, None, "", "already exists: give a folder that does not exist"),
+        (0.08, None, "", "already exists; give a folder that does not exist"),
     ]:
         with pytest.raises(UserError, match=message):
             average(run, width, step, tmp_path / out)

@@ -97,6 +97,8 @@ def test_exported_pipeline_class_generates_the_images_of_our_sampler(run):
     plain = pipe(**first, latents=noise[:1], guidance_scale=1, num_inference_steps=2, output_type="np")
     assert plain.images.shape == (1, 16, 16, 3)
     assert not same(plain.images, expected[:1])
+    with pytest.raises(ValueError, match="either prompt or class_labels"):
+        pipe()
     drawn = [pipe(**wanted, generator=torch.Generator().manual_seed(3)).images[1] for _ in range(2)]
     assert drawn[0].size == (16, 16)
     assert drawn[0].tobytes() == drawn[1].tobytes()

@@ -76,7 +76,7 @@ def test_statistics_equal_those_of_numpy(folder, tmp_path, capsys):
 def test_samples_option_limits_the_number_of_samples(folder, tmp_path):
     assert data_prep(["stats", str(folder), "--samples", "10", "--out", str(tmp_path / "stats")]) == 0
     results = json.loads((tmp_path / "stats" / "stats.json").read_text())
-    assert (results["samples"], results["looked_at"], sum(results["classes"])) == (60, 10, 10)
+    assert (results["samples"], results["examined"], sum(results["classes"])) == (60, 10, 10)
 
 
 def test_shift_and_scaling_factor_of_a_vae_are_computed(tmp_path):
@@ -123,7 +123,7 @@ def test_unreadable_samples_are_counted_and_excluded(tmp_path, capsys):
     (tmp_path / "data" / "00001.tar").unlink()
     assert data_prep(["stats", str(tmp_path / "data")]) == 0
     results = json.loads((tmp_path / "data" / "stats" / "stats.json").read_text())
-    assert (results["samples"], results["looked_at"], results["unreadable"]) == (9, 2, 7)
+    assert (results["samples"], results["examined"], results["unreadable"]) == (9, 2, 7)
     values = np.concatenate([latent(n, WIDE).astype(np.float64).reshape(3, -1) for n in (3, 4)], axis=1)
     assert results["latents"]["mean"] == pytest.approx(values.mean(1).tolist(), rel=1e-12)
     assert "7 samples cannot be read, for example: 00000.tar/000000" in capsys.readouterr().out

@@ -1,4 +1,4 @@
-"""Standard output that is closed, full, or a pipe whose reader exits, with and without ``keep_going``."""
+"""Standard output that is closed, full, or a pipe whose reader exits, with and without ``survive_console_loss``."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ import pytest
 PROGRAM = """
 import sys
 from megatron_dit.runtime.program import run_program
-from megatron_dit.runtime.output import keep_going
+from megatron_dit.runtime.output import survive_console_loss
 
 def command(arguments):
     if "keep" in arguments:
-        keep_going()
+        survive_console_loss()
     for number in range(20000):
         print("line", number)
     print("worked", file=sys.stderr)
@@ -55,7 +55,7 @@ def test_closed_streams_do_not_stop_the_command(tmp_path):
     assert start(tmp_path, "", ">&- 2>&-") == (0, "", True)
 
 
-def test_keep_going_ignores_sighup(tmp_path):
-    code = "import os, signal; from megatron_dit.runtime.output import keep_going; keep_going(); "
+def test_survive_console_loss_ignores_sighup(tmp_path):
+    code = "import os, signal; from megatron_dit.runtime.output import survive_console_loss; survive_console_loss(); "
     code += "os.kill(os.getpid(), signal.SIGHUP); print('continues')"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, check=True).stdout == b"continues\n"

@@ -9,7 +9,7 @@ import torch
 
 from megatron_dit.cli import run
 from megatron_dit.models.build import build_unsharded
-from megatron_dit.runtime.errors import OwnError, UserError
+from megatron_dit.runtime.errors import RankError, UserError
 from megatron_dit.training import memory
 from megatron_dit.training.memory import explain_out_of_memory
 from tests.helpers.configs import small, write_config
@@ -37,7 +37,7 @@ def test_message_is_one_line_with_sizes_and_keys(fail, words):
     config = small("mmdit", **{"model.heads": 128, "train.micro_batch": 2})
     with torch.device("meta"):
         numel = sum(param.numel() for param in build_unsharded(config.model).parameters())
-    with pytest.raises(OwnError) as caught, explain_out_of_memory(config):
+    with pytest.raises(RankError) as caught, explain_out_of_memory(config):
         fail()
     line = str(caught.value)
     assert "\n" not in line

@@ -12,7 +12,8 @@ import yaml
 from megatron_dit.cli import run
 from megatron_dit.config import load_config
 from megatron_dit.tuning import report
-from megatron_dit.tuning.transfer import Cost, read_sweep
+from megatron_dit.tuning.cost import Cost
+from megatron_dit.tuning.transfer import read_sweep
 from tests.helpers.configs import small, small_dict
 from tests.helpers.mup_groups import package_groups
 from tests.helpers.sweeps import plant, write_sweep

@@ -15,6 +15,7 @@ from megatron_dit import verify
 from megatron_dit.cli import run
 from megatron_dit.models.param_specs import param_specs
 from megatron_dit.mup.initial_values import initial_value
+from megatron_dit.verify import layout_parity
 from tests.helpers.configs import ARCHITECTURES, small, small_dict
 
 
@@ -32,6 +33,21 @@ def test_verify_prints_and_writes_its_results(config, tmp_path, capsys):
     assert list(found) == ["tp2", "dp2-zero3"]
     assert all(row["good"] and row["equal_initial"] and row["loss"] <= 1e-5 for row in found.values())
     assert found["tp2"]["initial"][:16] in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("found", "expected", "difference"),
+    [
+        ([1.0, 2.2], [1.0, 2.0], 0.1),
+        ([1.0, math.nan], [1.0, 2.0], math.inf),
+        ([1.0, 2.0], [1.0, math.nan], math.inf),
+        ([math.inf], [math.inf], math.inf),
+        ([0.0], [0.0], 0.0),
+        ([1e-30], [0.0], math.inf),
+    ],
+)
+def test_a_value_that_is_not_finite_is_never_equal(found, expected, difference):
+    assert layout_parity.greatest_difference(found, expected) == pytest.approx(difference)
 
 
 def test_unknown_layout_and_indivisible_batch_are_refused(config, capsys):

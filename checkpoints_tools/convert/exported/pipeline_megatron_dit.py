@@ -75,6 +75,8 @@ class MegatronDiTPipeline(DiffusionPipeline):
         ``height`` and ``width`` are in pixels. ``num_inference_steps`` and ``guidance_scale`` default to the run's
         values. ``latents`` (B, C, H, W) is the initial noise.
         """
+        if (prompt is None) == (class_labels is None):
+            raise ValueError("give either prompt or class_labels")
         sampling = self.facts["config"]["sampling"]
         guidance = sampling["guidance"] if guidance_scale is None else guidance_scale
         device, dtype = self._execution_device, self.transformer.dtype

@@ -30,11 +30,11 @@ from megatron_dit.runtime.errors import UserError
 BASE_KEYS = ("mup.base_heads", "mup.base_shapes")
 
 
-def from_original(form: OriginalFormat, asked: Import) -> list[str]:
+def from_original(form: OriginalFormat, request: Import) -> list[str]:
     """Write the run and return lines to print."""
-    file = read_original(asked.source)
-    given = {key: value for key, _, value in (word.partition("=") for word in asked.overrides)}
-    config = _config(form, file, given, asked)
+    file = read_original(request.source)
+    given = {key: value for key, _, value in (word.partition("=") for word in request.overrides)}
+    config = _config(form, file, given, request)
     params = param_specs(config)
     raw, notes = _rename_weights(form, file, file.raw, config, params)
     averages, _ = _rename_weights(form, file, file.averages, config, params)
@@ -43,8 +43,8 @@ def from_original(form: OriginalFormat, asked: Import) -> list[str]:
         return lambda param: _unfolded(weights[param.name].float().reshape(param.shape), param, config, form)
 
     both = file.raw is not file.averages
-    number = write_run(config, give(raw), data_of(config, asked), {}, give(averages) if both else None)
-    notes.insert(0, f"wrote {asked.out}: {form.title} as a run of {number:,} parameters")
+    number = write_run(config, give(raw), data_of(config, request), {}, give(averages) if both else None)
+    notes.insert(0, f"wrote {request.out}: {form.title} as a run of {number:,} parameters")
     notes.append(
         "master weights and EMA are read from the file" if both else "master weights and EMA start from its weights"
     )
@@ -52,11 +52,11 @@ def from_original(form: OriginalFormat, asked: Import) -> list[str]:
         notes.append("Adam's moments are not imported: they start at zero")
         if recipe_of(file) is None:
             notes.append("the optimizer's groups are not valid AdamW groups: the learning rate is not read from them")
-    config_path = asked.out / "config.yaml"
-    return [*notes, f"the training hyperparameters are unknown: check {config_path} before continuing training"]
+    config_path = request.out / "config.yaml"
+    return [*notes, f"the training hyperparameters are unknown; check {config_path} before continuing training"]
 
 
-def _config(form: OriginalFormat, file: OriginalCheckpoint, given: Overrides, asked: Import) -> Config:
+def _config(form: OriginalFormat, file: OriginalCheckpoint, given: Overrides, request: Import) -> Config:
     """Return the config from the tensors' shapes, the file's optimizer groups and arguments, and the overrides."""
     recipe = recipe_of(file)
     for name in file.raw:
@@ -78,12 +78,12 @@ def _config(form: OriginalFormat, file: OriginalCheckpoint, given: Overrides, as
     if recipe is not None:
         values["optimizer"] |= recipe.optimizer()
     if not form.mup_preset:
-        return config_of(values, asked)
-    config = _with_base_width(values, given, asked, recipe)
+        return config_of(values, request)
+    config = _with_base_width(values, given, request, recipe)
     if recipe is not None and not math.isclose(recipe.ratio, width_multiplier(config), rel_tol=1e-6):
         raise UserError(
             f"{file.path} was trained with the learning rates {_listed(recipe.lrs)}, so its width is {recipe.ratio:g} "
-            f"times the base width, but the given base width makes it {width_multiplier(config):g} times: give "
+            f"times the base width, but the given base width makes it {width_multiplier(config):g} times; give "
             "the base width that was used in training, with --base-shapes F.bsh or mup.base_heads=N"
         )
     return config
@@ -102,16 +102,18 @@ def _check_parametrization(form: OriginalFormat, file: OriginalCheckpoint, recip
         )
 
 
-def _with_base_width(values: dict[str, Any], given: Overrides, asked: Import, recipe: Recipe | None) -> Config:
+def _with_base_width(values: dict[str, Any], given: Overrides, request: Import, recipe: Recipe | None) -> Config:
     """Return the config with the base width that the user gave, or else the one that follows from the optimizer."""
-    ways = bool(asked.base_shapes) + any(key in given for key in BASE_KEYS)
+    ways = bool(request.base_shapes) + any(key in given for key in BASE_KEYS)
     if ways == 0 and recipe is not None and values["model"]["heads"] % recipe.ratio == 0:
         values["mup"]["base_heads"] = int(values["model"]["heads"] / recipe.ratio)
     elif ways != 1:
         raise UserError(
             "give the base width by exactly one of --base-shapes F.bsh and mup.base_heads=N (4 in the paper)"
         )
-    return config_of(values, asked) if asked.base_shapes is None else _with_base(values, asked, asked.base_shapes)
+    return (
+        config_of(values, request) if request.base_shapes is None else _with_base(values, request, request.base_shapes)
+    )
 
 
 def width_multiplier(config: Config) -> float:
@@ -139,10 +141,10 @@ def model_of(form: OriginalFormat, file: OriginalCheckpoint, given: Overrides) -
     if not heads:
         raise UserError(
             f"{file.path} does not contain the number of attention heads, and no published {form.name} model has depth "
-            f"{read['depth']} and width {width}: add model.heads=N"
+            f"{read['depth']} and width {width}; add model.heads=N"
         )
     if not heads.isdigit() or int(heads) < 1 or width % int(heads):
-        raise UserError(f"model.heads={heads}: expected a divisor of the width {width}")
+        raise UserError(f"model.heads={heads} does not divide the width {width}; choose a divisor")
     shape = {
         "arch": form.arch,
         "heads": int(heads),
@@ -154,14 +156,14 @@ def model_of(form: OriginalFormat, file: OriginalCheckpoint, given: Overrides) -
     return {**shape, **read}
 
 
-def _with_base(values: dict[str, Any], asked: Import, path: Path) -> Config:
+def _with_base(values: dict[str, Any], request: Import, path: Path) -> Config:
     """Return the config whose base width, as a number of heads, equals that of a .bsh file.
 
     The run then does not depend on the file. Raise UserError if no number of heads gives these base shapes.
     """
 
     def read(**base: Any) -> tuple[Config, dict[str, Param]]:
-        config = config_of({**values, "mup": {**values["mup"], **base}}, asked)
+        config = config_of({**values, "mup": {**values["mup"], **base}}, request)
         return config, param_specs(config)
 
     _, expected = read(base_shapes=str(path))
@@ -171,7 +173,7 @@ def _with_base(values: dict[str, Any], asked: Import, path: Path) -> Config:
         if {name: param.base for name, param in found.items()} == {n: param.base for n, param in expected.items()}:
             return config
     raise UserError(
-        f"the base shapes in {path} are not those of a whole number of heads of head_dim={head_dim}: give "
+        f"the base shapes in {path} are not those of a whole number of heads of head_dim={head_dim}; give "
         f"mup.base_shapes={path} instead of --base-shapes, and keep the file for as long as the run is used"
     )
 

@@ -47,7 +47,7 @@ def read_original(path: Path) -> OriginalCheckpoint:
     )
     if raw_tensors is not None and averaged_tensors is not None and _shapes(raw_tensors) != _shapes(averaged_tensors):
         raise UserError(
-            f"{path} has raw weights and averages with different names or shapes: expected those of one model"
+            f"the raw and averaged weights in {path} differ in names or shapes, so they are not of the same model"
         )
     args = found.get("args")
     return OriginalCheckpoint(
@@ -69,7 +69,7 @@ def _groups(optimizer: Any) -> Sequence[Mapping[str, Any]] | None:
 
 def _load(path: Path) -> Any:
     if not path.is_file():
-        raise UserError(f"{path} is not a file: give a checkpoint written by torch.save (.pt or .pth)")
+        raise UserError(f"{path} is not a file; give a checkpoint written by torch.save (.pt or .pth)")
     try:
         zipped = zipfile.is_zipfile(path)
         _check_sizes(path, zipped)
@@ -117,7 +117,7 @@ def _check_sizes(path: Path, zipped: bool) -> None:
             )
     declared = sum(entry.file_size for entry in entries)
     if declared > size:
-        raise UserError(f"{path} declares {declared:,} bytes of entries, but has {size:,} bytes: download it again")
+        raise UserError(f"{path} declares {declared:,} bytes of entries, but has {size:,} bytes; download it again")
 
 
 def _check_legacy(path: Path, size: int) -> None:
@@ -166,11 +166,11 @@ def _tensors(path: Path, weights: Mapping[Any, Any]) -> Weights:
         needed, held = value.numel() * value.element_size(), value.untyped_storage().nbytes()
         if needed > held or held > size:
             raise UserError(
-                f"{path} declares {needed:,} bytes for {name:.200}, but has {min(held, size):,}: download it again"
+                f"{path} declares {needed:,} bytes for {name:.200}, but has {min(held, size):,}; download it again"
             )
         if records is not None and held not in records:  # a memory-mapped storage may extend into the next entry
             raise UserError(
-                f"{path} declares {held:,} bytes for {name:.200}, but has no entry of that size: download it again"
+                f"{path} declares {held:,} bytes for {name:.200}, but has no entry of that size; download it again"
             )
     return {name: weights[given].detach() for name, given in unwrapped(weights).items()}
 

@@ -151,5 +151,5 @@ def expect_settings(settings: Settings, **expected: Any) -> None:
     for name, value in expected.items():
         if name in settings and settings[name] != value:
             raise UserError(
-                f"config.json has {name}={settings[name]!r}, but only {value!r} is supported: choose another model"
+                f"config.json has {name}={settings[name]!r}, but only {value!r} is supported; choose another model"
             )

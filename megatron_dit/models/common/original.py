@@ -125,7 +125,7 @@ class OriginalFormat(ABC):
 def tensor_shape(file: OriginalCheckpoint, name: str, dims: int) -> tuple[int, ...]:
     """Return the shape of a tensor that every file of the format has; raise UserError if it is missing."""
     if name not in file.raw or file.raw[name].ndim != dims:
-        raise UserError(f"{file.path} has no {name} with {dims} dimensions: give --from the format of the file")
+        raise UserError(f"{file.path} has no {name} with {dims} dimensions; give --from the format of the file")
     return tuple(file.raw[name].shape)
 
 
@@ -150,7 +150,7 @@ def read_positions(file: OriginalCheckpoint, given: Overrides, patch: int) -> di
     """
     if POSITIONS not in file.raw:
         if "model.sample_size" not in given:
-            raise UserError(f"{file.path} has no {POSITIONS}: add model.sample_size=N with the side of its latents")
+            raise UserError(f"{file.path} has no {POSITIONS}; add model.sample_size=N with the side of its latents")
         return {}
     _, tokens, width = tensor_shape(file, POSITIONS, 3)
     scale = 1.0

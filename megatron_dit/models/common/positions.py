@@ -54,7 +54,7 @@ def interpolated_grid(config: ModelConfig, x: Tensor) -> Tensor:
     return position_grid(rows, columns, config.width).to(x.dtype)
 
 
-def centred_positions(count: int, base: int, table: int, device: torch.device) -> Tensor:
+def centered_positions(count: int, base: int, table: int, device: torch.device) -> Tensor:
     """Return the middle ``count`` of ``table`` positions spread over ``base`` (SD3, arXiv 2403.03206, 5.3.2)."""
     first = (table - count) // 2
     return (torch.arange(count, dtype=torch.float64, device=device) + first) * base / table

@@ -134,7 +134,7 @@ class MMDiTCounterpart(DiffusersCounterpart):
             return Unmapped()
         if not drop_clip:
             raise UserError(
-                f"{folder.path} was trained with CLIP's pooled text, which our MMDiT does not support: add --drop-clip "
+                f"{folder.path} was trained with CLIP's pooled text, which our MMDiT does not support; add --drop-clip "
                 "to import it without CLIP"
             )
         hidden = F.silu(folder.tensor(POOLED.format(1, "bias")))

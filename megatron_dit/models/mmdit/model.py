@@ -21,7 +21,7 @@ from megatron_dit.models.common.modules import (
     modulate,
     split_heads,
 )
-from megatron_dit.models.common.positions import centred_positions, patchify, position_grid, unpatchify
+from megatron_dit.models.common.positions import centered_positions, patchify, position_grid, unpatchify
 from megatron_dit.mup.init_rules import InitKind
 from megatron_dit.parallel.layers import Backend
 
@@ -133,7 +133,7 @@ class MMDiT(DiffusionTransformer):
         config = self.config
         base = config.sample_size // config.patch_size
         table = config.position_size or base
-        rows, columns = (centred_positions(side // config.patch_size, base, table, x.device) for side in x.shape[-2:])
+        rows, columns = (centered_positions(side // config.patch_size, base, table, x.device) for side in x.shape[-2:])
         return position_grid(rows, columns, config.width).to(x.dtype)
 
 

@@ -27,7 +27,7 @@ class MMDiTSpec(ArchitectureSpec):
         longest = max(height, width)
         if longest > side * config.patch_size:
             return (
-                f"is larger than the position table, which has {side} positions per side: set model.position_size to "
+                f"is larger than the position table, which has {side} positions per side; set model.position_size to "
                 f"{longest // config.patch_size} or more"
             )
         return None

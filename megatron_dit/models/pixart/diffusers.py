@@ -122,13 +122,13 @@ class PixArtCounterpart(DiffusersCounterpart):
         if value is None:
             value = torch.zeros(expected)
             notes = (
-                "the folder has no null caption, so it is zero: train it, or import a pipeline folder with a text "
+                "the folder has no null caption, so it is zero; train it, or import a pipeline folder with a text "
                 "encoder",
             )
         if tuple(value.shape) != expected:
             raise UserError(
                 f"the null caption of {folder.path} has shape {list(value.shape)}, but its config.json and "
-                f"the overrides require {list(expected)}: use files that belong together"
+                f"the overrides require {list(expected)}; use files that belong together"
             )
         # diffusers uses the features of "", one token, for no caption. Repeating that token does not change the output
         # of the cross-attention.

@@ -2,7 +2,7 @@
 
 At step t a power-function average gives the weights of step s the weight (gamma + 1) s^gamma / t^(gamma + 1), its
 profile (equation 121). sigma_rel is the standard deviation of the profile divided by t. The average of any other
-sigma_rel is approximately a linear combination of stored averages.
+sigma_rel is approximately a linear combination of stored averages. ``adam_with_ema.py`` updates the averages.
 """
 
 from __future__ import annotations

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from megatron_dit.optimizer.averages import Profile, combination, gamma_of, power_decay
+from megatron_dit.optimizer.ema import Profile, combination, gamma_of, power_decay
 from megatron_dit.runtime.errors import UserError
 from tests.helpers.averages import step_weights
 from tests.helpers.configs import small

@@ -10,9 +10,9 @@ import torch
 
 from data_prep.tiny_t5 import build_tiny_t5
 from megatron_dit.config.load import first_difference
-from megatron_dit.data import online
+from megatron_dit.data import online_text
 from megatron_dit.data.encoder_hash import weights_sha256
-from megatron_dit.data.online import OnlineText
+from megatron_dit.data.online_text import OnlineText
 from megatron_dit.data.text import DTYPES, TextEncoder
 from megatron_dit.runtime.errors import UserError
 from tests.helpers.configs import small
@@ -81,7 +81,7 @@ def test_encoder_that_differs_from_the_index_is_rejected(folder, tmp_path):
 
 
 def test_cache_keeps_most_recently_used_captions_within_its_limit(folder, passes, monkeypatch):
-    monkeypatch.setattr(online, "CACHE_BYTES", 3 * 4 * 64 * 2)  # three captions of three words and an end
+    monkeypatch.setattr(online_text, "CACHE_BYTES", 3 * 4 * 64 * 2)  # three captions of three words and an end
     text = OnlineText(described(folder), str(folder), sharded=False)
     a, b, c, d = TextEncoder(str(folder), TOKENS).tokenize(
         ["red circle left", "blue circle left", "green circle left", "red star left"]
