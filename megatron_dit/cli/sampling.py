@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
 import re
-from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -156,21 +155,16 @@ def _generate(
     )
 
 
-@contextlib.contextmanager
-def _explain_out_of_memory(arguments: argparse.Namespace) -> Iterator[None]:
-    """Convert an out-of-memory error of the device or host in this context to a UserError with a remedy."""
-    from megatron_dit.training.memory import out_of_memory_reason
+def _explain_out_of_memory(arguments: argparse.Namespace) -> AbstractContextManager[None]:
+    """Return a context that converts an out-of-memory error to a UserError with a remedy."""
+    from megatron_dit.runtime.out_of_memory import out_of_memory_as
 
-    try:
-        yield
-    except (MemoryError, RuntimeError) as error:
-        reason = out_of_memory_reason(error)
-        if reason is None:
-            raise
-        raise UserError(
+    return out_of_memory_as(
+        lambda reason: UserError(
             f"out of memory ({reason}); lower --batch {arguments.batch}, the number of images generated at a time, or "
             "use a device with more memory; the model is not sharded for sampling"
-        ) from None
+        )
+    )
 
 
 def _run_of(checkpoint: Path) -> Path:

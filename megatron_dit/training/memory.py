@@ -5,11 +5,11 @@ The estimate does not include activations.
 
 from __future__ import annotations
 
-import contextlib
 import math
 import os
 import socket
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, fields
 
 import torch
@@ -19,11 +19,9 @@ from megatron_dit.models.param_specs import param_specs
 from megatron_dit.mup.rules import Param
 from megatron_dit.runtime.errors import RankError
 from megatron_dit.runtime.launch_environment import launch_environment
+from megatron_dit.runtime.out_of_memory import out_of_memory_as
 
 GIB = 2**30
-# Substrings of the RuntimeErrors that mean out of memory: from torch's CPU allocator, from CUDA outside torch's
-# allocator, and from cuBLAS if it cannot allocate its workspace.
-OUT_OF_MEMORY = ("DefaultCPUAllocator", "CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
 FP32 = 4
 ITEM_BYTES = {"fp32": FP32, "bf16": 2}
 PADDING = 2  # DeepSpeed's stages 1 and 2 pad a group to a multiple of this times the number of data-parallel ranks
@@ -87,25 +85,11 @@ def state_bytes(config: Config, params: Iterable[Param], data_parallel: int, sta
     return StateBytes(item * padded, gradients, FP32 * partition, 2 * FP32 * partition, averages * partition)
 
 
-@contextlib.contextmanager
-def explain_out_of_memory(config: Config) -> Iterator[None]:
-    """Convert an out-of-memory error of the device or host in this context to a UserError with sizes and a remedy."""
-    try:
-        yield
-    except (MemoryError, RuntimeError) as error:
-        reason = out_of_memory_reason(error)
-        if reason is None:
-            raise
-        place = launch_environment()
-        where = f"rank {place.rank} on host {socket.gethostname()}"
-        raise RankError(f"{where}: {_advice(config, place.world, reason)}") from None
-
-
-def out_of_memory_reason(error: Exception) -> str | None:
-    """Return the first line of an error if it means that device or host memory is exhausted, and None otherwise."""
-    if isinstance(error, MemoryError | torch.OutOfMemoryError) or any(word in str(error) for word in OUT_OF_MEMORY):
-        return (str(error) or "host memory is exhausted").splitlines()[0].rstrip(". ")
-    return None
+def explain_out_of_memory(config: Config) -> AbstractContextManager[None]:
+    """Return a context that converts an out-of-memory error to a UserError with sizes and a remedy."""
+    place = launch_environment()
+    where = f"rank {place.rank} on host {socket.gethostname()}"
+    return out_of_memory_as(lambda reason: RankError(f"{where}: {_advice(config, place.world, reason)}"))
 
 
 def _advice(config: Config, world: int, reason: str) -> str:

@@ -13,19 +13,8 @@ from megatron_dit.checkpoint.load import newest, open_checkpoint
 from megatron_dit.checkpoint.writer import set_aside
 from megatron_dit.cli import run as command_line
 from megatron_dit.training.checkpointing import CheckpointSchedule
-from tests.helpers.checkpoints import STRAYS, checkpoint, contents, flip, run_of
+from tests.helpers.checkpoints import STRAYS, checkpoint, contents, flip
 from tests.helpers.configs import write_config
-
-
-@pytest.fixture(scope="module")
-def pristine(tmp_path_factory):
-    return run_of(tmp_path_factory.mktemp("pristine"))
-
-
-@pytest.fixture
-def run(pristine, tmp_path):
-    shutil.copytree(pristine, tmp_path / "run")
-    return tmp_path / "run"
 
 
 def names(paths):

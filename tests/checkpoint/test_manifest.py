@@ -19,21 +19,10 @@ from megatron_dit.checkpoint.manifest import Incomplete
 from megatron_dit.checkpoint.reader import CheckpointReader
 from megatron_dit.runtime.errors import UserError
 from megatron_dit.sampling.generate import load_model
-from tests.helpers.checkpoints import checkpoint, edit, run_of
+from tests.helpers.checkpoints import checkpoint, edit
 from tests.helpers.configs import small
 
 RANK = "rank_00000.safetensors"
-
-
-@pytest.fixture(scope="module")
-def pristine(tmp_path_factory):
-    return run_of(tmp_path_factory.mktemp("pristine"))
-
-
-@pytest.fixture
-def run(pristine, tmp_path):
-    shutil.copytree(pristine, tmp_path / "run")
-    return tmp_path / "run"
 
 
 @pytest.fixture
