@@ -66,7 +66,7 @@ def test_only_engine_adamw_and_online_text_encoding_import_deepspeed():
     }
     # DeepSpeed's AdamW is one of several implementations and independent of ZeRO. Text encoders that run in training
     # are sharded by DeepSpeed, separately from the training engine.
-    assert users == {"training/engine.py", "optimizer/adamw.py", "data/online.py", "runtime/compat.py"}
+    assert users == {"training/engine.py", "optimizer/adamw.py", "data/online_text.py", "runtime/compat.py"}
 
 
 RANK_NAMES = {"rank", "world", "world_size", "get_rank", "get_world_size", "tensor_rank", "data_rank", "pipeline_rank"}

@@ -333,7 +333,7 @@ def test_files_that_are_not_tars_are_rejected(tmp_path):
 @pytest.mark.parametrize(
     ("data", "what"),
     [
-        (gzip.compress(bytes(10_000)), "a gzip archive"),
+        (gzip.compress(bytes(10_000), mtime=0), "a gzip archive"),
         (b"<!DOCTYPE html><html></html>", "a web page"),
         (b"version https://git-lfs.github.com/spec/v1\n", "a Git LFS pointer instead of the file itself"),
     ],
