@@ -111,6 +111,6 @@ def test_invalid_arguments_and_missing_snapshots_are_rejected(trained, tmp_path)
     ]:
         with pytest.raises(UserError, match=message):
             average(run, width, step, tmp_path / out)
-    with pytest.raises(UserError, match="contains no snapshots: train"):
+    with pytest.raises(UserError, match="contains no snapshots; train"):
         average(tmp_path, 0.08, None, tmp_path / "out")
     assert main(["average", str(run), "--sigma-rel", "0.08"]) == 2

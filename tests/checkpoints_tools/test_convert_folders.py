@@ -249,7 +249,7 @@ def test_the_error_for_a_truncated_file_and_for_a_pickle_names_the_problem(their
 
 def test_a_source_that_is_not_the_folder_of_a_model_is_rejected(theirs, tmp_path, capsys):
     out = tmp_path / "run"
-    assert "is a safetensors file: give the folder" in refused(capsys, theirs / SINGLE, out, "--from", "diffusers")
+    assert "is a safetensors file; give the folder" in refused(capsys, theirs / SINGLE, out, "--from", "diffusers")
     assert "is not a folder" in refused(capsys, tmp_path / "missing", out, "--from", "diffusers")
     (theirs / "config.json").rename(theirs / "model_index.json")
     assert "has no transformer/config.json" in refused(capsys, theirs, out, "--from", "diffusers")

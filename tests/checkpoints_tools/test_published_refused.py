@@ -100,7 +100,7 @@ def test_files_that_are_not_checkpoints_are_rejected(tmp_path, capsys):
     torch.save({"step": 3}, path)
     assert "has 'step', which is not a dense float tensor" in refused(capsys, path, "dit")
     torch.save({"model": {"x": torch.ones(2)}, "ema": {"y": torch.ones(2)}}, path)
-    assert "expected those of one model" in refused(capsys, path, "dit")
+    assert "are not of the same model" in refused(capsys, path, "dit")
 
 
 def rewritten(path, change):
@@ -261,7 +261,7 @@ def test_positions_changed_by_averaging_are_accepted(tmp_path):
 
 def test_missing_and_invalid_options_are_reported(tmp_path, capsys):
     path = save(tmp_path / "x.pt", DiT())
-    assert "depth 2 and width 16: add model.heads=N" in refused(capsys, path, "dit")
+    assert "depth 2 and width 16; add model.heads=N" in refused(capsys, path, "dit")
     for heads in ("3", "0", "x"):
         line = refused(capsys, path, "dit", f"model.heads={heads}")
         assert f"model.heads={heads} does not divide the width 16" in line

@@ -130,6 +130,6 @@ def test_invalid_inputs_are_rejected_in_one_line(data, dataset, encoder, tmp_pat
     rejected("has no features", **REPA, **{"data.path": str(dataset)})
     rejected("has features with dim=24", **{"model.repa_block": 1, "model.repa_dim": 12, "data.path": data})
     rejected("cannot be loaded", **REPA, **{"data.path": data, "data.repa_encoder": str(tmp_path)})
-    rejected("has 24", **{"model.repa_block": 1, "model.repa_dim": 12, "data.path": data, "data.repa_encoder": encoder})
+    rejected("has features of dimension 24", **{"model.repa_block": 1, "model.repa_dim": 12, "data.path": data, "data.repa_encoder": encoder})
     assert data_prep(["toy", str(tmp_path / "d"), "--images", "4", "--vision-encoder", encoder, "--patch", "3"]) == 2
     assert "--patch 3" in capsys.readouterr().err

@@ -194,7 +194,7 @@ def test_averages_are_bit_equal_after_resuming_in_other_layouts(pool, tmp_path):
         ({"ema.sigma_rel": [1e-200]}, "ema.sigma_rel=1e-200: expected at least 0.0001"),
         ({"ema.sigma_rel": [0.0]}, "expected at least 0.0001"),
         ({"ema.sigma_rel": [0.1, 0.1]}, "expected different numbers"),
-        ({"ema.snapshot_every": 5}, "ema.sigma_rel: set it"),
+        ({"ema.snapshot_every": 5}, "ema.sigma_rel; set it"),
         ({"ema.snapshot_every": -1, "ema.sigma_rel": [0.1]}, "expected at least 1"),
     ],
 )
