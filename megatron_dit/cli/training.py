@@ -75,7 +75,8 @@ def _train(arguments: argparse.Namespace) -> int:
 
 
 def _verify(arguments: argparse.Namespace) -> int:
-    from megatron_dit.verify import verify, verify_resume
+    from megatron_dit.verify.layout_parity import verify
+    from megatron_dit.verify.resume_parity import verify_resume
 
     names = None if arguments.layouts is None else arguments.layouts.split(",")
     if arguments.steps < 1 + arguments.resume:

@@ -13,9 +13,11 @@ from typing import Any
 def silence_import_warnings() -> None:
     """Hide warnings of megatron-core 0.16 and Transformer Engine about options that we do not use.
 
-    They appear on every import, or for every layer; torch's extension builder logs that CUDA_HOME is not set.
+    They appear on every import, or for every layer. torch 2.14 deprecates the names of collectives that megatron-core
+    and DeepSpeed call; its extension builder logs that CUDA_HOME is not set.
     """
     warnings.filterwarnings("ignore", module=r"megatron\.core|transformer_engine")
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed\.c10d_logger")
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
 
 

@@ -10,7 +10,6 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from megatron_dit.checkpoint.load import newest
 from megatron_dit.config import Config, first_difference, load_config, save_config
 from megatron_dit.runtime.errors import UserError, writing
 from megatron_dit.runtime.locks import RunLock
@@ -104,6 +103,8 @@ class RunFolder:
             wrong = UserError(f"{path} is {'not a regular file' if os.path.lexists(path) else 'missing'}")
         except UserError as error:
             wrong = error
+        from megatron_dit.checkpoint.load import newest  # imports torch, which readers of metrics do not need
+
         reader = newest(self.checkpoints, verify=False).reader
         if reader is not None:
             with contextlib.suppress(UserError):  # this version cannot use it: report the error of config.yaml

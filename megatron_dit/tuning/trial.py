@@ -19,6 +19,7 @@ from typing import Annotated, Any, Literal
 from megatron_dit.config import Config, load_config
 from megatron_dit.config.convert import build
 from megatron_dit.config.keys import CountOrZero, Interval, NonNegative, Section, check
+from megatron_dit.runtime.compat import silence_import_warnings
 from megatron_dit.runtime.errors import UserError
 from megatron_dit.runtime.io import read_text, replacing
 from megatron_dit.runtime.launcher import die_with_parent, leave, run_ranks
@@ -26,7 +27,6 @@ from megatron_dit.runtime.locks import try_lock
 from megatron_dit.runtime.logging import set_up
 from megatron_dit.runtime.output import guard_output, survive_console_loss
 from megatron_dit.training.run_folder import read_metrics
-from megatron_dit.training.trainer import train
 from megatron_dit.tuning.space import SweepConfig
 
 # Exit statuses of a trial's process that ends without a result.
@@ -114,6 +114,7 @@ def run_trial(files: TrialFiles, procs: int, last: float, keep: bool, devices: s
         os.dup2(log.fileno(), 2)
     guard_output()
     set_up()
+    silence_import_warnings()
     survive_console_loss()
     if devices is not None:
         os.environ["CUDA_VISIBLE_DEVICES"] = devices
@@ -170,6 +171,8 @@ def _train(files: TrialFiles, procs: int) -> str | None:
             stopped = status in (128 + signal.SIGTERM, 128 + signal.SIGINT)  # before the first step
             return None if stopped else _last_error(files)
         if procs == 1:
+            from megatron_dit.training.trainer import train  # not before the libraries' warnings are silenced
+
             train(config)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)

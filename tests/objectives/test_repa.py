@@ -12,7 +12,6 @@ from transformers import BitImageProcessor, Dinov2Config, Dinov2Model
 
 from data_prep.__main__ import main as data_prep
 from data_prep.toy import Vision, make_toy_dataset
-from megatron_dit import verify
 from megatron_dit.cli import run
 from megatron_dit.data.index import read_index
 from megatron_dit.data.stream import batches
@@ -20,7 +19,8 @@ from megatron_dit.data.vision import MEAN, STD, VisionEncoder
 from megatron_dit.models.param_specs import param_specs
 from megatron_dit.mup.groups import optimizer_groups
 from megatron_dit.objectives.repa import alignment_loss
-from megatron_dit.verify import LAYOUTS, REFERENCE, layout_parity
+from megatron_dit.verify import layout_parity
+from megatron_dit.verify.layouts import LAYOUTS, REFERENCE
 from tests.helpers.configs import ARCHITECTURES, small, small_dict
 from tests.helpers.mup_groups import package_groups, table
 
@@ -113,7 +113,7 @@ def test_layouts_with_repa_equal_one_process(pool, data, tmp_path, arch):
     (reference,) = pool.run(1, trace, arch, REFERENCE, data, tmp_path / "reference")
     for name in ("tp2-sp", "dp2-tp2-zero3", "pp2"):  # the projector is on the pipeline's first stage
         found = pool.run(LAYOUTS[name].ranks, trace, arch, LAYOUTS[name], data, tmp_path / name)[0]
-        result = verify.compare(name, found, reference)
+        result = layout_parity.compare(name, found, reference)
         assert result.good, result
 
 
@@ -130,6 +130,9 @@ def test_invalid_inputs_are_rejected_in_one_line(data, dataset, encoder, tmp_pat
     rejected("has no features", **REPA, **{"data.path": str(dataset)})
     rejected("has features with dim=24", **{"model.repa_block": 1, "model.repa_dim": 12, "data.path": data})
     rejected("cannot be loaded", **REPA, **{"data.path": data, "data.repa_encoder": str(tmp_path)})
-    rejected("has features of dimension 24", **{"model.repa_block": 1, "model.repa_dim": 12, "data.path": data, "data.repa_encoder": encoder})
+    rejected(
+        "has features of dimension 24",
+        **{"model.repa_block": 1, "model.repa_dim": 12, "data.path": data, "data.repa_encoder": encoder},
+    )
     assert data_prep(["toy", str(tmp_path / "d"), "--images", "4", "--vision-encoder", encoder, "--patch", "3"]) == 2
     assert "--patch 3" in capsys.readouterr().err

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from megatron_dit.verify import LAYOUTS, REFERENCE, Layout
 from megatron_dit.verify.layout_parity import compare, first_steps
+from megatron_dit.verify.layouts import LAYOUTS, REFERENCE, Layout
 from tests.helpers.configs import ARCHITECTURES, small
 from tests.helpers.traces import SEED, STEPS, trace
 

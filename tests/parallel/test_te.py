@@ -11,12 +11,12 @@ from unittest import mock
 import pytest
 import torch
 
-from megatron_dit import verify
 from megatron_dit.parallel.backends import open_backend
 from megatron_dit.parallel.layers import Backend
 from megatron_dit.parallel.topology import SOLO
 from megatron_dit.runtime.errors import UserError
-from megatron_dit.verify import REFERENCE, Layout
+from megatron_dit.verify import layout_parity
+from megatron_dit.verify.layouts import REFERENCE, Layout
 from tests.helpers.child import in_child
 from tests.helpers.configs import ARCHITECTURES, small
 from tests.helpers.te_on_cpu import te_on_cpu
@@ -164,14 +164,14 @@ def reference(te_importable, pool, dataset, tmp_path_factory):
 )
 def test_layout_equals_the_local_backend(pool, dataset, tmp_path, reference, arch, layout):
     found = pool.run(layout.ranks, te_trace, arch, layout, dataset, tmp_path)[0]
-    result = verify.compare("te", found, reference[arch])
+    result = layout_parity.compare("te", found, reference[arch])
     assert result.good, result
 
 
 def test_verify_detects_a_row_bias_gradient_that_is_not_summed(pool, dataset, tmp_path, reference):
     layout = Layout(2, tensor=2, sequence=True)
     found = pool.run(2, te_trace, "pixart", layout, dataset, tmp_path, "sum_grad_over_sequence_ranks")[0]
-    assert not verify.compare("faulty", found, reference["pixart"]).good
+    assert not layout_parity.compare("faulty", found, reference["pixart"]).good
 
 
 # --- invalid settings --------------------------------------------------------------------------------

@@ -8,7 +8,7 @@ import pytest
 import yaml
 
 from megatron_dit.parallel.topology import SOLO
-from megatron_dit.verify import LAYOUTS, Layout
+from megatron_dit.verify.layouts import LAYOUTS, Layout
 from tests.helpers.configs import ARCHITECTURES, small
 from tests.helpers.engine import batch, start
 from tests.helpers.plain import Plain
