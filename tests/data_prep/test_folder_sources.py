@@ -328,7 +328,7 @@ def test_table_units_can_be_read_in_any_order(fill, tmp_path, kind):
         ("t.jsonl", b'{\n "file": "a.png",\n "caption": "a"\n}', "none of its first 4 lines is a JSON object"),
         ("t.xls", b"", "expected an existing .csv"),
         ("t.parquet", b"PAR1", "is not a readable parquet"),
-        ("t.csv", gzip.compress(b"file,caption\na.png,a\n"), "is a gzip archive, not a .csv table"),
+        ("t.csv", gzip.compress(b"file,caption\na.png,a\n", mtime=0), "is a gzip archive, not a .csv table"),
         ("t.csv", b"<!DOCTYPE html><html></html>", "is a web page, not a .csv table"),
         ("t.csv", b"PAR1\0\0\0\0PAR1", "is a Parquet file, not a .csv table"),
         ("t.parquet", b"version https://git-lfs.github.com/spec/v1\n", "is a Git LFS pointer .*; run .git lfs pull"),
