@@ -14,11 +14,13 @@ import sys
 import threading
 import time
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch.distributed as dist
 
 from megatron_dit.runtime.errors import RankError, UserError
 from megatron_dit.runtime.launch_environment import LaunchEnvironment
+from megatron_dit.runtime.launcher import LISTEN_FD
 
 SILENT_SECONDS = 10.0  # time before the first message about missing ranks
 REPEAT_SECONDS = 30.0  # time between messages
@@ -92,7 +94,8 @@ class _Rendezvous:
     def _serve(self) -> dist.TCPStore:
         try:
             # Other ranks connect to MASTER_ADDR, which may be a service address that this host itself cannot reach.
-            return self._store("127.0.0.1", serve=True)
+            inherited = os.environ.pop(LISTEN_FD, None)  # only of the first process group of a rank of --procs
+            return self._store("127.0.0.1", serve=True, listen_fd=None if inherited is None else int(inherited))
         except (dist.DistError, RuntimeError) as error:
             raise RankError(
                 f"MASTER_PORT={self._port} cannot be served by rank 0 on host {socket.gethostname()} "
@@ -115,10 +118,11 @@ class _Rendezvous:
                 reason = f"the server at {self._address}:{self._port} is not rank 0: {_first_line(error)}"
             self._pause(reason, "start rank 0, or correct MASTER_ADDR and MASTER_PORT")
 
-    def _store(self, host: str, serve: bool) -> dist.TCPStore:
+    def _store(self, host: str, serve: bool, listen_fd: int | None = None) -> dist.TCPStore:
         seconds = datetime.timedelta(seconds=STORE_SECONDS)
+        options: dict[str, Any] = {"timeout": seconds, "wait_for_workers": False, "master_listen_fd": listen_fd}
         with _without_stderr():  # a failed attempt prints a stack trace in addition to raising
-            return dist.TCPStore(host, self._port, None, serve, timeout=seconds, wait_for_workers=False)
+            return dist.TCPStore(host, self._port, None, serve, **options)
 
     def _register(self, store: dist.Store) -> None:
         rank, world = self._place.rank, self._place.world

@@ -23,6 +23,7 @@ REMINDER_SECONDS = 10.0  # time between a signal and the message about ranks tha
 DELAY_SECONDS = 0.3  # delay before a rank's error output is printed, because another rank's failure may have caused it
 LAST_LINES = 40  # number of lines of a failed rank's standard error printed at the end
 LAUNCHED = "MEGATRON_DIT_LAUNCHED"  # environment variable set for the ranks of --procs
+LISTEN_FD = "MEGATRON_DIT_LISTEN_FD"  # environment variable of rank 0 with the number of its inherited server socket
 
 
 def run_ranks(
@@ -40,29 +41,37 @@ def run_ranks(
     after ``stop_seconds`` are killed; a second signal kills them at once. The ranks end if this process ends.
     ``quiet`` discards their standard output.
     """
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        port = sock.getsockname()[1]
-    shared = {"WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    return _Job([sys.executable, "-m", module, *arguments], ranks, shared, quiet).run(stop_seconds)
+    # Rank 0 inherits the listening socket. If it opened the port itself, another job could take the port before.
+    with socket.create_server(("127.0.0.1", 0), backlog=ranks) as server:
+        shared = {
+            "WORLD_SIZE": ranks,
+            "LOCAL_WORLD_SIZE": ranks,
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": server.getsockname()[1],
+        }
+        job = _Job([sys.executable, "-m", module, *arguments], ranks, shared, quiet, server.fileno())
+    return job.run(stop_seconds)
 
 
 class _Rank:
     """Process of one rank. Its standard error is piped, so that a failed rank's last lines can be printed last."""
 
-    def __init__(self, number: int, command: Sequence[str], shared: dict[str, object], quiet: bool) -> None:
+    def __init__(
+        self, number: int, command: Sequence[str], shared: dict[str, object], quiet: bool, server: int
+    ) -> None:
         self.number = number
         inherited = {
             name: value
             for name, value in os.environ.items()
-            if name not in RANK_VARIABLES and not name.startswith(LAUNCHER_PREFIXES)
+            if name not in (*RANK_VARIABLES, LISTEN_FD) and not name.startswith(LAUNCHER_PREFIXES)
         }
-        own = {**shared, "RANK": number, "LOCAL_RANK": number, LAUNCHED: "1"}
+        own = {**shared, "RANK": number, "LOCAL_RANK": number, LAUNCHED: "1", **({} if number else {LISTEN_FD: server})}
         self.process = subprocess.Popen(
             command,
             env={**inherited, **{name: str(value) for name, value in own.items()}},
             start_new_session=True,  # the terminal's Ctrl-C reaches only this process, which forwards it once
             preexec_fn=die_with_parent,
+            pass_fds=() if number else (server,),
             stdout=subprocess.DEVNULL if quiet else None,
             stderr=subprocess.PIPE,
             text=True,
@@ -103,8 +112,9 @@ class _Rank:
 class _Job:
     """All ranks of one run, from start to end."""
 
-    def __init__(self, command: Sequence[str], ranks: int, shared: dict[str, object], quiet: bool) -> None:
-        self._ranks = [_Rank(number, command, shared, quiet) for number in range(ranks)]
+    def __init__(self, command: Sequence[str], ranks: int, shared: dict[str, object], quiet: bool, server: int) -> None:
+        """``server`` is the file descriptor of rank 0's listening socket."""
+        self._ranks = [_Rank(number, command, shared, quiet, server) for number in range(ranks)]
         self._host = socket.gethostname()
         self._errors: set[str] = set()  # already printed, because every rank may report the same error
         self._signal, self._signalled, self._reminded = 0, 0.0, 0
