@@ -1,7 +1,7 @@
 """Write the report of benchmarks/gpu_check.sh, which calls ``python benchmarks/gpu_report.py RUNS RESULTS``.
 
-RUNS contains for each run ``MODEL.PRECISION.RECOMPUTE[.diffusers].json``, written by ``megatron-dit bench``, or the
-same name with ``.error``, and pytest's ``tests.xml``. Writes RESULTS/gpu.json and gpu.md, and prints gpu.md.
+RUNS contains for each run ``MODEL.PRECISION.VARIANT.json``, written by ``megatron-dit bench``, or the same name with
+``.error``, and pytest's ``tests.xml``. Writes RESULTS/gpu.json and gpu.md, and prints gpu.md.
 """
 
 from __future__ import annotations
@@ -16,23 +16,23 @@ from pathlib import Path
 from typing import Any
 
 PACKAGES = ("torch", "deepspeed", "megatron-core", "transformer-engine", "diffusers")
-COLUMNS = ("model", "parameters", "batch", "precision", "recompute", "step (ms)", "samples/s", "TFLOP/s", "MFU",
+COLUMNS = ("model", "parameters", "batch", "precision", "variant", "step (ms)", "samples/s", "TFLOP/s", "MFU",
            "peak memory (GiB)", "speed-up over bf16", "speed-up over diffusers")  # fmt: skip
-RECOMPUTE = ("none", "selective", "full")
+PRECISIONS = {"bf16": "bf16", "te": "bf16, Transformer Engine", "fp8": "FP8"}
+VARIANTS = {"none": "", "compile": "torch.compile", "diffusers": "compared with diffusers", "full": "full recompute"}
 
 
 @dataclass(frozen=True)
 class Run:
     model: str
-    precision: str
-    recompute: str
-    diffusers: bool  # whether the run alternates with a plain diffusers model
+    precision: str  # a key of PRECISIONS
+    variant: str  # a key of VARIANTS
     error: str | None  # why the run has no metrics; None if it succeeded
     results: dict[str, Any]
 
     @property
     def order(self) -> tuple[Any, ...]:
-        return self.model, self.diffusers, RECOMPUTE.index(self.recompute), self.precision
+        return self.model, list(VARIANTS).index(self.variant), list(PRECISIONS).index(self.precision)
 
 
 @dataclass(frozen=True)
@@ -46,14 +46,13 @@ def read_runs(folder: Path) -> list[Run]:
     """Return all runs: completed, failed and not started."""
     runs = []
     for path in [*folder.glob("*.json"), *folder.glob("*.error")]:
-        model, precision, recompute, *options = path.stem.split(".")
+        model, precision, variant = path.stem.split(".")
         failed = path.suffix == ".error"
         runs.append(
             Run(
                 model=model,
                 precision=precision,
-                recompute=recompute,
-                diffusers=options == ["diffusers"],
+                variant=variant,
                 error=path.read_text().strip() if failed else None,
                 results={} if failed else json.loads(path.read_text()),
             )
@@ -79,22 +78,22 @@ def read_tests(path: Path) -> Tests | None:
 
 
 def fp8_speedup(run: Run, runs: list[Run]) -> float | None:
-    """Return the step time of the same run in bf16 over that in FP8; None for a bf16 run or if either failed."""
+    """Return the step time of the same run in bf16 on Transformer Engine over that in FP8; None if there is no pair."""
     if run.precision != "fp8" or run.error is not None:
         return None
     for other in runs:
-        same = (other.model, other.recompute, other.diffusers) == (run.model, run.recompute, run.diffusers)
-        if same and other.precision == "bf16" and other.error is None:
+        same = (other.model, other.variant) == (run.model, run.variant)
+        if same and other.precision == "te" and other.error is None:
             return other.results["step_seconds"] / run.results["step_seconds"]
     return None
 
 
 def row(run: Run, runs: list[Run]) -> list[str]:
     """Return the run's cells in the order of COLUMNS. A failed run has its error in place of the step time."""
-    recompute = run.recompute + (", compared with diffusers" if run.diffusers else "")
+    precision, variant = PRECISIONS[run.precision], VARIANTS[run.variant]
     if run.error is not None:
         failed = f"failed: {run.error}".replace("|", "/")
-        return [run.model, "", "", run.precision, recompute, failed, *[""] * (len(COLUMNS) - 6)]
+        return [run.model, "", "", precision, variant, failed, *[""] * (len(COLUMNS) - 6)]
     f = run.results
 
     def formatted(value: float | None, text: str) -> str:
@@ -104,8 +103,8 @@ def row(run: Run, runs: list[Run]) -> list[str]:
         run.model,
         f"{f['parameters'] / 1e9:.2f}B",
         str(f["global_batch"]),
-        run.precision,
-        recompute,
+        precision,
+        variant,
         f"{1e3 * f['step_seconds']:.1f}",
         f"{f['samples_per_second']:.1f}",
         f"{f['tflops_per_device']:.0f}",

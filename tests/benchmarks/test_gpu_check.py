@@ -37,9 +37,9 @@ if [[ $1 != -m ]]; then exec "$REAL" "$@"; fi
 echo "$@" >>"$CALLS"
 for ((i = 1; i <= $#; i++)); do [[ ${!i} == --json ]] && next=$((i + 1)) && out=${!next}; done
 case $out in
-*mmdit-18b.bf16.none.json) echo "Traceback" && echo "error: does not fit | at all" && exit 2 ;;
-*mmdit-18b.fp8.none.json) exit 3 ;;
-*pixart.fp8.full.json) echo first && echo last && exit 1 ;;
+*mmdit-18b.*.none.json) echo "Traceback" && echo "error: does not fit | at all" && exit 2 ;;
+*mmdit-18b.*.full.json) exit 3 ;;
+*pixart.*.full.json) echo first && echo last && exit 1 ;;
 *mmdit-2b.fp8.*) echo "${FIGURES/0.5/0.4}" >"$out" ;;
 *.diffusers.json) echo "${FIGURES/null/1.25}" >"$out" ;;
 *) echo "$FIGURES" >"$out" ;;
@@ -47,10 +47,15 @@ esac
 """
 
 
-def check(folder, *arguments, fail=0, **environment):
-    stand_in = folder / "python"
+def check(folder, *arguments, fail=0, memory="81559", **environment):
+    """Run gpu_check.sh with the stand-in, and an nvidia-smi that reports ``memory`` MiB (None: it fails)."""
+    stand_in, smi = folder / "python", folder / "bin" / "nvidia-smi"
+    smi.parent.mkdir(exist_ok=True)
+    smi.write_text(f"#!/bin/sh\n{'exit 9' if memory is None else f'echo {memory}'}\n")
     stand_in.write_text(STAND_IN)
-    stand_in.chmod(0o755)
+    for program in (stand_in, smi):
+        program.chmod(0o755)
+    environment = {"PATH": f"{smi.parent}:{os.environ['PATH']}", **environment}
     paths = {"PYTHON": stand_in, "REAL": sys.executable, "CALLS": folder / "calls"}
     paths |= {"RESULTS": folder / "results", "RUNS": folder / "runs"}
     made_up = {"FIGURES": json.dumps(FIGURES), "TESTS": TESTS, "FAIL": fail, **environment}
@@ -69,87 +74,98 @@ def report(folder):
     return json.loads((folder / "results" / "gpu.json").read_text()), (folder / "results" / "gpu.md").read_text()
 
 
-def test_all_tests_and_benchmarks_are_run_and_reported(tmp_path):
-    done, calls = check(tmp_path)
+def errors(results):
+    return {f"{r['model']}.{r['precision']}.{r['variant']}": r["error"] for r in results["runs"] if r["error"]}
+
+
+def test_bench_reports_every_run_and_why_it_failed(tmp_path):
+    done, calls = check(tmp_path, "bench")
     assert done.returncode == 0, done.stderr
-    assert "-m pytest -m gpu" in calls[0]
-    assert calls[0].endswith("cuda")
-    assert len(calls) == 1 + 4 * 2 * 2 + 3
+    assert len(calls) == 4 * 4 - 1
     results, text = report(tmp_path)
     assert done.stdout.strip().endswith(text.strip())
-    assert results["tests"]["passed"] == 2
-    assert results["tests"]["failed"] == ["tests.a::three", "tests.a::four"]
-    assert "2 passed, 2 failed, 1 skipped" in text
-    assert "- skipped: tests.a::five: no fp4" in text
-    errors = {f"{r['model']}.{r['precision']}.{r['recompute']}": r["error"] for r in results["runs"] if r["error"]}
-    assert errors == {
+    assert errors(results) == {
         "mmdit-18b.bf16.none": "error: does not fit | at all",
-        "mmdit-18b.fp8.none": "exit status 3",
-        "pixart.fp8.full": "last",
+        "mmdit-18b.bf16.full": "exit status 3",
+        "pixart.bf16.full": "last",
     }
     lines = [line for line in text.splitlines() if line.startswith("|")]
-    assert len(lines) == 2 + 19
+    assert len(lines) == 2 + 15
     assert all(line.count("|") == len(COLUMNS) + 1 for line in lines)
-    assert "| mmdit-2b | 2.02B | 128 | bf16 | none | 500.0 | 256.0 | 413 | 41.8% | 81.3 |  |  |" in lines
-    assert "| mmdit-2b | 2.02B | 128 | fp8 | none | 400.0 | 256.0 | 413 | 41.8% | 81.3 | 1.25 |  |" in lines
-    assert any(
-        line.startswith("| dit-xl2 ") and "compared with diffusers" in line and "| 1.25 |" in line for line in lines
-    )
+    assert "| mmdit-2b | 2.02B | 128 | bf16 |  | 500.0 | 256.0 | 413 | 41.8% | 81.3 |  |  |" in lines
+    assert any(line.startswith("| dit-xl2 ") and "with diffusers" in line and "| 1.25 |" in line for line in lines)
+    assert any("torch.compile" in line for line in lines)
     assert set(results["environment"]) >= {"date", "GPU", "torch", "deepspeed", "megatron-core", "transformer-engine"}
 
 
-def test_every_benchmark_run_has_a_valid_config(tmp_path):
-    _, calls = check(tmp_path, "bench")
+def test_fp8_is_compared_with_transformer_engine_in_bf16(tmp_path):
+    done, calls = check(tmp_path, "fp8")
+    assert (done.returncode, len(calls)) == (0, 2 * 4 * 2)
+    _, text = report(tmp_path)
+    assert "| mmdit-2b | 2.02B | 128 | FP8 |  | 400.0 | 256.0 | 413 | 41.8% | 81.3 | 1.25 |  |" in text
+
+
+def test_tests_set_the_exit_status_and_are_reported(tmp_path):
+    done, calls = check(tmp_path, "tests", fail=1)
+    assert (done.returncode, len(calls)) == (1, 1)
+    assert "-m pytest -m gpu" in calls[0]
+    assert calls[0].endswith("cuda")
+    results, text = report(tmp_path)
+    assert (results["tests"]["passed"], results["runs"]) == (2, [])
+    assert results["tests"]["failed"] == ["tests.a::three", "tests.a::four"]
+    assert "2 passed, 2 failed, 1 skipped" in text
+    assert "- skipped: tests.a::five: no fp4" in text
+    assert check(tmp_path, "bench")[0].returncode == 0
+    results, _ = report(tmp_path)
+    assert results["tests"]["passed"] == 2  # from the earlier run of the tests
+    assert len(results["runs"]) == 15
+
+
+@pytest.mark.parametrize(("memory", "depth"), [("81559", 3), ("143771", 6)])
+def test_every_benchmark_run_has_a_valid_config_sized_for_the_gpu(tmp_path, memory, depth):
+    calls = [call for part in ("bench", "fp8") for call in check(tmp_path, part, memory=memory)[1]]
     for call in calls:
         path, *overrides = call.split(" bench ")[1].split(" --steps")[0].split()
         config = load_config(ROOT / path, overrides)
         assert config.data_parallel(1) == 1
-        assert (config.train.fp8 == "none") == (".bf16." in call)
+        assert (config.train.fp8 == "none") == (".fp8." not in call)
+        assert ("--diffusers" in call) == (".diffusers." in call)
+        assert config.model.depth == (depth if "mmdit-18b" in call else config.model.depth)
 
 
-def test_failed_tests_set_the_exit_status_and_do_not_stop_the_benchmarks(tmp_path):
-    done, calls = check(tmp_path, fail=1)
-    assert done.returncode == 1
-    assert len(calls) == 1 + 19
-    assert len(report(tmp_path)[0]["runs"]) == 19
+def test_a_machine_without_a_gpu_gets_a_report_that_says_so(tmp_path):
+    done, calls = check(tmp_path, "bench", memory=None)
+    assert (done.returncode, calls) == (0, [])
+    results, text = report(tmp_path)
+    assert set(errors(results).values()) == {"not run: nvidia-smi found no GPU"}
+    assert len(results["runs"]) == 15
+    assert "Tests: not run" in text
 
 
-def test_tests_and_bench_can_be_run_separately(tmp_path):
-    done, calls = check(tmp_path, "tests", fail=1)
-    assert (done.returncode, len(calls)) == (1, 1)
-    assert report(tmp_path)[0]["runs"] == []
-    done, calls = check(tmp_path, "bench")
-    assert (done.returncode, len(calls)) == (0, 1 + 19)
-    results, _ = report(tmp_path)
-    assert results["tests"]["passed"] == 2  # from the earlier run of the tests
-    assert len(results["runs"]) == 19
-
-
-def test_an_unknown_part_is_an_error(tmp_path):
-    done, calls = check(tmp_path, "test")
+@pytest.mark.parametrize("part", ["test", "", "all"])
+def test_an_unknown_part_is_an_error(tmp_path, part):
+    done, calls = check(tmp_path, part)
     assert (done.returncode, calls) == (2, [])
-    assert "part 'test': expected tests or bench" in done.stderr
+    assert f"part '{part}': expected bench, fp8 or tests" in done.stderr
 
 
 def test_runs_beyond_the_budget_are_reported_as_not_run(tmp_path):
     done, calls = check(tmp_path, "bench", BUDGET=-1)
     assert done.returncode == 0
     assert not calls
-    results, text = report(tmp_path)
-    assert {run["error"] for run in results["runs"]} == {"not run: the budget of -1 s was exceeded"}
-    assert "Tests: not run" in text
+    assert set(errors(report(tmp_path)[0]).values()) == {"not run: the budget of -1 s was exceeded"}
 
 
-def made(precision, seconds, recompute="none", error=None):
+def made(precision, seconds, variant="none", error=None):
     results = {} if error else {**FIGURES, "step_seconds": seconds}
-    return Run("m", precision, recompute, diffusers=False, error=error, results=results)
+    return Run("m", precision, variant, error=error, results=results)
 
 
 def test_fp8_speedup_compares_with_the_same_run_in_bf16():
-    bf16, fp8, full = made("bf16", 0.6), made("fp8", 0.4), made("bf16", 0.9, "full")
+    bf16, fp8, full = made("te", 0.6), made("fp8", 0.4), made("te", 0.9, "full")
     assert fp8_speedup(fp8, [full, bf16, fp8]) == pytest.approx(1.5)
     assert fp8_speedup(bf16, [bf16, fp8]) is None
-    assert fp8_speedup(fp8, [full, made("bf16", 0, error="e"), fp8]) is None
+    assert fp8_speedup(fp8, [full, made("te", 0, error="e"), fp8]) is None
     assert row(made("fp8", 0, error="a|b"), [])[5] == "failed: a/b"
 
 
