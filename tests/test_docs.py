@@ -149,7 +149,7 @@ def test_quick_commands_of_the_readme_run(command, dataset, tmp_path, monkeypatc
     printed = capsys.readouterr()
     # At these sizes the verdict of the coordinate check, which is its exit status, means nothing.
     assert status in ((0, 1) if command == "coord-check" else (0,)), printed.err
-    expected = {"config": "zero_optimization", "mup": "head.linear.weight", "coord-check": "plot: coord-check.png"}
+    expected = {"config": "data_parallel", "mup": "head.linear.weight", "coord-check": "plot: coord-check.png"}
     assert expected.get(command, "") in printed.out
     if command == "train":
         assert (tmp_path / "runs/first/checkpoints/step_00000002/manifest.json").is_file()

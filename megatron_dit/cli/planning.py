@@ -33,7 +33,7 @@ def add_commands(commands: Any) -> None:
         commands,
         "plan",
         "Build the model, gradients and optimizer states of one rank of a job of any size, and count their bytes.",
-        "megatron-dit plan configs/mmdit/18b.yaml --gpus 256 --build 0 parallel.tensor=8 parallel.pipeline=4",
+        "megatron-dit plan configs/mmdit/18b.yaml --gpus 256 --build 0 parallel.pipeline=4 train.micro_batch=4",
         _plan,
     )
     config_arguments(plan)
@@ -62,13 +62,14 @@ def _print_reference(arguments: argparse.Namespace) -> int:
 def _print_config(arguments: argparse.Namespace) -> int:
     import yaml
 
-    from megatron_dit.config import deepspeed_config, load_config
+    from megatron_dit.config import deepspeed_config, load_config, uses_deepspeed
     from megatron_dit.models.param_specs import param_specs
 
     config = load_config(arguments.config, arguments.overrides)
     ranks = config.data_parallel(arguments.procs)
     parameters = sum(math.prod(param.shape) for param in param_specs(config).values())
-    results = {"parameters": parameters, "data_parallel": ranks, "deepspeed": deepspeed_config(config, ranks)}
+    deepspeed = deepspeed_config(config, ranks) if uses_deepspeed(config) else None
+    results = {"parameters": parameters, "data_parallel": ranks, "deepspeed": deepspeed}
     print(yaml.safe_dump(asdict(config), sort_keys=False).rstrip())
     print("---")
     print(yaml.safe_dump(results, sort_keys=False).rstrip())

@@ -5,7 +5,7 @@ neither is ever written by hand.
 """
 
 from megatron_dit.config.data import DataConfig
-from megatron_dit.config.deepspeed import deepspeed_config
+from megatron_dit.config.deepspeed import deepspeed_config, uses_deepspeed
 from megatron_dit.config.load import (
     RESUMABLE,
     check_overrides,
@@ -49,4 +49,5 @@ __all__ = [
     "load",
     "load_config",
     "save_config",
+    "uses_deepspeed",
 ]

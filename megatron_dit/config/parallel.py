@@ -26,15 +26,23 @@ class ParallelConfig(Section):
         "blocks of each virtual stage, in the model's order; null: as even as possible", None, resumable=True
     )
     zero_stage: Literal[0, 1, 2, 3] = key(
-        "what DeepSpeed ZeRO shards over data-parallel ranks: 0 nothing, 1 optimizer, 2 also gradients, 3 also weights",
+        "what ZeRO shards over data-parallel ranks: 0 nothing, 1 optimizer, 2 also gradients, 3 also weights",
         0,
         resumable=True,
     )
     overlap_comm: bool = key(
-        "ZeRO 2, 3: overlap communication with computation, which needs 4.5 buckets of memory", True, resumable=True
+        "overlap the reduction of gradients with the backward pass; ZeRO 2, 3: this needs 4.5 buckets of memory",
+        True,
+        resumable=True,
+    )
+    reduce_dtype: Literal["fp32", "bf16"] = key(
+        "ZeRO 2, 3: dtype in which each micro-batch's gradients are summed over ranks; bf16 halves the bytes and "
+        "rounds the sums; ZeRO 0, 1: always fp32, once per step",
+        "fp32",
+        resumable=True,
     )
     reduce_bucket_size: Count = key(
-        "ZeRO: elements per reduction; a smaller bucket needs less memory, a larger one fewer messages",
+        "ZeRO 2, 3: elements per reduction; a smaller bucket needs less memory, a larger one fewer messages",
         200_000_000,
         unit="elements",
         resumable=True,

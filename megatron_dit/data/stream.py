@@ -166,4 +166,4 @@ class OnlineFeatures:
         rows, columns = (side // self._patch for side in batch.latents.shape[-2:])
         images: Tensor = self._codec.decode(batch.latents.to(device()))
         features = self._encoder.features(images, rows, columns)
-        return replace(batch, features=features.to(batch.latents.device))
+        return replace(batch, features=features)  # on the device, where Batch.to leaves them

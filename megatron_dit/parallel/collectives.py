@@ -7,6 +7,7 @@ from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from megatron_dit.parallel.failures import Report
 from megatron_dit.runtime.device import device
@@ -48,9 +49,14 @@ def gather(value: T) -> list[T]:
     return values
 
 
-def sum_over_ranks(values: Sequence[float]) -> list[float]:
-    """Return the elementwise sums over all ranks. Collective."""
+def sum_over_ranks(values: Sequence[float], tensors: Sequence[Tensor] = ()) -> list[float]:
+    """Return the sums over all ranks of 0-dim ``tensors`` and then of ``values``, read from the device at once.
+
+    Collective.
+    """
     total = torch.tensor(values, dtype=torch.float64, device=device())
+    if tensors:
+        total = torch.cat([torch.stack([tensor.double() for tensor in tensors]), total])
     if dist.get_world_size() > 1:
         dist.all_reduce(total)
     return total.tolist()

@@ -245,9 +245,10 @@ class Backend:
         return HeadNorm(self, head_dim)
 
     def attention(self, q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor | None = None) -> Tensor:
-        """Compute scaled dot-product attention of this rank's heads.
+        """Compute :func:`attention` of this rank's heads, with every backend.
 
-        q (S, B, H, d), k and v (T, B, H, d); mask (B, 1, 1, T) bool, True = attend. Returns (S, B, H * d).
+        Transformer Engine's DotProductAttention is not used: its scale and mask type are fixed at construction, it
+        takes padding masks as lengths only, and delayed scaling would track it needlessly.
         """
         return attention(q, k, v, scale, mask)
 

@@ -1,4 +1,4 @@
-"""Location of each parameter's fp32 master weights and optimizer state on this rank, for every ZeRO stage.
+"""Location of each parameter's fp32 master weights and optimizer state on this rank, if DeepSpeed partitions them.
 
 This is the only module that depends on DeepSpeed's partitioning. A :class:`MasterShard` is a flat range of a
 parameter's tensor-parallel shard; initialization, checkpoints and EMA all use it.
@@ -33,47 +33,37 @@ class MasterShard:
         return tensor.reshape(-1).narrow(0, self.offset, self.numel)
 
 
-class Masters:
-    """This rank's shards of the master weights by global parameter name, for a DeepSpeed engine at any ZeRO stage.
+class DeepSpeedMasters:
+    """This rank's shards of the master weights by global parameter name, for a DeepSpeed engine at stage 1, 2 or 3.
 
     A parameter without a shard on this rank is not in ``shards``.
     """
+
+    unsharded = False  # no rank holds the complete master weights
 
     def __init__(self, engine: Any, stage: int) -> None:
         self._zero, self._stage = engine.optimizer, stage
         self.shards: dict[str, MasterShard] = {}
         named = dict(engine.module.named_parameters())
-        find = {0: self._full_range, 1: self._fragment, 2: self._fragment, 3: self._partition}[stage]
-        if stage == 0:
-            self._map_masters()
+        find = self._partition if stage == 3 else self._fragment
         for name, p in named.items():
             shard = find(p)
             if shard is not None and shard.numel > 0:
                 self.shards[name] = shard
 
     @property
-    def unsharded(self) -> bool:
-        """Whether every data-parallel rank holds the complete master weights (stage 0)."""
-        return self._stage == 0
-
-    @property
     def optimizer_tensors(self) -> list[Tensor]:
         """Every flat tensor the optimizer updates, exactly once, including tensors that are all padding."""
-        if self._stage == 0:
-            return list(self._masters.values())
         return list(self._zero.fp32_partitioned_groups_flat if self._stage == 3 else self._partitions)
 
     def held_bytes(self) -> tuple[int, int, int]:
         """Return the bytes on this rank of the model weights, the gradients, and separate fp32 master weights.
 
-        Gradients are those accumulated over the micro-batches of a step. Stages 0 to 2 hold them only during a step.
+        Gradients are those accumulated over the micro-batches of a step. Stages 1 and 2 hold them only during a step.
         """
         zero, fp32 = self._zero, torch.float32.itemsize
         if self._stage == 3:
             weights, gradients = zero.fp16_partitioned_groups_flat, zero.grad_partitions_flat_buffer.nbytes
-        elif self._stage == 0:
-            weights = list(self._masters)
-            gradients = sum(p.nbytes for p in weights)
         else:
             weights = getattr(zero, "bit16_groups_flat", None) or zero.bf16_groups_flat
             groups = getattr(zero, "bit16_groups", None) or zero.bf16_groups
@@ -93,10 +83,7 @@ class Masters:
     def sync_model_weights(self) -> None:
         """Copy the master weights to the model weights after masters were changed outside ``step()``. Collective."""
         zero = self._zero
-        if self._stage == 0:
-            for p, master in self._masters.items():
-                p.data.copy_(master.data)
-        elif self._stage == 3:
+        if self._stage == 3:
             zero._partition_all_parameters()
             for group, flat in enumerate(zero.fp32_partitioned_groups_flat):
                 zero.fp16_partitioned_groups_flat[group].data.copy_(flat.data)
@@ -114,20 +101,6 @@ class Masters:
         """
         if getattr(self._zero, "cpu_offload", False):  # only stages 1 and 2 have this attribute
             self._zero.averaged_gradients.update(dict.fromkeys(self._zero.averaged_gradients))
-
-    def _map_masters(self) -> None:
-        """Stage 0: map each parameter to itself, or to the fp32 copy that DeepSpeed's bf16 wrapper updates."""
-        zero = self._zero
-        self._masters: dict[nn.Parameter, Tensor] = {}
-        if hasattr(zero, "fp32_groups"):
-            for low, high in zip(zero.fp16_groups, zero.fp32_groups, strict=True):
-                self._masters.update(zip(low, high, strict=True))
-        else:
-            self._masters.update({p: p for group in zero.param_groups for p in group["params"]})
-
-    def _full_range(self, p: nn.Parameter) -> MasterShard:
-        """Stage 0: every data-parallel rank holds the complete parameter."""
-        return MasterShard(start=0, numel=p.numel(), flat=self._masters[p], offset=0)
 
     def _fragment(self, p: nn.Parameter) -> MasterShard | None:
         """Stages 1 and 2: a group's parameters are concatenated and divided evenly over the data-parallel ranks."""

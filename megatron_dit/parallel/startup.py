@@ -28,6 +28,10 @@ def start_up(config: Config) -> Topology:
     Raises UserError if ranks are missing after ``launch.rendezvous_seconds``, or if their number does not match the
     layout.
     """
+    if config.parallel.tensor > 1 and config.parallel.zero_stage < 3:
+        # Megatron's and Transformer Engine's layers overlap communication with computation only if kernels start in the
+        # order of their launches. At stage 3 this would serialize the gathers of the weights.
+        os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     connect(config.launch.rendezvous_seconds)
     set_threads(config)
     return build_topology(config)

@@ -25,7 +25,6 @@ from transformer_engine.pytorch.quantization import (  # pyright: ignore[reportM
 
 from megatron_dit.config import Config
 from megatron_dit.mup.init_rules import InitKind
-from megatron_dit.parallel.attention import cudnn_attention
 from megatron_dit.parallel.layers import Backend, set_init
 from megatron_dit.parallel.topology import Topology
 
@@ -125,11 +124,6 @@ class TeBackend(Backend):
 
     def row(self, inputs: int, outputs: int, *, init: InitKind = InitKind.FAN_IN) -> TeRow:
         return TeRow(self, inputs, outputs, init=init)
-
-    def attention(self, q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor | None = None) -> Tensor:
-        # These are the kernels of TE's DotProductAttention, which is not used because its scale and mask type are fixed
-        # at construction, it takes padding masks as lengths only, and delayed scaling would track it needlessly.
-        return cudnn_attention(q, k, v, scale, mask)
 
     def precision(self) -> AbstractContextManager[Any]:
         """Return a context manager that enables FP8 for linear layers called in it, and for their backward pass."""

@@ -114,7 +114,7 @@ def connect(limit: float = LaunchConfig.rendezvous_seconds) -> None:
     os.environ.update(RANK=str(place.rank), WORLD_SIZE=str(place.world), LOCAL_RANK=str(place.local_rank))
     cuda = torch.cuda.is_available()
     if cuda:
-        torch.cuda.set_device(place.local_rank % torch.cuda.device_count())
+        _select_device(place.local_rank)
     with signals_end_at_once():
         store = dist.HashStore() if place.world == 1 else rendezvous(place, limit)
         timer = threading.Timer(CONNECT_SECONDS, _warn_unconnected, [place])
@@ -131,6 +131,12 @@ def connect(limit: float = LaunchConfig.rendezvous_seconds) -> None:
         finally:
             timer.cancel()
         use_store(store if place.world > 1 else None)
+
+
+def _select_device(local_rank: int) -> None:
+    """Use GPU ``local_rank``, or the only visible GPU if the launcher shows each rank just its own."""
+    torch.cuda.set_device(local_rank % torch.cuda.device_count())
+    os.environ["LOCAL_RANK"] = str(torch.cuda.current_device())  # DeepSpeed takes the GPU with this number
 
 
 def _warn_unconnected(place: LaunchEnvironment) -> None:

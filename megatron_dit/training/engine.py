@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-import contextlib
-import io
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
-from megatron_dit.config import Config, deepspeed_config
+from megatron_dit.config import Config
 from megatron_dit.data.batch import Batch
 from megatron_dit.data.tar import CAUSES
 from megatron_dit.models.build import build
-from megatron_dit.models.common.modules import Intermediates
 from megatron_dit.models.param_specs import param_specs
 from megatron_dit.mup.groups import optimizer_groups
 from megatron_dit.mup.initial_values import initial_value
@@ -24,22 +20,16 @@ from megatron_dit.mup.multipliers import forward_multipliers, set_multipliers
 from megatron_dit.mup.rules import Param
 from megatron_dit.optimizer import AdamWithEma, averages, choose, lr_factor, set_lr
 from megatron_dit.parallel.backends import open_backend
-from megatron_dit.parallel.collectives import mean_over_ranks, on_all_ranks, sum_over_ranks
-from megatron_dit.parallel.masters import Masters, MasterShard
+from megatron_dit.parallel.collectives import mean_over_ranks, on_all_ranks
+from megatron_dit.parallel.masters import MasterShard
 from megatron_dit.parallel.sharding import cut
-from megatron_dit.parallel.topology import DeepSpeedMpu, Topology
+from megatron_dit.parallel.topology import Topology
 from megatron_dit.runtime.device import device
 from megatron_dit.training.losses import LossTerms, MicroBatchLoss
 from megatron_dit.training.memory import StateBytes
-from megatron_dit.training.monitor import StepMonitor
+from megatron_dit.training.monitor import ActivationSizes, StepMonitor
 from megatron_dit.training.pipeline import Pipeline
-
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-
-
-def sizes(intermediates: Intermediates) -> dict[str, float]:
-    """Return the mean absolute value of each intermediate."""
-    return {name: float(value.detach().float().abs().mean()) for name, value in intermediates.items()}
+from megatron_dit.training.zero import DTYPES, open_zero, sharded_weights
 
 
 @dataclass(frozen=True)
@@ -60,18 +50,10 @@ class Engine:
     """Model and optimizer, as sharded on this rank. ``topology`` must match ``config.parallel``."""
 
     def __init__(self, config: Config, topology: Topology) -> None:
-        import deepspeed
-
         self.config, self.topology = config, topology
         self.params: Mapping[str, Param] = param_specs(config)
-        ds_config = deepspeed_config(config, topology.data_size)
-        backend, dtype, mpu = open_backend(config, topology), DTYPES[config.train.dtype], DeepSpeedMpu()
-        sharded: Any = contextlib.nullcontext()
-        if config.parallel.zero_stage == 3:
-            # By default Init partitions over all ranks, which would mix different tensor-parallel shards.
-            group = topology.data_group
-            sharded = deepspeed.zero.Init(data_parallel_group=group, config_dict_or_path=ds_config, mpu=mpu)
-        with sharded, torch.device(device()):
+        backend, dtype = open_backend(config, topology), DTYPES[config.train.dtype]
+        with sharded_weights(config, topology), torch.device(device()):
             model = build(
                 config.model,
                 backend,
@@ -85,12 +67,9 @@ class Engine:
         groups = optimizer_groups(model.named_parameters(), held, config.optimizer)
         adamw = on_all_ranks(lambda: choose(config.optimizer))
         self.optimizer = AdamWithEma(groups, config.optimizer, averages(config.ema), adamw)
-        with contextlib.redirect_stdout(io.StringIO()):  # DeepSpeed's optimizers print their memory use
-            self._engine: Any = deepspeed.initialize(
-                model=model, optimizer=self.optimizer, config=ds_config, mpu=mpu, dist_init_required=False
-            )[0]
-        self.model: nn.Module = self._engine.module
-        self.masters = Masters(self._engine, config.parallel.zero_stage)
+        self.model: nn.Module = model
+        self._zero = open_zero(model, self.optimizer, config, topology)
+        self.masters = self._zero.masters
         self.optimizer.create_state(self.masters.optimizer_tensors)
         self._monitor = StepMonitor(self.params, self.masters, topology)
         self.step = 0
@@ -102,7 +81,7 @@ class Engine:
     @property
     def groups(self) -> list[dict[str, Any]]:
         """Parameter groups of the optimizer, each with its parameters' names, lr and weight decay."""
-        return self._engine.optimizer.param_groups
+        return self._zero.groups
 
     # --- loading of state -------------------------------------------------------------------------
 
@@ -176,31 +155,30 @@ class Engine:
         micro_batches = batch.split(config.train.micro_batch)
         losses: list[Tensor] = []
         alignments: list[Tensor] = []
-        intermediates: Intermediates = {}
+        activations = ActivationSizes()
         self.optimizer.observer = self._monitor.observe if monitor else None
 
         def forward(model: Callable[..., Tensor], micro_batch: Batch) -> LossTerms:
-            terms = self._loss(model, micro_batch, intermediates=monitor and micro_batch is micro_batches[0])
+            terms = self._loss(model, micro_batch, activations=monitor and micro_batch is micro_batches[0])
             losses.extend([] if terms.objective is None else [terms.objective])
             alignments.extend([] if terms.alignment is None else [terms.alignment])
-            intermediates.update(terms.intermediates)
+            activations.update(terms.activations)
             return terms
 
+        self._zero.start(len(micro_batches))
         if self._pipeline is None:
             for i, micro_batch in enumerate(micro_batches):
-                self._engine.set_gradient_accumulation_boundary(i == len(micro_batches) - 1)
-                self._engine.backward(forward(self._engine, micro_batch).total)
+                total = forward(self._zero.model, micro_batch).total
+                assert total is not None
+                self._zero.backward(total, last=i == len(micro_batches) - 1)
         else:
-            self._engine.set_gradient_accumulation_boundary(False)
             self._pipeline.run(micro_batches, forward)
-            self._engine.set_gradient_accumulation_boundary(True)
-            self._engine.allreduce_gradients()
-        norm, skipped = self._optimizer_step()
-        self.step += 1
-        self.optimizer.num_updates += not skipped
         causes = [cause for cause, _ in batch.bad]
         counts = [float(causes.count(cause)) for cause in CAUSES]
-        loss, alignment, *sums = sum_over_ranks([_mean(losses), _mean(alignments), *counts, *extra])
+        norm, skipped, totals = self._zero.step([_mean(losses), _mean(alignments)], [*counts, *extra])
+        loss, alignment, *sums = totals
+        self.step += 1
+        self.optimizer.num_updates += not skipped
         # Only the last pipeline stage has the loss and only one has the projector, whereas every pipeline stage and
         # tensor-parallel rank counts the same bad samples. Bad samples have weight 0 in the losses.
         bad_samples = {
@@ -220,7 +198,7 @@ class Engine:
             bad_samples=bad_samples,
             extra=sums[len(CAUSES) :],
             alignment=alignment / replicas if config.model.repa_block and good else None,
-            monitors=self._monitors(intermediates, norm) if monitor and not skipped else {},
+            monitors=self._monitors(activations, norm) if monitor and not skipped else {},
         )
 
     @torch.no_grad()
@@ -229,60 +207,26 @@ class Engine:
         values: dict[str, list[float]] = {}
 
         def forward(model: Callable[..., Tensor], micro_batch: Batch) -> LossTerms:
-            terms = self._loss(model, micro_batch, intermediates=True)
-            for name, size in sizes(terms.intermediates).items():
+            terms = self._loss(model, micro_batch, activations=True)
+            for name, size in terms.activations.sizes().items():
                 values.setdefault(name, []).append(size)
             return terms
 
         micro_batches = batch.split(self.config.train.micro_batch)
         if self._pipeline is None:
             for micro_batch in micro_batches:
-                forward(self._engine, micro_batch)
+                forward(self._zero.model, micro_batch)
         else:
             self._pipeline.run(micro_batches, forward, forward_only=True)
         return mean_over_ranks({name: sum(each) / len(each) for name, each in values.items()})
 
-    def _monitors(self, intermediates: Intermediates, norm: float) -> dict[str, float]:
+    def _monitors(self, activations: ActivationSizes, norm: float) -> dict[str, float]:
         clip = self.config.optimizer.grad_clip
         metrics = self._monitor.results(min(1.0, clip / norm) if clip else 1.0)
-        activations = {f"activation/{name}": size for name, size in mean_over_ranks(sizes(intermediates)).items()}
-        return {**activations, **metrics}
-
-    def _optimizer_step(self) -> tuple[float, bool]:
-        """Step the optimizer; return (global gradient norm before clipping, whether the step was skipped)."""
-        if self.config.parallel.zero_stage == 0:
-            return self._unsharded_step()
-        self._engine.step()
-        norm, skipped = float(self._engine.get_global_grad_norm()), bool(self._engine.optimizer.overflow)
-        if skipped:
-            self.masters.drop_gradients()
-        return norm, skipped
-
-    def _unsharded_step(self) -> tuple[float, bool]:
-        """Step at ZeRO stage 0, with clipping and skipping, which DeepSpeed implements only for stages 1 to 3."""
-        gradients = [(p, p.grad) for p in self.model.parameters() if p.grad is not None]
-        square = torch.zeros((), device=device())
-        for p, gradient in gradients:
-            if getattr(p, "tensor_model_parallel", False) or self.topology.tensor_rank == 0:
-                square += gradient.float().square().sum()
-        for group in (self.topology.tensor_group, self.topology.pipeline_group):
-            if group.size() > 1:
-                dist.all_reduce(square, group=group)
-        norm = float(square.sqrt())
-        finite = square.isfinite().item()
-        clip = self.config.optimizer.grad_clip
-        if not finite:
-            for p, _ in gradients:
-                p.grad = None
-            return float("inf"), True
-        if clip is not None:
-            scale = 1 / max(1.0, (norm + 1e-6) / clip)
-            for _, gradient in gradients:
-                gradient.mul_(scale)
-        self._engine.step()
-        return norm, False
+        sizes = mean_over_ranks(activations.sizes())
+        return {**{f"activation/{name}": size for name, size in sizes.items()}, **metrics}
 
 
-def _mean(values: Sequence[Tensor]) -> float:
+def _mean(values: Sequence[Tensor]) -> Tensor:
     """Return the mean of the micro-batches' losses, 0 on a pipeline stage that does not compute the loss."""
-    return float(torch.stack(list(values)).mean()) if values else 0.0
+    return torch.stack(list(values)).mean() if values else torch.zeros((), device=device())

@@ -17,6 +17,7 @@ from megatron_dit.objectives.repa import alignment_loss
 from megatron_dit.parallel.backends import Backend
 from megatron_dit.parallel.topology import Topology
 from megatron_dit.runtime.device import device
+from megatron_dit.training.monitor import ActivationSizes
 
 
 @dataclass(frozen=True)
@@ -27,7 +28,7 @@ class LossTerms:
     total: Tensor | None  # the loss to minimize; None unless this is the last virtual stage
     objective: Tensor | None  # the objective's mean loss, detached; None unless this is the last virtual stage
     alignment: Tensor | None  # REPA's mean loss, detached; None unless this virtual stage has the projector
-    intermediates: Intermediates  # the model's named intermediates; empty unless requested
+    activations: ActivationSizes  # sizes of the model's named intermediates; empty unless requested
 
 
 class MicroBatchLoss:
@@ -38,13 +39,13 @@ class MicroBatchLoss:
         self._objective = OBJECTIVES[config.objective_name]
         self._micro_batches = config.train.global_batch // (topology.data_size * config.train.micro_batch)
 
-    def __call__(self, model: Callable[..., Tensor], micro_batch: Batch, *, intermediates: bool = False) -> LossTerms:
-        """Return the losses of ``micro_batch``, and the model's intermediates if requested.
+    def __call__(self, model: Callable[..., Tensor], micro_batch: Batch, *, activations: bool = False) -> LossTerms:
+        """Return the losses of ``micro_batch``, and the sizes of the model's activations if requested.
 
         If a virtual stage before the last one has REPA's projector, REPA's loss is attached to that stage's output.
         """
         repa, config = bool(self._config.model.repa_block), self._config.objective
-        seen: Intermediates | None = {} if repa or intermediates else None
+        seen: Intermediates | None = ActivationSizes() if activations else {} if repa else None
         batch = micro_batch.to(device())
         draw = NoiseDraw(u=batch.u, noise=batch.noise)
         x_t, t = self._objective.perturb(batch.latents, draw, config)
@@ -67,7 +68,7 @@ class MicroBatchLoss:
             total=total,
             objective=None if objective is None else objective.detach(),
             alignment=None if alignment is None else alignment.detach(),
-            intermediates=seen if intermediates else {},
+            activations=seen if isinstance(seen, ActivationSizes) else ActivationSizes(),
         )
 
 

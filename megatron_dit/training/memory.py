@@ -8,15 +8,17 @@ from __future__ import annotations
 import math
 import os
 import socket
-from collections.abc import Iterable
+from collections import Counter
+from collections.abc import Hashable, Iterable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, fields
 
 import torch
 
-from megatron_dit.config import Config
+from megatron_dit.config import Config, uses_deepspeed
 from megatron_dit.models.param_specs import param_specs
 from megatron_dit.mup.rules import Param
+from megatron_dit.parallel.flat import ALIGNMENT, unit_of
 from megatron_dit.runtime.errors import RankError
 from megatron_dit.runtime.launch_environment import launch_environment
 from megatron_dit.runtime.out_of_memory import out_of_memory_as
@@ -24,7 +26,7 @@ from megatron_dit.runtime.out_of_memory import out_of_memory_as
 GIB = 2**30
 FP32 = 4
 ITEM_BYTES = {"fp32": FP32, "bf16": 2}
-PADDING = 2  # DeepSpeed's stages 1 and 2 pad a group to a multiple of this times the number of data-parallel ranks
+PADDING = 2  # DeepSpeed pads a group at stage 2, and at 1 with offload, to a multiple of this times the data ranks
 
 
 @dataclass(frozen=True)
@@ -66,23 +68,46 @@ def state_bytes(config: Config, params: Iterable[Param], data_parallel: int, sta
     params = stage_params(config, params, stage)
     local = {p.name: math.prod(p.shape) // (config.parallel.tensor if p.dim is not None else 1) for p in params}
     total = sum(local.values())
-    if zero == 0:
-        masters = FP32 * total if item != FP32 else 0
-        return StateBytes(item * total, item * total, masters, 2 * FP32 * total, averages * total)
+    if not uses_deepspeed(config):
+        return _flat_bytes(config, params, local, data_parallel if zero == 1 else 1)
     if zero == 3:
         partition = sum(math.ceil(count / data_parallel) for count in local.values())
         return StateBytes(
             item * partition, FP32 * partition, FP32 * partition, 2 * FP32 * partition, averages * partition
         )
-    groups: dict[tuple[float, float], int] = {}
+    groups: Counter[Hashable] = Counter()
     for param in params:
-        key = (param.lr_multiplier, config.optimizer.weight_decay * param.weight_decay_multiplier)
-        groups[key] = groups.get(key, 0) + local[param.name]
-    unit = PADDING * data_parallel
-    padded = sum(math.ceil(count / unit) * unit for count in groups.values())
+        groups[_group_of(config, param)] += local[param.name]
+    padded = _padded(groups, PADDING * data_parallel)
     partition = padded // data_parallel
     gradients = FP32 * (total if zero == 1 else partition)
     return StateBytes(item * padded, gradients, FP32 * partition, 2 * FP32 * partition, averages * partition)
+
+
+def _flat_bytes(config: Config, params: Iterable[Param], local: Mapping[str, int], slices: int) -> StateBytes:
+    """Return the bytes of parallel/flat.py's buffers; each rank has one of ``slices`` slices of the masters."""
+    item, averages = ITEM_BYTES[config.train.dtype], FP32 * (1 + len(config.ema.sigma_rel))
+    units: Counter[Hashable] = Counter()
+    for param in params:
+        units[_group_of(config, param), unit_of(param.name)] += local[param.name]
+    padded = _padded(units, ALIGNMENT * slices)
+    partition = padded // slices
+    return StateBytes(
+        weights=item * padded,
+        gradients=FP32 * (padded + (partition if slices > 1 else 0)),
+        masters=0 if slices == 1 and item == FP32 else FP32 * partition,
+        moments=2 * FP32 * partition,
+        ema=averages * partition,
+    )
+
+
+def _group_of(config: Config, param: Param) -> tuple[float, float]:
+    """Return what distinguishes the parameter's optimizer group."""
+    return param.lr_multiplier, config.optimizer.weight_decay * param.weight_decay_multiplier
+
+
+def _padded(counts: Mapping[Hashable, int], multiple: int) -> int:
+    return sum(math.ceil(count / multiple) * multiple for count in counts.values())
 
 
 def explain_out_of_memory(config: Config) -> AbstractContextManager[None]:

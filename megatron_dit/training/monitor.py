@@ -11,7 +11,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_dit.mup.rules import Param
-from megatron_dit.parallel.masters import Masters, MasterShard
+from megatron_dit.parallel.flat import FlatMasters
+from megatron_dit.parallel.masters import DeepSpeedMasters, MasterShard
 from megatron_dit.parallel.topology import Topology
 from megatron_dit.runtime.device import device
 
@@ -22,7 +23,9 @@ class StepMonitor:
     Only at that time are the gradients in fp32, averaged over ranks, and sharded like the optimizer's states.
     """
 
-    def __init__(self, params: Mapping[str, Param], masters: Masters, topology: Topology) -> None:
+    def __init__(
+        self, params: Mapping[str, Param], masters: FlatMasters | DeepSpeedMasters, topology: Topology
+    ) -> None:
         self._params, self._topology = params, topology
         self._shards: dict[int, list[tuple[str, MasterShard]]] = {}
         for name, shard in masters.shards.items():
@@ -51,7 +54,8 @@ class StepMonitor:
                 (f"update/{param.role}", lr * (adam + decay * before)),
                 (f"weight/{param.role}", before),
             ):
-                self._sums[self._index[key]] += tensor.double().square().sum().to(self._sums.device)
+                norm = torch.linalg.vector_norm(tensor, dtype=torch.float64)  # without a copy in fp64
+                self._sums[self._index[key]] += norm.square().to(self._sums.device)
 
     def results(self, clipped: float) -> dict[str, float]:
         """Return gradient norms by block and |update| / |weight| by role, and reset the sums. Collective.
@@ -69,6 +73,26 @@ class StepMonitor:
 
 
 KINDS = ("update", "weight")
+
+
+class ActivationSizes(dict[str, Tensor]):
+    """Intermediates of a model, of which only the mean absolute values (0-dim, fp32) are kept.
+
+    The tensors themselves would stay in memory until the end of the step. REPA's loss needs its projection.
+    """
+
+    def __setitem__(self, name: str, value: Tensor) -> None:
+        keep = name == "projection"
+        super().__setitem__(name, value if keep else value.detach().float().abs().mean())
+
+    def update(self, values: Mapping[str, Tensor] | None = None, **named: Tensor) -> None:
+        for name, value in {**(values or {}), **named}.items():
+            self[name] = value
+
+    def sizes(self) -> dict[str, float]:
+        """Return the mean absolute values, read from the device at once."""
+        means = {name: value.detach().float().abs().mean() for name, value in self.items()}
+        return dict(zip(means, torch.stack(list(means.values())).tolist(), strict=True)) if means else {}
 
 
 def _part(name: str) -> str:

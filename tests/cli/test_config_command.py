@@ -41,13 +41,13 @@ def test_reference_states_range_unit_default_and_whether_a_key_may_change(capsys
 def test_resolved_config_and_derived_values_are_printed_and_written(tmp_path, capsys, before):
     config, results = str(write_config(tmp_path)), tmp_path / "results.json"
     flags = ["--procs", "2", "--json", str(results)]
-    words = [config, "parallel.zero_stage=1"]
+    words = [config, "parallel.zero_stage=2"]
     assert run(["config", *flags, *words] if before else ["config", *words, *flags]) == 0
     resolved, derived = yaml.safe_load_all(capsys.readouterr().out)
-    assert resolved["parallel"]["zero_stage"] == 1
+    assert resolved["parallel"]["zero_stage"] == 2
     assert derived == json.loads(results.read_text())
     assert derived["data_parallel"] == 2
-    assert derived["deepspeed"]["zero_optimization"]["stage"] == 1
+    assert derived["deepspeed"]["zero_optimization"]["stage"] == 2
     assert derived["deepspeed"]["train_micro_batch_size_per_gpu"] == 4
     assert derived["parameters"] > 10000
     again = tmp_path / "again.yaml"

@@ -135,7 +135,7 @@ class CountsInGroup(torch.optim.Optimizer):
 
 def with_stand_in(config):
     """Return an engine that uses the stand-in for Apex and, at stage 3, several sub-groups per group."""
-    import megatron_dit.training.engine as engine_module
+    from megatron_dit.training import zero
 
     def small_sub_groups(config, ranks):
         result = made(config, ranks)
@@ -143,12 +143,12 @@ def with_stand_in(config):
         return result
 
     stand_in = adamw.AdamWImplementation("stand-in", CountsInGroup, lambda: None)
-    real, made = adamw.AVAILABLE["apex"], engine_module.deepspeed_config
+    real, made = adamw.AVAILABLE["apex"], zero.deepspeed_config
     try:
-        adamw.AVAILABLE["apex"], engine_module.deepspeed_config = stand_in, small_sub_groups
+        adamw.AVAILABLE["apex"], zero.deepspeed_config = stand_in, small_sub_groups
         return start(config)
     finally:
-        adamw.AVAILABLE["apex"], engine_module.deepspeed_config = real, made
+        adamw.AVAILABLE["apex"], zero.deepspeed_config = real, made
 
 
 def train(layout, first, steps, folder, source):

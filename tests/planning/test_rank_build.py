@@ -55,12 +55,12 @@ def test_memory_and_bubble_equal_closed_forms_for_zero_1_with_a_pipeline_in_fp32
     options = {"parallel.tensor": 2, "parallel.pipeline": 2, "parallel.zero_stage": 1, "train.micro_batch": 1}
     found = share(tmp_path, rank, **options)
     of_stage = [{"blocks.0", "patch_embed", "time_embed", "text_embed"}, {"blocks.1", "head"}][stage]
-    groups = Counter()  # optimizer groups; hidden weights have their own learning rate and weight decay
+    units = Counter()  # block or not, in an optimizer group: hidden weights have their own learning rate and decay
     for param, size in local_sizes(options):
         if param.name.startswith(tuple(of_stage)):
-            groups[param.role == "hidden"] += size
-    padded = sum(up(size, 2 * 4) for size in groups.values())
-    expected = {"weights": padded, "gradients": groups.total(), "masters": padded // 4, "moments": padded // 2}
+            units[param.role == "hidden", param.name.startswith("blocks.")] += size
+    padded = sum(up(size, 8 * 4) for size in units.values())
+    expected = {"weights": padded, "gradients": padded + padded // 4, "masters": padded // 4, "moments": padded // 2}
     expected["ema"] = padded // 4
     assert found["held"] == found["expected"] == {key: 4 * size for key, size in expected.items()}
     assert found["blocks"] == [stage]

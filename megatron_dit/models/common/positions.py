@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 
 import torch
@@ -45,19 +46,40 @@ def position_grid(rows: Tensor, columns: Tensor, dim: int) -> Tensor:
 
 def interpolated_grid(config: ModelConfig, x: Tensor) -> Tensor:
     """Return positions (h * w, D) of latents (B, C, H, W), scaled to the base grid at any resolution (PixArt-α)."""
+    height, width = (side // config.patch_size for side in x.shape[-2:])
+    return _interpolated_grid(config, height, width, x.device, x.dtype)
+
+
+def cropped_grid(config: ModelConfig, x: Tensor) -> Tensor:
+    """Return positions (h * w, D) of latents (B, C, H, W): the middle of a table (SD3, arXiv 2403.03206, 5.3.2)."""
+    height, width = (side // config.patch_size for side in x.shape[-2:])
+    return _cropped_grid(config, height, width, x.device, x.dtype)
+
+
+# The tables are cached, because computing them takes about 20 kernels.
+
+
+@functools.lru_cache(maxsize=64)
+def _interpolated_grid(
+    config: ModelConfig, height: int, width: int, device: torch.device, dtype: torch.dtype
+) -> Tensor:
     base = config.sample_size // config.patch_size
-    counts = (side // config.patch_size for side in x.shape[-2:])
     rows, columns = (
-        torch.arange(count, dtype=torch.float64, device=x.device) * base / count / config.interpolation_scale
-        for count in counts
+        torch.arange(count, dtype=torch.float64, device=device) * base / count / config.interpolation_scale
+        for count in (height, width)
     )
-    return position_grid(rows, columns, config.width).to(x.dtype)
+    return position_grid(rows, columns, config.width).to(dtype)
 
 
-def centered_positions(count: int, base: int, table: int, device: torch.device) -> Tensor:
-    """Return the middle ``count`` of ``table`` positions spread over ``base`` (SD3, arXiv 2403.03206, 5.3.2)."""
-    first = (table - count) // 2
-    return (torch.arange(count, dtype=torch.float64, device=device) + first) * base / table
+@functools.lru_cache(maxsize=64)
+def _cropped_grid(config: ModelConfig, height: int, width: int, device: torch.device, dtype: torch.dtype) -> Tensor:
+    base = config.sample_size // config.patch_size
+    table = config.position_size or base
+    rows, columns = (
+        (torch.arange(count, dtype=torch.float64, device=device) + (table - count) // 2) * base / table
+        for count in (height, width)
+    )
+    return position_grid(rows, columns, config.width).to(dtype)
 
 
 def timestep_features(t: Tensor, dim: int = 256) -> Tensor:

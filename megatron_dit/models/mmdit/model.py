@@ -21,7 +21,7 @@ from megatron_dit.models.common.modules import (
     modulate,
     split_heads,
 )
-from megatron_dit.models.common.positions import centered_positions, patchify, position_grid, unpatchify
+from megatron_dit.models.common.positions import cropped_grid, patchify, unpatchify
 from megatron_dit.mup.init_rules import InitKind
 from megatron_dit.parallel.layers import Backend
 
@@ -106,7 +106,7 @@ class MMDiT(DiffusionTransformer):
     def embed(self, x: Tensor, t: Tensor, condition: Condition, intermediates: Intermediates | None) -> State:
         text, mask = condition.text_and_mask()
         text = text * (mask & ~condition.dropped[:, None]).to(text.dtype)[..., None]
-        image = self.patch_embed(patchify(x, self.config.patch_size)) + self._positions(x)[:, None]
+        image = self.patch_embed(patchify(x, self.config.patch_size)) + cropped_grid(self.config, x)[:, None]
         image = self.backend.shard_tokens(image)
         text = self.backend.shard_tokens(self.text_embed(text.transpose(0, 1)))
         c = self.time_embed(t)
@@ -128,13 +128,6 @@ class MMDiT(DiffusionTransformer):
     def state_lengths(self, i: int, patches: int) -> list[int]:
         tokens_per_rank = self.backend.tokens_per_rank
         return [tokens_per_rank(patches), tokens_per_rank(self.config.text_tokens), 1]
-
-    def _positions(self, x: Tensor) -> Tensor:
-        config = self.config
-        base = config.sample_size // config.patch_size
-        table = config.position_size or base
-        rows, columns = (centered_positions(side // config.patch_size, base, table, x.device) for side in x.shape[-2:])
-        return position_grid(rows, columns, config.width).to(x.dtype)
 
 
 MODEL = MMDiT
