@@ -32,7 +32,7 @@ def deepspeed_config(config: Config, data_parallel: int) -> dict[str, Any]:
             "allgather_bucket_size": config.parallel.reduce_bucket_size,
             "stage3_prefetch_bucket_size": config.parallel.prefetch_bucket_size,
         },
-        "communication_data_type": config.parallel.reduce_dtype,  # by default that of the weights
+        "communication_data_type": config.parallel.reduce_dtype,  # DeepSpeed's default is that of the weights
         "steps_per_print": 2**31 - 1,
         # The throughput timer, enabled by default, waits for the GPU before every forward pass and step.
         "timers": {"throughput": {"enabled": False}},

@@ -37,7 +37,7 @@ class ParallelConfig(Section):
     )
     reduce_dtype: Literal["fp32", "bf16"] = key(
         "ZeRO 2, 3: dtype in which each micro-batch's gradients are summed over ranks; bf16 halves the bytes and "
-        "rounds the sums; ZeRO 0, 1: always fp32, once per step",
+        "rounds the sums; ZeRO 0, 1: always fp32, once per step, except with offload",
         "fp32",
         resumable=True,
     )

@@ -87,8 +87,8 @@ class OnlineText:
             self._bytes -= self._cache.popitem(last=False)[1].nbytes
 
 
-# Elsewhere only the engine uses DeepSpeed. It is used directly here because the encoder is not trained and is not part
-# of the parallel layout, and because this package must not depend on the engine.
+# Elsewhere only training/zero.py uses DeepSpeed. It is used directly here because the encoder is not trained and is
+# not part of the parallel layout, and because this package must not depend on the engine.
 
 
 def _zero_config(dtype: str) -> dict[str, Any]:

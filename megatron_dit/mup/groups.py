@@ -14,7 +14,7 @@ from megatron_dit.mup.rules import Param
 def optimizer_groups(
     named: Iterable[tuple[str, nn.Parameter]], params: Mapping[str, Param], config: OptimizerConfig
 ) -> list[dict[str, Any]]:
-    """Return parameter groups for torch optimizers. Call this before DeepSpeed flattens or frees the parameters.
+    """Return parameter groups for torch optimizers. Call this before the parameters are flattened or partitioned.
 
     Each group has ``names`` and its peak learning rate ``initial_lr``, which the schedule multiplies: setting one lr
     for all groups would undo μP.

@@ -19,8 +19,7 @@ class AdamWithEma(torch.optim.Optimizer):
     """AdamW of any library. ``averages`` are optimizer state, so every ZeRO stage shards them like the moments.
 
     It wraps the library's optimizer instead of deriving from it, so that DeepSpeed treats all implementations
-    equally: at stage 0 in bf16, DeepSpeed's wrapper would flatten the groups of a FusedAdam. The two share groups and
-    state.
+    equally. The two share groups and state.
 
     ``num_updates`` is Adam's t, the number of updates of the moments. The engine increments it, because DeepSpeed calls
     ``step()`` once per group (stages 1, 2) or sub-group (stage 3), and not at all for a skipped step.

@@ -1,10 +1,10 @@
 """Flat buffers of weights and gradients for ZeRO stages 0 and 1, and the collectives between data-parallel ranks.
 
 The parameters of an optimizer group are views of one flat tensor, which consists of units: one for each block, and one
-for the embedders and the readout. Gradients are accumulated in fp32, summed over the ranks in fp32, unit by unit behind
-the backward pass, and under stage 1 each rank keeps the sum of its slice of every unit only. It updates fp32 masters of
-these slices, and gathers the other ranks' weights. A step therefore sends one reduce-scatter of the fp32 gradients and
-one all-gather of the weights.
+for the other parameters. Gradients are accumulated in fp32 and summed over the ranks in fp32, unit by unit during the
+backward pass. Under stage 1 each rank keeps only the sums of its slice of every unit, updates fp32 masters of these
+slices, and gathers the other ranks' weights: for every unit, a step sends one reduce-scatter of the fp32 gradients and
+one all-gather of the weights. Under stage 0 it sends one all-reduce.
 """
 
 from __future__ import annotations
@@ -44,8 +44,8 @@ class _Group:
     units: list[_Unit]
     weights: Tensor  # in the model's dtype; the parameters are views of it
     gradients: Tensor  # fp32, of all parameters
-    master: Tensor  # fp32, of this rank's slices
-    sums: Tensor  # fp32, the sums of the slices' gradients over the ranks: the ``grad`` of ``master``
+    master: Tensor  # fp32, of this rank's slices; ``weights`` itself if they are fp32 and not sliced
+    sums: Tensor  # fp32, the slices' gradients, summed over the ranks: ``master.grad``; ``gradients`` if not sliced
 
 
 class FlatMasters:
@@ -135,6 +135,7 @@ class FlatMasters:
     def _accumulate(self, group: _Group, unit: _Unit, view: Tensor, p: Tensor) -> None:
         """Add a parameter's gradient of one micro-batch in fp32. After a unit's last one, sum it over the ranks."""
         assert p.grad is not None
+        assert unit.missing > 0, "more gradients than start_step announced"
         if p in self._fresh:
             self._fresh.remove(p)  # pyright: ignore[reportArgumentType]
             view.copy_(p.grad)

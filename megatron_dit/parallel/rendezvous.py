@@ -94,7 +94,7 @@ class _Rendezvous:
     def _serve(self) -> dist.TCPStore:
         try:
             # Other ranks connect to MASTER_ADDR, which may be a service address that this host itself cannot reach.
-            inherited = os.environ.pop(LISTEN_FD, None)  # only of the first process group of a rank of --procs
+            inherited = os.environ.pop(LISTEN_FD, None)  # of --procs; a later process group opens the port itself
             return self._store("127.0.0.1", serve=True, listen_fd=None if inherited is None else int(inherited))
         except (dist.DistError, RuntimeError) as error:
             raise RankError(

@@ -1,4 +1,4 @@
-"""Layer backend on Transformer Engine (TE): hidden linear layers in bf16 or FP8, attention on cuDNN.
+"""Layer backend on Transformer Engine (TE): hidden linear layers in bf16 or FP8.
 
 Embedders, conditioning and output layers are those of the local backend, in bf16: they are a small part of the
 computation and the most sensitive to FP8. The norms are also those of the local backend, because their gains are read

@@ -111,7 +111,12 @@ def connect(limit: float = LaunchConfig.rendezvous_seconds) -> None:
     if dist.is_initialized():
         return
     place = launch_environment()
-    os.environ.update(RANK=str(place.rank), WORLD_SIZE=str(place.world), LOCAL_RANK=str(place.local_rank))
+    os.environ.update(
+        RANK=str(place.rank),
+        WORLD_SIZE=str(place.world),
+        LOCAL_RANK=str(place.local_rank),
+        LOCAL_WORLD_SIZE=str(place.local_world),
+    )
     cuda = torch.cuda.is_available()
     if cuda:
         _select_device(place.local_rank)

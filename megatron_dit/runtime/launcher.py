@@ -23,7 +23,7 @@ REMINDER_SECONDS = 10.0  # time between a signal and the message about ranks tha
 DELAY_SECONDS = 0.3  # delay before a rank's error output is printed, because another rank's failure may have caused it
 LAST_LINES = 40  # number of lines of a failed rank's standard error printed at the end
 LAUNCHED = "MEGATRON_DIT_LAUNCHED"  # environment variable set for the ranks of --procs
-LISTEN_FD = "MEGATRON_DIT_LISTEN_FD"  # environment variable of rank 0 with the number of its inherited server socket
+LISTEN_FD = "MEGATRON_DIT_LISTEN_FD"  # environment variable of rank 0 with the number of its inherited socket
 
 
 def run_ranks(
@@ -41,8 +41,10 @@ def run_ranks(
     after ``stop_seconds`` are killed; a second signal kills them at once. The ranks end if this process ends.
     ``quiet`` discards their standard output.
     """
-    # Rank 0 inherits the listening socket. If it opened the port itself, another job could take the port before.
-    with socket.create_server(("127.0.0.1", 0), backlog=ranks) as server:
+    # Rank 0 inherits the bound socket. If it opened the port itself, another job could take the port before. The socket
+    # does not listen yet: until rank 0 serves, connections are refused, and the other ranks try again.
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
         shared = {
             "WORLD_SIZE": ranks,
             "LOCAL_WORLD_SIZE": ranks,
@@ -113,7 +115,7 @@ class _Job:
     """All ranks of one run, from start to end."""
 
     def __init__(self, command: Sequence[str], ranks: int, shared: dict[str, object], quiet: bool, server: int) -> None:
-        """``server`` is the file descriptor of rank 0's listening socket."""
+        """``server`` is the file descriptor of the socket that rank 0 will listen on."""
         self._ranks = [_Rank(number, command, shared, quiet, server) for number in range(ranks)]
         self._host = socket.gethostname()
         self._errors: set[str] = set()  # already printed, because every rank may report the same error

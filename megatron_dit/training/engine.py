@@ -1,4 +1,4 @@
-"""The engine: runs one optimizer step in any layout. The training loop uses DeepSpeed only through it."""
+"""The engine: runs one optimizer step in any layout. It hides from the training loop whether DeepSpeed does it."""
 
 from __future__ import annotations
 
@@ -222,7 +222,7 @@ class Engine:
 
     def _monitors(self, activations: ActivationSizes, norm: float) -> dict[str, float]:
         clip = self.config.optimizer.grad_clip
-        metrics = self._monitor.results(min(1.0, clip / norm) if clip else 1.0)
+        metrics = self._monitor.results(min(1.0, clip / norm) if clip and norm else 1.0)
         sizes = mean_over_ranks(activations.sizes())
         return {**{f"activation/{name}": size for name, size in sizes.items()}, **metrics}
 

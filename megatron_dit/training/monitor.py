@@ -75,15 +75,19 @@ class StepMonitor:
 KINDS = ("update", "weight")
 
 
+def _mean_abs(value: Tensor) -> Tensor:
+    """Return the mean absolute value in fp32, without an fp32 copy of the tensor."""
+    return torch.linalg.vector_norm(value.detach(), 1, dtype=torch.float32) / value.numel()
+
+
 class ActivationSizes(dict[str, Tensor]):
     """Intermediates of a model, of which only the mean absolute values (0-dim, fp32) are kept.
 
-    The tensors themselves would stay in memory until the end of the step. REPA's loss needs its projection.
+    The tensors themselves would stay in memory until the end of the step. Only REPA's projection is kept, for its loss.
     """
 
     def __setitem__(self, name: str, value: Tensor) -> None:
-        keep = name == "projection"
-        super().__setitem__(name, value if keep else value.detach().float().abs().mean())
+        super().__setitem__(name, value if name == "projection" else _mean_abs(value))
 
     def update(self, values: Mapping[str, Tensor] | None = None, **named: Tensor) -> None:
         for name, value in {**(values or {}), **named}.items():
@@ -91,7 +95,7 @@ class ActivationSizes(dict[str, Tensor]):
 
     def sizes(self) -> dict[str, float]:
         """Return the mean absolute values, read from the device at once."""
-        means = {name: value.detach().float().abs().mean() for name, value in self.items()}
+        means = {name: _mean_abs(value) for name, value in self.items()}
         return dict(zip(means, torch.stack(list(means.values())).tolist(), strict=True)) if means else {}
 
 

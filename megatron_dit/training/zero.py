@@ -1,7 +1,7 @@
-"""The optimizer step under each ZeRO stage: our own flat buffers at stages 0 and 1, DeepSpeed at 2 and 3.
+"""The optimizer step under each ZeRO stage: our flat buffers at 0 and 1, DeepSpeed at 2 and 3 and with offload.
 
-Both classes have the same methods. The engine calls ``start``, then ``backward`` for every micro-batch, unless a
-pipeline's schedule does that, and then ``step``.
+Both classes have the same methods. The engine calls ``start``, then ``backward`` for every micro-batch (a pipeline's
+schedule runs the backward passes itself), and then ``step``.
 """
 
 from __future__ import annotations

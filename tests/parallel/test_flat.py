@@ -99,6 +99,17 @@ def test_gradients_of_an_earlier_step_are_not_reused():
     assert float(masters.reduce()) == 0.0  # no parameter has a gradient
 
 
+def test_more_gradients_than_announced_are_an_error():
+    """They would be added while the sum over the ranks is in progress."""
+    model, masters = plain_and_flat(torch.float32)
+    masters.start_step(1)
+    model.bias.sum().backward()
+    model.weight.sum().backward()
+    model.unused.sum().backward()
+    with pytest.raises(AssertionError, match="more gradients than"):
+        model.bias.sum().backward()
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_parameters_are_views_of_one_tensor_and_follow_the_masters(dtype):
     model, masters = plain_and_flat(dtype)

@@ -92,3 +92,22 @@ def test_procs_is_allowed_in_a_batch_job_but_not_under_a_launcher(monkeypatch, c
     assert run(["train", "configs/quickstart.yaml", "train.micro_batch=64", "--procs", "2"]) == (2 if refused else 0)
     assert started == ([] if refused else [2])
     assert ("was given to rank 0 of 2 started by a launcher" in capsys.readouterr().err) == refused
+
+
+def test_number_of_ranks_on_the_host_is_known_after_connecting(monkeypatch):
+    """Connecting exports the rank variables, which take precedence over srun's. The number gives the CPU threads."""
+    from megatron_dit.parallel import topology
+
+    monkeypatch.setattr(topology, "rendezvous", lambda *_: None)
+    monkeypatch.setattr(topology, "use_store", lambda _: None)
+    monkeypatch.setattr(topology.dist, "is_initialized", lambda: False)
+    monkeypatch.setattr(topology.dist, "init_process_group", lambda *_, **__: None)
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "LOCAL_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in {**BATCH, **STEP, "SLURM_STEP_TASKS_PER_NODE": "2"}.items():
+        monkeypatch.setenv(name, value)
+    before = launch_environment()
+    topology.connect()
+    after = launch_environment()
+    assert (before.local_world, after.local_world) == (2, 2)
+    assert (after.rank, after.world) == (before.rank, before.world)

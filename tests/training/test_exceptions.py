@@ -26,7 +26,7 @@ from megatron_dit.cli import main
 from megatron_dit.data.samples import Samples
 from megatron_dit.training.checkpointing import CheckpointSchedule
 from megatron_dit.training.run_folder import RunFolder
-from megatron_dit.training.engine import Engine
+from megatron_dit.training.zero import FlatZero
 
 place, failing, words = sys.argv[1], sys.argv[2], sys.argv[3:]
 sys.argv[1:] = words
@@ -51,7 +51,7 @@ if os.environ["RANK"] == failing:
     elif place == "between steps":
         CheckpointSchedule.after_step = broken
     else:
-        Engine._optimizer_step = killed
+        FlatZero.step = killed
 main()
 """
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import math
 import random
+from dataclasses import replace
 
 import pytest
+import torch
 
 from megatron_dit.parallel.topology import SOLO
 from megatron_dit.training.monitor import SpikeDetector
@@ -67,6 +69,19 @@ def test_monitors_equal_plain_pytorch(pool, ranks, layout):
     for name, value in activations.items():
         assert found[f"activation/{name}"] == pytest.approx(value, rel=1e-4), name
     assert found.keys() == expected.keys() | {f"activation/{name}" for name in activations}
+
+
+def monitored_zero_gradient(layout):
+    """Return the monitors of a step whose samples all have weight 0. Runs in the pool's ranks."""
+    config = small("mmdit", **OPTIONS, **layout)
+    engine = start(config)
+    data = batch(config, engine.topology, 0)
+    return engine.train_step(replace(data, weight=torch.zeros_like(data.weight)), monitor=True).monitors
+
+
+def test_a_zero_gradient_can_be_monitored(pool):
+    found = pool.run(1, monitored_zero_gradient, {"train.micro_batch": 8})[0]
+    assert {value for name, value in found.items() if name.startswith("grad_norm/")} == {0.0}
 
 
 def activations(layout):
