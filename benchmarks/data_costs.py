@@ -16,7 +16,7 @@ from diffusers import AutoencoderKL
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import T5Config, T5EncoderModel
 
-PEAK, SHARE = 989e12, 0.35  # peak in FLOP/s; fraction of it that dense inference is assumed to reach
+PEAK, UTILIZATION = 989e12, 0.35  # peak in FLOP/s; fraction of it that dense inference is assumed to reach
 PER_SHARD = 10_000
 BLOCK = 512
 TABLE_ROW = 12 + 9 * 16  # bytes per sample in the index of a shard
@@ -69,7 +69,7 @@ def main() -> None:
         vae = vae_flops(side)
         for name, tokens in LENGTHS.items():
             full, lean = (sample_bytes(side, tokens, features) for features in (True, False))
-            hours = [1e8 * flops / (SHARE * PEAK) / 3600 for flops in (vae, texts[name])]
+            hours = [1e8 * flops / (UTILIZATION * PEAK) / 3600 for flops in (vae, texts[name])]
             print(
                 f"| {side} | {name} | {full / 1e3:.0f} | {full / 1e4:.0f} | {lean / 1e4:.1f} | "
                 f"{1e8 / PER_SHARD:,.0f} | {hours[0]:,.0f} | {hours[1]:,.0f} |"

@@ -30,14 +30,14 @@ from PIL import Image
 
 from data_prep.tiny_t5 import build_tiny_t5
 
-PICTURES, BATCH, SIDE, TOKENS = 1024, 32, 64, 24
+IMAGES, BATCH, SIDE, TOKENS = 1024, 32, 64, 24
 
 
 def prepare(folder: Path) -> None:
     """Write the images and the encoders to ``folder``."""
     rng = np.random.default_rng(0)
     with tarfile.open(folder / "images.tar", "w") as tar:
-        for number in range(PICTURES):
+        for number in range(IMAGES):
             coarse = Image.fromarray(rng.integers(0, 256, (8, 10, 3), dtype=np.uint8))
             jpeg = io.BytesIO()
             coarse.resize((320, 256), Image.Resampling.BICUBIC).save(jpeg, "JPEG", quality=90)
@@ -76,7 +76,7 @@ def plain_loop(folder: Path, threads: int) -> None:
         return [(jpeg, text.decode()) for jpeg, text in zip(read["jpg"], read["txt"], strict=True)]
 
     with tarfile.open(folder / "images.tar") as source, tarfile.open(folder / "plain.tar", "w") as out:
-        for first in range(0, PICTURES, BATCH):
+        for first in range(0, IMAGES, BATCH):
             group = members(source, first)
             pixels = torch.from_numpy(np.stack([fit(jpeg) for jpeg, _ in group])).permute(0, 3, 1, 2)
             with torch.no_grad():

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from checkpoints_tools.write import new_folder, write_checkpoint, writing_folder
+from checkpoints_tools.write import write_checkpoint, writing_folder
 from megatron_dit.checkpoint.listing import list_checkpoints
 from megatron_dit.checkpoint.manifest import Incomplete
 from megatron_dit.checkpoint.reader import CheckpointReader
@@ -41,7 +41,6 @@ def average(run: Path, sigma_rel: float, step: int | None, out: Path) -> dict[st
     if ``out`` cannot be written.
     """
     check_value("--sigma-rel", sigma_rel, SigmaRel)
-    out = new_folder(out)
     readers = _snapshots(run)
     steps = [reader.step for reader in readers]
     step = steps[-1] if step is None else step

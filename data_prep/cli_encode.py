@@ -180,8 +180,10 @@ def _check_effects(arguments: argparse.Namespace, *, columns: bool, captions: bo
             f"--caption-column {arguments.caption_column} has no effect without --table or a saved dataset; omit it"
         )
     if arguments.class_folders and not captions:
-        for name, default in (("text_encoder", "tiny"), ("tokens", 120), ("text", "features")):
-            if (value := getattr(arguments, name)) != default:
+        from data_prep.recipe import Recipe
+
+        for name in ("text_encoder", "tokens", "text"):
+            if (value := getattr(arguments, name)) != getattr(Recipe, name):
                 raise UserError(
                     f"--{name.replace('_', '-')} {value} has no effect with --class-folders, which has no captions; "
                     "omit it"

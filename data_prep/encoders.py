@@ -15,7 +15,6 @@ from data_prep.images import Buckets
 from data_prep.recipe import PIXELS, TINY, Recipe
 from data_prep.sources import Record
 from megatron_dit.data.codec import VaeCodec, open_codec
-from megatron_dit.data.encoder_hash import weights_sha256
 from megatron_dit.data.index import OWN
 from megatron_dit.data.tar import npy
 from megatron_dit.data.text import DTYPES, TextEncoder
@@ -93,11 +92,9 @@ class Encoders:
     def weights(self) -> dict[str, str]:
         """Return the SHA-256 of each encoder's weights, "" if it has none yet. The first call reads all files."""
         text = self._text.sha256 if self._text else ""
-        found = {"vae": self._codec.sha256, "text_encoder": text, "vision_encoder": self._vision_sha256()}
+        vision = self._vision_encoder.sha256 if self._vision_encoder else ""
+        found = {"vae": self._codec.sha256, "text_encoder": text, "vision_encoder": vision}
         return {f"{name}_sha256": value for name, value in found.items()}
-
-    def _vision_sha256(self) -> str:
-        return weights_sha256(self._recipe.vision_encoder) if self._recipe.vision_encoder else ""
 
     def latent(self, side: tuple[int, int]) -> tuple[int, int]:
         """Return the latents' (height, width) for a bucket of images of size ``side``."""
@@ -178,7 +175,7 @@ class Encoders:
         if self._vision_encoder is not None:
             features = {
                 "encoder": recipe.vision_encoder,
-                "sha256": self._vision_sha256(),
+                "sha256": self._vision_encoder.sha256,
                 "dim": self._vision_encoder.dim,
                 "patch": recipe.patch,
             }

@@ -31,7 +31,6 @@ class Parts:
     vae: Path | None
     text_encoder: Path | None
     tokenizer: Path | None  # a file in the text encoder's folder or in a folder next to it
-    text_tokens: int  # number of tokens to which captions are truncated before they are encoded
 
 
 def find_index(config: Config) -> Index | None:
@@ -60,12 +59,11 @@ def find_parts(config: Config, index: Index | None, vae: str | None, text_encode
         vae = index.codec["path"]
     if text and text_encoder is None and index is not None:
         text_encoder = config.data.text_encoder or index.text_encoder
-    tokens = tokens_of(config, index)
     encoder = tokenizer = None
     if text and text_encoder:
         source = locate(T5, text_encoder)
-        encoder, tokenizer = local_folder(source.name), open_tokenizer(source, tokens).path
-    return Parts(local_folder(locate(VAE, vae).name) if vae else None, encoder, tokenizer, tokens)
+        encoder, tokenizer = local_folder(source.name), open_tokenizer(source, tokens_of(config, index)).path
+    return Parts(local_folder(locate(VAE, vae).name) if vae else None, encoder, tokenizer)
 
 
 def tokens_of(config: Config, index: Index | None) -> int:

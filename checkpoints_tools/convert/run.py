@@ -17,7 +17,7 @@ from megatron_dit.checkpoint.listing import CHECKPOINTS, step_folder
 from megatron_dit.checkpoint.manifest import STATE, manifest_of
 from megatron_dit.config import Config, load_config, save_config
 from megatron_dit.data.fingerprint import dataset_fingerprint
-from megatron_dit.data.index import read_index
+from megatron_dit.data.stream import read_data
 from megatron_dit.models.param_specs import param_specs
 from megatron_dit.mup.rules import Param
 from megatron_dit.optimizer import averages, state_keys
@@ -70,11 +70,7 @@ def fresh(model: Mapping[str, Any], objective: Mapping[str, Any]) -> dict[str, A
 
 def data_of(config: Config, request: Import) -> dict[str, str]:
     """Return the fingerprint of the dataset that the user named; {} if none was named."""
-    return (
-        dataset_fingerprint([read_index(path) for path in (config.data.path, *config.data.mixture)])
-        if request.data
-        else {}
-    )
+    return dataset_fingerprint(read_data(config.data)) if request.data else {}
 
 
 def write_run(

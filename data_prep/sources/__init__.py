@@ -93,7 +93,8 @@ def _glob(pattern: str) -> list[Path]:
     try:
         paths = root.glob(str(Path(*parts))) if parts else [root]
         return sorted(path for path in paths if not path.is_dir())
-    except (ValueError, NotImplementedError, RecursionError):  # RecursionError: a list of many tars
+    except (ValueError, NotImplementedError, RecursionError):
+        # Path.glob raises these for "**" in a name, for an absolute pattern, and for a list of many tars.
         return []
     except OSError as error:
         if error.errno != errno.ENAMETOOLONG:  # ENAMETOOLONG: a list of several tars

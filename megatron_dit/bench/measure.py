@@ -10,7 +10,6 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from rich.console import Console
 
 from megatron_dit.bench.diffusers_baseline import DiffusersBaseline, check_baseline
@@ -18,14 +17,14 @@ from megatron_dit.config import Config
 from megatron_dit.data.batch import Batch
 from megatron_dit.models.common.condition import Condition
 from megatron_dit.models.flops import model_flops
+from megatron_dit.parallel.collectives import gather
 from megatron_dit.parallel.startup import start_up
-from megatron_dit.runtime.device import device, device_peak, peak_memory
+from megatron_dit.runtime.device import device_peak, peak_memory
 from megatron_dit.runtime.errors import UserError
 from megatron_dit.runtime.progress import ProgressBar
 from megatron_dit.runtime.table import Table
 from megatron_dit.training.engine import Engine
-
-GIB = 2**30
+from megatron_dit.training.memory import GIB
 
 
 @dataclass(frozen=True)
@@ -147,7 +146,7 @@ def measure(config: Config, steps: int, warmup: int, diffusers: bool) -> Measure
         for _ in range(warmup):
             _timed(ours)
             bar.advance("warm-up")
-        memory = _peak_memory()
+        memory = max(gather(peak_memory()))  # of all ranks
         turns = {"ours": ours}
         if diffusers:
             baseline = DiffusersBaseline(config)
@@ -226,10 +225,3 @@ def _wait() -> None:
 def _reset_peak_memory() -> None:
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
-
-
-def _peak_memory() -> int:
-    """Return the peak memory in bytes, maximum over ranks. Collective."""
-    peak = torch.tensor(peak_memory(), device=device())
-    dist.all_reduce(peak, op=dist.ReduceOp.MAX)
-    return int(peak)

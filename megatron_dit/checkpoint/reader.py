@@ -10,7 +10,6 @@ of the config, the seed and the step, so no other state needs to be stored.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 from collections.abc import Iterator, Mapping
@@ -26,6 +25,7 @@ from torch import Tensor
 
 from megatron_dit.checkpoint.manifest import Incomplete, read_manifest, size_of, unreadable
 from megatron_dit.config import Config, config_from_dict
+from megatron_dit.data.tar import sha256_of
 from megatron_dit.mup.rules import Param
 from megatron_dit.parallel.sharding import cut, unshard
 from megatron_dit.runtime.errors import UserError
@@ -79,13 +79,10 @@ class CheckpointReader:
         with ProgressBar("verify", len(names), show=show and total > SHOWN) as bar:
             for name in names:
                 try:
-                    with (self.folder / name).open("rb") as file:
-                        digest = hashlib.sha256()
-                        while piece := file.read(1 << 24):
-                            digest.update(piece)
+                    digest = sha256_of(self.folder / name)
                 except OSError as error:
                     raise unreadable(error) from None
-                if digest.hexdigest() != self.manifest["files"][name]["sha256"]:
+                if digest != self.manifest["files"][name]["sha256"]:
                     raise Incomplete(f"{self.folder / name} is corrupt: its SHA-256 differs from the manifest's")
                 bar.advance(name)
 

@@ -19,9 +19,9 @@ it is run, not what it computes.
 NAMES = {int: "integer", float: "number", bool: "true or false", str: "text"}
 
 
-def reference(schema: type[Section] = Config) -> str:
+def reference() -> str:
     """Return the reference as Markdown: one table per section, with each key's type, range, default and meaning."""
-    return HEADER + "".join(_section(schema, ""))
+    return HEADER + "".join(_section(Config, ""))
 
 
 def _section(schema: type[Section], prefix: str) -> list[str]:

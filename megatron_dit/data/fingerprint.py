@@ -22,8 +22,7 @@ def dataset_fingerprint(data: Sequence[Index]) -> dict[str, str]:
 def check_fingerprint(before: Mapping[str, str], now: Mapping[str, str]) -> None:
     """Raise UserError if a resumed run's dataset was encoded by different encoders than before.
 
-    Only log it if the samples changed. ``before`` is {} for imported weights, whose training
-    data are unknown.
+    If only the samples changed, log a message. ``before`` is {} for imported weights, whose training data are unknown.
     """
     if not before:
         return

@@ -3,8 +3,9 @@
 An epoch of a dataset visits its buckets in proportion to their sizes; each step's global batch is from one bucket.
 Within a bucket, the shards are concatenated in random order, each with its samples permuted. The resulting sequence is
 divided into ``lanes`` of equal length. Every global batch takes the same number of samples from each lane, and a lane
-always fills the same positions of the batch. A rank therefore reads only its own lanes, a few shards at a time, while a
-batch contains samples from the entire dataset. Within a lane, samples are shuffled again over windows of a few shards.
+always fills the same positions of the batch. Each rank therefore reads only its own lanes, a few shards at a time,
+while a batch contains samples from the entire dataset. Within a lane, samples are shuffled again over windows of a few
+shards.
 
 Only the list of shards and one epoch's list of buckets are kept in memory, regardless of the number of samples.
 """

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from functools import cached_property
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from megatron_dit.data.encoder_hash import weights_sha256
 from megatron_dit.data.hub import DINOV2, load, locate
 
 # DINOv2's preprocessing (ImageNet's statistics).
@@ -21,6 +23,7 @@ class VisionEncoder:
         """Load the encoder. Raise UserError if ``name`` is not a DINOv2 model, or its files are inconsistent."""
         from transformers import Dinov2Model
 
+        self.name = name
         self._device = device or torch.device("cpu")
         options = {"weights_only": True, "ignore_mismatched_sizes": True}
         self._model: Any = load(DINOV2, locate(DINOV2, name), Dinov2Model, **options)
@@ -29,6 +32,11 @@ class VisionEncoder:
     @property
     def dim(self) -> int:
         return self._model.config.hidden_size
+
+    @cached_property
+    def sha256(self) -> str:
+        """SHA-256 of the weight files. The first access reads all of them."""
+        return weights_sha256(self.name)
 
     @torch.no_grad()
     def features(self, images: Tensor, rows: int, columns: int) -> Tensor:

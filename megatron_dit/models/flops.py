@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -29,20 +29,14 @@ class Flops:
 
     forward: int = 0
     backward: int = 0
-    recomputed: int = 0  # forward FLOPs run again during the backward pass
 
     def __add__(self, other: Flops) -> Flops:
-        return Flops(self.forward + other.forward, self.backward + other.backward, self.recomputed + other.recomputed)
+        return Flops(self.forward + other.forward, self.backward + other.backward)
 
     @property
     def model(self) -> int:
         """FLOPs that a training step needs without recomputation; the numerator of MFU."""
         return self.forward + self.backward
-
-    @property
-    def hardware(self) -> int:
-        """FLOPs that a training step executes, including recomputation."""
-        return self.model + self.recomputed
 
 
 @dataclass(frozen=True)
@@ -73,21 +67,9 @@ class ModelFlops:
         return self.stage(range(len(self.blocks)))
 
 
-def model_flops(config: ModelConfig, height: int, width: int, recomputed_blocks: int = 0) -> ModelFlops:
-    """Return the FLOPs per sample for latents (height, width) and text padded to ``text_tokens``.
-
-    The first ``recomputed_blocks`` blocks store only their inputs and run again during the backward pass.
-    """
-    counted = _count_model(config, height, width)
-    blocks = enumerate(counted.blocks)
-    return replace(
-        counted,
-        blocks=tuple(replace(block, recomputed=block.forward if i < recomputed_blocks else 0) for i, block in blocks),
-    )
-
-
 @functools.cache
-def _count_model(config: ModelConfig, height: int, width: int) -> ModelFlops:
+def model_flops(config: ModelConfig, height: int, width: int) -> ModelFlops:
+    """Return the FLOPs per sample for latents (height, width) and text padded to ``text_tokens``, without recompute."""
     with torch.device("meta"):
         model = build_unsharded(config)
         x, t = torch.empty(1, config.in_channels, height, width), torch.empty(1)

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import nn
 
 from megatron_dit.config import Config, ModelConfig
 from megatron_dit.models.build import build_unsharded
@@ -17,19 +16,19 @@ from megatron_dit.mup.base_shapes import BaseShape, load_base_shapes
 from megatron_dit.mup.rules import Param
 
 
-def param_specs(config: Config, build: Callable[[ModelConfig], nn.Module] = build_unsharded) -> dict[str, Param]:
+def param_specs(config: Config) -> dict[str, Param]:
     """Return every parameter of ``config.model`` by global name, in the model's order.
 
-    ``build`` constructs the unsharded model. Sharded shapes are never read, so the result is the same for every
-    parallel layout and ZeRO stage. Raises UserError if ``mup.base_shapes`` does not fit the model.
+    Sharded shapes are never read, so the result is the same for every parallel layout and ZeRO stage. Raises UserError
+    if ``mup.base_shapes`` does not fit the model.
     """
     with torch.device("meta"):
-        target = dict(build(config.model).named_parameters())
+        target = dict(build_unsharded(config.model).named_parameters())
     shapes = {name: tuple(p.shape) for name, p in target.items()}
     if config.mup.base_shapes:
         base = load_base_shapes(config.mup.base_shapes, shapes, functools.partial(_to_ours, config.model))
     else:
-        base = _base_shapes(build, config)
+        base = _base_shapes(config)
     return {
         name: Param(name=name, shape=shapes[name], base=base[name], mup=config.mup, init=config.init, **_attributes(p))
         for name, p in target.items()
@@ -42,7 +41,7 @@ def _to_ours(model: ModelConfig, base: Mapping[str, BaseShape]) -> Mapping[str, 
     return base if form is None else form.rename_base_shapes(base, model)
 
 
-def _base_shapes(build: Callable[[ModelConfig], nn.Module], config: Config) -> dict[str, BaseShape]:
+def _base_shapes(config: Config) -> dict[str, BaseShape]:
     """Return the base model's size of each dimension that grows with width, and None for the other dimensions.
 
     These are the dimensions in which the base model differs from a model with twice as many heads. If head_dim grows
@@ -53,8 +52,8 @@ def _base_shapes(build: Callable[[ModelConfig], nn.Module], config: Config) -> d
     head_dim = model.base_head_dim or model.head_dim
     wider = head_dim * (2 if head_dim != model.head_dim else 1)
     with torch.device("meta"):
-        base = build(replace(model, heads=heads, head_dim=head_dim))
-        delta = build(replace(model, heads=2 * heads, head_dim=wider))
+        base = build_unsharded(replace(model, heads=heads, head_dim=head_dim))
+        delta = build_unsharded(replace(model, heads=2 * heads, head_dim=wider))
     pairs = zip(base.named_parameters(), delta.parameters(), strict=True)
     return {
         name: tuple(small if small != large else None for small, large in zip(p.shape, other.shape, strict=True))

@@ -22,8 +22,7 @@ def optimizer_groups(
     groups: dict[tuple[float, float], dict[str, Any]] = {}
     count = 0
     for name, p in named:
-        lr = config.lr * params[name].lr_multiplier
-        decay = config.weight_decay * params[name].weight_decay_multiplier
+        lr, decay = group_values(params[name], config)
         empty = {"params": [], "names": [], "lr": lr, "initial_lr": lr, "weight_decay": decay}
         group = groups.setdefault((lr, decay), empty)
         group["params"].append(p)
@@ -31,3 +30,8 @@ def optimizer_groups(
         count += 1
     assert count == len(params), f"{count} parameters grouped, {len(params)} in the model"
     return list(groups.values())
+
+
+def group_values(param: Param, config: OptimizerConfig) -> tuple[float, float]:
+    """Return a parameter's peak learning rate and weight decay, which determine its group."""
+    return config.lr * param.lr_multiplier, config.weight_decay * param.weight_decay_multiplier

@@ -1,12 +1,11 @@
 """AdamW of several libraries, with moving averages of the weights as optimizer state, and the lr schedule."""
 
 from megatron_dit.optimizer.adam_with_ema import AdamWithEma
-from megatron_dit.optimizer.adamw import AdamWImplementation, choose
+from megatron_dit.optimizer.adamw import choose
 from megatron_dit.optimizer.ema import averages, power_averages, state_keys
 from megatron_dit.optimizer.schedule import lr_factor, set_lr
 
 __all__ = [
-    "AdamWImplementation",
     "AdamWithEma",
     "averages",
     "choose",

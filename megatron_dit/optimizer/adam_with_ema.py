@@ -43,7 +43,7 @@ class AdamWithEma(torch.optim.Optimizer):
         self.num_updates = 0
 
     def create_state(self, optimizer_tensors: Iterable[Tensor]) -> None:
-        """Create the state of the tensors that DeepSpeed lets us update: zero moments, averages equal to weights."""
+        """Create the state of the tensors that the optimizer updates: zero moments, averages equal to weights."""
         for flat in optimizer_tensors:
             self.state[flat] = {
                 "step": _counter(flat, self.num_updates),

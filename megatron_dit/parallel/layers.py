@@ -141,22 +141,22 @@ class RowLinear(RowParallelLinear):
 class HeadNorm(nn.Module):
     """RMSNorm over head_dim with one gain for all heads (QK-norm): (..., d) -> (..., d)."""
 
-    def __init__(self, backend: Backend, head_dim: int, eps: float = 1e-6) -> None:
+    def __init__(self, backend: Backend, head_dim: int) -> None:
         super().__init__()
-        self.backend, self.eps = backend, eps
+        self.backend = backend
         self.gain = nn.Parameter(torch.empty(head_dim))
         set_init(self.gain, InitKind.ONE)
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x, x.shape[-1:], self.backend.sum_grad_over_tensor_ranks(self.gain), self.eps)
+        return F.rms_norm(x, x.shape[-1:], self.backend.sum_grad_over_tensor_ranks(self.gain), eps=1e-6)
 
 
 class LayerNorm(nn.Module):
     """LayerNorm with gain and bias over the last dimension: (S, B, D) -> (S, B, D)."""
 
-    def __init__(self, backend: Backend, width: int, eps: float = 1e-5) -> None:
+    def __init__(self, backend: Backend, width: int) -> None:
         super().__init__()
-        self.backend, self.eps = backend, eps
+        self.backend = backend
         self.gain, self.bias = nn.Parameter(torch.empty(width)), nn.Parameter(torch.empty(width))
         set_init(self.gain, InitKind.ONE)
         set_init(self.bias, InitKind.ZERO)
@@ -166,7 +166,7 @@ class LayerNorm(nn.Module):
             self.backend.sum_grad_over_sequence_ranks(self.gain),
             self.backend.sum_grad_over_sequence_ranks(self.bias),
         )
-        return F.layer_norm(x, x.shape[-1:], gain, bias, self.eps)
+        return F.layer_norm(x, x.shape[-1:], gain, bias, eps=1e-5)
 
 
 class Conv(nn.Conv2d):

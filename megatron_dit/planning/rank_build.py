@@ -25,9 +25,7 @@ from megatron_dit.parallel.topology import build_topology
 from megatron_dit.runtime.launch_environment import launch_environment
 from megatron_dit.runtime.table import Table, plain
 from megatron_dit.training.engine import Engine
-from megatron_dit.training.memory import StateBytes, state_bytes
-
-GIB = 2**30
+from megatron_dit.training.memory import GIB, StateBytes, state_bytes
 
 
 @dataclass(frozen=True)
@@ -58,7 +56,7 @@ def build_rank(config: Config, world: int, rank: int) -> RankBuild:
 
     The dataset is checked if it exists on this machine.
     """
-    check(0 <= rank < world, f"--build {rank}: expected the number of a rank from 0 to {world - 1}")
+    check(0 <= rank < world, f"--build {rank}: expected a rank from 0 to {world - 1}")
     started = time.monotonic()
     data_parallel = config.data_parallel(world)
     if Path(config.data.path).exists():

@@ -1,1 +1,1 @@
-"""Utilities that every package may use: terminal text, locks, signals, standard output, the launch environment."""
+"""Errors, logging, files and locks, devices, signals, launchers, and patches of third-party libraries."""

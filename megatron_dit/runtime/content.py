@@ -96,7 +96,7 @@ def _zip(path: Path) -> Content:
     try:
         with zipfile.ZipFile(path) as archive:
             torch_file = any(name.endswith("/data.pkl") for name in archive.namelist())
-    except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError):
+    except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError):  # the last: of a zip version it cannot read
         return Content("truncated", "a truncated zip archive or torch.save file", _AGAIN)
     if torch_file:
         return Content("torch", "a torch.save file (pickle)", "save its tensors as safetensors")

@@ -1,4 +1,4 @@
-"""Estimate the memory of a rank's training state from the parameters' shapes, and explain out-of-memory errors.
+"""Estimate the training state's memory per rank from the parameters' shapes, and explain out-of-memory errors.
 
 The estimate does not include activations.
 """
@@ -17,15 +17,16 @@ import torch
 
 from megatron_dit.config import Config, uses_deepspeed
 from megatron_dit.models.param_specs import param_specs
+from megatron_dit.mup.groups import group_values
 from megatron_dit.mup.rules import Param
 from megatron_dit.parallel.flat import ALIGNMENT, unit_of
 from megatron_dit.runtime.errors import RankError
 from megatron_dit.runtime.launch_environment import launch_environment
 from megatron_dit.runtime.out_of_memory import out_of_memory_as
+from megatron_dit.training.zero import DTYPES
 
 GIB = 2**30
 FP32 = 4
-ITEM_BYTES = {"fp32": FP32, "bf16": 2}
 PADDING = 2  # DeepSpeed pads a group at stage 2, and at 1 with offload, to a multiple of this times the data ranks
 
 
@@ -63,7 +64,7 @@ def _block(config: Config, name: str) -> int:
 
 def state_bytes(config: Config, params: Iterable[Param], data_parallel: int, stage: int = 0) -> StateBytes:
     """Return the bytes on each rank of a pipeline stage. With padding included, all ranks of a stage need the same."""
-    zero, item = config.parallel.zero_stage, ITEM_BYTES[config.train.dtype]
+    zero, item = config.parallel.zero_stage, DTYPES[config.train.dtype].itemsize
     averages = FP32 * (1 + len(config.ema.sigma_rel))
     params = stage_params(config, params, stage)
     local = {p.name: math.prod(p.shape) // (config.parallel.tensor if p.dim is not None else 1) for p in params}
@@ -77,7 +78,7 @@ def state_bytes(config: Config, params: Iterable[Param], data_parallel: int, sta
         )
     groups: Counter[Hashable] = Counter()
     for param in params:
-        groups[_group_of(config, param)] += local[param.name]
+        groups[group_values(param, config.optimizer)] += local[param.name]
     padded = _padded(groups, PADDING * data_parallel)
     partition = padded // data_parallel
     gradients = FP32 * (total if zero == 1 else partition)
@@ -86,10 +87,10 @@ def state_bytes(config: Config, params: Iterable[Param], data_parallel: int, sta
 
 def _flat_bytes(config: Config, params: Iterable[Param], local: Mapping[str, int], slices: int) -> StateBytes:
     """Return the bytes of parallel/flat.py's buffers; each rank has one of ``slices`` slices of the masters."""
-    item, averages = ITEM_BYTES[config.train.dtype], FP32 * (1 + len(config.ema.sigma_rel))
+    item, averages = DTYPES[config.train.dtype].itemsize, FP32 * (1 + len(config.ema.sigma_rel))
     units: Counter[Hashable] = Counter()
     for param in params:
-        units[_group_of(config, param), unit_of(param.name)] += local[param.name]
+        units[group_values(param, config.optimizer), unit_of(param.name)] += local[param.name]
     padded = _padded(units, ALIGNMENT * slices)
     partition = padded // slices
     return StateBytes(
@@ -99,11 +100,6 @@ def _flat_bytes(config: Config, params: Iterable[Param], local: Mapping[str, int
         moments=2 * FP32 * partition,
         ema=averages * partition,
     )
-
-
-def _group_of(config: Config, param: Param) -> tuple[float, float]:
-    """Return what distinguishes the parameter's optimizer group."""
-    return param.lr_multiplier, config.optimizer.weight_decay * param.weight_decay_multiplier
 
 
 def _padded(counts: Mapping[Hashable, int], multiple: int) -> int:
@@ -129,7 +125,7 @@ def _advice(config: Config, world: int, reason: str) -> str:
     return (
         f"out of memory ({reason}): weights, gradients, optimizer states and averages take "
         f"{held / GIB:.2f} of {total / GIB:.2f} GiB, the rest is activations and buffers; {', or else '.join(advice)} "
-        f"('megatron-dit plan CONFIG --gpus {world} --build 0' prints the memory of a rank)"
+        f"('megatron-dit plan CONFIG --gpus {world} --build 0' prints the memory of rank 0)"
     )
 
 

@@ -8,6 +8,7 @@ from megatron_dit.config import Config
 from megatron_dit.models.flops import model_flops
 from megatron_dit.runtime.device import device_peak, peak_memory
 from megatron_dit.training.engine import Engine, StepMetrics
+from megatron_dit.training.memory import GIB
 from megatron_dit.training.monitor import SpikeDetector
 from megatron_dit.training.run_folder import RunFolder
 
@@ -64,4 +65,4 @@ class MetricsLog:
         """Return model FLOP/s per device, MFU if the device's peak is known, and rank 0's peak memory."""
         flops = self._sample_flops * self._rate / self._devices
         mfu = {} if self._peak is None else {"mfu": flops / self._peak}
-        return {"tflops_per_device": flops / 1e12, **mfu, "memory_gib": peak_memory() / 2**30}
+        return {"tflops_per_device": flops / 1e12, **mfu, "memory_gib": peak_memory() / GIB}

@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_dit.mup.rules import Param
-from megatron_dit.parallel.flat import FlatMasters
+from megatron_dit.parallel.flat import FlatMasters, unit_of
 from megatron_dit.parallel.masters import DeepSpeedMasters, MasterShard
 from megatron_dit.parallel.topology import Topology
 from megatron_dit.runtime.device import device
@@ -101,8 +101,7 @@ class ActivationSizes(dict[str, Tensor]):
 
 def _part(name: str) -> str:
     """Return the part of the model that a parameter belongs to: ``blocks.3``, ``head``, ``time_embed``, ..."""
-    words = name.split(".")
-    return ".".join(words[:2]) if words[0] == "blocks" else words[0]
+    return unit_of(name) or name.partition(".")[0]
 
 
 class SpikeDetector:

@@ -20,7 +20,7 @@ import numpy as np
 from megatron_dit.config import Config
 from megatron_dit.data.stream import batches, read_data
 from megatron_dit.parallel.startup import start_up
-from megatron_dit.parallel.topology import build_topology
+from megatron_dit.parallel.topology import Topology
 from megatron_dit.runtime.io import replacing
 from megatron_dit.training.engine import Engine
 
@@ -59,13 +59,13 @@ def coord_check(
     The learning rate is the config's at every step, without warm-up or decay.
     ``each_model`` is called after every model.
     """
-    start_up(config)
+    topology = start_up(config)
     sizes = []
     for parametrization in PARAMETRIZATIONS:
         for count in heads:
             for seed in range(seeds):
                 model = _variant(config, parametrization, count, seed, steps)
-                sizes += [Size(parametrization, count, seed, *row) for row in _measure(model)]
+                sizes += [Size(parametrization, count, seed, *row) for row in _measure(model, topology)]
                 each_model()
     return sizes
 
@@ -81,9 +81,8 @@ def _variant(config: Config, parametrization: str, heads: int, seed: int, steps:
     )
 
 
-def _measure(config: Config) -> list[tuple[int, str, float]]:
+def _measure(config: Config, topology: Topology) -> list[tuple[int, str, float]]:
     """Return (step, name, size) before each training step and after the last, on the first step's batch."""
-    topology = build_topology(config)
     engine = Engine(config, topology)
     engine.initialize()
     stream = list(batches(read_data(config.data), config, 0, topology.data_rank, topology.data_size))

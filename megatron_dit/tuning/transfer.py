@@ -12,6 +12,7 @@ import yaml
 
 from megatron_dit.config import Config, config_from_dict, flatten
 from megatron_dit.models.param_specs import param_specs
+from megatron_dit.mup.groups import group_values
 from megatron_dit.runtime.errors import UserError
 from megatron_dit.runtime.io import replacing
 from megatron_dit.runtime.text import printable
@@ -77,8 +78,7 @@ def group_lines(config: Config) -> list[str]:
     """Return a line for every optimizer group: its peak learning rate, weight decay and roles."""
     groups: dict[tuple[float, float], Counter[str]] = {}
     for param in param_specs(config).values():
-        key = (config.optimizer.lr * param.lr_multiplier, config.optimizer.weight_decay * param.weight_decay_multiplier)
-        groups.setdefault(key, Counter())[param.role] += 1
+        groups.setdefault(group_values(param, config.optimizer), Counter())[param.role] += 1
     return [
         f"lr {lr:.6g}, weight decay {decay:.6g}: {', '.join(f'{count} {role}' for role, count in roles.items())}"
         for (lr, decay), roles in groups.items()

@@ -65,10 +65,10 @@ def test_flops_equal_torchs_count_of_a_training_step(arch, recompute):
         metrics = engine.train_step(batch)
     assert not metrics.skipped
     found = measure.measure(config, steps=2, warmup=1, diffusers=False)
-    recomputed_blocks = config.model.depth if recompute == "full" else 0
-    flops = model_flops(config.model, 16, 16, recomputed_blocks).total
-    assert found.sample_flops == flops.model
-    assert config.train.global_batch * flops.hardware == counter.get_total_flops()
+    flops = model_flops(config.model, 16, 16)
+    assert found.sample_flops == flops.total.model
+    recomputed = sum(block.forward for block in flops.blocks) if recompute == "full" else 0
+    assert config.train.global_batch * (flops.total.model + recomputed) == counter.get_total_flops()
 
 
 def test_bench_prints_mfu_and_writes_metrics(tmp_path, capsys, monkeypatch):

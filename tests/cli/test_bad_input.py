@@ -13,6 +13,7 @@ from megatron_dit.cli import run
 from megatron_dit.data.tar import npy
 from tests.helpers.configs import write_config
 from tests.helpers.datasets import TEXT, make_folder
+from tests.helpers.output import one_line
 from tests.helpers.runs import refused
 
 
@@ -24,14 +25,6 @@ def config(dataset, tmp_path):
         return write_config(tmp_path, arch, **{"data.path": str(dataset), **overrides})
 
     return write
-
-
-def one_line(capsys):
-    """Return the error line; assert that standard error has nothing else, such as a traceback."""
-    lines = capsys.readouterr().err.strip().splitlines()
-    assert len(lines) == 1, lines
-    assert lines[0].startswith("error: ")
-    return lines[0]
 
 
 @pytest.mark.parametrize(

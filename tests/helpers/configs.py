@@ -15,8 +15,8 @@ ARCHITECTURES = ["dit", "mmdit", "pixart", "uvit"]
 def small_dict(arch: str = "mmdit", heads: int = 4, base_heads: int = 2, **overrides) -> dict:
     """Return the config of a tiny model on 16 x 16 pixels. ``overrides`` are dotted keys.
 
-    ``uvit-class`` is U-ViT with class labels, ``dit-flow`` DiT with rectified flow (SiT). A rank has one thread: for
-    such small tensors more are slower, and the number may affect rounding.
+    ``uvit-class`` is U-ViT with class labels, ``dit-flow`` DiT with rectified flow (SiT). Each rank uses
+    one thread: with such small tensors more threads are slower, and their number may affect rounding.
     """
     arch, _, kind = arch.partition("-")
     condition = {"text_dim": 64, "text_tokens": 23 if arch == "uvit" else 24}

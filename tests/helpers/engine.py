@@ -50,7 +50,6 @@ def run_non_finite_steps(layout):
     """Run a step with NaN and one with infinity between two finite steps."""
     config = small("mmdit", **layout, **{"train.micro_batch": 2})
     engine = start(config)
-    before = {}
     outcomes = []
     for step, value in enumerate([None, float("nan"), float("inf"), None]):
         before = {n: s.master().clone() for n, s in engine.masters.shards.items()}

@@ -5,9 +5,8 @@ from __future__ import annotations
 import torch
 
 from checkpoints_tools.__main__ import main
-from tests.helpers.conversion import (
-    CLASSES,
-)
+from tests.helpers.conversion import CLASSES
+from tests.helpers.output import one_line
 
 COMMON = {
     "num_attention_heads": 2, "attention_head_dim": 8, "in_channels": 3, "num_layers": 3, "sample_size": 8,
@@ -50,6 +49,4 @@ def foreign(folder, arch, keep_clip=False, **changes):
 def refused(capsys, *words):
     """Run ``convert``, check that it fails with a one-line error, and return the line."""
     assert main(["convert", *map(str, words)]) == 2
-    line = capsys.readouterr().err
-    assert line.count("\n") == 1
-    return line
+    return one_line(capsys)

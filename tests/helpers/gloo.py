@@ -5,12 +5,13 @@ from __future__ import annotations
 import gc
 import os
 import queue
-import socket
 import traceback
 from dataclasses import dataclass
 from typing import Any
 
 import torch.multiprocessing as mp
+
+from tests.helpers.ports import free_port
 
 SIZE = 4
 PRELOADED = ["deepspeed", "megatron_dit.training.trainer", "tests.helpers.gloo"]
@@ -113,9 +114,7 @@ class Pool:
             self.close()
             self._start()
         self._done += 1
-        with socket.socket() as sock:
-            sock.bind(("127.0.0.1", 0))
-            port = sock.getsockname()[1]
+        port = free_port()
         for rank in range(world):
             self._tasks[rank].put((function, args, kwargs, world, port))
         outcomes: dict[int, Any] = {}

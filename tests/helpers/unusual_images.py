@@ -27,15 +27,15 @@ class Case:
 
 def cases() -> dict[str, Case]:
     """Return all unusual images by file name, both usable and unusable ones."""
-    return {**_whole(), **_deep(), **_remarked(), **_turned(), **_broken()}
+    return {**_usable(), **_deep(), **_with_metadata(), **_turned(), **_broken()}
 
 
-def bad_pictures() -> dict[str, bytes]:
+def image_bytes() -> dict[str, bytes]:
     """Return the bytes of ``cases`` by file name."""
     return {name: case.data for name, case in cases().items()}
 
 
-def _whole() -> dict[str, Case]:
+def _usable() -> dict[str, Case]:
     rgb = photo()
     jpeg = written(rgb, "JPEG", quality=100, subsampling=0)
     left = np.broadcast_to(np.arange(32) < 16, (24, 32))
@@ -143,7 +143,7 @@ def _rows(values: np.ndarray) -> bytes:
     return b"".join(b"\0" + row.tobytes() for row in values)
 
 
-def _remarked() -> dict[str, Case]:
+def _with_metadata() -> dict[str, Case]:
     """Return PNGs with larger text chunks and profiles than PIL would read."""
     rgb = photo()
     found = {}

@@ -30,7 +30,7 @@ def up(count, unit):
 
 
 def local_sizes(options):
-    """Yield (parameter, elements on a tensor-parallel rank); the layer's name tells which parameters are split."""
+    """Yield (parameter, elements per tensor-parallel rank); the layer's name tells whether it is split."""
     config = small("mmdit", heads=8, base_heads=2, **options)
     tensor = config.parallel.tensor
     column = ("qkv.weight", "qkv.bias", "fc1.weight", "fc1.bias", "modulation.weight", "modulation.bias")
@@ -76,7 +76,7 @@ def test_memory_and_bubble_equal_closed_forms_for_zero_1_with_a_pipeline_in_fp32
         (["--gpus", "256", "parallel.tensor=3"], "model.heads=4"),
         (["--gpus", "256"], "train.global_batch=8"),
         (["--gpus", "4", "parallel.pipeline=4"], "model.depth=2"),
-        (["--gpus", "4", "--build=4"], "--build 4: expected the number of a rank from 0 to 3"),
+        (["--gpus", "4", "--build=4"], "--build 4: expected a rank from 0 to 3"),
         (["--gpus", "4", "parallel.pipeline=2", "parallel.zero_stage=3"], "parallel.zero_stage=1 with the pipeline"),
     ],
 )

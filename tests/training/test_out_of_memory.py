@@ -43,7 +43,7 @@ def test_message_is_one_line_with_sizes_and_keys(fail, words):
     assert "\n" not in line
     for word in (words, "rank 0 on host", "train.micro_batch=2", "train.recompute=full", "parallel.zero_stage"):
         assert word in line
-    assert "'megatron-dit plan CONFIG --gpus 1 --build 0' prints the memory of a rank" in line
+    assert "'megatron-dit plan CONFIG --gpus 1 --build 0' prints the memory of rank 0" in line
     # fp32 without ZeRO: weights, gradients, two moments and one average, 4 bytes each.
     assert float(re.search(r"averages take ([\d.]+) of", line)[1]) == pytest.approx(20 * numel / 2**30, abs=0.006)
 

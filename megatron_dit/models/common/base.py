@@ -31,11 +31,10 @@ class DiffusionTransformer(nn.Module, ABC):
         super().__init__()
         self.config, self.backend = config, backend
         numbers = range(config.depth) if blocks is None else blocks
-        self.has_embedders, self.has_head = 0 in numbers, config.depth - 1 in numbers
-        if self.has_embedders:
+        if 0 in numbers:
             self.build_embedders()
         self.blocks = nn.ModuleDict({str(i): self.build_block(i) for i in numbers})
-        if self.has_head:
+        if config.depth - 1 in numbers:
             self.build_head()
         self.projector = Projector(backend, config) if (config.repa_block or 0) - 1 in numbers else None
 

@@ -29,6 +29,11 @@ class Condition:
         assert self.mask is not None
         return self.text, self.mask
 
+    def zeroed_text(self) -> Tensor:
+        """Return the text, which must not be None, with zeros at padding; all zeros if the text is dropped."""
+        text, mask = self.text_and_mask()
+        return text * (mask & ~self.dropped[:, None]).to(text.dtype)[..., None]
+
     @staticmethod
     def cat(parts: Sequence[Condition]) -> Condition:
         """Concatenate conditions along the batch."""

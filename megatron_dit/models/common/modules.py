@@ -1,4 +1,4 @@
-"""Modules used by several architectures: modulation, MLP, and the embedders of timesteps, captions and labels."""
+"""Modules used by several architectures: modulation, MLP, and the embedders of timesteps and labels."""
 
 from __future__ import annotations
 
@@ -51,18 +51,6 @@ class TimestepEmbedder(nn.Module):
     def forward(self, t: Tensor) -> Tensor:
         features = timestep_features(t).to(self.fc1.weight.dtype)
         return self.fc2(F.silu(self.fc1(features)))
-
-
-class CaptionEmbedder(nn.Module):
-    """Two-layer embedder of captions (T, B, text_dim) -> (T, B, D) (PixArt-α)."""
-
-    def __init__(self, backend: Backend, text_dim: int, width: int) -> None:
-        super().__init__()
-        self.fc1 = backend.linear(text_dim, width)
-        self.fc2 = backend.linear(width, width)
-
-    def forward(self, text: Tensor) -> Tensor:
-        return self.fc2(F.gelu(self.fc1(text), approximate="tanh"))
 
 
 class LabelEmbedder(nn.Module):

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from megatron_dit.config import ModelConfig
+from megatron_dit.mup.base_shapes import BaseShape
 from megatron_dit.runtime.errors import UserError
 
 if TYPE_CHECKING:
@@ -28,7 +29,6 @@ MUP_HEAD_DIM = 72  # head_dim of every model that the authors of arXiv 2505.1527
 
 Weights = dict[str, "Tensor"]
 Overrides = Mapping[str, str]  # config keys that the user sets -> values
-Dims = tuple[int | None, ...]  # base shape: None for dimensions that do not grow with width
 
 BLOCK = r"^blocks\.(\d+)\."
 # Names that DiT and PixArt-α have in common: pattern -> replacement.
@@ -108,12 +108,12 @@ class OriginalFormat(ABC):
         """Return how many of the first rows of our parameter ``name`` are a query projection."""
         return rows // 3 if ".qkv." in name else 0
 
-    def rename_base_shapes(self, base: Mapping[str, Dims], config: ModelConfig) -> dict[str, Dims]:
+    def rename_base_shapes(self, base: Mapping[str, BaseShape], config: ModelConfig) -> dict[str, BaseShape]:
         """Convert the base shapes of a ``.bsh`` file to our names and shapes; a file with our names stays as it is.
 
         The patch embedding is a convolution (D, C, p, p) in the original code and a linear layer (D, C * p * p) here.
         """
-        converted: dict[str, Dims] = {}
+        converted: dict[str, BaseShape] = {}
         for name, dims in base.items():
             ours = self.rename(name, config)
             if ours is not None:

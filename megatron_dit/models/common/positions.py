@@ -1,4 +1,4 @@
-"""Parameter-free functions used by all architectures: patches, positions and timesteps."""
+"""Parameter-free functions used by the architectures: patches, positions and timesteps."""
 
 from __future__ import annotations
 

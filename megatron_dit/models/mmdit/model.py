@@ -104,11 +104,9 @@ class MMDiT(DiffusionTransformer):
         self.head = ModulatedHead(self.backend, self.config)
 
     def embed(self, x: Tensor, t: Tensor, condition: Condition, intermediates: Intermediates | None) -> State:
-        text, mask = condition.text_and_mask()
-        text = text * (mask & ~condition.dropped[:, None]).to(text.dtype)[..., None]
         image = self.patch_embed(patchify(x, self.config.patch_size)) + cropped_grid(self.config, x)[:, None]
         image = self.backend.shard_tokens(image)
-        text = self.backend.shard_tokens(self.text_embed(text.transpose(0, 1)))
+        text = self.backend.shard_tokens(self.text_embed(condition.zeroed_text().transpose(0, 1)))
         c = self.time_embed(t)
         if intermediates is not None:
             intermediates.update(image=image, text=text, conditioning=c)

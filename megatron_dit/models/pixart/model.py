@@ -10,17 +10,27 @@ from megatron_dit.config import ModelConfig
 from megatron_dit.models.common.base import DiffusionTransformer, State
 from megatron_dit.models.common.condition import Condition
 from megatron_dit.models.common.modules import (
-    CaptionEmbedder,
     Intermediates,
     Mlp,
     TimestepEmbedder,
-    layer_norm,
     modulate,
     split_heads,
 )
 from megatron_dit.models.common.positions import interpolated_grid, patchify, unpatchify
 from megatron_dit.mup.init_rules import InitKind
 from megatron_dit.parallel.layers import Backend, set_init
+
+
+class CaptionEmbedder(nn.Module):
+    """Two-layer embedder of captions (T, B, text_dim) -> (T, B, D) (PixArt-α)."""
+
+    def __init__(self, backend: Backend, text_dim: int, width: int) -> None:
+        super().__init__()
+        self.fc1 = backend.linear(text_dim, width)
+        self.fc2 = backend.linear(width, width)
+
+    def forward(self, text: Tensor) -> Tensor:
+        return self.fc2(F.gelu(self.fc1(text), approximate="tanh"))
 
 
 class ModulationTable(nn.Module):
@@ -76,8 +86,7 @@ class Head(nn.Module):
     def forward(self, x: Tensor, t: Tensor) -> Tensor:
         """x (S, B, D), t (1, B, D)."""
         shift, scale = self.modulation(t)
-        x = layer_norm(x) * (1 + scale) + shift
-        return self.linear(self.backend.gather_tokens(x))
+        return self.linear(self.backend.gather_tokens(modulate(x, shift, scale)))
 
 
 class NullCaption(nn.Module):

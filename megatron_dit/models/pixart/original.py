@@ -13,7 +13,6 @@ from megatron_dit.models.common.original import (
     BLOCK,
     DIT_NAMES,
     MUP_HEAD_DIM,
-    Dims,
     OriginalCheckpoint,
     OriginalFormat,
     Overrides,
@@ -23,6 +22,7 @@ from megatron_dit.models.common.original import (
     read_positions,
     tensor_shape,
 )
+from megatron_dit.mup.base_shapes import BaseShape
 
 SIZE_CONDITIONS = "multi-scale models of side 1024 take the image size as a condition, which our PixArt does not"
 
@@ -61,7 +61,7 @@ class PixArtFormat(OriginalFormat):
     def query_rows(self, name: str, rows: int) -> int:
         return rows if ".cross_q." in name else super().query_rows(name, rows)
 
-    def rename_base_shapes(self, base: Mapping[str, Dims], config: ModelConfig) -> dict[str, Dims]:
+    def rename_base_shapes(self, base: Mapping[str, BaseShape], config: ModelConfig) -> dict[str, BaseShape]:
         """Add the null caption, which the original's files lack because it is a buffer there."""
         converted = super().rename_base_shapes(base, config)
         if f"{self.embedding}.weight" in base:

@@ -112,9 +112,7 @@ class UViT(DiffusionTransformer):
         if self.config.num_classes:
             assert condition.label is not None
             return self.label_embed(condition.label, condition.dropped)[None]
-        text, mask = condition.text_and_mask()
-        text = text * (mask & ~condition.dropped[:, None]).to(text.dtype)[..., None]
-        return self.text_embed(text.transpose(0, 1))
+        return self.text_embed(condition.zeroed_text().transpose(0, 1))
 
 
 MODEL = UViT

@@ -16,7 +16,7 @@ import torch
 from checkpoints_tools.__main__ import main
 from checkpoints_tools.convert.original.torch_files import read_original
 from tests.helpers.conversion import convert, our_model
-from tests.helpers.published_models import DiT, PixArt, UViT, dit_mup, randomize
+from tests.helpers.original_models import DiT, PixArt, UViT, dit_mup, randomize
 
 
 class Payload:

@@ -20,7 +20,7 @@ from megatron_dit.models.param_specs import param_specs
 from megatron_dit.models.registry import formats
 from tests.helpers.conversion import TOLERANCE, convert, inputs, our_model, tensors
 from tests.helpers.datasets import make_folder
-from tests.helpers.published_models import DiT, PixArt, UViT, dit_mup, randomize
+from tests.helpers.original_models import DiT, PixArt, UViT, dit_mup, randomize
 
 
 @torch.no_grad()
