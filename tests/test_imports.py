@@ -13,8 +13,8 @@ ROOT = Path(__file__).parents[1]
 
 # Lowest first: a package may import only packages before it in this list.
 PACKAGES = [
-    "runtime", "config", "mup", "parallel", "models", "objectives", "optimizer", "data", "checkpoint", "training",
-    "sampling", "evaluation", "tuning", "planning", "verify", "bench", "cli", "__main__",
+    "runtime", "config", "mup", "kernels", "parallel", "models", "objectives", "optimizer", "data", "checkpoint",
+    "training", "sampling", "evaluation", "tuning", "planning", "verify", "bench", "cli", "__main__",
 ]  # fmt: skip
 PROGRAMS = ("megatron_dit", "data_prep", "checkpoints_tools")
 LEVEL = {package: level for level, package in enumerate(PACKAGES)}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from megatron_dit.config import Config
+from megatron_dit.config import Config, uses_deepspeed
 from megatron_dit.parallel.layers import Backend
 from megatron_dit.parallel.topology import Topology
 from megatron_dit.runtime.errors import UserError
@@ -27,7 +27,14 @@ def open_backend(config: Config, topology: Topology) -> Backend:
         raise UserError(f"train.fp8={fp8} needs Transformer Engine, but {missing}; set train.fp8=none")
     if local or missing:
         train = config.train
-        return Backend(config.model, config.parallel, topology, train.recompute, train.recompute_blocks)
+        return Backend(
+            config.model,
+            config.parallel,
+            topology,
+            train.recompute,
+            train.recompute_blocks,
+            add_up_per_step=not uses_deepspeed(config),
+        )
     check_gpu(fp8)
     from megatron_dit.parallel.te import TeBackend
 

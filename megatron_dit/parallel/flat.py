@@ -61,6 +61,7 @@ class FlatMasters:
         self._rank = topology.data_rank if sharded else 0
         self.unsharded = not sharded  # whether every data-parallel rank holds the complete masters
         self.shards: dict[str, MasterShard] = {}
+        self._partial: list[Tensor] = []  # ranges of ``sums`` to be added up over the tensor-parallel ranks
         self._groups = [self._flatten(dict(zip(group["names"], group["params"], strict=True))) for group in groups]
         self._fresh: set[nn.Parameter] = set()  # parameters without a gradient in this step
         for group in self._groups:
@@ -104,10 +105,10 @@ class FlatMasters:
             master = torch.zeros(end // self._slices, dtype=torch.float32, device=example.device)
         master.grad = sums = gradients if self._slices == 1 else torch.zeros_like(master)
         for unit in units:
-            self._place(unit, weights, master)
+            self._place(unit, weights, master, sums)
         return _Group(units, weights, gradients, master, sums)
 
-    def _place(self, unit: _Unit, weights: Tensor, master: Tensor) -> None:
+    def _place(self, unit: _Unit, weights: Tensor, master: Tensor, sums: Tensor) -> None:
         """Make the unit's parameters views of ``weights``, and record which ranges of them this rank's master holds."""
         size = unit.numel // self._slices
         first = self._rank * size  # of this rank's slice in the unit
@@ -117,6 +118,8 @@ class FlatMasters:
             begin, end = max(at, first), min(at + p.numel(), first + size)
             if begin < end:
                 self.shards[name] = MasterShard(begin - at, end - begin, master, offset + begin - first)
+                if getattr(p, "has_partial_gradient", False):
+                    self._partial.append(sums[offset + begin - first :][: end - begin])
 
     def _add_hooks(self, group: _Group, unit: _Unit) -> None:
         for _, p, at in unit.params:
@@ -176,6 +179,10 @@ class FlatMasters:
                 for work in unit.work:
                     work.wait()
                 unit.work.clear()
+        if self._partial:
+            parts = torch.cat(self._partial)
+            dist.all_reduce(parts, group=self._topology.tensor_group)
+            torch._foreach_copy_(self._partial, list(parts.split([part.numel() for part in self._partial])))
         norms = torch.stack(torch._foreach_norm(self._counted()))
         copies = self._topology.data_size if self.unsharded else 1
         return norms.double().square().sum() / (self._topology.data_size**2 * copies)

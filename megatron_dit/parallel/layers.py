@@ -11,6 +11,7 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any, cast
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
 from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
@@ -55,11 +56,20 @@ class Linear(nn.Linear):
 class ColumnLinear(ColumnParallelLinear):
     """Column-parallel linear layer: outputs are sharded over the tensor-parallel ranks.
 
-    The outputs consist of ``fused_parts`` equal parts (qkv: 3), each of which is sharded.
+    The outputs consist of ``fused_parts`` equal parts (qkv: 3), each of which is sharded. ``return_bias``: return
+    (output without bias, bias), for a fused function that adds it.
     """
 
     def __init__(
-        self, backend: Backend, inputs: int, outputs: int, *, fused_parts: int, sharded_input: bool, bias: bool = True
+        self,
+        backend: Backend,
+        inputs: int,
+        outputs: int,
+        *,
+        fused_parts: int,
+        sharded_input: bool,
+        bias: bool = True,
+        return_bias: bool = False,
     ) -> None:
         super().__init__(
             inputs,
@@ -67,23 +77,27 @@ class ColumnLinear(ColumnParallelLinear):
             config=backend.sharded_config if sharded_input else backend.config,
             init_method=_never,
             bias=bias,
+            skip_bias_add=return_bias,
             stride=fused_parts,
             tp_group=backend.topology.tensor_group,
         )
+        self.return_bias = return_bias
         set_tensor_model_parallel_attributes(self.weight, True, 0, fused_parts)
         set_init(self.weight, InitKind.FAN_IN)
         if bias:
             set_init(self.bias, InitKind.ZERO)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x)[0]
+    def forward(self, x: Tensor) -> Any:
+        out, bias = super().forward(x)
+        return (out, bias) if self.return_bias else out
 
 
 class ColumnGatheredLinear(ColumnLinear):
     """Column-parallel linear layer with gathered output, for adaLN modulation: (B, D) -> (B, outputs) on every rank.
 
     Modulation is sharded because it has a third of an MMDiT's weights. Under sequence parallelism each rank applies
-    the output to its own tokens, so the backward pass sums the ranks' gradients (reduce-scatter).
+    the output to its own tokens, so the backward pass sums the ranks' gradients (reduce-scatter). The gradient of the
+    input is not summed: the model calls ``sum_grad_over_tensor_ranks`` once on the conditioning of all blocks.
     """
 
     def __init__(self, backend: Backend, inputs: int, outputs: int, *, init: InitKind) -> None:
@@ -96,7 +110,7 @@ class ColumnGatheredLinear(ColumnLinear):
         set_init(self.weight, init)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.gather(super().forward(x), group=self.tp_group)
+        return self.gather(F.linear(x, cast(Tensor, self.weight), self.bias), group=self.tp_group)
 
 
 class ColumnThenGatherLinear(ColumnLinear):
@@ -115,9 +129,14 @@ class ColumnThenGatherLinear(ColumnLinear):
 
 
 class RowLinear(RowParallelLinear):
-    """Row-parallel linear layer: inputs are sharded over the tensor-parallel ranks, outputs are summed over them."""
+    """Row-parallel linear layer: inputs are sharded over the tensor-parallel ranks, outputs are summed over them.
 
-    def __init__(self, backend: Backend, inputs: int, outputs: int, *, init: InitKind) -> None:
+    ``return_bias`` as in :class:`ColumnLinear`.
+    """
+
+    def __init__(
+        self, backend: Backend, inputs: int, outputs: int, *, init: InitKind, return_bias: bool = False
+    ) -> None:
         super().__init__(
             inputs,
             outputs,
@@ -128,27 +147,28 @@ class RowLinear(RowParallelLinear):
             skip_bias_add=True,
             tp_group=backend.topology.tensor_group,
         )
-        self.backend = backend
+        self.return_bias = return_bias
         set_tensor_model_parallel_attributes(self.weight, True, 1, 1)
         set_init(self.weight, init)
         set_init(self.bias, InitKind.ZERO)
+        backend.add_up_over_tokens(self.bias)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> Any:
         out, bias = super().forward(x)
-        return out + self.backend.sum_grad_over_sequence_ranks(cast(Tensor, bias))
+        return (out, bias) if self.return_bias else out + cast(Tensor, bias)
 
 
-class HeadNorm(nn.Module):
-    """RMSNorm over head_dim with one gain for all heads (QK-norm): (..., d) -> (..., d)."""
+class HeadGain(nn.Module):
+    """Gain (d,) of an RMSNorm over head_dim, one for all heads (QK-norm). ``kernels.join_streams`` applies it."""
 
     def __init__(self, backend: Backend, head_dim: int) -> None:
         super().__init__()
-        self.backend = backend
         self.gain = nn.Parameter(torch.empty(head_dim))
         set_init(self.gain, InitKind.ONE)
+        backend.add_up_over_heads(self.gain)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x, x.shape[-1:], self.backend.sum_grad_over_tensor_ranks(self.gain), eps=1e-6)
+    def forward(self) -> Tensor:
+        return self.gain
 
 
 class LayerNorm(nn.Module):
@@ -156,17 +176,14 @@ class LayerNorm(nn.Module):
 
     def __init__(self, backend: Backend, width: int) -> None:
         super().__init__()
-        self.backend = backend
         self.gain, self.bias = nn.Parameter(torch.empty(width)), nn.Parameter(torch.empty(width))
         set_init(self.gain, InitKind.ONE)
         set_init(self.bias, InitKind.ZERO)
+        backend.add_up_over_tokens(self.gain)
+        backend.add_up_over_tokens(self.bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        gain, bias = (
-            self.backend.sum_grad_over_sequence_ranks(self.gain),
-            self.backend.sum_grad_over_sequence_ranks(self.bias),
-        )
-        return F.layer_norm(x, x.shape[-1:], gain, bias, eps=1e-5)
+        return F.layer_norm(x, x.shape[-1:], self.gain, self.bias, eps=1e-5)
 
 
 class Conv(nn.Conv2d):
@@ -191,8 +208,12 @@ class Backend:
         topology: Topology,
         recompute: str = "none",
         recompute_blocks: int | None = None,
+        *,
+        add_up_per_step: bool = False,
     ) -> None:
+        """``add_up_per_step``: the optimizer step adds up the parts of gradients of replicated parameters."""
         assert topology.tensor_size == parallel.tensor
+        self.add_up_per_step = add_up_per_step
         self.topology = topology
         self.recompute = Recompute(recompute, recompute_blocks or model.depth, self.precision)
         self.config = TransformerConfig(
@@ -218,15 +239,30 @@ class Backend:
         return Linear(channels * patch**2, outputs, kernel=patch**2)
 
     def column(
-        self, inputs: int, outputs: int, *, fused_parts: int = 1, sharded_input: bool = True, bias: bool = True
-    ) -> ColumnLinear:
+        self,
+        inputs: int,
+        outputs: int,
+        *,
+        fused_parts: int = 1,
+        sharded_input: bool = True,
+        bias: bool = True,
+        return_bias: bool = False,
+    ) -> nn.Module:
         """Return a column-parallel linear layer.
 
         ``sharded_input``: the input's tokens are sharded under sequence parallelism (PixArt-α's text is not).
         """
-        return ColumnLinear(self, inputs, outputs, fused_parts=fused_parts, sharded_input=sharded_input, bias=bias)
+        return ColumnLinear(
+            self,
+            inputs,
+            outputs,
+            fused_parts=fused_parts,
+            sharded_input=sharded_input,
+            bias=bias,
+            return_bias=return_bias,
+        )
 
-    def column_then_gather(self, inputs: int, outputs: int) -> ColumnThenGatherLinear:
+    def column_then_gather(self, inputs: int, outputs: int) -> nn.Module:
         return ColumnThenGatherLinear(self, inputs, outputs)
 
     def conv(self, inputs: int, outputs: int, side: int) -> Conv:
@@ -238,11 +274,13 @@ class Backend:
     def column_gathered(self, inputs: int, outputs: int, *, init: InitKind = InitKind.FAN_IN) -> ColumnGatheredLinear:
         return ColumnGatheredLinear(self, inputs, outputs, init=init)
 
-    def row(self, inputs: int, outputs: int, *, init: InitKind = InitKind.FAN_IN) -> RowLinear:
-        return RowLinear(self, inputs, outputs, init=init)
+    def row(
+        self, inputs: int, outputs: int, *, init: InitKind = InitKind.FAN_IN, return_bias: bool = False
+    ) -> nn.Module:
+        return RowLinear(self, inputs, outputs, init=init, return_bias=return_bias)
 
-    def head_norm(self, head_dim: int) -> HeadNorm:
-        return HeadNorm(self, head_dim)
+    def head_gain(self, head_dim: int) -> HeadGain:
+        return HeadGain(self, head_dim)
 
     def attention(self, q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor | None = None) -> Tensor:
         """Compute :func:`attention` of this rank's heads, with every backend.
@@ -281,14 +319,14 @@ class Backend:
         return gather_from_sequence_parallel_region(x, tensor_parallel_output_grad=False, group=group)
 
     def sum_grad_over_sequence_ranks(self, x: Tensor) -> Tensor:
-        """Return a replicated tensor that is applied to this rank's tokens only under sequence parallelism.
+        """Return a replicated activation that is applied to this rank's tokens only under sequence parallelism.
 
         Its gradient is summed over the ranks.
         """
         return self._sum_gradient(x) if self.sharded_config.sequence_parallel else x
 
     def sum_grad_over_tensor_ranks(self, x: Tensor) -> Tensor:
-        """Return a replicated parameter that is applied to this rank's heads only under tensor parallelism.
+        """Return a replicated activation from which each rank computes other features under tensor parallelism.
 
         Its gradient is summed over the ranks.
         """
@@ -300,6 +338,27 @@ class Backend:
             # Megatron all-reduces ``grad.contiguous()`` but returns ``grad``: a strided one would not be summed.
             out.register_hook(torch.Tensor.contiguous)
         return out
+
+    def add_up_over_tokens(self, parameter: nn.Parameter) -> None:
+        """Sum a replicated parameter's gradient over the ranks, each of which has the part of its own tokens."""
+        if self.sharded_config.sequence_parallel:
+            self._add_up(parameter)
+
+    def add_up_over_heads(self, parameter: nn.Parameter) -> None:
+        """Sum a replicated parameter's gradient over the ranks, each of which has the part of its own heads."""
+        if self.topology.tensor_size > 1:
+            self._add_up(parameter)
+
+    def _add_up(self, parameter: nn.Parameter) -> None:
+        if self.add_up_per_step:
+            parameter.has_partial_gradient = True  # pyright: ignore[reportAttributeAccessIssue]
+        else:
+            parameter.register_hook(self._sum_over_tensor_ranks)
+
+    def _sum_over_tensor_ranks(self, gradient: Tensor) -> Tensor:
+        gradient = gradient.clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(gradient, group=self.topology.tensor_group)
+        return gradient
 
 
 def set_init(parameter: Any, kind: InitKind, *, trained: bool = True) -> None:

@@ -40,14 +40,14 @@ class Recompute:
         finally:
             self._recipes = None
 
-    def pointwise(self, function: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
-        """Return ``function(*inputs)``, which is not stored if the block runs in selective mode."""
+    def pointwise(self, function: Callable[..., Any], *inputs: Tensor | None) -> Any:
+        """Return ``function(*inputs)``, whose last or only tensor is not stored if the block runs in selective mode."""
         if self._recipes is None:
             return function(*inputs)
-        out = checkpoint(function, *inputs, **KEEP_INPUTS)
-        assert isinstance(out, Tensor)
+        outputs = checkpoint(function, *inputs, **KEEP_INPUTS)
+        out = _last(outputs)
         self._recipes[out.data_ptr()] = _Recipe(function, inputs, weakref.ref(out))
-        return out
+        return outputs
 
     def _pack(self, saved: Tensor) -> Any:
         """Return what autograd stores for a saved tensor: the tensor itself, or how to recompute it."""
@@ -58,8 +58,8 @@ class Recompute:
 
 
 class _Recipe:
-    def __init__(self, function: Callable[..., Tensor], inputs: tuple[Tensor, ...], out: Any) -> None:
-        self.function, self.inputs, self.out = function, tuple(x.detach() for x in inputs), out
+    def __init__(self, function: Callable[..., Any], inputs: tuple[Tensor | None, ...], out: Any) -> None:
+        self.function, self.inputs, self.out = function, tuple(x if x is None else x.detach() for x in inputs), out
         self.numel = out().numel()
 
 
@@ -68,4 +68,8 @@ def _unpack(kept: Any) -> Tensor:
         return kept
     recipe, shape = kept
     with torch.no_grad():
-        return recipe.function(*recipe.inputs).reshape(shape)
+        return _last(recipe.function(*recipe.inputs)).reshape(shape)
+
+
+def _last(outputs: Tensor | tuple[Tensor, ...]) -> Tensor:
+    return outputs if isinstance(outputs, Tensor) else outputs[-1]

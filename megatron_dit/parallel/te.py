@@ -1,8 +1,7 @@
 """Layer backend on Transformer Engine (TE): hidden linear layers in bf16 or FP8.
 
 Embedders, conditioning and output layers are those of the local backend, in bf16: they are a small part of the
-computation and the most sensitive to FP8. The norms are also those of the local backend, because their gains are read
-through ``sum_grad_over_tensor_ranks`` and ``sum_grad_over_sequence_ranks``, which TE's modules do not support. Weights
+computation and the most sensitive to FP8. The norms and pointwise functions are those of the local backend too. Weights
 are stored in bf16 and cast to FP8 at each use.
 """
 
@@ -23,7 +22,7 @@ from transformer_engine.pytorch.quantization import (  # pyright: ignore[reportM
     FP8GlobalStateManager,
 )
 
-from megatron_dit.config import Config
+from megatron_dit.config import Config, uses_deepspeed
 from megatron_dit.mup.init_rules import InitKind
 from megatron_dit.parallel.layers import Backend, set_init
 from megatron_dit.parallel.topology import Topology
@@ -59,10 +58,25 @@ class TeColumn(TeLinear):
     """``layers.ColumnLinear`` on TE."""
 
     def __init__(
-        self, backend: TeBackend, inputs: int, outputs: int, *, fused_parts: int, sharded_input: bool, bias: bool = True
+        self,
+        backend: TeBackend,
+        inputs: int,
+        outputs: int,
+        *,
+        fused_parts: int,
+        sharded_input: bool,
+        bias: bool = True,
+        return_bias: bool = False,
     ) -> None:
-        sequence = sharded_input and backend.sharded_config.sequence_parallel
-        super().__init__(backend, inputs, outputs, parallel_mode="column", sequence_parallel=sequence, bias=bias)
+        super().__init__(
+            backend,
+            inputs,
+            outputs,
+            parallel_mode="column",
+            sequence_parallel=sharded_input and backend.sharded_config.sequence_parallel,
+            bias=bias,
+            return_bias=return_bias,
+        )
         set_tensor_model_parallel_attributes(self.weight, True, 0, fused_parts)
         set_init(self.weight, InitKind.FAN_IN)
         if bias:
@@ -87,16 +101,18 @@ class TeRow(TeLinear):
     leave the sum to the training loop.
     """
 
-    def __init__(self, backend: TeBackend, inputs: int, outputs: int, *, init: InitKind) -> None:
+    def __init__(self, backend: TeBackend, inputs: int, outputs: int, *, init: InitKind, return_bias: bool) -> None:
         sequence = backend.sharded_config.sequence_parallel
         super().__init__(backend, inputs, outputs, parallel_mode="row", sequence_parallel=sequence, return_bias=True)
+        self.bias_is_returned = return_bias
         set_tensor_model_parallel_attributes(self.weight, True, 1, 1)
         set_init(self.weight, init)
         set_init(self.bias, InitKind.ZERO)
+        backend.add_up_over_tokens(self.bias)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> Any:
         out, bias = super().forward(x)
-        return out + self.backend.sum_grad_over_sequence_ranks(bias)
+        return (out, bias) if self.bias_is_returned else out + bias
 
 
 class TeBackend(Backend):
@@ -104,7 +120,14 @@ class TeBackend(Backend):
 
     def __init__(self, config: Config, topology: Topology) -> None:
         train = config.train
-        super().__init__(config.model, config.parallel, topology, train.recompute, train.recompute_blocks)
+        super().__init__(
+            config.model,
+            config.parallel,
+            topology,
+            train.recompute,
+            train.recompute_blocks,
+            add_up_per_step=not uses_deepspeed(config),
+        )
         self.te_group = topology.tensor_group if topology.tensor_size > 1 else None
         self.sharded_weights = config.parallel.zero_stage == 3
         fp8 = train.fp8
@@ -115,15 +138,30 @@ class TeBackend(Backend):
         self.fp8_state = FP8GlobalState()
 
     def column(
-        self, inputs: int, outputs: int, *, fused_parts: int = 1, sharded_input: bool = True, bias: bool = True
+        self,
+        inputs: int,
+        outputs: int,
+        *,
+        fused_parts: int = 1,
+        sharded_input: bool = True,
+        bias: bool = True,
+        return_bias: bool = False,
     ) -> TeColumn:
-        return TeColumn(self, inputs, outputs, fused_parts=fused_parts, sharded_input=sharded_input, bias=bias)
+        return TeColumn(
+            self,
+            inputs,
+            outputs,
+            fused_parts=fused_parts,
+            sharded_input=sharded_input,
+            bias=bias,
+            return_bias=return_bias,
+        )
 
     def column_then_gather(self, inputs: int, outputs: int) -> TeColumnThenGather:
         return TeColumnThenGather(self, inputs, outputs)
 
-    def row(self, inputs: int, outputs: int, *, init: InitKind = InitKind.FAN_IN) -> TeRow:
-        return TeRow(self, inputs, outputs, init=init)
+    def row(self, inputs: int, outputs: int, *, init: InitKind = InitKind.FAN_IN, return_bias: bool = False) -> TeRow:
+        return TeRow(self, inputs, outputs, init=init, return_bias=return_bias)
 
     def precision(self) -> AbstractContextManager[Any]:
         """Return a context manager that enables FP8 for linear layers called in it, and for their backward pass."""

@@ -74,14 +74,18 @@ def test_uneven_blocks_equal_one_process(pool, dataset, tmp_path, deep_reference
     ("arch", "fault", "layout"),
     [
         # The gradient of the QK-norm gains is not summed over the tensor-parallel ranks.
-        ("mmdit", "sum_grad_over_tensor_ranks", Layout(2, tensor=2)),
+        ("mmdit", "add_up_over_heads", Layout(2, tensor=2)),
+        ("mmdit", "add_up_over_heads", Layout(4, tensor=2, zero=2)),
         # The gradients of row-parallel biases are not summed over the sequence-parallel ranks.
-        ("mmdit", "sum_grad_over_sequence_ranks", Layout(2, tensor=2, sequence=True)),
+        ("mmdit", "add_up_over_tokens", Layout(2, tensor=2, sequence=True)),
+        ("uvit", "add_up_over_tokens", Layout(2, tensor=2, sequence=True)),
+        # Nor is the gradient of the conditioning, from which each rank computes its features of the modulation.
+        ("dit", "sum_grad_over_tensor_ranks", Layout(2, tensor=2)),
         ("pixart", "sum_grad_over_sequence_ranks", Layout(2, tensor=2, sequence=True)),
     ],
 )
 def test_verify_detects_a_gradient_that_is_not_summed(pool, dataset, tmp_path, reference, arch, fault, layout):
-    found = pool.run(2, trace, arch, layout, dataset, tmp_path, fault)[0]
+    found = pool.run(layout.ranks, trace, arch, layout, dataset, tmp_path, fault)[0]
     result = compare("faulty", found, reference(arch))
     assert result.equal_initial
     assert not result.good

@@ -170,7 +170,7 @@ def test_layout_equals_the_local_backend(pool, dataset, tmp_path, reference, arc
 
 def test_verify_detects_a_row_bias_gradient_that_is_not_summed(pool, dataset, tmp_path, reference):
     layout = Layout(2, tensor=2, sequence=True)
-    found = pool.run(2, te_trace, "pixart", layout, dataset, tmp_path, "sum_grad_over_sequence_ranks")[0]
+    found = pool.run(2, te_trace, "pixart", layout, dataset, tmp_path, "add_up_over_tokens")[0]
     assert not layout_parity.compare("faulty", found, reference["pixart"]).good
 
 

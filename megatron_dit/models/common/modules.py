@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from megatron_dit.config import ModelConfig
+from megatron_dit.kernels import gelu, modulate
 from megatron_dit.models.common.positions import timestep_features
 from megatron_dit.mup.init_rules import InitKind
 from megatron_dit.parallel.layers import Backend, set_init
@@ -16,28 +17,18 @@ from megatron_dit.parallel.layers import Backend, set_init
 Intermediates = dict[str, Tensor]  # named intermediates, filled when the caller passes a dict
 
 
-def layer_norm(x: Tensor) -> Tensor:
-    """Apply LayerNorm without affine parameters over the last dimension."""
-    return F.layer_norm(x, x.shape[-1:], eps=1e-6)
-
-
-def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    """Normalize x (S, B, D), then scale and shift it by (B, D) vectors (adaLN)."""
-    return layer_norm(x) * (1 + scale) + shift
-
-
 class Mlp(nn.Module):
-    """MLP (S, B, D) -> (S, B, D) with GELU, by default in its tanh approximation."""
+    """MLP (S, B, D) -> (output (S, B, D) without bias, bias), with GELU, by default in its tanh approximation."""
 
     def __init__(self, backend: Backend, width: int, hidden: int, approximate: str = "tanh") -> None:
         super().__init__()
         self.backend = backend
-        self.activation = partial(F.gelu, approximate=approximate)
-        self.fc1 = backend.column(width, hidden)
-        self.fc2 = backend.row(hidden, width)
+        self.activation = partial(gelu, approximate=approximate)
+        self.fc1 = backend.column(width, hidden, return_bias=True)
+        self.fc2 = backend.row(hidden, width, return_bias=True)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.fc2(self.backend.recompute.pointwise(self.activation, self.fc1(x)))
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return self.fc2(self.backend.recompute.pointwise(self.activation, *self.fc1(x)))
 
 
 class TimestepEmbedder(nn.Module):
@@ -77,7 +68,8 @@ class ModulatedHead(nn.Module):
 
     def forward(self, x: Tensor, c: Tensor) -> Tensor:
         shift, scale = self.modulation(c).chunk(2, dim=-1)
-        return self.linear(self.backend.gather_tokens(modulate(x, shift, scale)))
+        _, modulated = modulate(x, shift, scale)
+        return self.linear(self.backend.gather_tokens(modulated))
 
 
 class Projector(nn.Module):

@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from megatron_dit.config import ModelConfig
+from megatron_dit.kernels import add_residual, add_residual_and_modulate, modulate
 from megatron_dit.models.common.base import DiffusionTransformer, State
 from megatron_dit.models.common.condition import Condition
 from megatron_dit.models.common.modules import (
@@ -14,7 +15,6 @@ from megatron_dit.models.common.modules import (
     Mlp,
     ModulatedHead,
     TimestepEmbedder,
-    modulate,
     split_heads,
 )
 from megatron_dit.models.common.positions import interpolated_grid, patchify, unpatchify
@@ -31,16 +31,18 @@ class DiTBlock(nn.Module):
         self.backend, self.scale = backend, config.attention_scale
         self.modulation = backend.column_gathered(width, 6 * width, init=InitKind.ADALN)
         self.qkv = backend.column(width, 3 * width, fused_parts=3)
-        self.out = backend.row(width, width)
+        self.out = backend.row(width, width, return_bias=True)
         self.mlp = Mlp(backend, width, config.mlp_ratio * width)
 
     def forward(self, x: Tensor, c: Tensor) -> Tensor:
         """x (S, B, D), c (B, D) after SiLU -> (S, B, D)."""
         shift, scale, gate, mlp_shift, mlp_scale, mlp_gate = self.modulation(c).chunk(6, dim=-1)
         pointwise = self.backend.recompute.pointwise
-        q, k, v = split_heads(self.qkv(pointwise(modulate, x, shift, scale)), 3, self.head_dim)
-        x = x + gate * self.out(self.backend.attention(q, k, v, self.scale))
-        return x + mlp_gate * self.mlp(pointwise(modulate, x, mlp_shift, mlp_scale))
+        x, modulated = pointwise(modulate, x, shift, scale)
+        q, k, v = split_heads(self.qkv(modulated), 3, self.head_dim)
+        update, bias = self.out(self.backend.attention(q, k, v, self.scale))
+        x, modulated = pointwise(add_residual_and_modulate, x, update, bias, gate, mlp_shift, mlp_scale)
+        return add_residual(x, *self.mlp(modulated), gate=mlp_gate)
 
 
 class DiT(DiffusionTransformer):
@@ -68,7 +70,7 @@ class DiT(DiffusionTransformer):
         c = self.time_embed(t) + self.label_embed(condition.label, condition.dropped)
         if intermediates is not None:
             intermediates.update(image=image, conditioning=c)
-        return image, F.silu(c)[None]
+        return image, self.backend.sum_grad_over_tensor_ranks(F.silu(c))[None]
 
     def run_block(self, i: int, state: State, condition: Condition) -> State:
         image, c = state

@@ -6,11 +6,11 @@ is no pooled text vector.
 
 from __future__ import annotations
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from megatron_dit.config import ModelConfig
+from megatron_dit.kernels import add_residual, add_residual_and_modulate, join_streams, modulate
 from megatron_dit.models.common.base import DiffusionTransformer, State
 from megatron_dit.models.common.condition import Condition
 from megatron_dit.models.common.modules import (
@@ -18,8 +18,6 @@ from megatron_dit.models.common.modules import (
     Mlp,
     ModulatedHead,
     TimestepEmbedder,
-    modulate,
-    split_heads,
 )
 from megatron_dit.models.common.positions import cropped_grid, patchify, unpatchify
 from megatron_dit.mup.init_rules import InitKind
@@ -35,31 +33,32 @@ class Stream(nn.Module):
 
     def __init__(self, backend: Backend, config: ModelConfig, is_final_block: bool) -> None:
         super().__init__()
-        width, self.head_dim = config.width, config.head_dim
+        width = config.width
         self.backend = backend
         self.parts = 2 if is_final_block else 6
         self.modulation = backend.column_gathered(width, self.parts * width, init=InitKind.ADALN)
-        self.qkv = backend.column(width, 3 * width, fused_parts=3)
-        self.q_norm, self.k_norm = backend.head_norm(self.head_dim), backend.head_norm(self.head_dim)
+        self.qkv = backend.column(width, 3 * width, fused_parts=3, return_bias=True)
+        self.q_norm, self.k_norm = backend.head_gain(config.head_dim), backend.head_gain(config.head_dim)
         if not is_final_block:
-            self.out = backend.row(width, width)
+            self.out = backend.row(width, width, return_bias=True)
             self.mlp = Mlp(backend, width, config.mlp_ratio * width)
 
-    def project(self, x: Tensor, c: Tensor) -> tuple[Tensor, Tensor, Tensor, tuple[Tensor, ...]]:
-        """Return q, k, v (S', B, H, d) of all tokens, and the modulation that ``finish`` needs.
+    def project(self, x: Tensor, c: Tensor) -> tuple[Tensor, tuple[Tensor, ...], tuple[Tensor, ...]]:
+        """Return x, the qkv of all tokens with its bias and gains, and the modulation that ``finish`` needs.
 
         ``x`` is (S, B, D); ``c`` is (B, D) after SiLU.
         """
         shift, scale, *later = self.modulation(c).chunk(self.parts, dim=-1)
-        modulated = self.backend.recompute.pointwise(modulate, x, shift, scale)
-        q, k, v = split_heads(self.qkv(modulated), 3, self.head_dim)
-        return self.q_norm(q), self.k_norm(k), v, tuple(later)
+        x, modulated = self.backend.recompute.pointwise(modulate, x, shift, scale)
+        return x, (*self.qkv(modulated), self.q_norm(), self.k_norm()), tuple(later)
 
     def finish(self, x: Tensor, attended: Tensor, later: tuple[Tensor, ...]) -> Tensor:
         """Add the residual updates of the attention's output (S', B, H * d) and of the MLP."""
         gate, mlp_shift, mlp_scale, mlp_gate = later
-        x = x + gate * self.out(attended)
-        return x + mlp_gate * self.mlp(self.backend.recompute.pointwise(modulate, x, mlp_shift, mlp_scale))
+        x, modulated = self.backend.recompute.pointwise(
+            add_residual_and_modulate, x, *self.out(attended), gate, mlp_shift, mlp_scale
+        )
+        return add_residual(x, *self.mlp(modulated), gate=mlp_gate)
 
 
 class MMDiTBlock(nn.Module):
@@ -73,11 +72,10 @@ class MMDiTBlock(nn.Module):
         self.text = Stream(backend, config, is_final_block=is_final_block)
 
     def forward(self, image: Tensor, text: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
-        image_q, image_k, image_v, image_later = self.image.project(image, c)
-        text_q, text_k, text_v, text_later = self.text.project(text, c)
-        q, k, v = (torch.cat(pair) for pair in ((image_q, text_q), (image_k, text_k), (image_v, text_v)))
-        attended = self.backend.attention(q, k, v, self.scale)
-        image_attended, text_attended = attended.split([len(image_q), len(text_q)])
+        image, image_qkv, image_later = self.image.project(image, c)
+        text, text_qkv, text_later = self.text.project(text, c)
+        attended = self.backend.attention(*join_streams(image_qkv, text_qkv), self.scale)
+        image_attended, text_attended = attended.split([len(image_qkv[0]), len(text_qkv[0])])
         image = self.image.finish(image, image_attended, image_later)
         if not self.is_final_block:
             text = self.text.finish(text, text_attended, text_later)
@@ -110,7 +108,7 @@ class MMDiT(DiffusionTransformer):
         c = self.time_embed(t)
         if intermediates is not None:
             intermediates.update(image=image, text=text, conditioning=c)
-        return image, text, F.silu(c)[None]
+        return image, text, self.backend.sum_grad_over_tensor_ranks(F.silu(c))[None]
 
     def run_block(self, i: int, state: State, condition: Condition) -> State:
         image, text, c = state

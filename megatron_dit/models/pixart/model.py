@@ -7,13 +7,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from megatron_dit.config import ModelConfig
+from megatron_dit.kernels import add_residual, add_residual_and_modulate, modulate
 from megatron_dit.models.common.base import DiffusionTransformer, State
 from megatron_dit.models.common.condition import Condition
 from megatron_dit.models.common.modules import (
     Intermediates,
     Mlp,
     TimestepEmbedder,
-    modulate,
     split_heads,
 )
 from megatron_dit.models.common.positions import interpolated_grid, patchify, unpatchify
@@ -38,13 +38,13 @@ class ModulationTable(nn.Module):
 
     def __init__(self, backend: Backend, parts: int, width: int) -> None:
         super().__init__()
-        self.backend = backend
         self.table = nn.Parameter(torch.empty(parts, width))
         set_init(self.table, InitKind.TABLE)
+        backend.add_up_over_tokens(self.table)
 
     def forward(self, t: Tensor) -> tuple[Tensor, ...]:
         """Return ``parts`` vectors (B, D) for t (parts, B, D) or (1, B, D)."""
-        return (self.backend.sum_grad_over_sequence_ranks(self.table)[:, None] + t).unbind(0)
+        return (self.table[:, None] + t).unbind(0)
 
 
 class PixArtBlock(nn.Module):
@@ -56,22 +56,24 @@ class PixArtBlock(nn.Module):
         self.backend, self.scale = backend, config.attention_scale
         self.modulation = ModulationTable(backend, 6, width)
         self.qkv = backend.column(width, 3 * width, fused_parts=3)
-        self.out = backend.row(width, width)
+        self.out = backend.row(width, width, return_bias=True)
         self.cross_q = backend.column(width, width)
         self.cross_kv = backend.column(width, 2 * width, fused_parts=2, sharded_input=False)
-        self.cross_out = backend.row(width, width, init=InitKind.ZERO)
+        self.cross_out = backend.row(width, width, init=InitKind.ZERO, return_bias=True)
         self.mlp = Mlp(backend, width, config.mlp_ratio * width)
 
     def forward(self, x: Tensor, text: Tensor, t: Tensor, mask: Tensor) -> Tensor:
         """x (S, B, D), text (T, B, D), t (6, B, D), mask (B, 1, 1, T) bool -> (S, B, D)."""
         shift, scale, gate, mlp_shift, mlp_scale, mlp_gate = self.modulation(t)
         pointwise = self.backend.recompute.pointwise
-        q, k, v = split_heads(self.qkv(pointwise(modulate, x, shift, scale)), 3, self.head_dim)
-        x = x + gate * self.out(self.backend.attention(q, k, v, self.scale))
+        x, modulated = pointwise(modulate, x, shift, scale)
+        q, k, v = split_heads(self.qkv(modulated), 3, self.head_dim)
+        x = add_residual(x, *self.out(self.backend.attention(q, k, v, self.scale)), gate=gate)
         (q,) = split_heads(self.cross_q(x), 1, self.head_dim)
         k, v = split_heads(self.cross_kv(text), 2, self.head_dim)
-        x = x + self.cross_out(self.backend.attention(q, k, v, self.scale, mask))
-        return x + mlp_gate * self.mlp(pointwise(modulate, x, mlp_shift, mlp_scale))
+        update, bias = self.cross_out(self.backend.attention(q, k, v, self.scale, mask))
+        x, modulated = pointwise(add_residual_and_modulate, x, update, bias, None, mlp_shift, mlp_scale)
+        return add_residual(x, *self.mlp(modulated), gate=mlp_gate)
 
 
 class Head(nn.Module):
@@ -86,7 +88,8 @@ class Head(nn.Module):
     def forward(self, x: Tensor, t: Tensor) -> Tensor:
         """x (S, B, D), t (1, B, D)."""
         shift, scale = self.modulation(t)
-        return self.linear(self.backend.gather_tokens(modulate(x, shift, scale)))
+        _, modulated = modulate(x, shift, scale)
+        return self.linear(self.backend.gather_tokens(modulated))
 
 
 class NullCaption(nn.Module):
@@ -135,7 +138,8 @@ class PixArt(DiffusionTransformer):
         image = self.backend.shard_tokens(image)
         text = self.text_embed(text.transpose(0, 1))
         c = self.time_embed(t)
-        t_modulation = self.time_modulation(F.silu(c)).view(len(x), 6, -1).transpose(0, 1)
+        modulation = self.time_modulation(self.backend.sum_grad_over_tensor_ranks(F.silu(c)))
+        t_modulation = modulation.view(len(x), 6, -1).transpose(0, 1)
         if intermediates is not None:
             intermediates.update(image=image, text=text, conditioning=c, modulation=t_modulation)
         return image, text, t_modulation, c[None]

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from megatron_dit.config import ModelConfig
+from megatron_dit.kernels import add_residual
 from megatron_dit.models.common.base import DiffusionTransformer, State
 from megatron_dit.models.common.condition import Condition
 from megatron_dit.models.common.modules import Intermediates, LabelEmbedder, Mlp, split_heads
@@ -25,7 +26,7 @@ class UViTBlock(nn.Module):
         self.skip = backend.column_then_gather(2 * width, width) if skip else None
         self.norm1, self.norm2 = backend.layer_norm(width), backend.layer_norm(width)
         self.qkv = backend.column(width, 3 * width, fused_parts=3, bias=False)
-        self.out = backend.row(width, width)
+        self.out = backend.row(width, width, return_bias=True)
         self.mlp = Mlp(backend, width, config.mlp_ratio * width, approximate="none")
 
     def forward(self, x: Tensor, skipped: Tensor | None = None) -> Tensor:
@@ -34,8 +35,8 @@ class UViTBlock(nn.Module):
             assert skipped is not None
             x = self.skip(torch.cat([x, skipped], dim=-1))
         q, k, v = split_heads(self.qkv(self.norm1(x)), 3, self.head_dim)
-        x = x + self.out(self.backend.attention(q, k, v, self.scale))
-        return x + self.mlp(self.norm2(x))
+        x = add_residual(x, *self.out(self.backend.attention(q, k, v, self.scale)))
+        return add_residual(x, *self.mlp(self.norm2(x)))
 
 
 class Head(nn.Module):
