@@ -23,14 +23,10 @@ def modulate_forward(
     columns = tl.arange(0, BLOCK)
     inside = columns < width
     values = tl.load(x + s * x_s + b * x_b + columns, mask=inside, other=0.0).to(tl.float32)
-    mean = tl.sum(values, axis=0) / width
-    centered = tl.where(inside, values - mean, 0.0)
-    rstd = 1 / tl.sqrt(tl.sum(centered * centered, axis=0) / width + eps)
+    normal = _normalize(values, inside, means + row, rstds + row, width, eps)
     scales = tl.load(scale + b * scale_b + columns, mask=inside, other=0.0).to(tl.float32)
     shifts = tl.load(shift + b * shift_b + columns, mask=inside, other=0.0).to(tl.float32)
-    tl.store(means + row, mean)
-    tl.store(rstds + row, rstd)
-    tl.store(out + row * width + columns, centered * rstd * (1 + scales) + shifts, mask=inside)
+    tl.store(out + row * width + columns, normal * (1 + scales) + shifts, mask=inside)
 
 
 @triton.jit
@@ -50,14 +46,21 @@ def residual_modulate_forward(
     values += tl.load(x + s * x_s + b * x_b + columns, mask=inside, other=0.0).to(tl.float32)
     tl.store(sums + row * width + columns, values, mask=inside)
     values = values.to(sums.dtype.element_ty).to(tl.float32)  # the backward pass reads the rounded values
-    mean = tl.sum(values, axis=0) / width
-    centered = tl.where(inside, values - mean, 0.0)
-    rstd = 1 / tl.sqrt(tl.sum(centered * centered, axis=0) / width + eps)
+    normal = _normalize(values, inside, means + row, rstds + row, width, eps)
     scales = tl.load(scale + b * scale_b + columns, mask=inside, other=0.0).to(tl.float32)
     shifts = tl.load(shift + b * shift_b + columns, mask=inside, other=0.0).to(tl.float32)
-    tl.store(means + row, mean)
-    tl.store(rstds + row, rstd)
-    tl.store(out + row * width + columns, centered * rstd * (1 + scales) + shifts, mask=inside)
+    tl.store(out + row * width + columns, normal * (1 + scales) + shifts, mask=inside)
+
+
+@triton.jit
+def _normalize(values, inside, mean, rstd, width, eps):
+    """Return LayerNorm of one token, and store its mean and 1 / standard deviation."""
+    average = tl.sum(values, axis=0) / width
+    centered = tl.where(inside, values - average, 0.0)
+    factor = 1 / tl.sqrt(tl.sum(centered * centered, axis=0) / width + eps)
+    tl.store(mean, average)
+    tl.store(rstd, factor)
+    return centered * factor
 
 
 @triton.jit

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from megatron_dit.config import Config, uses_deepspeed
-from megatron_dit.parallel.layers import Backend
+from megatron_dit.config import Config
+from megatron_dit.parallel.layers import Backend, backend_options
 from megatron_dit.parallel.topology import Topology
 from megatron_dit.runtime.errors import UserError
 
@@ -26,15 +26,7 @@ def open_backend(config: Config, topology: Topology) -> Backend:
     if missing and fp8 != "none":
         raise UserError(f"train.fp8={fp8} needs Transformer Engine, but {missing}; set train.fp8=none")
     if local or missing:
-        train = config.train
-        return Backend(
-            config.model,
-            config.parallel,
-            topology,
-            train.recompute,
-            train.recompute_blocks,
-            add_up_per_step=not uses_deepspeed(config),
-        )
+        return Backend(config.model, config.parallel, topology, **backend_options(config))
     check_gpu(fp8)
     from megatron_dit.parallel.te import TeBackend
 

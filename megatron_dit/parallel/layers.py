@@ -26,7 +26,7 @@ from megatron.core.tensor_parallel.mappings import (
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
-from megatron_dit.config import ModelConfig, ParallelConfig
+from megatron_dit.config import Config, ModelConfig, ParallelConfig, uses_deepspeed
 from megatron_dit.mup.init_rules import InitKind
 from megatron_dit.parallel.attention import attention
 from megatron_dit.parallel.recompute import Recompute
@@ -201,6 +201,10 @@ class Conv(nn.Conv2d):
 class Backend:
     """Layers of one model on Megatron-core's local implementation, for one topology."""
 
+    column_type: type[nn.Module] = ColumnLinear
+    column_then_gather_type: type[nn.Module] = ColumnThenGatherLinear
+    row_type: type[nn.Module] = RowLinear
+
     def __init__(
         self,
         model: ModelConfig,
@@ -211,9 +215,13 @@ class Backend:
         *,
         add_up_per_step: bool = False,
     ) -> None:
-        """``add_up_per_step``: the optimizer step adds up the parts of gradients of replicated parameters."""
+        """``add_up_per_step``: the optimizer step adds up the parts of replicated parameters' gradients.
+
+        Otherwise every backward pass does.
+        """
         assert topology.tensor_size == parallel.tensor
         self.add_up_per_step = add_up_per_step
+        self.first_micro_batch: bool | None = None  # of a step; None outside of steps and in steps of one micro-batch
         self.topology = topology
         self.recompute = Recompute(recompute, recompute_blocks or model.depth, self.precision)
         self.config = TransformerConfig(
@@ -252,7 +260,7 @@ class Backend:
 
         ``sharded_input``: the input's tokens are sharded under sequence parallelism (PixArt-α's text is not).
         """
-        return ColumnLinear(
+        return self.column_type(
             self,
             inputs,
             outputs,
@@ -263,7 +271,7 @@ class Backend:
         )
 
     def column_then_gather(self, inputs: int, outputs: int) -> nn.Module:
-        return ColumnThenGatherLinear(self, inputs, outputs)
+        return self.column_then_gather_type(self, inputs, outputs)
 
     def conv(self, inputs: int, outputs: int, side: int) -> Conv:
         return Conv(inputs, outputs, side)
@@ -277,7 +285,7 @@ class Backend:
     def row(
         self, inputs: int, outputs: int, *, init: InitKind = InitKind.FAN_IN, return_bias: bool = False
     ) -> nn.Module:
-        return RowLinear(self, inputs, outputs, init=init, return_bias=return_bias)
+        return self.row_type(self, inputs, outputs, init=init, return_bias=return_bias)
 
     def head_gain(self, head_dim: int) -> HeadGain:
         return HeadGain(self, head_dim)
@@ -359,6 +367,15 @@ class Backend:
         gradient = gradient.clone(memory_format=torch.contiguous_format)
         dist.all_reduce(gradient, group=self.topology.tensor_group)
         return gradient
+
+
+def backend_options(config: Config) -> dict[str, Any]:
+    """Return the arguments of :class:`Backend` that follow the topology."""
+    return {
+        "recompute": config.train.recompute,
+        "recompute_blocks": config.train.recompute_blocks,
+        "add_up_per_step": not uses_deepspeed(config),
+    }
 
 
 def set_init(parameter: Any, kind: InitKind, *, trained: bool = True) -> None:

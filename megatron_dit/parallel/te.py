@@ -22,9 +22,9 @@ from transformer_engine.pytorch.quantization import (  # pyright: ignore[reportM
     FP8GlobalStateManager,
 )
 
-from megatron_dit.config import Config, uses_deepspeed
+from megatron_dit.config import Config
 from megatron_dit.mup.init_rules import InitKind
-from megatron_dit.parallel.layers import Backend, set_init
+from megatron_dit.parallel.layers import Backend, backend_options, set_init
 from megatron_dit.parallel.topology import Topology
 
 RECIPES = {
@@ -44,6 +44,11 @@ class TeLinear(te.Linear):
 
     def reset_parameters(self, defer_init: bool = False) -> None:
         """Do nothing: ``mup.initial_values`` initializes every parameter by its global name."""
+
+    def forward(self, x: Tensor) -> Any:
+        """Apply the layer. Its weight is cast to FP8 by the first micro-batch of a step only, if TE may keep it."""
+        first = self.backend.first_micro_batch if self.backend.keeps_fp8_weights else None
+        return super().forward(x, is_first_microbatch=first)
 
     @property
     def is_fsdp2(self) -> bool:
@@ -118,50 +123,20 @@ class TeRow(TeLinear):
 class TeBackend(Backend):
     """Layers of one model on Transformer Engine, with the parameter names, shapes and roles of :class:`Backend`."""
 
+    column_type, column_then_gather_type, row_type = TeColumn, TeColumnThenGather, TeRow
+
     def __init__(self, config: Config, topology: Topology) -> None:
-        train = config.train
-        super().__init__(
-            config.model,
-            config.parallel,
-            topology,
-            train.recompute,
-            train.recompute_blocks,
-            add_up_per_step=not uses_deepspeed(config),
-        )
+        super().__init__(config.model, config.parallel, topology, **backend_options(config))
         self.te_group = topology.tensor_group if topology.tensor_size > 1 else None
         self.sharded_weights = config.parallel.zero_stage == 3
-        fp8 = train.fp8
-        self.recipe = None if fp8 == "none" else RECIPES[fp8](fp8_format=FORMATS[train.fp8_format])
+        fp8 = config.train.fp8
+        self.recipe = None if fp8 == "none" else RECIPES[fp8](fp8_format=FORMATS[config.train.fp8_format])
+        # TE then keeps a step's FP8 weights, 2 bytes per weight. Recomputed blocks would write them a second time.
+        self.keeps_fp8_weights = fp8 != "none" and not self.sharded_weights and config.train.recompute != "full"
         # Delayed scaling reduces the scales of a layer over all ranks that hold it. By default TE would reduce over all
         # ranks, including those of other pipeline stages.
         self.amax_group = parallel_state.get_amax_reduction_group() if fp8 == "delayed" else None
         self.fp8_state = FP8GlobalState()
-
-    def column(
-        self,
-        inputs: int,
-        outputs: int,
-        *,
-        fused_parts: int = 1,
-        sharded_input: bool = True,
-        bias: bool = True,
-        return_bias: bool = False,
-    ) -> TeColumn:
-        return TeColumn(
-            self,
-            inputs,
-            outputs,
-            fused_parts=fused_parts,
-            sharded_input=sharded_input,
-            bias=bias,
-            return_bias=return_bias,
-        )
-
-    def column_then_gather(self, inputs: int, outputs: int) -> TeColumnThenGather:
-        return TeColumnThenGather(self, inputs, outputs)
-
-    def row(self, inputs: int, outputs: int, *, init: InitKind = InitKind.FAN_IN, return_bias: bool = False) -> TeRow:
-        return TeRow(self, inputs, outputs, init=init, return_bias=return_bias)
 
     def precision(self) -> AbstractContextManager[Any]:
         """Return a context manager that enables FP8 for linear layers called in it, and for their backward pass."""

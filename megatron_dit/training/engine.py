@@ -76,6 +76,7 @@ class Engine:
         self.bad_samples: dict[str, int] = {}  # number of unreadable samples since the start of the run, by cause
         self.data: dict[str, str] = {}  # fingerprint of the dataset, stored in checkpoints
         self._loss = MicroBatchLoss(config, topology, backend, dtype)
+        self._backend = backend
         self._pipeline = Pipeline(model, config, topology, dtype) if topology.pipeline_size > 1 else None
 
     @property
@@ -159,7 +160,9 @@ class Engine:
         self.optimizer.observer = self._monitor.observe if monitor else None
 
         def forward(model: Callable[..., Tensor], micro_batch: Batch) -> LossTerms:
-            terms = self._loss(model, micro_batch, activations=monitor and micro_batch is micro_batches[0])
+            first = micro_batch is micro_batches[0]
+            self._backend.first_micro_batch = first if len(micro_batches) > 1 else None
+            terms = self._loss(model, micro_batch, activations=monitor and first)
             losses.extend([] if terms.objective is None else [terms.objective])
             alignments.extend([] if terms.alignment is None else [terms.alignment])
             activations.update(terms.activations)
@@ -173,6 +176,7 @@ class Engine:
                 self._zero.backward(total, last=i == len(micro_batches) - 1)
         else:
             self._pipeline.run(micro_batches, forward)
+        self._backend.first_micro_batch = None
         causes = [cause for cause, _ in batch.bad]
         counts = [float(causes.count(cause)) for cause in CAUSES]
         norm, skipped, totals = self._zero.step([_mean(losses), _mean(alignments)], [*counts, *extra])
