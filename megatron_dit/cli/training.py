@@ -40,6 +40,7 @@ def add_commands(commands: Any) -> None:
         "--layouts", metavar="A,B", help="comma-separated layouts; if omitted, all, or nine with --resume"
     )
     verify.add_argument("--steps", type=number("--steps", Count), default=10, metavar="N", help="number of steps")
+    verify.add_argument("--dtype", choices=["fp32", "bf16"], default="fp32", help="type of the weights in the steps")
     verify.add_argument("--resume", action="store_true", help="save under each layout halfway, resume under each")
 
     bench = add_command(
@@ -81,12 +82,16 @@ def _verify(arguments: argparse.Namespace) -> int:
     names = None if arguments.layouts is None else arguments.layouts.split(",")
     if arguments.steps < 1 + arguments.resume:
         raise UserError(f"--steps {arguments.steps}: expected at least {1 + arguments.resume}")
+    if arguments.resume and arguments.dtype != "fp32":
+        raise UserError(
+            f"--dtype {arguments.dtype} with --resume: checkpoints are compared in fp32; remove one of them"
+        )
     if arguments.resume:
         pairs = verify_resume(arguments.config, arguments.overrides, names, arguments.steps)
         report = {f"{pair.saved} to {pair.loaded}": {**asdict(pair), "good": pair.good} for pair in pairs}
         good = all(pair.good for pair in pairs)
     else:
-        results = verify(arguments.config, arguments.overrides, names, arguments.steps)
+        results = verify(arguments.config, arguments.overrides, names, arguments.steps, arguments.dtype)
         report = {row.layout: {**asdict(row), "good": row.good} for row in results}
         good = all(row.good for row in results)
     write_json(arguments, report)

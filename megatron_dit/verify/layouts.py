@@ -70,7 +70,7 @@ LAYOUTS = {
 
 
 def layouts_of(
-    path: str, overrides: Sequence[str], names: Sequence[str], steps: int, *, all_of_them: bool
+    path: str, overrides: Sequence[str], names: Sequence[str], steps: int, dtype: str, *, all_of_them: bool
 ) -> dict[str, tuple[Layout, Config]]:
     """Return the reference and each named layout with its config; log layouts that the model does not support.
 
@@ -81,7 +81,7 @@ def layouts_of(
     if unknown is not None:
         raise UserError(f"unknown layout {unknown!r}; expected one or more of {', '.join(known)}")
     # ZeRO stage 0 cannot offload. Transformer Engine computes fp32 products in TF32, whose error exceeds the tolerance.
-    forced = [*overrides, "train.dtype=fp32", "optimizer.offload=false", "train.fp8=none", "parallel.backend=local"]
+    forced = [*overrides, f"train.dtype={dtype}", "optimizer.offload=false", "train.fp8=none", "parallel.backend=local"]
     base = load_config(path, forced)
     read_data(base.data)
     found = {}

@@ -31,7 +31,7 @@ from megatron_dit.parallel.topology import Topology
 from megatron_dit.runtime.progress import ProgressBar
 from megatron_dit.runtime.table import Table
 from megatron_dit.training.engine import Engine
-from megatron_dit.verify.layout_parity import TOLERANCE, disturbed, greatest_difference, ratio
+from megatron_dit.verify.layout_parity import TOLERANCES, disturbed, greatest_difference, ratio
 from megatron_dit.verify.layouts import SINGLE, layouts_of, run_layout
 
 STATE_TOLERANCE = 0.1  # a state that is not restored has an error of about 1
@@ -83,7 +83,7 @@ class Pair:
     @property
     def good(self) -> bool:
         exact = self.schedule and self.order and self.mup and (self.equal or self.saved != self.loaded)
-        return exact and self.loss <= TOLERANCE and self.state <= STATE_TOLERANCE
+        return exact and self.loss <= TOLERANCES["fp32"] and self.state <= STATE_TOLERANCE
 
 
 def verify_resume(path: str, overrides: Sequence[str], names: Sequence[str] | None, steps: int) -> list[Pair]:
@@ -91,7 +91,7 @@ def verify_resume(path: str, overrides: Sequence[str], names: Sequence[str] | No
 
     If ``names`` is None, ``PAIRED`` is used, except layouts that the model does not support, which are logged.
     """
-    layouts = layouts_of(path, overrides, names or PAIRED, steps, all_of_them=names is not None)
+    layouts = layouts_of(path, overrides, names or PAIRED, steps, "fp32", all_of_them=names is not None)
     pairs = []
     with tempfile.TemporaryDirectory() as scratch, ProgressBar("verify", 2 * len(layouts)) as bar:
         folders = {name: str(Path(scratch) / name) for name in layouts}

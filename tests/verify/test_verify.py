@@ -36,6 +36,17 @@ def test_verify_prints_and_writes_its_results(config, tmp_path, capfd):
     assert "Warning" not in err  # the ranks' libraries warn of options that we do not use
 
 
+def test_verify_in_bf16_allows_one_rounding_of_bf16(config, tmp_path, capsys):
+    results = tmp_path / "results.json"
+    command = ["verify", config, "--layouts", "tp2", "--steps", "3", "--dtype", "bf16", "--json", str(results)]
+    assert run(command) == 0
+    row = json.loads(results.read_text())["tp2"]
+    assert row["good"]
+    assert 1e-5 < max(row["loss"], row["norm"]) <= row["tolerance"] == 2**-8
+    assert run([*command, "--resume"]) == 2
+    assert "--dtype bf16 with --resume" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("found", "expected", "difference"),
     [
