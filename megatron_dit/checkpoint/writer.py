@@ -17,7 +17,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -34,6 +33,7 @@ from megatron_dit.checkpoint.listing import (
     why_stray,
 )
 from megatron_dit.checkpoint.manifest import STATE, manifest_of, write_manifest
+from megatron_dit.checkpoint.staging import Staging
 from megatron_dit.optimizer import state_keys
 from megatron_dit.parallel.collectives import gather, on_all_ranks, raise_on_all_ranks
 from megatron_dit.runtime.errors import UserError, writing
@@ -49,13 +49,14 @@ REMEDY = "free space or change run_dir"
 class CheckpointWriter:
     """Writer of an engine's checkpoints, optionally in the background of training.
 
-    ``begin`` copies this rank's part to CPU buffers, which are reused by later checkpoints, and starts a thread that
-    writes them. ``commit`` waits for all ranks and renames the folder from ``step_N.part`` to ``step_N``.
+    ``begin`` copies this rank's part to host buffers and starts a thread that writes them. ``commit`` waits for all
+    ranks and renames the folder from ``step_N.part`` to ``step_N``. Writers may share a ``staging`` if all that are
+    under way were begun at the same step.
     """
 
-    def __init__(self, engine: Engine) -> None:
+    def __init__(self, engine: Engine, staging: Staging | None = None) -> None:
         self._engine, self.is_rank0 = engine, engine.topology.rank == 0
-        self._copies: dict[str, Tensor] = {}
+        self._staging = Staging() if staging is None else staging
         self._thread: threading.Thread | None = None
 
     @property
@@ -72,16 +73,7 @@ class CheckpointWriter:
         """Start writing ``folder/step_N``: masters and all states, or only ``keys``. ``folder`` must exist."""
         keys = keys or (STATE, *state_keys(self._engine.config.ema))
         ranges, about = _local_ranges(self._engine, keys)
-        for name, values in ranges.items():
-            if name not in self._copies:
-                self._copies[name] = torch.empty(values.shape, pin_memory=values.is_cuda)
-            if values.is_cuda:
-                self._copies[name].copy_(values, non_blocking=True)
-            else:  # NumPy copies in one thread; torch's threads would compete with data loading for the cores
-                np.copyto(self._copies[name].numpy(), values.numpy())
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-        self._start(folder, keys, {name: self._copies[name] for name in ranges}, about)
+        self._start(folder, keys, self._staging.copy(ranges), about)
 
     def save(self, folder: Path, keys: Sequence[str] = ()) -> Path:
         """Write a checkpoint and return its path, without a background copy. Collective."""

@@ -7,6 +7,7 @@ import time
 from pathlib import Path
 
 from megatron_dit.checkpoint.listing import checkpoints_to_delete, clear, delete, list_checkpoints, step_of
+from megatron_dit.checkpoint.staging import Staging
 from megatron_dit.checkpoint.writer import CheckpointWriter, set_aside
 from megatron_dit.optimizer import power_averages
 from megatron_dit.runtime.errors import UserError, writing
@@ -23,7 +24,8 @@ class CheckpointSchedule:
 
     def __init__(self, engine: Engine, run: RunFolder) -> None:
         self._engine, self._run, self._config = engine, run, engine.config
-        self._snapshot, self._checkpoint = CheckpointWriter(engine), CheckpointWriter(engine)
+        staging = Staging()  # after_step commits both writers before it begins either
+        self._snapshot, self._checkpoint = CheckpointWriter(engine, staging), CheckpointWriter(engine, staging)
         self._plotted = time.monotonic()
 
     def prepare(self) -> None:
