@@ -113,7 +113,7 @@ class Encoders:
         mean, std = self._codec.posterior(images)
         text = features = None
         if self._text is not None and self._recipe.text == "features":
-            text = [row.half().numpy() for row in self._text.encode_ids(batch.ids)]
+            text = [row.half().cpu().numpy() for row in self._text.encode_ids(batch.ids)]
         if self._vision_encoder is not None:
             rows, columns = (side // self._recipe.patch for side in mean.shape[2:])
             features = self._vision_encoder.features(images, rows, columns).half().cpu().numpy()

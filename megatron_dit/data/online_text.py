@@ -24,9 +24,9 @@ END = np.ones(1, np.int32)  # T5's end token: the ids of an empty caption
 class OnlineText:
     """Computes text features from token ids. They are equal to the features that ``data_prep`` stores in shards.
 
-    The features of the most recently used captions are cached. ``text`` is the index's description of the text; the
-    encoder must be the one that produced the ids. If ``sharded``, the weights are sharded over all ranks (ZeRO-3), and
-    every rank must construct this object and call it equally often.
+    They stay on this rank's device, where those of the most recently used captions are cached. ``text`` is the index's
+    description of the text; the encoder must be the one that produced the ids. If ``sharded``, the weights are sharded
+    over all ranks (ZeRO-3), and every rank must construct this object and call it equally often.
     """
 
     def __init__(self, text: Mapping[str, Any], name: str, sharded: bool) -> None:
@@ -72,7 +72,7 @@ class OnlineText:
             features = self._encoder.encode_ids(list(missing.values()) or [END])
             found.update({key: feature.half() for key, feature in zip(missing, features, strict=False)})
         # An unreadable sample has no ids.
-        found[b""] = torch.zeros(0, self._encoder.dim, dtype=torch.float16)
+        found[b""] = torch.zeros(0, self._encoder.dim, dtype=torch.float16, device=device())
         for key in captions:
             self._keep(key, found[key])
         return [found[caption.tobytes()] for caption in ids]

@@ -56,7 +56,7 @@ class TextEncoder:
 
     @torch.no_grad()
     def encode_ids(self, ids: Sequence[np.ndarray]) -> list[Tensor]:
-        """Return the features (tokens, dim) fp32 of each caption's ids, without padding.
+        """Return the features (tokens, dim) fp32 of each caption's ids, without padding, on the encoder's device.
 
         Runs a single forward pass in which identical captions are encoded only once.
         """
@@ -67,7 +67,7 @@ class TextEncoder:
         tokens = torch.zeros(mask.shape, dtype=torch.long)  # padding is masked, so its ids do not matter
         tokens[mask] = torch.from_numpy(np.frombuffer(b"".join(rows), dtype=ids[0].dtype).astype(np.int64))
         output = self.model(input_ids=tokens.to(self._device), attention_mask=mask.to(self._device))
-        features = output.last_hidden_state.float().cpu()
+        features = output.last_hidden_state.float()
         return [features[place, : len(caption)] for place, caption in zip(places, ids, strict=True)]
 
     def encode(self, captions: Sequence[str]) -> list[Tensor]:
@@ -78,9 +78,10 @@ class TextEncoder:
 def pad(features: Sequence[Tensor], tokens: int) -> tuple[Tensor, Tensor]:
     """Pad the captions' features with zeros.
 
-    Return the features (B, tokens, dim) and a mask (B, tokens), which is True for tokens and False for padding.
+    Return the features (B, tokens, dim) on their device, and a mask (B, tokens) on the CPU: True for tokens, False for
+    padding.
     """
-    text = torch.zeros(len(features), tokens, features[0].shape[1], dtype=features[0].dtype)
+    text = features[0].new_zeros(len(features), tokens, features[0].shape[1])
     mask = torch.zeros(len(features), tokens, dtype=torch.bool)
     for row, feature in enumerate(features):
         count = min(tokens, len(feature))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,7 +14,7 @@ from megatron_dit.config.load import first_difference
 from megatron_dit.data import online_text
 from megatron_dit.data.encoder_hash import weights_sha256
 from megatron_dit.data.online_text import OnlineText
-from megatron_dit.data.text import DTYPES, TextEncoder
+from megatron_dit.data.text import DTYPES, TextEncoder, pad
 from megatron_dit.runtime.errors import UserError
 from tests.helpers.configs import small
 
@@ -65,6 +66,17 @@ def test_online_features_equal_precomputed_features(folder, dtype):
     expected = np.concatenate(precomputed)
     assert (few != expected).mean() < (0.02 if dtype == "fp16" else 0.005)
     np.testing.assert_allclose(few, expected, rtol=2**-7 if dtype == "bf16" else 2**-9, atol=1e-3)
+
+
+def test_features_stay_on_the_encoders_device(folder):
+    """A copy to the CPU and back would wait for the device twice; the meta device would raise."""
+    encoder = TextEncoder(str(folder), TOKENS)
+    encoder._device = torch.device("meta")
+    # transformers' T5 itself reads whether the mask is full.
+    encoder.model = lambda input_ids, **_: SimpleNamespace(last_hidden_state=input_ids.new_empty(*input_ids.shape, 64))
+    text, mask = pad(encoder.encode(captions(4, seed=0)), TOKENS)
+    assert (text.device.type, text.shape) == ("meta", (4, TOKENS, 64))
+    assert mask.device.type == "cpu"  # it follows from the lengths
 
 
 def test_encoder_that_differs_from_the_index_is_rejected(folder, tmp_path):
