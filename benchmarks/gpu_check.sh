@@ -1,9 +1,11 @@
 #!/usr/bin/env bash
-# Check one GPU in three parts, each of which ends within 10 minutes:
+# Check one GPU in four parts, each of which ends within 10 minutes:
 #
 #   benchmarks/gpu_check.sh bench   training steps of four models in bf16: on the local backend, compiled, with full
 #                                   recompute, and against diffusers
 #   benchmarks/gpu_check.sh fp8     the same models on Transformer Engine, in bf16 and FP8
+#   benchmarks/gpu_check.sh profile the ten most expensive kernels of a step, and the shares of matrix products, attention,
+#                                   pointwise functions, communication and idle time
 #   benchmarks/gpu_check.sh tests   the tests marked gpu
 #
 # Weights and data are random; each run has a process of its own. bench needs torch, deepspeed and megatron-core; runs
@@ -19,7 +21,8 @@ cd "$(dirname "$0")/.." || exit 2
 BUDGET=${BUDGET:-480} PYTHON=${PYTHON:-python3} RESULTS=${RESULTS:-benchmarks/results} RUNS=${RUNS:-runs/gpu_check}
 TEST_SECONDS=590 RUN_SECONDS=110
 part=${1:-}
-[[ $part =~ ^(bench|fp8|tests)$ ]] || { echo "error: part '$part': expected bench, fp8 or tests" >&2; exit 2; }
+[[ $part =~ ^(bench|fp8|profile|tests)$ ]] ||
+    { echo "error: part '$part': expected bench, fp8, profile or tests" >&2; exit 2; }
 export PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True
 mkdir -p "$RUNS"
 
@@ -40,13 +43,13 @@ config_of() {
 }
 
 # run MODEL PRECISION VARIANT: write metrics to NAME.json, or a one-line error to NAME.error. VARIANT is none (no
-# recompute), full (recompute), compile or diffusers.
+# recompute), full (recompute), compile, diffusers or profile.
 run() {
     local name=$1.$2.$3 overrides status flags=()
     overrides="parallel.tensor=1 parallel.sequence=false parallel.zero_stage=0 train.dtype=bf16"
     overrides+=" train.recompute=$([[ $3 == full ]] && echo full || echo none)"
     [[ $3 == compile ]] && overrides+=" train.compile=true"
-    [[ $3 == diffusers ]] && flags=(--diffusers)
+    [[ $3 == diffusers || $3 == profile ]] && flags=("--$3")
     case $2 in
     bf16) overrides+=" train.fp8=none parallel.backend=local" ;;
     te) overrides+=" train.fp8=none parallel.backend=te" ;;
@@ -105,6 +108,13 @@ fp8)
         for model in mmdit-18b mmdit-2b dit-xl2 pixart; do
             run $model te $variant
             run $model fp8 $variant
+        done
+    done
+    ;;
+profile)
+    for precision in bf16 te fp8; do
+        for model in mmdit-18b dit-xl2 pixart; do
+            run $model $precision profile
         done
     done
     ;;

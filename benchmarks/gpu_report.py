@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import datetime
 import json
+import subprocess
 import sys
 import xml.etree.ElementTree as ElementTree
 from dataclasses import asdict, dataclass
@@ -19,7 +20,13 @@ PACKAGES = ("torch", "deepspeed", "megatron-core", "transformer-engine", "diffus
 COLUMNS = ("model", "parameters", "batch", "precision", "variant", "step (ms)", "samples/s", "TFLOP/s", "MFU",
            "peak memory (GiB)", "speed-up over bf16", "speed-up over diffusers")  # fmt: skip
 PRECISIONS = {"bf16": "bf16", "te": "bf16, Transformer Engine", "fp8": "FP8"}
-VARIANTS = {"none": "", "compile": "torch.compile", "diffusers": "compared with diffusers", "full": "full recompute"}
+VARIANTS = {
+    "none": "",
+    "compile": "torch.compile",
+    "diffusers": "compared with diffusers",
+    "full": "full recompute",
+    "profile": "profiled",
+}
 
 
 @dataclass(frozen=True)
@@ -115,6 +122,17 @@ def row(run: Run, runs: list[Run]) -> list[str]:
     ]
 
 
+def profile_lines(run: Run) -> list[str]:
+    """Return the section with a run's profile."""
+    profile = run.results["profile"]
+    shares = ", ".join(f"{kind} {share:.1%}" for kind, share in profile["shares"].items())
+    lines = ["", f"## Profile: {run.model}, {PRECISIONS[run.precision]}", "", f"Shares of the time: {shares}.", ""]
+    lines += ["| kernel | runs per step | share |", "|---|---|---|"]
+    return lines + [
+        f"| `{name.replace('|', '/')}` | {count} | {share:.1%} |" for name, count, share in profile["kernels"]
+    ]
+
+
 def markdown(environment: dict[str, str], tests: Tests | None, runs: list[Run]) -> str:
     lines = [
         "# GPU tests and benchmarks",
@@ -130,20 +148,25 @@ def markdown(environment: dict[str, str], tests: Tests | None, runs: list[Run]) 
         lines += ["", "Training steps with random weights and data (medians).", ""]
         lines += ["| " + " | ".join(COLUMNS) + " |", "|" + "---|" * len(COLUMNS)]
         lines += ["| " + " | ".join(row(run, runs)) + " |" for run in runs]
+    for run in runs:
+        if run.results.get("profile"):
+            lines += profile_lines(run)
     return "\n".join(lines) + "\n"
 
 
 def describe_machine() -> dict[str, str]:
     """Return the date, the GPU and the versions of ``PACKAGES``."""
-    import torch
-
     versions = {}
     for name in PACKAGES:
         try:
             versions[name] = metadata.version(name)
         except metadata.PackageNotFoundError:
             versions[name] = "not installed"
-    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
+    query = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader", "--id=0"]
+    try:
+        gpu = subprocess.run(query, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        gpu = "none"
     return {"date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(), "GPU": gpu, **versions}
 
 

@@ -13,6 +13,7 @@ import torch
 from rich.console import Console
 
 from megatron_dit.bench.diffusers_baseline import DiffusersBaseline, check_baseline
+from megatron_dit.bench.profile import Profile, profile_steps
 from megatron_dit.config import Config
 from megatron_dit.data.batch import Batch
 from megatron_dit.models.common.condition import Condition
@@ -63,6 +64,7 @@ class Measurement:
     skipped_steps: int  # steps without an optimizer update because the loss or gradient was not finite
     times: Times
     diffusers: Times | None  # steps of the diffusers baseline, interleaved with ours
+    profile: Profile | None = None  # of three more steps of rank 0
 
     @property
     def samples_per_second(self) -> float:
@@ -115,12 +117,15 @@ class Measurement:
         for row in rows.items():
             table.add_row(*row)
         Console(width=110).print(table)
+        if self.profile is not None:
+            self.profile.print(self.device)
 
 
-def measure(config: Config, steps: int, warmup: int, diffusers: bool) -> Measurement:
+def measure(config: Config, steps: int, warmup: int, *, diffusers: bool, profile: bool) -> Measurement:
     """Time ``steps`` training steps after ``warmup`` untimed ones. Collective.
 
-    If ``diffusers`` is true, also time the same number of steps of the diffusers baseline, interleaved with ours.
+    If ``diffusers`` is true, also time the same number of steps of the diffusers baseline, interleaved with ours. If
+    ``profile`` is true, profile three more steps.
     """
     topology = start_up(config)
     world = topology.world
@@ -157,6 +162,7 @@ def measure(config: Config, steps: int, warmup: int, diffusers: bool) -> Measure
             for name, step in turns.items():
                 times[name].append(_timed(step))
             bar.advance(f"{times['ours'][-1]:.3f} s")
+    profiled = profile_steps(lambda: _timed(ours)) if profile else None
     model, train = config.model, config.train
     precision = train.dtype if train.fp8 == "none" else "fp8"
     return Measurement(
@@ -171,6 +177,7 @@ def measure(config: Config, steps: int, warmup: int, diffusers: bool) -> Measure
         skipped_steps=skipped,
         times=Times(tuple(times["ours"])),
         diffusers=Times(tuple(times["diffusers"])) if diffusers else None,
+        profile=profiled,
     )
 
 

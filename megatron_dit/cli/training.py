@@ -57,6 +57,7 @@ def add_commands(commands: Any) -> None:
     warmup = number("--warmup", Count)
     bench.add_argument("--warmup", type=warmup, default=5, metavar="N", help="number of untimed steps before them")
     bench.add_argument("--diffusers", action="store_true", help="also time a diffusers model of the same size")
+    bench.add_argument("--profile", action="store_true", help="also list the most expensive kernels of a step")
 
 
 def _train(arguments: argparse.Namespace) -> int:
@@ -109,7 +110,9 @@ def _bench(arguments: argparse.Namespace) -> int:
     from megatron_dit.training.memory import explain_out_of_memory
 
     with multi_rank_command(), explain_out_of_memory(config):
-        measured = measure(config, arguments.steps, arguments.warmup, arguments.diffusers)
+        measured = measure(
+            config, arguments.steps, arguments.warmup, diffusers=arguments.diffusers, profile=arguments.profile
+        )
     if is_rank0():
         measured.print(arguments.config)
     write_json(arguments, measured.results())

@@ -14,6 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from megatron_dit.bench import measure
 from megatron_dit.bench.diffusers_baseline import DiffusersBaseline
 from megatron_dit.bench.measure import Measurement, Times
+from megatron_dit.bench.profile import Kernel, kind_of, summarize
 from megatron_dit.cli import run
 from megatron_dit.models.flops import model_flops
 from megatron_dit.models.mmdit.diffusers import BASELINE_POOLED_TEXT
@@ -64,7 +65,7 @@ def test_flops_equal_torchs_count_of_a_training_step(arch, recompute):
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
         metrics = engine.train_step(batch)
     assert not metrics.skipped
-    found = measure.measure(config, steps=2, warmup=1, diffusers=False)
+    found = measure.measure(config, steps=2, warmup=1, diffusers=False, profile=False)
     flops = model_flops(config.model, 16, 16)
     assert found.sample_flops == flops.total.model
     recomputed = sum(block.forward for block in flops.blocks) if recompute == "full" else 0
@@ -143,3 +144,42 @@ def test_invalid_arguments_and_out_of_memory_are_reported_on_one_line(tmp_path, 
 
     monkeypatch.setattr(Engine, "train_step", full)
     reported("train.micro_batch=4 or set train.recompute=full", "mmdit")
+
+
+def test_profile_sums_kernels_by_kind_and_finds_idle_time():
+    """Two of the kernels overlap, and nothing runs in the last 20 of 200 microseconds."""
+    kernels = [
+        Kernel("ampere_bf16_s16816gemm_128x128", 0, 60),
+        Kernel("ncclDevKernel_ReduceScatter", 40, 80),
+        Kernel("flash_fwd_kernel", 80, 100),
+        Kernel("ampere_bf16_s16816gemm_128x128", 100, 160),
+        Kernel("add_residual_forward", 160, 180),
+    ]
+    found = summarize(kernels, 200e-6, steps=2)
+    expected = {"matrix products": 0.6, "communication": 0.2, "attention": 0.1, "pointwise and other": 0.1}
+    assert {kind: share for kind, share in found.shares.items() if share} == pytest.approx({**expected, "idle": 0.1})
+    assert found.kernels[0] == ("ampere_bf16_s16816gemm_128x128", 1, pytest.approx(0.6))
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        ("nvjet_tst_192x192_64x4_2x1_v_bz_coopB_TNT", "matrix products"),
+        ("aten::mm", "matrix products"),
+        ("aten::_scaled_dot_product_flash_attention_for_cpu", "attention"),
+        ("cudnn_generated_fort_native_sdpa_sm90_flash_fprop_wgmma_f16_knob_3", "attention"),
+        ("void at::native::multi_tensor_apply_kernel<>", "optimizer"),
+        ("Memcpy HtoD (Pinned -> Device)", "copies"),
+        ("gelu_backward", "pointwise and other"),
+    ],
+)
+def test_kinds_of_kernels(name, kind):
+    assert kind_of(name) == kind
+
+
+def test_bench_profiles_steps(tmp_path):
+    found = bench(written(tmp_path, "mmdit"), tmp_path, "--profile")["profile"]
+    assert found["shares"]["matrix products"] > 0.05
+    assert 0 <= found["shares"]["idle"] < 0.9
+    assert len(found["kernels"]) == 10
+    assert bench(written(tmp_path, "mmdit"), tmp_path)["profile"] is None

@@ -18,6 +18,7 @@ FIGURES = {
     "parameters": 2_021_277_632, "global_batch": 128, "step_seconds": 0.5, "samples_per_second": 256.0,
     "tflops_per_device": 413.2, "mfu": 0.4177, "peak_memory_gib": 81.26, "speedup": None,
 }  # fmt: skip
+PROFILE = '"profile": {"shares": {"matrix products": 0.61, "idle": 0.125}, "kernels": [["gemm<a|b>", 30, 0.5]]}'
 TESTS = """<testsuites><testsuite>
 <testcase classname="tests.a" name="one"/><testcase classname="tests.a" name="two"/>
 <testcase classname="tests.a" name="three"><failure message="no"/></testcase>
@@ -41,6 +42,7 @@ case $out in
 *mmdit-18b.*.full.json) exit 3 ;;
 *pixart.*.full.json) echo first && echo last && exit 1 ;;
 *mmdit-2b.fp8.*) echo "${FIGURES/0.5/0.4}" >"$out" ;;
+*.profile.json) echo "${FIGURES/null/null, $PROFILE}" >"$out" ;;
 *.diffusers.json) echo "${FIGURES/null/1.25}" >"$out" ;;
 *) echo "$FIGURES" >"$out" ;;
 esac
@@ -58,7 +60,7 @@ def check(folder, *arguments, fail=0, memory="81559", **environment):
     environment = {"PATH": f"{smi.parent}:{os.environ['PATH']}", **environment}
     paths = {"PYTHON": stand_in, "REAL": sys.executable, "CALLS": folder / "calls"}
     paths |= {"RESULTS": folder / "results", "RUNS": folder / "runs"}
-    made_up = {"FIGURES": json.dumps(FIGURES), "TESTS": TESTS, "FAIL": fail, **environment}
+    made_up = {"FIGURES": json.dumps(FIGURES), "TESTS": TESTS, "PROFILE": PROFILE, "FAIL": fail, **environment}
     done = subprocess.run(
         [str(ROOT / "benchmarks" / "gpu_check.sh"), *arguments],
         env={**os.environ, **{key: str(value) for key, value in {**paths, **made_up}.items()}},
@@ -105,6 +107,16 @@ def test_fp8_is_compared_with_transformer_engine_in_bf16(tmp_path):
     assert "| mmdit-2b | 2.02B | 128 | FP8 |  | 400.0 | 256.0 | 413 | 41.8% | 81.3 | 1.25 |  |" in text
 
 
+def test_profiles_list_the_most_expensive_kernels(tmp_path):
+    done, calls = check(tmp_path, "profile")
+    assert (done.returncode, len(calls)) == (0, 3 * 3)
+    assert all(call.endswith("--profile") for call in calls)
+    _, text = report(tmp_path)
+    assert "## Profile: dit-xl2, bf16, Transformer Engine\n" in text
+    assert text.count("Shares of the time: matrix products 61.0%, idle 12.5%.\n") == 9
+    assert text.count("| `gemm<a/b>` | 30 | 50.0% |\n") == 9
+
+
 def test_tests_set_the_exit_status_and_are_reported(tmp_path):
     done, calls = check(tmp_path, "tests", fail=1)
     assert (done.returncode, len(calls)) == (1, 1)
@@ -123,7 +135,7 @@ def test_tests_set_the_exit_status_and_are_reported(tmp_path):
 
 @pytest.mark.parametrize(("memory", "depth"), [("81559", 3), ("143771", 6)])
 def test_every_benchmark_run_has_a_valid_config_sized_for_the_gpu(tmp_path, memory, depth):
-    calls = [call for part in ("bench", "fp8") for call in check(tmp_path, part, memory=memory)[1]]
+    calls = [call for part in ("bench", "fp8", "profile") for call in check(tmp_path, part, memory=memory)[1]]
     for call in calls:
         path, *overrides = call.split(" bench ")[1].split(" --steps")[0].split()
         config = load_config(ROOT / path, overrides)
@@ -146,7 +158,7 @@ def test_a_machine_without_a_gpu_gets_a_report_that_says_so(tmp_path):
 def test_an_unknown_part_is_an_error(tmp_path, part):
     done, calls = check(tmp_path, part)
     assert (done.returncode, calls) == (2, [])
-    assert f"part '{part}': expected bench, fp8 or tests" in done.stderr
+    assert f"part '{part}': expected bench, fp8, profile or tests" in done.stderr
 
 
 def test_runs_beyond_the_budget_are_reported_as_not_run(tmp_path):
