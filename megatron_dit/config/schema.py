@@ -16,7 +16,8 @@ from megatron_dit.config.optimizer import EmaConfig, OptimizerConfig
 from megatron_dit.config.parallel import LaunchConfig, ParallelConfig
 from megatron_dit.config.training import SOLVERS_OF, CheckpointConfig, SamplingConfig, TrainConfig
 
-FP8_MULTIPLE = 16  # every dimension of an FP8 GEMM must be a multiple (cuBLAS needs rows of 16 bytes)
+# Every dimension of an FP8 GEMM must be a multiple: cuBLAS needs rows of 16 bytes, MXFP8 complete blocks of 32.
+FP8_MULTIPLE, MXFP8_MULTIPLE = 16, 32
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -124,24 +125,27 @@ class Config(Section):
             f"train.fp8={fp8} and parallel.backend=local: FP8 needs Transformer Engine, "
             "set parallel.backend=te or train.fp8=none",
         )
+        multiple = MXFP8_MULTIPLE if fp8 == "mxfp8" else FP8_MULTIPLE
         check(
-            model.width // tensor % FP8_MULTIPLE == 0,
+            model.width // tensor % multiple == 0,
             f"model.heads * model.head_dim / parallel.tensor = {model.width // tensor}: "
-            f"expected a multiple of {FP8_MULTIPLE} for train.fp8={fp8}",
+            f"expected a multiple of {multiple} for train.fp8={fp8}",
         )
         self.check_fp8_tokens(model.sample_size, model.sample_size)
 
     def check_fp8_tokens(self, height: int, width: int) -> None:
         """Raise UserError if FP8 does not support the number of tokens per rank, for latents of this size or for text.
 
-        The token count is the inner dimension of the weight gradient's GEMM. With blockwise scaling and sequence
+        The token count is the inner dimension of the weight gradient's GEMM. With scales per block and sequence
         parallelism every rank must hold complete blocks of 128 tokens, because the ranks' tokens are gathered.
         """
         model, micro, fp8 = self.model, self.train.micro_batch, self.train.fp8
         if fp8 == "none":
             return
         shards = self.parallel.tensor if self.parallel.sequence else 1
-        multiple = 128 if fp8 == "blockwise" and shards > 1 else FP8_MULTIPLE
+        multiple = MXFP8_MULTIPLE if fp8 == "mxfp8" else FP8_MULTIPLE
+        if fp8 in ("blockwise", "mxfp8") and shards > 1:
+            multiple = 128
         patches = height * width // model.patch_size**2
         for name, sequence in model.spec.sequences(model, patches).items():
             tokens = sequence.tokens // shards if sequence.sharded else sequence.tokens

@@ -34,7 +34,7 @@ class TrainConfig(Section):
     recompute_blocks: Count | None = key(
         "recompute only this many blocks, from the first; null: all", None, unit="blocks", resumable=True
     )
-    fp8: Literal["none", "delayed", "current", "blockwise"] = key(
+    fp8: Literal["none", "delayed", "current", "blockwise", "mxfp8"] = key(
         "FP8 scaling recipe of the hidden linear layers (Transformer Engine)", "none"
     )
     fp8_format: Literal["hybrid", "e4m3"] = key(

@@ -9,8 +9,8 @@ from megatron_dit.parallel.layers import Backend, backend_options
 from megatron_dit.parallel.topology import Topology
 from megatron_dit.runtime.errors import UserError
 
-# Minimum compute capability: FP8 GEMMs need Ada or Hopper, blockwise scaling needs Hopper.
-CAPABILITIES = {"none": (0, 0), "delayed": (8, 9), "current": (8, 9), "blockwise": (9, 0)}
+# Minimum compute capability: FP8 GEMMs need Ada or Hopper, blockwise scaling Hopper, MXFP8 Blackwell.
+CAPABILITIES = {"none": (0, 0), "delayed": (8, 9), "current": (8, 9), "blockwise": (9, 0), "mxfp8": (10, 0)}
 
 
 def open_backend(config: Config, topology: Topology) -> Backend:

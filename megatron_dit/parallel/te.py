@@ -31,6 +31,7 @@ RECIPES = {
     "delayed": recipe.DelayedScaling,  # per tensor, from the maximum of |x| in past steps
     "current": recipe.Float8CurrentScaling,  # per tensor, from its current maximum of |x|
     "blockwise": recipe.Float8BlockScaling,  # blocks of 1 x 128 (activations, gradients) or 128 x 128 (weights)
+    "mxfp8": recipe.MXFP8BlockScaling,  # blocks of 32 with scales that are powers of two
 }
 FORMATS = {"hybrid": recipe.Format.HYBRID, "e4m3": recipe.Format.E4M3}
 

@@ -181,12 +181,14 @@ def test_verify_detects_a_row_bias_gradient_that_is_not_summed(pool, dataset, tm
     ("arch", "overrides", "words"),
     [
         ("mmdit", {"parallel.backend": "apex"}, ["parallel.backend='apex'", "auto, te, local"]),
-        ("mmdit", {**FP8, "train.fp8": "mx"}, ["train.fp8='mx'", "none, delayed, current, blockwise"]),
+        ("mmdit", {**FP8, "train.fp8": "mx"}, ["train.fp8='mx'", "none, delayed, current, blockwise, mxfp8"]),
         ("mmdit", {**FP8, "train.fp8_format": "e5m2"}, ["train.fp8_format='e5m2'", "hybrid, e4m3"]),
         ("mmdit", {"train.fp8": "current"}, ["train.fp8=current", "train.dtype=bf16"]),
         ("mmdit", {**FP8, "parallel.backend": "local"}, ["parallel.backend=local", "train.fp8=none"]),
         ("mmdit", {**FP8, "heads": 3, "base_heads": 3}, ["= 24", "multiple of 16"]),
         ("mmdit", {**FP8, "parallel.tensor": 4}, ["/ parallel.tensor = 8", "multiple of 16"]),
+        ("mmdit", {**FP8, "train.fp8": "mxfp8", "parallel.tensor": 2}, ["= 16", "multiple of 32"]),
+        ("mmdit", {**FP8, "train.fp8": "mxfp8", "model.text_tokens": 4}, ["4 text tokens", "= 16", "multiple of 8"]),
         ("dit", {**FP8, "model.patch_size": 8}, None),  # 4 tokens * 4
         ("dit", {**FP8, "model.patch_size": 8, "train.micro_batch": 2}, ["4 image tokens per rank", "multiple of 4"]),
         ("mmdit", {**FP8, "model.text_tokens": 6}, ["6 text tokens per rank", "= 24", "multiple of 8"]),
@@ -276,7 +278,7 @@ def test_te_that_is_not_installed_is_rejected(gpu, overrides, words):
 
 @pytest.mark.parametrize(
     ("fp8", "capability", "needed"),
-    [("delayed", (8, 0), "8.9"), ("current", (8, 0), "8.9"), ("blockwise", (8, 9), "9.0")],
+    [("delayed", (8, 0), "8.9"), ("current", (8, 0), "8.9"), ("blockwise", (8, 9), "9.0"), ("mxfp8", (9, 0), "10.0")],
 )
 def test_fp8_on_an_unsupported_gpu_is_rejected(gpu, fp8, capability, needed):
     gpu(capability, importable=True)

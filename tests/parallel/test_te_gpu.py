@@ -16,7 +16,8 @@ pytestmark = pytest.mark.gpu
 
 CUDA = {"DS_ACCELERATOR": "cuda"}  # the test process itself uses DeepSpeed on the CPU
 KINDS = [*ARCHITECTURES, "uvit-class"]
-RECIPES = ["delayed", "current", "blockwise"]
+BLACKWELL = torch.cuda.is_available() and torch.cuda.get_device_capability() >= (10, 0)
+RECIPES = ["delayed", "current", "blockwise", *(["mxfp8"] if BLACKWELL else [])]
 PROXY = Path(__file__).parents[2] / "configs" / "mmdit" / "proxy.yaml"
 
 
