@@ -27,12 +27,19 @@ from megatron_dit.runtime.progress import ProgressBar
 from megatron_dit.sampling.solvers import guide, scheduler_for, solve
 
 
-def load_model(reader: CheckpointReader, config: Config, *, ema: bool = True) -> nn.Module:
-    """Return the unsharded model in evaluation mode, with a checkpoint's EMA (or raw) weights and multipliers."""
+def load_model(
+    reader: CheckpointReader, config: Config, *, ema: bool = True, dtype: torch.dtype = torch.float32
+) -> nn.Module:
+    """Return the unsharded model in evaluation mode, with a checkpoint's EMA (or raw) weights and multipliers.
+
+    The weights are rounded to ``dtype``. They are on the device in this type only, 2 bytes per parameter in bf16.
+    """
     connect()
     check_model(reader)
-    with torch.device(device()):
-        model = build_unsharded(config.model)
+    with torch.device("meta"):
+        model = build_unsharded(config.model).to(dtype)
+    assert not list(model.buffers()), "to_empty leaves buffers without values"
+    model.to_empty(device=device())
     multipliers = reader.manifest["multipliers"]
     supported = {f"{name}.weight" for name, layer in model.named_modules() if hasattr(layer, "multiplier")}
     unknown = next((name for name in multipliers if name not in supported), None)
@@ -55,7 +62,7 @@ def noise_of(prompt: str, copy: int, seed: int, shape: tuple[int, ...]) -> Tenso
 
 
 class Sampler:
-    """Generator of images from one checkpoint.
+    """Generator of images from one checkpoint, in the type that the run trained in (``train.dtype``).
 
     The dataset's index names the codec and text encoder; ``data`` overrides the dataset in the run's config.
     """
@@ -78,7 +85,8 @@ class Sampler:
             )
         self._text = None if model.num_classes else self._text_encoder(index)
         self.codec = open_codec(index.codec, device(), channels=index.channels)
-        self.model = load_model(reader, self.config, ema=ema)
+        self._dtype = DTYPES[self.config.train.dtype]
+        self.model = load_model(reader, self.config, ema=ema, dtype=self._dtype)
 
     def draw(
         self,
@@ -115,11 +123,16 @@ class Sampler:
         with ProgressBar("sample", len(groups) * chosen.steps, show=show) as bar:
             for i in groups:
                 part = condition.map(lambda x, i=i: x[i : i + batch].to(device()))
-                guided = guide(self.model, part, chosen.guidance, model.in_channels)
+                guided = guide(self._predict, part, chosen.guidance, model.in_channels)
                 scheduler = scheduler_for(config, chosen.solver)
                 latents = solve(guided, noise[i : i + batch].to(device()), scheduler, chosen.steps, bar.advance)
                 images.append(self.codec.decode(latents.cpu()).permute(0, 2, 3, 1))
         return torch.cat(images).numpy()
+
+    def _predict(self, x: Tensor, t: Tensor, condition: Condition) -> Tensor:
+        """Run the model in the type of its weights, as in training; guidance and the solver are fp32."""
+        condition = condition.map(lambda each: each.to(self._dtype) if each.is_floating_point() else each)
+        return self.model(x.to(self._dtype), t, condition).float()
 
     def _text_encoder(self, index: Index) -> TextEncoder:
         """Return the encoder whose features the model was trained on. Raises UserError if its weights differ."""

@@ -12,6 +12,7 @@ import yaml
 from PIL import Image
 
 from megatron_dit.checkpoint.load import open_checkpoint
+from megatron_dit.checkpoint.manifest import write_manifest
 from megatron_dit.cli import run
 from megatron_dit.models.common.condition import Condition
 from megatron_dit.runtime.errors import UserError
@@ -106,6 +107,21 @@ def test_sampler_uses_ema_weights_by_default(trained):
         assert torch.equal(weights[name], reader.full("ema", name))
         assert torch.equal(raw[name], reader.full("master", name))
     assert any(not torch.equal(weights[name], raw[name]) for name in weights)
+
+
+def test_a_run_in_bf16_is_sampled_in_bf16(trained, tmp_path):
+    """Its images are those of the same weights in fp32, up to rounding."""
+    copy = tmp_path / "run"
+    shutil.copytree(trained, copy)
+    reader = open_checkpoint(copy)
+    reader.manifest["config"]["train"]["dtype"] = "bf16"
+    write_manifest(reader.folder, reader.manifest)
+    sampler = Sampler(copy)
+    assert {p.dtype for p in sampler.model.parameters()} == {torch.bfloat16}
+    found, expected = sampler.draw(PROMPTS), Sampler(trained).draw(PROMPTS)
+    difference = np.abs(found.astype(int) - expected)
+    assert 0 < difference.mean() < 2
+    assert difference.max() < 40
 
 
 def test_sample_and_evaluate_write_images_and_results(trained, tmp_path, capsys):
