@@ -141,18 +141,19 @@ def measure(config: Config, steps: int, warmup: int, *, diffusers: bool, profile
     batch = random_batch(config, config.train.global_batch // topology.data_size)
     skipped = 0
 
-    def ours() -> None:
+    def ours(monitor: bool = False) -> None:
         nonlocal skipped
-        skipped += engine.train_step(batch).skipped
+        skipped += engine.train_step(batch, monitor=monitor).skipped
 
     times: dict[str, list[float]] = {"ours": [], "diffusers": []}
     with ProgressBar("bench", warmup + steps, show=topology.rank == 0) as bar:
         _reset_peak_memory()
-        for _ in range(warmup):
-            _timed(ours)
+        for i in range(warmup):
+            # The first step is monitored, as a run's are at times: it needs the most memory.
+            ours(monitor=i == 0 and config.train.monitor_every is not None)
             bar.advance("warm-up")
         memory = max(gather(peak_memory()))  # of all ranks
-        turns = {"ours": ours}
+        turns: dict[str, Callable[..., None]] = {"ours": ours}
         if diffusers:
             baseline = DiffusersBaseline(config)
             turns["diffusers"] = lambda: baseline.step(batch)

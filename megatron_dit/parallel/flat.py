@@ -22,7 +22,8 @@ from torch import Tensor, nn
 from megatron_dit.parallel.masters import MasterShard
 from megatron_dit.parallel.topology import Topology
 
-ALIGNMENT = 8  # slices are multiples of 16 bytes in bf16, as NCCL's fast paths require
+# Slices and parameters start at multiples of 16 bytes in bf16, as the fast paths of NCCL and cuBLAS require.
+ALIGNMENT = 8
 
 
 @dataclass
@@ -90,10 +91,10 @@ class FlatMasters:
     def _flatten(self, named: dict[str, nn.Parameter]) -> _Group:
         units, end = [], 0
         for params in _by_unit(named):
-            positions = list(itertools.accumulate((p.numel() for p in params.values()), initial=0))
+            positions = list(itertools.accumulate((aligned(p.numel()) for p in params.values()), initial=0))
             multiple = self._slices * ALIGNMENT
-            padded = -(-positions[-1] // multiple) * multiple
-            split = sum(p.numel() for p in params.values() if _is_split(p))
+            padded = aligned(positions[-1], multiple)
+            split = sum(aligned(p.numel()) for p in params.values() if _is_split(p))
             units.append(_Unit(list(zip(params, params.values(), positions, strict=False)), end, split, padded))
             end += padded
         example = next(iter(named.values()))
@@ -223,6 +224,11 @@ class FlatMasters:
                     works.append(dist.all_gather_into_tensor(weights, own, group=data_group, async_op=True))
         for work in works:
             work.wait()
+
+
+def aligned(numel: int, multiple: int = ALIGNMENT) -> int:
+    """Return ``numel`` rounded up to a multiple."""
+    return -(-numel // multiple) * multiple
 
 
 def _by_unit(named: dict[str, nn.Parameter]) -> list[dict[str, nn.Parameter]]:

@@ -95,6 +95,8 @@ class _Rendezvous:
         try:
             # Other ranks connect to MASTER_ADDR, which may be a service address that this host itself cannot reach.
             inherited = os.environ.pop(LISTEN_FD, None)  # of --procs; a later process group opens the port itself
+            if inherited is not None:
+                os.set_inheritable(int(inherited), False)  # this process's own children must not keep the port open
             return self._store("127.0.0.1", serve=True, listen_fd=None if inherited is None else int(inherited))
         except (dist.DistError, RuntimeError) as error:
             raise RankError(

@@ -17,6 +17,7 @@ from megatron_dit.config import Config, LaunchConfig
 from megatron_dit.parallel.failures import use_store
 from megatron_dit.parallel.rendezvous import GROUP_TIMEOUT, rendezvous
 from megatron_dit.runtime.compat import let_megatron_run_on_cpu, prepare_deepspeed
+from megatron_dit.runtime.errors import UserError
 from megatron_dit.runtime.launch_environment import LaunchEnvironment, launch_environment
 from megatron_dit.runtime.logging import THIS_RANK
 from megatron_dit.runtime.signals import signals_end_at_once
@@ -140,7 +141,13 @@ def connect(limit: float = LaunchConfig.rendezvous_seconds) -> None:
 
 def _select_device(local_rank: int) -> None:
     """Use GPU ``local_rank``, or the only visible GPU if the launcher shows each rank just its own."""
-    torch.cuda.set_device(local_rank % torch.cuda.device_count())
+    visible = torch.cuda.device_count()
+    if 1 < visible <= local_rank:
+        raise UserError(
+            f"rank {local_rank} of host {socket.gethostname()} (from 0) needs a GPU of its own, but {visible} are "
+            "visible; start one rank for each visible GPU, or show each rank one GPU"
+        )
+    torch.cuda.set_device(local_rank % visible)
     os.environ["LOCAL_RANK"] = str(torch.cuda.current_device())  # DeepSpeed takes the GPU with this number
 
 

@@ -19,7 +19,7 @@ from megatron_dit.config import Config, uses_deepspeed
 from megatron_dit.models.param_specs import param_specs
 from megatron_dit.mup.groups import group_values
 from megatron_dit.mup.rules import Param
-from megatron_dit.parallel.flat import ALIGNMENT, unit_of
+from megatron_dit.parallel.flat import ALIGNMENT, aligned, unit_of
 from megatron_dit.runtime.errors import RankError
 from megatron_dit.runtime.launch_environment import launch_environment
 from megatron_dit.runtime.out_of_memory import out_of_memory_as
@@ -90,7 +90,7 @@ def _flat_bytes(config: Config, params: Iterable[Param], local: Mapping[str, int
     item, averages = DTYPES[config.train.dtype].itemsize, FP32 * (1 + len(config.ema.sigma_rel))
     units: Counter[Hashable] = Counter()
     for param in params:
-        units[group_values(param, config.optimizer), unit_of(param.name)] += local[param.name]
+        units[group_values(param, config.optimizer), unit_of(param.name)] += aligned(local[param.name])
     padded = _padded(units, ALIGNMENT * slices)
     partition = padded // slices
     return StateBytes(

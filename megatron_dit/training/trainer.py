@@ -12,7 +12,8 @@ from megatron_dit.config import Config
 from megatron_dit.data.fingerprint import check_fingerprint, dataset_fingerprint
 from megatron_dit.data.health import DataHealth, check_shards
 from megatron_dit.data.index import Index
-from megatron_dit.data.stream import batches, read_data
+from megatron_dit.data.shared import rank_batches
+from megatron_dit.data.stream import read_data
 from megatron_dit.parallel.collectives import on_all_ranks
 from megatron_dit.parallel.startup import start_up
 from megatron_dit.parallel.topology import Topology
@@ -51,7 +52,7 @@ def _train(
     check_shards(data, config.data, topology.rank, topology.world)
     on_all_ranks(lambda: run.lock() if rank0 else None)
     reader = newest_intact(run.checkpoints, topology.rank, topology.world)
-    stream = batches(data, config, reader.step if reader else 0, topology.data_rank, topology.data_size)
+    stream = rank_batches(data, config, reader.step if reader else 0, topology)
     engine = _engine(config, topology, data, reader)
     log = on_all_ranks(lambda: MetricsLog(run, config, engine, topology.world) if rank0 else None)
     schedule = CheckpointSchedule(engine, run)

@@ -18,7 +18,8 @@ from pathlib import Path
 import numpy as np
 
 from megatron_dit.config import Config
-from megatron_dit.data.stream import batches, read_data
+from megatron_dit.data.shared import rank_batches
+from megatron_dit.data.stream import read_data
 from megatron_dit.parallel.startup import start_up
 from megatron_dit.parallel.topology import Topology
 from megatron_dit.runtime.io import replacing
@@ -85,7 +86,7 @@ def _measure(config: Config, topology: Topology) -> list[tuple[int, str, float]]
     """Return (step, name, size) before each training step and after the last, on the first step's batch."""
     engine = Engine(config, topology)
     engine.initialize()
-    stream = list(batches(read_data(config.data), config, 0, topology.data_rank, topology.data_size))
+    stream = list(rank_batches(read_data(config.data), config, 0, topology))
     rows = []
     for step, batch in enumerate([*stream, None]):
         rows += [(step, name, size) for name, size in engine.activations(stream[0]).items()]

@@ -22,7 +22,8 @@ from megatron_dit.checkpoint.manifest import STATE
 from megatron_dit.checkpoint.reader import CheckpointReader
 from megatron_dit.checkpoint.writer import save
 from megatron_dit.config import Config, InitConfig, MupConfig
-from megatron_dit.data.stream import batches, read_data
+from megatron_dit.data.shared import rank_batches
+from megatron_dit.data.stream import read_data
 from megatron_dit.mup.init_rules import InitKind
 from megatron_dit.mup.initial_values import initial_value
 from megatron_dit.mup.rules import Param
@@ -86,7 +87,7 @@ def first_steps(config: Config, folder: Path) -> Trace | None:
     initial = hash_weights(CheckpointReader(save(engine, folder))) if topology.rank == 0 else save(engine, folder)
     engine.write_full_state({STATE: lambda name: disturbed(engine.params[name], config.seed)})
     losses, norms = [], []
-    for batch in batches(read_data(config.data), config, 0, topology.data_rank, topology.data_size):
+    for batch in rank_batches(read_data(config.data), config, 0, topology):
         metrics = engine.train_step(batch)
         losses.append(metrics.loss)
         norms.append(metrics.grad_norm)

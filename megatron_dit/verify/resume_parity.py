@@ -24,7 +24,8 @@ from megatron_dit.checkpoint.manifest import STATE
 from megatron_dit.checkpoint.reader import CheckpointReader
 from megatron_dit.checkpoint.writer import save
 from megatron_dit.config import Config
-from megatron_dit.data.stream import batches, read_data
+from megatron_dit.data.shared import rank_batches
+from megatron_dit.data.stream import read_data
 from megatron_dit.parallel.collectives import gather
 from megatron_dit.parallel.startup import start_up
 from megatron_dit.parallel.topology import Topology
@@ -145,7 +146,7 @@ def resumed(
 def _train(engine: Engine, config: Config, topology: Topology, folder: Path, stop: int) -> Segment:
     """Train from the engine's step to the last one, saving at ``stop`` and at the end."""
     segment = Segment()
-    for batch in batches(read_data(config.data), config, engine.step, topology.data_rank, topology.data_size):
+    for batch in rank_batches(read_data(config.data), config, engine.step, topology):
         metrics = engine.train_step(batch)
         segment.losses.append(metrics.loss)
         segment.lrs.append(metrics.lr)

@@ -76,9 +76,9 @@ def test_bench_prints_mfu_and_writes_metrics(tmp_path, capsys, monkeypatch):
     config = written(tmp_path, "mmdit")
     slow = Engine.train_step
 
-    def train_step(self, *arguments):
+    def train_step(self, *arguments, **options):
         time.sleep(0.05)
-        return slow(self, *arguments)
+        return slow(self, *arguments, **options)
 
     monkeypatch.setattr(Engine, "train_step", train_step)
     monkeypatch.setattr(measure, "device_peak", lambda precision: {"fp32": 1e9}[precision])
@@ -139,7 +139,7 @@ def test_invalid_arguments_and_out_of_memory_are_reported_on_one_line(tmp_path, 
     reported("does not support REPA", "mmdit", "--diffusers", **REPA)
     reported("model.mlp_ratio=2", "mmdit", "--diffusers", **{"model.mlp_ratio": 2})
 
-    def full(*_):
+    def full(*_, **options):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB\nmore")
 
     monkeypatch.setattr(Engine, "train_step", full)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 import sys
 import types
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from unittest import mock
 
 import pytest
@@ -78,7 +78,7 @@ def properties_of(model):
 
 
 def make_all():
-    """Return by architecture: (Made locally, Made with TE) at TP 1 and TP 2, and the μP parameters of both backends.
+    """Return (Made locally, Made with TE) by architecture and number of tensor-parallel ranks, 1 or 2.
 
     Must run in a separate process, because it makes CUDA appear available.
     """
@@ -90,7 +90,6 @@ def make_all():
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
     from megatron_dit.models.build import build
-    from megatron_dit.models.param_specs import param_specs
     from megatron_dit.parallel.te import TeBackend
     from megatron_dit.parallel.topology import Topology
 
@@ -103,13 +102,6 @@ def make_all():
             local = build(config.model, Backend(config.model, config.parallel, topology))
             te = build(config.model, TeBackend(config, topology))
             result[arch, topology.world] = properties_of(local), properties_of(te)
-        config = small(arch)
-        result[arch, "roles"] = (
-            param_specs(config),
-            param_specs(
-                config, lambda model, config=config: build(model, TeBackend(replace(config, model=model), SOLO))
-            ),
-        )
     return result
 
 
@@ -128,13 +120,6 @@ def test_parameters_equal_those_of_the_local_backend(made, arch, ranks):
     assert te.hidden.keys() == local.hidden.keys()
     assert set(local.hidden.values()) == {"megatron_dit.parallel.layers"}
     assert set(te.hidden.values()) == {"megatron_dit.parallel.te"}
-
-
-@pytest.mark.parametrize("arch", KINDS)
-def test_roles_equal_those_of_the_local_backend(made, arch):
-    local, te = made[arch, "roles"]
-    assert te == local
-    assert {param.role for param in te.values()} >= {"input", "hidden", "output", "vector"}
 
 
 # --- layers in several layouts, on the CPU ---------------------------------------------------------
