@@ -126,7 +126,8 @@ def profile_lines(run: Run) -> list[str]:
     """Return the section with a run's profile."""
     profile = run.results["profile"]
     shares = ", ".join(f"{kind} {share:.1%}" for kind, share in profile["shares"].items())
-    lines = ["", f"## Profile: {run.model}, {PRECISIONS[run.precision]}", "", f"Shares of the time: {shares}.", ""]
+    lines = ["", f"## Profile: {run.model}, {PRECISIONS[run.precision]}", ""]
+    lines += [f"{1e3 * profile['step_seconds']:.1f} ms per step with the profiler: {shares}.", ""]
     lines += ["| kernel | runs per step | share |", "|---|---|---|"]
     return lines + [
         f"| `{name.replace('|', '/')}` | {count} | {share:.1%} |" for name, count, share in profile["kernels"]

@@ -148,5 +148,7 @@ def restore(engine: Engine, reader: CheckpointReader) -> None:
         return reader.part(key, name, topology.tensor_rank, topology.tensor_size, shard.start, shard.numel)
 
     engine.write_state((STATE, *state_keys(engine.config.ema)), range_of)
+    if engine.config.train.fp8 == "delayed":
+        engine.load_fp8_scales(reader.fp8_scales())
     engine.resume_at(reader.step, reader.manifest["num_updates"])
     engine.bad_samples.update(reader.manifest["bad_samples"])

@@ -29,6 +29,7 @@ FORMAT = 3
 MANIFEST = "manifest.json"
 SEAL = "sha256"  # the manifest's last key: the hash of everything before it
 STATE = "master"
+FP8_SCALES = "fp8_scales"  # of delayed scaling, by layer; not a state of parameters
 LIMIT = 64 << 20  # maximum bytes of a manifest; 18B parameters on 4,096 ranks need about 1 MB
 LARGEST = 10**18  # upper bound of any step, size or number of bytes
 

@@ -2,10 +2,11 @@
 
 A checkpoint is a folder, e.g. ``step_00001000``, with ``manifest.json`` and one ``rank_00000.safetensors`` per writing
 rank. A rank's file stores flat fp32 ranges of tensor-parallel shards under ``KEY/NAME``. KEY is master, exp_avg,
-exp_avg_sq, ema, or ema_0, ... for ``ema.sigma_rel``; the manifest's ``states`` lists the keys. The file's
-metadata contain the tensor-parallel rank and the start of each NAME's range in the shard. A checkpoint written in any
-layout can therefore be loaded in any other. The learning rate, noise, dropped conditions and data order are functions
-of the config, the seed and the step, so no other state needs to be stored.
+exp_avg_sq, ema, or ema_0, ... for ``ema.sigma_rel``; the manifest's ``states`` lists the keys. With delayed FP8 scaling
+the files also store the scales of each layer, under ``fp8_scales/LAYER``. The file's metadata contain the tensor-
+parallel rank and the start of each NAME's range in the shard. A checkpoint written in any layout can therefore be
+loaded in any other. The learning rate, noise, dropped conditions and data order are functions of the config, the seed
+and the step, so no other state needs to be stored.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from megatron_dit.checkpoint.manifest import Incomplete, read_manifest, size_of, unreadable
+from megatron_dit.checkpoint.manifest import FP8_SCALES, Incomplete, read_manifest, size_of, unreadable
 from megatron_dit.config import Config, config_from_dict
 from megatron_dit.data.tar import sha256_of
 from megatron_dit.mup.rules import Param
@@ -145,6 +146,18 @@ class CheckpointReader:
             return self._range(key, name, tensor_rank, start, numel)
         shard = cut(self.full(key, name), param["dim"], param["fused_parts"], tensor_rank, tensor_size)
         return shard.reshape(-1)[start : start + numel]
+
+    def fp8_scales(self) -> dict[str, Tensor]:
+        """Return the flat scales of delayed FP8 scaling by layer; empty unless the run trained with it."""
+        found = {}
+        for name in self.manifest["files"]:
+            path = self.folder / name
+            with _incomplete_on_error(path), safe_open(path, framework="pt") as file:
+                for key in file.keys():  # noqa: SIM118  # not a dict
+                    kind, _, layer = key.partition("/")
+                    if kind == FP8_SCALES:
+                        found[layer] = file.get_tensor(key)
+        return found
 
     def _shards(self, name: str) -> int:
         return 1 if self.manifest["params"][name]["dim"] is None else self.manifest["layout"]["tensor"]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import mmap
+import weakref
 from collections.abc import Mapping
 from typing import Any
 
@@ -37,8 +39,12 @@ class Staging:
 
 
 def _page_locked(numel: int) -> Tensor:
-    """Return an fp32 tensor that the GPU can copy to directly. It stays page-locked until the process ends."""
-    block = torch.empty(numel)
+    """Return an fp32 tensor that the GPU can copy to directly, in memory pages of its own."""
+    page = mmap.PAGESIZE
+    raw = np.empty(4 * numel + 2 * page, np.uint8)
+    start = -raw.ctypes.data % page
+    length = -(-4 * numel // page) * page
     cudart: Any = torch.cuda.cudart()
-    torch.cuda.check_error(cudart.cudaHostRegister(block.data_ptr(), block.nbytes, 0))
-    return block
+    torch.cuda.check_error(cudart.cudaHostRegister(raw.ctypes.data + start, length, 0))
+    weakref.finalize(raw, cudart.cudaHostUnregister, raw.ctypes.data + start)
+    return torch.from_numpy(raw[start : start + 4 * numel].view(np.float32))

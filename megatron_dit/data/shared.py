@@ -14,6 +14,7 @@ from megatron_dit.data.batch import Batch
 from megatron_dit.data.index import Index
 from megatron_dit.data.stream import batches
 from megatron_dit.data.validate import check_data
+from megatron_dit.parallel.collectives import on_all_ranks
 from megatron_dit.parallel.topology import Topology
 from megatron_dit.runtime.device import device
 
@@ -21,9 +22,10 @@ from megatron_dit.runtime.device import device
 def rank_batches(data: Sequence[Index], config: Config, start: int, topology: Topology) -> Iterator[Batch]:
     """Return an iterator over this rank's batches of steps ``start`` to ``config.train.steps``. Collective.
 
-    Raises UserError if the data do not match the model. Tensor rank 0 of each group reads the shards, runs the online
-    encoders and broadcasts; the other ranks have no DataLoader, which saves them memory and the disks their reads. A
-    text encoder that is sharded over all ranks runs on all of them, so every rank then reads for itself.
+    Raises UserError on all ranks if the data do not match the model. Tensor rank 0 of each group reads the shards, runs
+    the online encoders, and broadcasts the complete batch of the step, which is then on the device. The other ranks
+    have no DataLoader, so they need less host memory, and each sample is read once per group. A text encoder that is
+    sharded over all ranks runs on all of them, so every rank then reads for itself.
     """
 
     def read() -> Iterator[Batch]:
@@ -32,14 +34,16 @@ def rank_batches(data: Sequence[Index], config: Config, start: int, topology: To
     if topology.tensor_size == 1 or config.data.shard_text_encoder:
         return read()
     check_data(data, config)
-    if topology.tensor_rank == 0:
-        return (_send(batch, topology) for batch in read())
+    stream = on_all_ranks(lambda: read() if topology.tensor_rank == 0 else None)  # it may fail to open an encoder
+    if stream is not None:
+        return (_send(batch, topology) for batch in stream)
     return (_receive(topology) for _ in range(start, config.train.steps))
 
 
 def _send(batch: Batch, topology: Topology) -> Batch:
     """Broadcast a batch to the other tensor-parallel ranks, and return it on the device."""
-    batch = replace(batch.to(device()), ids=())  # the features of the ids are in the condition
+    # An encoder's features may be a view. The features of the ids are in the condition.
+    batch = replace(batch.to(device()).map(Tensor.contiguous), ids=())
     _broadcast_object(batch.map(lambda x: torch.empty_like(x, device="meta")), topology)
     _broadcast(batch, topology)
     return batch

@@ -17,7 +17,6 @@ class Modulate(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, shift: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
         out, means, rstds = ops.modulate(x, shift, scale)
         ctx.save_for_backward(x, means, rstds, scale)
-        ctx.set_materialize_grads(False)
         return x, out
 
     @staticmethod
@@ -40,7 +39,6 @@ class AddResidualAndModulate(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         sums, out, means, rstds = ops.add_residual_and_modulate(x, update, bias, gate, shift, scale)
         ctx.save_for_backward(sums, means, rstds, scale, update if gate is not None else None, bias, gate)
-        ctx.set_materialize_grads(False)
         return sums, out
 
     @staticmethod

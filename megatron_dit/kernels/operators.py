@@ -15,7 +15,7 @@ from torch import Tensor
 from megatron_dit.kernels.reference import LAYER_NORM_EPS, RMS_NORM_EPS
 
 ROWS, COLUMNS = 8, 256  # tile of a pointwise kernel: tokens, columns
-PROGRAMS = 132  # of a backward kernel that walks over tokens: one for each multiprocessor of an H100
+MULTIPROCESSORS = 132  # of an H100; a backward kernel that walks over tokens has a multiple of this number of programs
 SUM_CHUNKS = 16  # chunks of tokens with partial sums for every sample
 
 
@@ -43,31 +43,29 @@ def _modulated_like(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 @torch.library.custom_op("megatron_dit::modulate_backward", mutates_args=())
 def modulate_backward(
-    x: Tensor, means: Tensor, rstds: Tensor, scale: Tensor, grad: Tensor, residual: Tensor | None
+    x: Tensor, means: Tensor, rstds: Tensor, scale: Tensor, grad: Tensor, residual: Tensor
 ) -> tuple[Tensor, Tensor]:
-    x, scale, grad = _rows(x), _rows(scale), _rows(grad)
-    residual_rows = grad if residual is None else _rows(residual)
+    x, scale, grad, residual = _rows(x), _rows(scale), _rows(grad), _rows(residual)
     grad_x, partials = _modulate_backward_like(x)
     chunks, batch = partials.shape[:2]
     block = _power_of_two(x.shape[2])
     _triton().modulate_backward[chunks, batch](
-        x, means, rstds, scale, grad, residual_rows, grad_x, partials, *x.shape, *x.stride()[:2], scale.stride(0),
-        *grad.stride()[:2], *residual_rows.stride()[:2], -(-len(x) // chunks), residual is not None, block,
+        x, means, rstds, scale, grad, residual, grad_x, partials, *x.shape, *x.stride()[:2], scale.stride(0),
+        *grad.stride()[:2], *residual.stride()[:2], -(-len(x) // chunks), block,
         num_warps=warps(block),
     )  # fmt: skip
     return grad_x, partials
 
 
 @modulate_backward.register_fake
-def _(
-    x: Tensor, means: Tensor, rstds: Tensor, scale: Tensor, grad: Tensor, residual: Tensor | None
-) -> tuple[Tensor, Tensor]:
+def _(x: Tensor, means: Tensor, rstds: Tensor, scale: Tensor, grad: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
     return _modulate_backward_like(x)
 
 
 def _modulate_backward_like(x: Tensor) -> tuple[Tensor, Tensor]:
     length, batch, width = x.shape
-    chunks = _chunks(length, PROGRAMS // batch)
+    programs = MULTIPROCESSORS * 16 // warps(_power_of_two(width))  # 16 warps on each
+    chunks = _chunks(length, programs // batch)
     return x.new_empty(x.shape), x.new_empty((chunks, batch, 2, width), dtype=torch.float32)
 
 
@@ -236,7 +234,7 @@ def _(
 
 def _normalize_heads_backward_like(qkv: Tensor, q_gain: Tensor) -> tuple[Tensor, Tensor]:
     length, batch, width = qkv.shape
-    chunks = _chunks(length * batch, PROGRAMS)
+    chunks = _chunks(length * batch, 2 * MULTIPROCESSORS)
     return qkv.new_empty(qkv.shape), qkv.new_empty((chunks, 2 * len(q_gain) + width), dtype=torch.float32)
 
 

@@ -67,7 +67,7 @@ def _normalize(values, inside, mean, rstd, width, eps):
 def modulate_backward(
     x, means, rstds, scale, grad, residual, grad_x, partials,
     length, batch, width, x_s, x_b, scale_b, grad_s, grad_b, residual_s, residual_b, rows,
-    HAS_RESIDUAL: tl.constexpr, BLOCK: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Gradients of one sample's chunk of ``rows`` tokens. ``residual`` is added to the gradient of x.
 
@@ -93,10 +93,7 @@ def modulate_backward(
         average = tl.sum(through, axis=0) / width
         projection = tl.sum(through * normal, axis=0) / width
         result = rstd * (through - average - normal * projection)
-        if HAS_RESIDUAL:
-            result += tl.load(residual + s * residual_s + b * residual_b + columns, mask=inside, other=0.0).to(
-                tl.float32
-            )
+        result += tl.load(residual + s * residual_s + b * residual_b + columns, mask=inside, other=0.0).to(tl.float32)
         tl.store(grad_x + row * width + columns, result, mask=inside)
     out = partials + (chunk * tl.num_programs(1) + b) * 2 * width + columns
     tl.store(out, grad_shift, mask=inside)

@@ -4,7 +4,8 @@ The parameters of an optimizer group are views of one flat tensor, which consist
 for the other parameters. Gradients are accumulated in fp32 and summed over the ranks in fp32, unit by unit during the
 backward pass. Under stage 1 each rank keeps only the sums of its slice of every unit, updates fp32 masters of these
 slices, and gathers the other ranks' weights: for every unit, a step sends one reduce-scatter of the fp32 gradients and
-one all-gather of the weights. Under stage 0 it sends one all-reduce.
+one all-gather of the weights. Under stage 0 it sends one all-reduce. One more all-reduce per step sums the gradients of
+replicated parameters of which each tensor-parallel rank has a part.
 """
 
 from __future__ import annotations

@@ -364,9 +364,9 @@ class Backend:
             parameter.register_hook(self._sum_over_tensor_ranks)
 
     def _sum_over_tensor_ranks(self, gradient: Tensor) -> Tensor:
-        gradient = gradient.clone(memory_format=torch.contiguous_format)
-        dist.all_reduce(gradient, group=self.topology.tensor_group)
-        return gradient
+        total = gradient.to(torch.float32, memory_format=torch.contiguous_format, copy=True)
+        dist.all_reduce(total, group=self.topology.tensor_group)
+        return total.to(gradient.dtype)
 
 
 def backend_options(config: Config) -> dict[str, Any]:

@@ -26,6 +26,7 @@ from megatron_dit.config import Config
 from megatron_dit.mup.init_rules import InitKind
 from megatron_dit.parallel.layers import Backend, backend_options, set_init
 from megatron_dit.parallel.topology import Topology
+from megatron_dit.runtime.errors import UserError
 
 RECIPES = {
     "delayed": recipe.DelayedScaling,  # per tensor, from the maximum of |x| in past steps
@@ -51,6 +52,32 @@ class TeLinear(te.Linear):
         first = self.backend.first_micro_batch if self.backend.keeps_fp8_weights else None
         return super().forward(x, is_first_microbatch=first)
 
+    def fp8_scales(self) -> Tensor | None:
+        """Return the scales of delayed scaling and their history, as one flat fp32 tensor; None before the first use.
+
+        They are equal on all data- and tensor-parallel ranks, because TE takes the maxima over these ranks.
+        """
+        state = self.get_fp8_meta_tensors()
+        return None if state is None else torch.cat([x.flatten() for x in _tensors(state)])
+
+    def load_fp8_scales(self, scales: Tensor) -> None:
+        """Continue with the scales that :meth:`fp8_scales` returned. Raise UserError if their number differs."""
+        self.fp8_meta["recipe"] = self.backend.recipe
+        with self.backend.precision():  # outside of it TE would configure the layer for its default recipe
+            self.init_fp8_meta_tensors(self.backend.recipe)
+        state = self.get_fp8_meta_tensors()
+        tensors = _tensors(state)
+        expected = sum(x.numel() for x in tensors)
+        if scales.numel() != expected:
+            raise UserError(
+                f"the checkpoint has {scales.numel()} FP8 scales of a layer, this Transformer Engine expects "
+                f"{expected}; use the version that wrote it, or resume with train.fp8=current"
+            )
+        parts = scales.to(tensors[0].device).split([x.numel() for x in tensors])
+        for x, part in zip(tensors, parts, strict=True):
+            x.copy_(part.view(x.shape))
+        self.reset_fp8_meta_tensors(state)
+
     @property
     def is_fsdp2(self) -> bool:
         """Whether the weight is freed between forward and backward pass, as under ZeRO-3.
@@ -58,6 +85,11 @@ class TeLinear(te.Linear):
         TE then casts the weight to FP8 again in the backward pass instead of keeping an unsharded FP8 copy.
         """
         return self.backend.sharded_weights
+
+
+def _tensors(state: dict[str, list[Tensor]]) -> list[Tensor]:
+    """Return scale and history of the forward pass, then of the backward pass, of TE's state of one layer."""
+    return [x for key in ("scaling_fwd", "scaling_bwd") for x in state[key]]
 
 
 class TeColumn(TeLinear):
@@ -103,8 +135,7 @@ class TeColumnThenGather(TeColumn):
 class TeRow(TeLinear):
     """``layers.RowLinear`` on TE.
 
-    TE returns the bias instead of adding it, so that autograd sums its gradient under sequence parallelism; TE would
-    leave the sum to the training loop.
+    TE returns the bias instead of adding it, so that a fused function can add it.
     """
 
     def __init__(self, backend: TeBackend, inputs: int, outputs: int, *, init: InitKind, return_bias: bool) -> None:

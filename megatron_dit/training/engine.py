@@ -133,6 +133,23 @@ class Engine:
         """Return this rank's flat fp32 range of a master (``key`` "master") or of an optimizer state."""
         return shard.master() if key == "master" else shard.state(self.optimizer, key)
 
+    def fp8_scales(self) -> dict[str, Tensor]:
+        """Return the flat scales of delayed FP8 scaling by layer, equal on the ranks of a pipeline stage."""
+        if self.config.train.fp8 != "delayed":
+            return {}
+        found = {name: layer.fp8_scales() for name, layer in self._fp8_layers.items()}
+        return {name: scales for name, scales in found.items() if scales is not None}
+
+    def load_fp8_scales(self, scales: Mapping[str, Tensor]) -> None:
+        """Continue with the scales of a checkpoint. Layers that it does not contain start with an empty history."""
+        for name, layer in self._fp8_layers.items():
+            if name in scales:
+                layer.load_fp8_scales(scales[name])
+
+    @property
+    def _fp8_layers(self) -> dict[str, Any]:
+        return {name: layer for name, layer in self.model.named_modules() if hasattr(layer, "load_fp8_scales")}
+
     def held_bytes(self) -> StateBytes:
         """Return the bytes of weights, gradients, masters, moments and EMA that this rank has allocated."""
         weights, gradients, masters = self.masters.held_bytes()

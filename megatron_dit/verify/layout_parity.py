@@ -34,7 +34,7 @@ from megatron_dit.training.engine import Engine
 from megatron_dit.verify.layouts import LAYOUTS, SINGLE, layouts_of, run_layout
 
 # Maximum relative differences of losses and gradient norms. In bf16 they are one rounding of bf16: other micro-batches
-# and tensor-parallel shards round other partial results, while the sums over micro-batches and ranks are fp32.
+# and tensor-parallel shards round other partial results. Sums over micro-batches and data-parallel ranks are fp32.
 TOLERANCES = {"fp32": 1e-5, "bf16": 2**-8}
 
 

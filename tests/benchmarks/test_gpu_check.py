@@ -18,7 +18,10 @@ FIGURES = {
     "parameters": 2_021_277_632, "global_batch": 128, "step_seconds": 0.5, "samples_per_second": 256.0,
     "tflops_per_device": 413.2, "mfu": 0.4177, "peak_memory_gib": 81.26, "speedup": None,
 }  # fmt: skip
-PROFILE = '"profile": {"shares": {"matrix products": 0.61, "idle": 0.125}, "kernels": [["gemm<a|b>", 30, 0.5]]}'
+PROFILE = (
+    '"profile": {"step_seconds": 0.6, "shares": {"matrix products": 0.61, "idle": 0.125}, '
+    '"kernels": [["gemm<a|b>", 30, 0.5]]}'
+)
 TESTS = """<testsuites><testsuite>
 <testcase classname="tests.a" name="one"/><testcase classname="tests.a" name="two"/>
 <testcase classname="tests.a" name="three"><failure message="no"/></testcase>
@@ -113,7 +116,7 @@ def test_profiles_list_the_most_expensive_kernels(tmp_path):
     assert all(call.endswith("--profile") for call in calls)
     _, text = report(tmp_path)
     assert "## Profile: dit-xl2, bf16, Transformer Engine\n" in text
-    assert text.count("Shares of the time: matrix products 61.0%, idle 12.5%.\n") == 9
+    assert text.count("600.0 ms per step with the profiler: matrix products 61.0%, idle 12.5%.\n") == 9
     assert text.count("| `gemm<a/b>` | 30 | 50.0% |\n") == 9
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import mmap
 from unittest import mock
 
 import torch
@@ -26,8 +28,20 @@ def test_buffers_are_one_block_and_are_reused():
     assert not torch.equal(second["master/b"], ranges["master/b"])  # a copy
 
 
-def test_page_locked_memory_is_registered_at_its_exact_size():
+def test_page_locked_memory_has_its_own_pages_and_is_released():
     with mock.patch.object(torch.cuda, "cudart") as cudart, mock.patch.object(torch.cuda, "check_error") as check:
         block = staging._page_locked(1001)
-    cudart().cudaHostRegister.assert_called_once_with(block.data_ptr(), 4004, 0)
-    check.assert_called_once_with(cudart().cudaHostRegister())
+        ((start, length, _), _) = cudart().cudaHostRegister.call_args
+        check.assert_called_once_with(cudart().cudaHostRegister())
+    assert (block.shape, block.dtype, block.data_ptr()) == ((1001,), torch.float32, start)
+    assert start % mmap.PAGESIZE == length % mmap.PAGESIZE == 0
+    assert 4 * 1001 <= length < 4 * 1001 + mmap.PAGESIZE
+    block.fill_(1.0)
+    cudart().cudaHostUnregister.assert_not_called()
+    part = block[5:]
+    del block
+    gc.collect()
+    cudart().cudaHostUnregister.assert_not_called()  # a part is still in use
+    del part
+    gc.collect()
+    cudart().cudaHostUnregister.assert_called_once_with(start)

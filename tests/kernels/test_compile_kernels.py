@@ -21,7 +21,7 @@ KERNELS = {
     if not name.startswith("_")
 }
 FLOATS = {"means", "rstds", "partials"}  # fp32; other pointers are of the model's type
-SWITCHES = {"HAS_RESIDUAL", "HAS_GATE", "TANH"}
+SWITCHES = {"HAS_GATE", "TANH"}
 
 
 def compiled(kernel, capability, switch, width, head_dim):

@@ -159,6 +159,58 @@ def test_verify_detects_a_row_bias_gradient_that_is_not_summed(pool, dataset, tm
     assert not layout_parity.compare("faulty", found, reference["pixart"]).good
 
 
+# --- scales of delayed FP8 ------------------------------------------------------------------------
+
+
+def scales_of_two_layers():
+    """Give one layer of a model scales and load them into a layer of another. Runs in a process of its own."""
+    from transformer_engine.common.recipe import DelayedScaling
+    from transformer_engine.pytorch.quantization import DelayedScalingRecipeState, FP8GlobalStateManager
+
+    from megatron_dit.parallel.te import TeBackend
+    from megatron_dit.runtime.compat import let_megatron_run_on_cpu
+
+    let_megatron_run_on_cpu()
+    backend = TeBackend(small("mmdit"), SOLO)
+    backend.recipe = DelayedScaling(amax_history_len=5)
+    with te_on_cpu():
+        *layers, unused = (backend.column(32, 64) for _ in range(3))
+    for layer in layers:  # on the CPU instead of a GPU
+        for key, mode, count in (("scaling_fwd", "forward", 3), ("scaling_bwd", "backward", 2)):
+            layer.fp8_meta[key] = DelayedScalingRecipeState(
+                backend.recipe, mode=mode, num_quantizers=count, device=torch.device("cpu")
+            )
+        layer.fast_setattr("fp8_meta_tensors_initialized", True)
+    first, second = layers
+    for key in ("scaling_fwd", "scaling_bwd"):
+        first.fp8_meta[key].scale.uniform_(1, 2)
+        first.fp8_meta[key].amax_history.uniform_()
+    # As autocast does, which itself needs a GPU.
+    state = FP8GlobalStateManager.quantization_state
+    backend.precision = lambda: mock.patch.object(state, "fp8_recipe", backend.recipe)
+    second.load_fp8_scales(first.fp8_scales())
+    equal = [
+        torch.equal(getattr(first.fp8_meta[key], name), getattr(second.fp8_meta[key], name))
+        for key in ("scaling_fwd", "scaling_bwd")
+        for name in ("scale", "amax_history")
+    ]
+    try:
+        second.load_fp8_scales(torch.ones(7))
+        error = None
+    except UserError as caught:
+        error = str(caught)
+    return unused.fp8_scales(), first.fp8_scales().numel(), equal, error
+
+
+def test_scales_of_a_layer_are_restored(te_importable):
+    unused, numel, equal, error = in_child(scales_of_two_layers, DS_ACCELERATOR="cpu")
+    assert unused is None
+    assert numel == (3 + 2) * (1 + 5)
+    assert equal == [True] * 4
+    assert "has 7 FP8 scales of a layer" in error
+    assert "expects 30" in error
+
+
 # --- invalid settings --------------------------------------------------------------------------------
 
 
@@ -263,7 +315,13 @@ def test_te_that_is_not_installed_is_rejected(gpu, overrides, words):
 
 @pytest.mark.parametrize(
     ("fp8", "capability", "needed"),
-    [("delayed", (8, 0), "8.9"), ("current", (8, 0), "8.9"), ("blockwise", (8, 9), "9.0"), ("mxfp8", (9, 0), "10.0")],
+    [
+        ("delayed", (8, 0), "8.9"),
+        ("current", (8, 0), "8.9"),
+        ("blockwise", (8, 9), "9.0"),
+        ("mxfp8", (9, 0), "10.0"),
+        ("mxfp8", (12, 0), "less than 12.0"),
+    ],
 )
 def test_fp8_on_an_unsupported_gpu_is_rejected(gpu, fp8, capability, needed):
     gpu(capability, importable=True)
