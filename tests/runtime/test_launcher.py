@@ -39,16 +39,21 @@ def ranks(tmp_path, monkeypatch):
                 if ended.wait(0.02):
                     return  # the ranks have failed, so there is nothing to signal
             for number in signals:
+                if ended.is_set():
+                    return  # the launcher's handlers would not receive it
                 os.kill(os.getpid(), number)
                 ended.wait(0.3)
 
+        sender = threading.Thread(target=send)
         if signals:
-            threading.Thread(target=send, daemon=True).start()
+            sender.start()
         started = time.monotonic()
         try:
             return run_ranks([], 2, **kwargs), time.monotonic() - started
         finally:
             ended.set()
+            if signals:
+                sender.join()
 
     yield run
     for number, handler in before:
