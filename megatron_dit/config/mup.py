@@ -14,6 +14,21 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, kw_only=True)
+class LrMultiplier(Section):
+    """Factors of the learning rate by role, at every width and also under standard parametrization.
+
+    AdamW multiplies weight decay by the learning rate, so the decay of a weight per step has the same factor.
+    """
+
+    prefix = "mup.lr_multiplier."
+
+    input: Positive = key("input weights: embedders", 1.0)
+    hidden: Positive = key("hidden weights", 1.0)
+    output: Positive = key("output weights: the readout", 1.0)
+    vector: Positive = key("biases, gains and tables", 1.0)
+
+
+@dataclass(frozen=True, kw_only=True)
 class MupConfig(Section):
     """Maximal update parametrization (Table 8 of arXiv 2203.03466)."""
 
@@ -28,6 +43,8 @@ class MupConfig(Section):
         "hidden weights use weight decay wd * n, which keeps lr * wd constant (package mup); false: wd", True
     )
     output_multiplier: Positive = key("the readout computes W (output_multiplier * x / n) + b", 1.0)
+
+    lr_multiplier: LrMultiplier = key("learning rates by role", factory=LrMultiplier)
 
     @property
     def parametrization(self) -> str:

@@ -21,6 +21,7 @@ SUM_CHUNKS = 16  # chunks of tokens with partial sums for every sample
 
 @torch.library.custom_op("megatron_dit::modulate", mutates_args=())
 def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the modulation of x (S, B, D), and the tokens' means and 1 / standard deviations (S, B) fp32."""
     x, shift, scale = _rows(x), _rows(shift), _rows(scale)
     out, means, rstds = _modulated_like(x)
     block = _power_of_two(x.shape[2])
@@ -45,6 +46,7 @@ def _modulated_like(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 def modulate_backward(
     x: Tensor, means: Tensor, rstds: Tensor, scale: Tensor, grad: Tensor, residual: Tensor
 ) -> tuple[Tensor, Tensor]:
+    """Return the gradient of x plus ``residual``, and partial sums (chunks, B, 2, D) for shift and scale."""
     x, scale, grad, residual = _rows(x), _rows(scale), _rows(grad), _rows(residual)
     grad_x, partials = _modulate_backward_like(x)
     chunks, batch = partials.shape[:2]
@@ -71,6 +73,7 @@ def _modulate_backward_like(x: Tensor) -> tuple[Tensor, Tensor]:
 
 @torch.library.custom_op("megatron_dit::add_residual", mutates_args=())
 def add_residual(x: Tensor, update: Tensor, bias: Tensor, gate: Tensor | None) -> Tensor:
+    """Return x + gate * (update + bias), for x and update (S, B, D), bias (D,) and gate (B, D)."""
     x, update = _rows(x), _rows(update)
     gates = bias[None] if gate is None else _rows(gate)
     out = x.new_empty(x.shape)
@@ -91,6 +94,7 @@ def _(x: Tensor, update: Tensor, bias: Tensor, gate: Tensor | None) -> Tensor:
 def add_residual_and_modulate(
     x: Tensor, update: Tensor, bias: Tensor, gate: Tensor | None, shift: Tensor, scale: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return :func:`add_residual`, and :func:`modulate` of it."""
     x, update, shift, scale = _rows(x), _rows(update), _rows(shift), _rows(scale)
     gates = bias[None] if gate is None else _rows(gate)
     sums = x.new_empty(x.shape)
@@ -113,6 +117,7 @@ def _(
 
 @torch.library.custom_op("megatron_dit::add_residual_backward", mutates_args=())
 def add_residual_backward(grad: Tensor, update: Tensor, bias: Tensor, gate: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the gradient of ``update``, and partial sums (chunks, D + B * D) for bias and gate."""
     grad, update, gate = _rows(grad), _rows(update), _rows(gate)
     grad_update, partials = _add_residual_backward_like(grad)
     chunks = len(partials)
@@ -136,7 +141,7 @@ def _add_residual_backward_like(grad: Tensor) -> tuple[Tensor, Tensor]:
 
 @torch.library.custom_op("megatron_dit::sum_tokens", mutates_args=())
 def sum_tokens(grad: Tensor, bias: Tensor) -> Tensor:
-    """Return partial sums over the tokens of grad (S, B, D): the gradient of the bias without a gate."""
+    """Return partial sums (chunks, D) over the tokens of grad (S, B, D), for the bias if there is no gate."""
     grad = _rows(grad)
     partials = _sum_tokens_like(grad)
     chunks = len(partials)
@@ -158,6 +163,7 @@ def _sum_tokens_like(grad: Tensor) -> Tensor:
 
 @torch.library.custom_op("megatron_dit::gelu", mutates_args=())
 def gelu(x: Tensor, bias: Tensor, tanh: bool) -> Tensor:
+    """Return GELU of x + bias, for x (S, B, D) and bias (D,); ``tanh``: in the tanh approximation."""
     x = _rows(x)
     out = x.new_empty(x.shape)
     tokens = len(x) * x.shape[1]
@@ -174,6 +180,7 @@ def _(x: Tensor, bias: Tensor, tanh: bool) -> Tensor:
 
 @torch.library.custom_op("megatron_dit::gelu_backward", mutates_args=())
 def gelu_backward(x: Tensor, bias: Tensor, grad: Tensor, tanh: bool) -> tuple[Tensor, Tensor]:
+    """Return the gradient of x, and partial sums (chunks, D) for the bias."""
     x, grad = _rows(x), _rows(grad)
     grad_x, partials = _gelu_backward_like(x)
     chunks, tokens = len(partials), len(x) * x.shape[1]
@@ -196,7 +203,7 @@ def _gelu_backward_like(x: Tensor) -> tuple[Tensor, Tensor]:
 
 @torch.library.custom_op("megatron_dit::normalize_heads", mutates_args=("q", "k", "v"))
 def normalize_heads(qkv: Tensor, bias: Tensor, q_gain: Tensor, k_gain: Tensor, q: Tensor, k: Tensor, v: Tensor) -> None:
-    """Write one stream's heads into q, k and v (S, B, H, d)."""
+    """Split qkv (S, B, 3 * H * d) plus bias into q, k and v (S, B, H, d), with RMSNorm of q and k over d."""
     qkv = _rows(qkv)
     block, heads = _heads_tile(q)
     _triton().heads_forward[len(q) * q.shape[1], -(-q.shape[2] // heads)](
@@ -213,6 +220,7 @@ def _(qkv: Tensor, bias: Tensor, q_gain: Tensor, k_gain: Tensor, q: Tensor, k: T
 def normalize_heads_backward(
     qkv: Tensor, bias: Tensor, q_gain: Tensor, k_gain: Tensor, grad_q: Tensor, grad_k: Tensor, grad_v: Tensor
 ) -> tuple[Tensor, Tensor]:
+    """Return the gradient of qkv, and partial sums (chunks, d + d + 3 * H * d) for the gains and the bias."""
     qkv, grad_q, grad_k, grad_v = _rows(qkv), _rows(grad_q), _rows(grad_k), _rows(grad_v)
     grad_qkv, partials = _normalize_heads_backward_like(qkv, q_gain)
     block, heads = _heads_tile(grad_q)

@@ -69,7 +69,9 @@ class Param:
 
     @property
     def lr_multiplier(self) -> float:
-        return self._power(RULES[self.role].lr) if self.trained else 0.0
+        if not self.trained:
+            return 0.0
+        return getattr(self.mup.lr_multiplier, self.role, 1.0) * self._power(RULES[self.role].lr)
 
     @property
     def weight_decay_multiplier(self) -> float:

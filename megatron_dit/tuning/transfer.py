@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
+from collections.abc import Collection
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -36,7 +37,7 @@ def transfer(folder: Path, target: Config, target_path: str, out: Path) -> dict[
     if chosen is None:
         raise UserError(f"{folder} has no completed μP trial to transfer from; run 'megatron-dit sweep' to see why")
     proxy = config.trial_config(dict(chosen.model), 0)
-    _check_target(proxy, target)
+    _check_target(proxy, target, config.space)
     tuned = with_values(target, dict(chosen.hyperparameters))
     groups = group_lines(tuned)
     cost = cost_of_results(config, results, tuned)
@@ -102,10 +103,14 @@ def read_sweep(folder: Path) -> tuple[SweepConfig, list[Result]]:
     return config, [result for result in results if result is not None]
 
 
-def _check_target(proxy: Config, target: Config) -> None:
-    """Raise UserError if base hyperparameters do not transfer: they depend on the parametrization and base width."""
+def _check_target(proxy: Config, target: Config, searched: Collection[str]) -> None:
+    """Raise UserError if base hyperparameters do not transfer: they depend on the parametrization and base width.
+
+    The values of ``searched`` keys are transferred themselves.
+    """
     proxy_values, target_values = flatten(proxy), flatten(target)
-    for key in ("model.arch", "mup.enabled", "mup.output_multiplier"):
+    keys = ("model.arch", "mup.enabled", "mup.output_multiplier")
+    for key in (*keys, *(key for key in proxy_values if key.startswith("mup.lr_multiplier.") and key not in searched)):
         if proxy_values[key] != target_values[key]:
             raise UserError(
                 f"{key} is {proxy_values[key]!r} in the sweep and {target_values[key]!r} in the target; make them equal"

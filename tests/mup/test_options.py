@@ -13,6 +13,7 @@ from megatron_dit.cli import run
 from megatron_dit.config import ModelConfig
 from megatron_dit.models.build import build_unsharded
 from megatron_dit.models.param_specs import param_specs
+from megatron_dit.mup.groups import group_values
 from megatron_dit.mup.initial_values import initial_value
 from tests.helpers.configs import ARCHITECTURES, small
 
@@ -174,3 +175,41 @@ def test_invalid_options_are_rejected(tmp_path, capsys):
     ):
         assert run(["mup", str(path), override]) == 2
         assert words in capsys.readouterr().err
+
+
+LR_MULTIPLIERS = {"input": 0.25, "hidden": 2.0, "output": 0.5, "vector": 0.125}
+
+
+def role_by_shape(name, p):
+    """Return the role that follows from the package's infinite dimensions; tables are vectors."""
+    infinite = p.infshape.ninf()
+    if infinite != 1:
+        return "hidden" if infinite else "constant"
+    if p.dim() == 1 or "table" in name or name == "positions":
+        return "vector"
+    return "input" if p.infshape[0].isinf() else "output"
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_learning_rates_by_role_equal_those_of_mup_with_a_group_for_each_role(arch):
+    overrides = {f"mup.lr_multiplier.{role}": factor for role, factor in LR_MULTIPLIERS.items()}
+    config = small(arch, heads=8, base_heads=2, **overrides)
+    options, params = config.optimizer, param_specs(config)
+    models = [build_unsharded(replace(config.model, heads=heads)) for heads in (8, 2, 4)]
+    mup.set_base_shapes(models[0], models[1], delta=models[2], rescale_params=False, do_assert=False)
+    roles = {}
+    for name, p in models[0].named_parameters():
+        roles.setdefault(role_by_shape(name, p), []).append(p)
+    groups = [{"params": ps, "lr": options.lr * LR_MULTIPLIERS.get(role, 1.0)} for role, ps in roles.items()]
+    package = mup.MuAdamW(groups, lr=options.lr, weight_decay=options.weight_decay)
+    expected = {p: (group["lr"], group["weight_decay"]) for group in package.param_groups for p in group["params"]}
+    assert {role for role in roles if role != "constant"} == set(LR_MULTIPLIERS)
+    for name, p in models[0].named_parameters():
+        if params[name].trained:
+            assert group_values(params[name], options) == pytest.approx(expected[p]), name
+
+
+def test_learning_rates_by_role_apply_to_standard_parametrization():
+    config = small("mmdit", heads=8, **{"mup.enabled": False, "mup.lr_multiplier.vector": 0.25})
+    for param in param_specs(config).values():
+        assert param.lr_multiplier == (0.25 if param.role == "vector" else 1.0)

@@ -98,6 +98,20 @@ def test_search_costs_equal_those_of_the_paper(tmp_path):
     assert round(100 * 5 * 0.04 * 5 / (0.61 * 30), 2) == 5.46
 
 
+def test_searched_learning_rates_by_role_are_transferred(tmp_path, dataset):
+    space = {"optimizer.lr": {"log2": [-8, -7]}, "mup.lr_multiplier.vector": {"choice": [0.25, 1.0]}}
+    outcomes = [
+        ({"optimizer.lr": 2.0**power, "mup.lr_multiplier.vector": factor}, "complete", abs(power + 7) + factor)
+        for power in (-8, -7)
+        for factor in (0.25, 1.0)
+    ]
+    planted, out = plant(write_sweep(tmp_path, dataset, space), outcomes), tmp_path / "wide.yaml"
+    assert run(["transfer", str(planted.folder), str(target(tmp_path)), "--out", str(out)]) == 0
+    written = load_config(out)
+    assert (written.optimizer.lr, written.mup.lr_multiplier.vector) == (2**-7, 0.25)
+    assert "mup.lr_multiplier.vector = 2^-2" in out.read_text()
+
+
 def test_rounded_cost_is_none_if_a_size_rounds_to_zero():
     assert Cost(((2_000_000, 10),), (600_000_000, 100)).rounded_fraction is None
     assert Cost(((2_000_000, 10),), (4_000_000, 100)).fraction == 0.05
@@ -115,6 +129,7 @@ def test_invalid_sweep_folders_and_targets_are_rejected(planted, tmp_path, datas
     assert_rejected("base width", planted.folder, target(tmp_path, **{"mup.base_heads": 4}))
     assert_rejected("mup.enabled", planted.folder, target(tmp_path, **{"mup.enabled": False}))
     assert_rejected("mup.output_multiplier", planted.folder, target(tmp_path, **{"mup.output_multiplier": 2.0}))
+    assert_rejected("mup.lr_multiplier.vector", planted.folder, target(tmp_path, **{"mup.lr_multiplier.vector": 0.25}))
     (tmp_path / "bad").mkdir()
     empty = write_sweep(tmp_path / "bad", dataset, {"optimizer.lr": {"log2": [-8, -7]}})
     diverged = plant(empty, [({"optimizer.lr": 2**-8}, "diverged", None)])
