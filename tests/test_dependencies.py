@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import re
+import subprocess
 import sys
 from importlib.metadata import packages_distributions
 from pathlib import Path
@@ -86,3 +87,13 @@ def test_undeclared_imports_are_detected():
     modules = {"yaml": ROOT / "x.py", "json": ROOT / "x.py", "not_installed.part": ROOT / "y.py"}
     assert undeclared(modules, {"pyyaml"}) == {"not_installed": "y.py"}
     assert undeclared(modules, set()) == {"yaml": "x.py", "not_installed": "y.py"}
+
+
+def test_training_starts_without_torchs_compiler():
+    """Its import takes 1.5 seconds in every process, and a run needs it only with train.compile."""
+    code = (
+        "import sys, torch, megatron_dit.training.trainer\n"
+        "print(torch.compile.__module__, 'torch._dynamo' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
+    assert done.stdout.split() == ["torch", "False"]

@@ -13,6 +13,17 @@ from typing import Any, cast
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from torch import Tensor, nn
+
+from megatron_dit.config import Config, ModelConfig, ParallelConfig, uses_deepspeed
+from megatron_dit.mup.init_rules import InitKind
+from megatron_dit.parallel.attention import attention
+from megatron_dit.parallel.recompute import Recompute
+from megatron_dit.parallel.topology import SOLO, Topology
+from megatron_dit.runtime.compat import import_megatron_without_compiler
+
+import_megatron_without_compiler()
+
 from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
 from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
 from megatron.core.tensor_parallel.mappings import (
@@ -24,13 +35,6 @@ from megatron.core.tensor_parallel.mappings import (
     scatter_to_sequence_parallel_region,
 )
 from megatron.core.transformer.transformer_config import TransformerConfig
-from torch import Tensor, nn
-
-from megatron_dit.config import Config, ModelConfig, ParallelConfig, uses_deepspeed
-from megatron_dit.mup.init_rules import InitKind
-from megatron_dit.parallel.attention import attention
-from megatron_dit.parallel.recompute import Recompute
-from megatron_dit.parallel.topology import SOLO, Topology
 
 
 class Linear(nn.Linear):

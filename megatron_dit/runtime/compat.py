@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import logging
 import os
 import sys
@@ -45,6 +46,21 @@ def put_build_tools_on_path() -> None:
 def build_path() -> str:
     """Return PATH with the folder of this Python's programs first."""
     return os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
+
+
+def import_megatron_without_compiler() -> None:
+    """Import megatron-core 0.16 so that torch's compiler is not imported, which takes 1.5 seconds.
+
+    On import megatron-core applies ``torch.compile`` to fused functions, none of which we use.
+    """
+    import torch
+
+    compiler = torch.compile
+    torch.compile = lambda model=None, **_: model if model is not None else lambda function: function
+    try:
+        importlib.import_module("megatron.core")
+    finally:
+        torch.compile = compiler
 
 
 def let_megatron_run_on_cpu() -> None:
