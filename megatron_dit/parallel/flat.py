@@ -11,6 +11,7 @@ replicated parameters of which each tensor-parallel rank has a part.
 from __future__ import annotations
 
 import itertools
+import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -124,9 +125,12 @@ class FlatMasters:
                     self._partial.append(sums[offset + begin - first :][: end - begin])
 
     def _add_hooks(self, group: _Group, unit: _Unit) -> None:
+        # Autograd keeps hooks where the garbage collector cannot see them: with strong references the parameters, their
+        # gradients and the process groups would never be freed.
+        weak = weakref.ref(self), weakref.ref(group), weakref.ref(unit)
         for _, p, at in unit.params:
             view = _range(group.gradients, unit, p, at).view(p.shape)
-            p.register_post_accumulate_grad_hook(partial(self._accumulate, group, unit, view))
+            p.register_post_accumulate_grad_hook(partial(_accumulate, *weak, view))
 
     # --- one step -----------------------------------------------------------------------------------------
 
@@ -137,7 +141,7 @@ class FlatMasters:
             for unit in group.units:
                 unit.missing = micro_batches * len(unit.params)
 
-    def _accumulate(self, group: _Group, unit: _Unit, view: Tensor, p: Tensor) -> None:
+    def accumulate(self, group: _Group, unit: _Unit, view: Tensor, p: Tensor) -> None:
         """Add a parameter's gradient of one micro-batch in fp32. After a unit's last one, sum it over the ranks."""
         assert p.grad is not None
         assert unit.missing > 0, "more gradients than start_step announced"
@@ -225,6 +229,21 @@ class FlatMasters:
                     works.append(dist.all_gather_into_tensor(weights, own, group=data_group, async_op=True))
         for work in works:
             work.wait()
+
+
+def _accumulate(
+    masters: weakref.ref[FlatMasters],
+    group: weakref.ref[_Group],
+    unit: weakref.ref[_Unit],
+    view: Tensor,
+    p: Tensor,
+) -> None:
+    """Call :meth:`FlatMasters.accumulate` for a parameter's new gradient."""
+    held, in_group, in_unit = masters(), group(), unit()
+    assert held is not None, "a gradient after the masters were freed"
+    assert in_group is not None
+    assert in_unit is not None
+    held.accumulate(in_group, in_unit, view, p)
 
 
 def aligned(numel: int, multiple: int = ALIGNMENT) -> int:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import gc
+import weakref
 from collections import Counter
 from unittest import mock
 
@@ -121,3 +123,15 @@ def test_parameters_are_views_of_one_tensor_and_follow_the_masters(dtype):
     for name, p in model.named_parameters():
         assert torch.equal(p.float().flatten(), masters.shards[name].master())
     assert len({p.untyped_storage().data_ptr() for p in model.parameters()}) == 1
+
+
+def test_a_model_is_freed_with_its_masters():
+    """A coordinate check builds many models in one process, and a gloo group polls until it is freed."""
+    model, masters = plain_and_flat(torch.bfloat16)
+    masters.start_step(1)
+    model.bias.sum().backward()
+    masters.reduce()
+    remaining = [weakref.ref(masters), weakref.ref(model.weight)]
+    del model, masters
+    gc.collect()
+    assert [reference() for reference in remaining] == [None, None]
