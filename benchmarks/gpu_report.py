@@ -99,8 +99,8 @@ def row(run: Run, runs: list[Run]) -> list[str]:
     """Return the run's cells in the order of COLUMNS. A failed run has its error in place of the step time."""
     precision, variant = PRECISIONS[run.precision], VARIANTS[run.variant]
     if run.error is not None:
-        failed = f"failed: {run.error}".replace("|", "/")
-        return [run.model, "", "", precision, variant, failed, *[""] * (len(COLUMNS) - 6)]
+        text = run.error if run.error.startswith("not run") else f"failed: {run.error}"
+        return [run.model, "", "", precision, variant, text.replace("|", "/"), *[""] * (len(COLUMNS) - 6)]
     f = run.results
 
     def formatted(value: float | None, text: str) -> str:

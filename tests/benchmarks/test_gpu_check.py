@@ -182,6 +182,7 @@ def test_fp8_speedup_compares_with_the_same_run_in_bf16():
     assert fp8_speedup(bf16, [bf16, fp8]) is None
     assert fp8_speedup(fp8, [full, made("te", 0, error="e"), fp8]) is None
     assert row(made("fp8", 0, error="a|b"), [])[5] == "failed: a/b"
+    assert row(made("fp8", 0, error="not run: a|b"), [])[5] == "not run: a/b"
 
 
 def test_report_without_any_runs(tmp_path):
