@@ -189,9 +189,10 @@ class FlatMasters:
             parts = torch.cat(self._partial)
             dist.all_reduce(parts, group=self._topology.tensor_group)
             torch._foreach_copy_(self._partial, list(parts.split([part.numel() for part in self._partial])))
-        norms = torch.stack(torch._foreach_norm(self._counted()))
+        # In fp32 the norm of millions of elements would depend on how they are divided, by 1e-5 on a CPU.
+        norms = torch.stack(torch._foreach_norm(self._counted(), 2, torch.float64))
         copies = self._topology.data_size if self.unsharded else 1
-        return norms.double().square().sum() / (self._topology.data_size**2 * copies)
+        return norms.square().sum() / (self._topology.data_size**2 * copies)
 
     def _counted(self) -> list[Tensor]:
         """Return the gradients that this rank counts in the norm: replicated ones only if its tensor rank is 0."""

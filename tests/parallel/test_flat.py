@@ -135,3 +135,12 @@ def test_a_model_is_freed_with_its_masters():
     del model, masters
     gc.collect()
     assert [reference() for reference in remaining] == [None, None]
+
+
+def test_the_norm_of_many_elements_is_exact():
+    weight = torch.nn.Parameter(torch.zeros(3_000_000))
+    masters = FlatMasters([{"names": ["weight"], "params": [weight]}], SOLO, sharded=False, overlap=True)
+    gradient = torch.rand(weight.shape, generator=torch.Generator().manual_seed(0))
+    masters.start_step(1)
+    (weight * gradient).sum().backward()
+    assert float(masters.reduce().sqrt()) == pytest.approx(float(gradient.double().norm()), rel=1e-9)
