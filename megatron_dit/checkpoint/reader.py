@@ -150,13 +150,9 @@ class CheckpointReader:
     def fp8_scales(self) -> dict[str, Tensor]:
         """Return the flat scales of delayed FP8 scaling by layer; empty unless the run trained with it."""
         found = {}
-        for name in self.manifest["files"]:
-            path = self.folder / name
+        for path, layers in self._contents[1].items():
             with _incomplete_on_error(path), safe_open(path, framework="pt") as file:
-                for key in file.keys():  # noqa: SIM118  # not a dict
-                    kind, _, layer = key.partition("/")
-                    if kind == FP8_SCALES:
-                        found[layer] = file.get_tensor(key)
+                found.update({layer: file.get_tensor(f"{FP8_SCALES}/{layer}") for layer in layers})
         return found
 
     def _shards(self, name: str) -> int:
@@ -167,7 +163,7 @@ class CheckpointReader:
         if key not in self.states:
             raise UserError(f"{self.folder} contains no {key}; expected one of {', '.join(self.states)}")
         flat, covered, stop = torch.empty(numel), 0, start + numel
-        for fragment in self._fragments.get(name, []):
+        for fragment in self._contents[0].get(name, []):
             low, high = max(start, fragment.start), min(stop, fragment.stop)
             if fragment.tensor_rank != tensor_rank or low >= high:
                 continue
@@ -182,14 +178,21 @@ class CheckpointReader:
         return flat
 
     @cached_property
-    def _fragments(self) -> dict[str, list[Fragment]]:
-        """Fragments of each parameter, sorted by position. Raises Incomplete if two files store the same element."""
+    def _contents(self) -> tuple[dict[str, list[Fragment]], dict[Path, list[str]]]:
+        """Fragments of each parameter, sorted by position, and layers with FP8 scales of each file that has any.
+
+        Raises Incomplete if two files store the same element.
+        """
         found: dict[str, list[Fragment]] = {}
+        layers: dict[Path, list[str]] = {}
         for name in self.manifest["files"]:
             path = self.folder / name
             with _incomplete_on_error(path), safe_open(path, framework="pt") as file:
                 about = file.metadata()
                 rank = int(about["tensor_rank"])
+                scales = [key.partition("/")[2] for key in file.keys() if key.startswith(f"{FP8_SCALES}/")]  # noqa: SIM118
+                if scales:
+                    layers[path] = scales
                 for param, start in json.loads(about["starts"]).items():
                     (size,) = file.get_slice(f"{self.states[0]}/{param}").get_shape()
                     found.setdefault(param, []).append(Fragment(path, rank, int(start), int(start) + size))
@@ -198,7 +201,7 @@ class CheckpointReader:
             for one, other in pairwise(fragments):
                 if one.tensor_rank == other.tensor_rank and other.start < one.stop:
                     raise Incomplete(f"{other.file} and {one.file} store the same elements of {name}")
-        return found
+        return found, layers
 
 
 @contextmanager

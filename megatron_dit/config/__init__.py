@@ -1,6 +1,6 @@
 """Config of a run: frozen dataclasses read from YAML and overrides, and the configs generated from them.
 
-DeepSpeed's JSON is made by :func:`deepspeed_config` and Megatron's ``TransformerConfig`` by ``parallel.layers``;
+DeepSpeed's JSON is made by :func:`deepspeed_config` and Megatron's ``TransformerConfig`` by ``parallel.backend``;
 neither is ever written by hand.
 """
 

@@ -16,8 +16,10 @@ from megatron_dit.config.optimizer import EmaConfig, OptimizerConfig
 from megatron_dit.config.parallel import LaunchConfig, ParallelConfig
 from megatron_dit.config.training import SOLVERS_OF, CheckpointConfig, SamplingConfig, TrainConfig
 
-# Every dimension of an FP8 GEMM must be a multiple: cuBLAS needs rows of 16 bytes, MXFP8 complete blocks of 32.
-FP8_MULTIPLE, MXFP8_MULTIPLE = 16, 32
+
+def fp8_multiple(fp8: str) -> int:
+    """Return the divisor of every dimension of an FP8 GEMM: cuBLAS needs rows of 16 bytes, MXFP8 blocks of 32."""
+    return 32 if fp8 == "mxfp8" else 16
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -125,7 +127,7 @@ class Config(Section):
             f"train.fp8={fp8} and parallel.backend=local: FP8 needs Transformer Engine, "
             "set parallel.backend=te or train.fp8=none",
         )
-        multiple = MXFP8_MULTIPLE if fp8 == "mxfp8" else FP8_MULTIPLE
+        multiple = fp8_multiple(fp8)
         check(
             model.width // tensor % multiple == 0,
             f"model.heads * model.head_dim / parallel.tensor = {model.width // tensor}: "
@@ -143,9 +145,7 @@ class Config(Section):
         if fp8 == "none":
             return
         shards = self.parallel.tensor if self.parallel.sequence else 1
-        multiple = MXFP8_MULTIPLE if fp8 == "mxfp8" else FP8_MULTIPLE
-        if fp8 in ("blockwise", "mxfp8") and shards > 1:
-            multiple = 128
+        multiple = 128 if fp8 in ("blockwise", "mxfp8") and shards > 1 else fp8_multiple(fp8)
         patches = height * width // model.patch_size**2
         for name, sequence in model.spec.sequences(model, patches).items():
             tokens = sequence.tokens // shards if sequence.sharded else sequence.tokens

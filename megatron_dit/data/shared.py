@@ -1,4 +1,4 @@
-"""The batches of a rank's step, read once per group of tensor-parallel ranks, which all need the same samples."""
+"""This rank's batches. Tensor-parallel ranks need the same samples, so one of them reads and sends to the others."""
 
 from __future__ import annotations
 

@@ -116,7 +116,7 @@ def _residual_gradients(
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Return the gradients of update, bias and gate."""
     if gate is None:
-        return grad, ops.sum_chunks(ops.sum_tokens(grad, bias), bias.dtype), None
+        return grad, ops.sum_chunks(ops.sum_tokens(grad), bias.dtype), None
     grad_update, partials = ops.add_residual_backward(grad, update, bias, gate)
     sums = ops.sum_chunks(partials, bias.dtype)
     return grad_update, sums[: len(bias)], sums[len(bias) :].view(gate.shape)

@@ -140,20 +140,20 @@ def _add_residual_backward_like(grad: Tensor) -> tuple[Tensor, Tensor]:
 
 
 @torch.library.custom_op("megatron_dit::sum_tokens", mutates_args=())
-def sum_tokens(grad: Tensor, bias: Tensor) -> Tensor:
+def sum_tokens(grad: Tensor) -> Tensor:
     """Return partial sums (chunks, D) over the tokens of grad (S, B, D), for the bias if there is no gate."""
     grad = _rows(grad)
     partials = _sum_tokens_like(grad)
     chunks = len(partials)
     _triton().residual_backward[chunks, -(-grad.shape[2] // COLUMNS)](
-        grad, grad, bias, bias, grad, partials, *grad.shape, *grad.stride()[:2], 0, 0, 0, -(-len(grad) // chunks),
+        grad, grad, grad, grad, grad, partials, *grad.shape, *grad.stride()[:2], 0, 0, 0, -(-len(grad) // chunks),
         False, ROWS, COLUMNS,
     )  # fmt: skip
     return partials
 
 
 @sum_tokens.register_fake
-def _(grad: Tensor, bias: Tensor) -> Tensor:
+def _(grad: Tensor) -> Tensor:
     return _sum_tokens_like(grad)
 
 

@@ -132,8 +132,9 @@ def residual_backward(
     chunk = tl.program_id(0)
     column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     columns, valid = column[None, :], column < width
-    biases = tl.load(bias + column, mask=valid, other=0.0).to(tl.float32)[None, :]
     size = width * (1 + batch) if HAS_GATE else width
+    if HAS_GATE:
+        biases = tl.load(bias + column, mask=valid, other=0.0).to(tl.float32)[None, :]
     out = partials + chunk.to(tl.int64) * size + column
     grad_bias = tl.zeros([COLUMNS], dtype=tl.float32)
     last = min((chunk + 1) * rows, length)

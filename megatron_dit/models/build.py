@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from megatron_dit.config import ModelConfig
 from megatron_dit.models.common.base import DiffusionTransformer
 from megatron_dit.models.registry import module_of
-from megatron_dit.parallel.layers import Backend
+from megatron_dit.parallel.backend import Backend
 
 
 def build(config: ModelConfig, backend: Backend, blocks: Sequence[int] | None = None) -> DiffusionTransformer:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import itertools
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -66,7 +66,8 @@ class FlatMasters:
         self.shards: dict[str, MasterShard] = {}
         self._partial: list[Tensor] = []  # ranges of ``sums`` to be added up over the tensor-parallel ranks
         self._groups = [self._flatten(dict(zip(group["names"], group["params"], strict=True))) for group in groups]
-        self._fresh: set[nn.Parameter] = set()  # parameters without a gradient in this step
+        self._fresh: set[Tensor] = set()  # parameters without a gradient in this step
+        self._places: dict[Tensor, tuple[_Group, _Unit, Tensor]] = {}  # where each parameter's gradient is accumulated
         for group in self._groups:
             for unit in group.units:
                 self._add_hooks(group, unit)
@@ -125,12 +126,12 @@ class FlatMasters:
                     self._partial.append(sums[offset + begin - first :][: end - begin])
 
     def _add_hooks(self, group: _Group, unit: _Unit) -> None:
-        # Autograd keeps hooks where the garbage collector cannot see them: with strong references the parameters, their
-        # gradients and the process groups would never be freed.
-        weak = weakref.ref(self), weakref.ref(group), weakref.ref(unit)
+        # Autograd keeps hooks where the garbage collector cannot see them. With a strong reference, the parameters,
+        # their gradients and the process groups would never be freed.
+        accumulate = weakref.WeakMethod(self._accumulate)
         for _, p, at in unit.params:
-            view = _range(group.gradients, unit, p, at).view(p.shape)
-            p.register_post_accumulate_grad_hook(partial(_accumulate, *weak, view))
+            self._places[p] = group, unit, _range(group.gradients, unit, p, at).view(p.shape)
+            p.register_post_accumulate_grad_hook(partial(_call, accumulate))
 
     # --- one step -----------------------------------------------------------------------------------------
 
@@ -141,12 +142,13 @@ class FlatMasters:
             for unit in group.units:
                 unit.missing = micro_batches * len(unit.params)
 
-    def accumulate(self, group: _Group, unit: _Unit, view: Tensor, p: Tensor) -> None:
+    def _accumulate(self, p: Tensor) -> None:
         """Add a parameter's gradient of one micro-batch in fp32. After a unit's last one, sum it over the ranks."""
+        group, unit, view = self._places[p]
         assert p.grad is not None
         assert unit.missing > 0, "more gradients than start_step announced"
         if p in self._fresh:
-            self._fresh.remove(p)  # pyright: ignore[reportArgumentType]
+            self._fresh.remove(p)
             view.copy_(p.grad)
         else:
             view.add_(p.grad)
@@ -232,19 +234,10 @@ class FlatMasters:
             work.wait()
 
 
-def _accumulate(
-    masters: weakref.ref[FlatMasters],
-    group: weakref.ref[_Group],
-    unit: weakref.ref[_Unit],
-    view: Tensor,
-    p: Tensor,
-) -> None:
-    """Call :meth:`FlatMasters.accumulate` for a parameter's new gradient."""
-    held, in_group, in_unit = masters(), group(), unit()
-    assert held is not None, "a gradient after the masters were freed"
-    assert in_group is not None
-    assert in_unit is not None
-    held.accumulate(in_group, in_unit, view, p)
+def _call(method: weakref.WeakMethod[Callable[[Tensor], None]], p: Tensor) -> None:
+    bound = method()
+    assert bound is not None, "a gradient after the masters were freed"
+    bound(p)
 
 
 def aligned(numel: int, multiple: int = ALIGNMENT) -> int:

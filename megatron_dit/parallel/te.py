@@ -13,8 +13,6 @@ from typing import Any
 
 import torch
 import transformer_engine.pytorch as te  # pyright: ignore[reportMissingImports]
-from megatron.core import parallel_state
-from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
 from torch import Tensor
 from transformer_engine.common import recipe  # pyright: ignore[reportMissingImports]
 from transformer_engine.pytorch.quantization import (  # pyright: ignore[reportMissingImports]
@@ -24,7 +22,9 @@ from transformer_engine.pytorch.quantization import (  # pyright: ignore[reportM
 
 from megatron_dit.config import Config
 from megatron_dit.mup.init_rules import InitKind
-from megatron_dit.parallel.layers import Backend, backend_options, set_init
+from megatron_dit.parallel.backend import Backend, backend_options
+from megatron_dit.parallel.layers import set_init
+from megatron_dit.parallel.megatron import parallel_state, set_tensor_model_parallel_attributes
 from megatron_dit.parallel.topology import Topology
 from megatron_dit.runtime.errors import UserError
 

@@ -19,9 +19,9 @@ from megatron_dit.mup.initial_values import initial_value
 from megatron_dit.mup.multipliers import forward_multipliers, set_multipliers
 from megatron_dit.mup.rules import Param
 from megatron_dit.optimizer import AdamWithEma, averages, choose, lr_factor, set_lr
-from megatron_dit.parallel.backends import open_backend
 from megatron_dit.parallel.collectives import mean_over_ranks, on_all_ranks
 from megatron_dit.parallel.masters import MasterShard
+from megatron_dit.parallel.select_backend import open_backend
 from megatron_dit.parallel.sharding import cut
 from megatron_dit.parallel.topology import Topology
 from megatron_dit.runtime.device import device

@@ -14,7 +14,7 @@ from megatron_dit.data.batch import Batch
 from megatron_dit.models.common.modules import Intermediates
 from megatron_dit.objectives import OBJECTIVES, NoiseDraw
 from megatron_dit.objectives.repa import alignment_loss
-from megatron_dit.parallel.backends import Backend
+from megatron_dit.parallel.backend import Backend
 from megatron_dit.parallel.topology import Topology
 from megatron_dit.runtime.device import device
 from megatron_dit.training.monitor import ActivationSizes

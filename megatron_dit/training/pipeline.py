@@ -7,14 +7,12 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from megatron.core.enums import ModelType
-from megatron.core.pipeline_parallel import get_forward_backward_func
-from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
 from megatron_dit.config import Config
 from megatron_dit.data.batch import Batch
 from megatron_dit.models.common.base import DiffusionTransformer
+from megatron_dit.parallel.megatron import ModelType, TransformerConfig, get_forward_backward_func
 from megatron_dit.parallel.topology import Topology
 from megatron_dit.runtime.compat import create_cuda_tensors_on_cpu
 from megatron_dit.training.losses import LossTerms

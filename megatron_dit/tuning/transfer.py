@@ -109,8 +109,8 @@ def _check_target(proxy: Config, target: Config, searched: Collection[str]) -> N
     The values of ``searched`` keys are transferred themselves.
     """
     proxy_values, target_values = flatten(proxy), flatten(target)
-    keys = ("model.arch", "mup.enabled", "mup.output_multiplier")
-    for key in (*keys, *(key for key in proxy_values if key.startswith("mup.lr_multiplier.") and key not in searched)):
+    by_role = [key for key in proxy_values if key.startswith("mup.lr_multiplier.") and key not in searched]
+    for key in ("model.arch", "mup.enabled", "mup.output_multiplier", *by_role):
         if proxy_values[key] != target_values[key]:
             raise UserError(
                 f"{key} is {proxy_values[key]!r} in the sweep and {target_values[key]!r} in the target; make them equal"

@@ -24,7 +24,7 @@ def trace(arch, layout, data, scratch, fault=None, **overrides):
     folder = Path(scratch) / f"{arch}-{zlib.crc32(repr(layout).encode())}-{fault}"
     if fault is None:
         return first_steps(config, folder)
-    from megatron_dit.parallel.layers import Backend
+    from megatron_dit.parallel.backend import Backend
 
     right = getattr(Backend, fault)
     setattr(Backend, fault, lambda self, x: x)

@@ -8,7 +8,7 @@ import torch
 
 from megatron_dit.config import load_config
 from megatron_dit.models.mmdit.model import MMDiTBlock
-from megatron_dit.parallel.layers import Backend
+from megatron_dit.parallel.backend import Backend
 from megatron_dit.parallel.topology import connect
 from tests.helpers.kernel_count import FusedAttention, Kernels
 

@@ -13,7 +13,10 @@ SAMPLES = 16
 
 
 def gradients(cases):
-    """Return (norm, gradient of the global batch) by case (ZeRO stage, micro-batches of a rank). Runs in the pool."""
+    """Train one step in each case, a (ZeRO stage, number of micro-batches per rank). Runs in the pool's ranks.
+
+    Return the gradient norm and the gradient of the global batch of each case.
+    """
     from megatron_dit.verify.layout_parity import disturbed
 
     found = {}

@@ -9,7 +9,7 @@ from torch.profiler import ProfilerActivity, profile
 from megatron_dit.config import ParallelConfig
 from megatron_dit.models.build import build
 from megatron_dit.models.common.condition import Condition
-from megatron_dit.parallel.layers import Backend
+from megatron_dit.parallel.backend import Backend
 from megatron_dit.parallel.topology import SOLO, connect
 from tests.helpers.configs import ARCHITECTURES, small
 

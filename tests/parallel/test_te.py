@@ -11,8 +11,8 @@ from unittest import mock
 import pytest
 import torch
 
-from megatron_dit.parallel.backends import open_backend
-from megatron_dit.parallel.layers import Backend
+from megatron_dit.parallel.backend import Backend
+from megatron_dit.parallel.select_backend import open_backend
 from megatron_dit.parallel.topology import SOLO
 from megatron_dit.runtime.errors import UserError
 from megatron_dit.verify import layout_parity

@@ -78,8 +78,8 @@ def last_pass(config, backend, count):
 
 def against_local(configs, count=1):
     """Compare the Transformer Engine backend of each config with the local backend in bf16."""
-    from megatron_dit.parallel.backends import open_backend
-    from megatron_dit.parallel.layers import Backend
+    from megatron_dit.parallel.backend import Backend
+    from megatron_dit.parallel.select_backend import open_backend
     from megatron_dit.parallel.topology import build_topology, connect
 
     connect()

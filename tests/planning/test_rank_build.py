@@ -30,7 +30,7 @@ def up(count, unit):
 
 
 def local_sizes(options):
-    """Yield (parameter, elements per tensor-parallel rank); the layer's name tells whether it is split."""
+    """Yield each parameter with its number of elements per tensor-parallel rank. Its name shows whether it is split."""
     config = small("mmdit", heads=8, base_heads=2, **options)
     tensor = config.parallel.tensor
     column = ("qkv.weight", "qkv.bias", "fc1.weight", "fc1.bias", "modulation.weight", "modulation.bias")

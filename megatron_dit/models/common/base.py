@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from megatron_dit.config import ModelConfig
 from megatron_dit.models.common.condition import Condition
 from megatron_dit.models.common.modules import Intermediates, Projector
-from megatron_dit.parallel.layers import Backend
+from megatron_dit.parallel.backend import Backend
 
 State = tuple[Tensor, ...]
 

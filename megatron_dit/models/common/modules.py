@@ -12,7 +12,8 @@ from megatron_dit.config import ModelConfig
 from megatron_dit.kernels import gelu, modulate
 from megatron_dit.models.common.positions import timestep_features
 from megatron_dit.mup.init_rules import InitKind
-from megatron_dit.parallel.layers import Backend, set_init
+from megatron_dit.parallel.backend import Backend
+from megatron_dit.parallel.layers import set_init
 
 Intermediates = dict[str, Tensor]  # named intermediates, filled when the caller passes a dict
 

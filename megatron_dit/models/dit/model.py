@@ -19,7 +19,7 @@ from megatron_dit.models.common.modules import (
 )
 from megatron_dit.models.common.positions import interpolated_grid, patchify, unpatchify
 from megatron_dit.mup.init_rules import InitKind
-from megatron_dit.parallel.layers import Backend
+from megatron_dit.parallel.backend import Backend
 
 
 class DiTBlock(nn.Module):

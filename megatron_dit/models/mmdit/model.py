@@ -21,7 +21,7 @@ from megatron_dit.models.common.modules import (
 )
 from megatron_dit.models.common.positions import cropped_grid, patchify, unpatchify
 from megatron_dit.mup.init_rules import InitKind
-from megatron_dit.parallel.layers import Backend
+from megatron_dit.parallel.backend import Backend
 
 
 class Stream(nn.Module):
@@ -50,7 +50,7 @@ class Stream(nn.Module):
         """
         shift, scale, *later = self.modulation(c).chunk(self.parts, dim=-1)
         x, modulated = self.backend.recompute.pointwise(modulate, x, shift, scale)
-        return x, (*self.qkv(modulated), self.q_norm(), self.k_norm()), tuple(later)
+        return x, (*self.qkv(modulated), self.q_norm.gain, self.k_norm.gain), tuple(later)
 
     def finish(self, x: Tensor, attended: Tensor, later: tuple[Tensor, ...]) -> Tensor:
         """Add the residual updates of the attention's output (S', B, H * d) and of the MLP."""

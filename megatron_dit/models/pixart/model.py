@@ -18,7 +18,8 @@ from megatron_dit.models.common.modules import (
 )
 from megatron_dit.models.common.positions import interpolated_grid, patchify, unpatchify
 from megatron_dit.mup.init_rules import InitKind
-from megatron_dit.parallel.layers import Backend, set_init
+from megatron_dit.parallel.backend import Backend
+from megatron_dit.parallel.layers import set_init
 
 
 class CaptionEmbedder(nn.Module):

@@ -13,7 +13,8 @@ from megatron_dit.models.common.modules import Intermediates, LabelEmbedder, Mlp
 from megatron_dit.models.common.positions import patchify, timestep_features, unpatchify
 from megatron_dit.models.uvit.spec import sequence_length
 from megatron_dit.mup.init_rules import InitKind
-from megatron_dit.parallel.layers import Backend, set_init
+from megatron_dit.parallel.backend import Backend
+from megatron_dit.parallel.layers import set_init
 
 
 class UViTBlock(nn.Module):

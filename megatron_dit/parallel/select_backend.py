@@ -8,7 +8,7 @@ import shutil
 import torch
 
 from megatron_dit.config import Config
-from megatron_dit.parallel.layers import Backend, backend_options
+from megatron_dit.parallel.backend import Backend, backend_options
 from megatron_dit.parallel.topology import Topology
 from megatron_dit.runtime.errors import UserError
 
