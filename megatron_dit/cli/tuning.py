@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,15 +17,15 @@ from megatron_dit.cli.arguments import (
 )
 from megatron_dit.cli.command import add_command, write_json
 from megatron_dit.cli.ranks import ranks_argument, start_ranks, starts_ranks
-from megatron_dit.config.keys import Count, CountOrZero
+from megatron_dit.config.keys import Count, CountOrZero, Positive
 from megatron_dit.runtime.errors import UserError
 from megatron_dit.runtime.launch_environment import is_rank0
 from megatron_dit.runtime.output import survive_console_loss
 from megatron_dit.runtime.text import printable
+from megatron_dit.tuning.transfer_rules import TRANSFER_RULES
 
 if TYPE_CHECKING:  # imports of torch take seconds: each command imports what it needs
     from megatron_dit.config import Config
-
 
 def add_commands(commands: Any) -> None:
     """Add the commands of this module."""
@@ -47,14 +47,16 @@ def add_commands(commands: Any) -> None:
     check = add_command(
         commands,
         "coord-check",
-        "Measure activation sizes over widths, under μP and standard parametrization; exit status 1 if they drift.",
+        "Measure activation sizes over widths or depths, with and without μP's rule; exit status 1 if they drift.",
         "megatron-dit coord-check configs/quickstart.yaml --out runs/coord-check.png",
         _coord_check,
     )
     config_arguments(check)
     ranks_argument(check)
-    check.add_argument("--heads", metavar="A,B", help="widths in heads; if omitted, 1, 2, 4, 8 times the base")
-    check.add_argument("--seeds", type=number("--seeds", Count), default=3, metavar="N", help="seeds per width")
+    scales = check.add_mutually_exclusive_group()
+    scales.add_argument("--heads", metavar="A,B", help="widths in heads; if omitted, 1, 2, 4, 8 times the base")
+    scales.add_argument("--depths", metavar="A,B", help="compare depths instead of widths; needs mup.base_depth")
+    check.add_argument("--seeds", type=number("--seeds", Count), default=3, metavar="N", help="seeds per model size")
     check.add_argument(
         "--steps", type=number("--steps", Count), default=4, metavar="N", help="number of training steps"
     )
@@ -93,6 +95,20 @@ def add_commands(commands: Any) -> None:
     )
     transfer.add_argument("sweep", type=input_path("sweep"), help="sweep folder")
     config_arguments(transfer)
+    transfer.add_argument(
+        "--rules",
+        type=_rules,
+        default=[],
+        metavar="A,B",
+        help="rules for another batch size or number of steps; "
+        + "; ".join(f"{name}: {rule.meaning}" for name, rule in TRANSFER_RULES.items()),
+    )
+    transfer.add_argument(
+        "--critical-batch",
+        type=number("--critical-batch", Positive),
+        metavar="N",
+        help="with rule batch: batch size above which larger batches no longer save steps",
+    )
     config_file = output_file("--out", makes_folder=True)
     transfer.add_argument("--out", type=config_file, required=True, metavar="FILE", help="output config")
 
@@ -118,44 +134,59 @@ def _coord_check(arguments: argparse.Namespace) -> int:
     from megatron_dit.tuning import coord_check
 
     config = load_config(arguments.config, arguments.overrides)
-    heads = _widths(arguments.heads, config)
+    if arguments.depths is None:
+        axis, unit, scales = coord_check.Width(), config.model.head_dim, _widths(arguments.heads, config)
+    else:
+        axis, unit, scales = coord_check.Depth(), 1, _depths(arguments.depths, config)
+    for scale in scales:
+        axis.variant(config, axis.parametrizations[0], scale)  # validates the config of this size
     if starts_ranks(arguments):
         return start_ranks(arguments, config)
     from megatron_dit.parallel.startup import multi_rank_command
     from megatron_dit.runtime.progress import ProgressBar
 
     rank0 = is_rank0()
-    steps = 2 * len(heads) * arguments.seeds
+    steps = 2 * len(scales) * arguments.seeds
     with multi_rank_command(), ProgressBar("coord-check", steps, show=rank0) as bar:
-        sizes = coord_check.coord_check(config, heads, arguments.seeds, arguments.steps, bar.advance)
+        sizes = coord_check.coord_check(config, axis, scales, arguments.seeds, arguments.steps, bar.advance)
     slopes = coord_check.slopes(sizes)
     if rank0:
-        coord_check.draw(sizes, config.model.head_dim, arguments.out)
-        for name in coord_check.PARAMETRIZATIONS:
+        coord_check.draw(sizes, axis, unit, arguments.out)
+        for name in axis.parametrizations:
             row = coord_check.worst(slopes, name)
             slope = f"{row.slope:+.3f} (std over seeds {row.spread:.3f})"
             print(f"{name}: steepest slope {slope}, {row.name} at step {row.step}")
         write_json(arguments, coord_check.results_of(sizes, slopes))
-    good = abs(coord_check.worst(slopes, config.mup.parametrization).slope) <= coord_check.LIMIT
+    checked = axis.checked(config)
+    good = abs(coord_check.worst(slopes, checked).slope) <= coord_check.LIMIT
     if rank0:
         verdict = "passes" if good else "fails"
-        print(f"{config.mup.parametrization} {verdict} the coordinate check (|slope| of at most {coord_check.LIMIT})")
+        print(f"{checked} {verdict} the coordinate check (|slope| of at most {coord_check.LIMIT})")
         print(f"plot: {printable(arguments.out)}")
     return 0 if good else 1
 
 
 def _widths(text: str | None, config: Config) -> list[int]:
-    """Return the numbers of heads to compare. Raises UserError if one of them is not valid in the config."""
+    """Return the numbers of heads to compare."""
     base = config.mup.base_heads or config.model.heads
-    if text is None:
-        heads = [base * n for n in (1, 2, 4, 8)]
-    else:
-        heads = sorted(number("--heads", Count)(word.strip()) for word in text.split(","))
-        if len(set(heads)) < max(2, len(heads)):
-            raise UserError(f"--heads {text}: expected at least two different widths, such as 2,4,8")
-    for count in heads:
-        replace(config, model=replace(config.model, heads=count))  # validates the config with this width
-    return heads
+    return [base * n for n in (1, 2, 4, 8)] if text is None else _scales("--heads", text, "widths")
+
+
+def _depths(text: str, config: Config) -> list[int]:
+    """Return the numbers of blocks to compare. Raises UserError if the config has no rule for depth."""
+    if not (config.mup.enabled and config.mup.base_depth):
+        raise UserError(
+            f"--depths {text}: the config has no rule for depth; set mup.base_depth, such as "
+            f"mup.base_depth={config.model.depth}, and mup.enabled=true"
+        )
+    return _scales("--depths", text, "depths")
+
+
+def _scales(option: str, text: str, kind: str) -> list[int]:
+    scales = sorted(number(option, Count)(word.strip()) for word in text.split(","))
+    if len(set(scales)) < max(2, len(scales)):
+        raise UserError(f"{option} {text}: expected at least two different {kind}, such as 2,4,8")
+    return scales
 
 
 def _sweep(arguments: argparse.Namespace) -> int:
@@ -193,12 +224,24 @@ def _sweep(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _rules(text: str) -> list[str]:
+    names = [name.strip() for name in text.split(",")]
+    unknown = next((name for name in names if name not in TRANSFER_RULES), None)
+    if unknown is not None:
+        raise UserError(f"--rules {text}: {unknown!r} is not a rule; choose among {', '.join(TRANSFER_RULES)}")
+    return names
+
+
 def _transfer(arguments: argparse.Namespace) -> int:
     from megatron_dit.config import load_config
     from megatron_dit.tuning.transfer import transfer
 
     target = load_config(arguments.config, arguments.overrides)
-    results = transfer(Path(arguments.sweep), target, arguments.config, arguments.out)
+    if arguments.critical_batch is not None and "batch" not in arguments.rules:
+        raise UserError(f"--critical-batch {arguments.critical_batch:g} has no effect without --rules batch; add it")
+    results = transfer(
+        Path(arguments.sweep), target, arguments.config, arguments.out, arguments.rules, arguments.critical_batch
+    )
     print("\n".join(f"# {line}" for line in results.pop("header")))
     write_json(arguments, results)
     return 0

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
 
-from megatron_dit.config.keys import FilePath, NonNegative, Positive, Section, Size, check, check_choice, key
+from megatron_dit.config.keys import FilePath, Interval, NonNegative, Positive, Section, Size, check, check_choice, key
 from megatron_dit.models.registry import init_presets
 
 if TYPE_CHECKING:
@@ -41,6 +41,15 @@ class MupConfig(Section):
     )
     coupled_decay: bool = key(
         "hidden weights use weight decay wd * n, which keeps lr * wd constant (package mup); false: wd", True
+    )
+    scaled_eps: bool = key(
+        "AdamW's eps is divided by n, as the gradients are (CompleteP); false: as in package mup, it is not", False
+    )
+    base_depth: Size | None = key(
+        "depth of the base model: residual branches scale with m = depth / base_depth; null: no rule for depth", None
+    )
+    depth_exponent: Annotated[float, Interval("[0.5, 1]")] = key(
+        "residual branches are multiplied by m^-depth_exponent; 1: CompleteP, 0.5: depth-μP", 1.0
     )
     output_multiplier: Positive = key("the readout computes W (output_multiplier * x / n) + b", 1.0)
 

@@ -19,6 +19,7 @@ from megatron_dit.config.keys import (
 )
 
 Implementation = Literal["auto", "apex", "te", "deepspeed", "torch"]
+Schedule = Literal["constant", "linear", "cosine", "wsd", "inverse_sqrt"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,8 +35,14 @@ class OptimizerConfig(Section):
     weight_decay: NonNegative = key("base decoupled weight decay", 0.0)
     grad_clip: Positive | None = key("maximum global gradient norm; null: no clipping", None)
     warmup_steps: CountOrZero = key("linear warm-up: step k (from 0) uses lr * (k + 1) / warmup_steps", 0, unit="steps")
-    schedule: Literal["constant", "cosine"] = key("learning-rate schedule after warm-up", "constant")
-    final_lr_ratio: Fraction = key("cosine: learning rate at the last step / peak learning rate", 0.0)
+    schedule: Schedule = key(
+        "learning rate after warm-up; linear, cosine: decays to the end; wsd (warm-up, stable, decay): constant, then "
+        "decays linearly over decay_steps; inverse_sqrt: falls as 1/sqrt(step) from decay_start (EDM2)",
+        "constant",
+    )
+    final_lr_ratio: Fraction = key("linear, cosine, wsd: learning rate at the end / peak learning rate", 0.0)
+    decay_steps: Count | None = key("wsd: length of the decay at the end of the training", None, unit="steps")
+    decay_start: Count | None = key("inverse_sqrt: lr * sqrt(decay_start / step) from this step", None, unit="steps")
     implementation: Implementation = key(
         "AdamW implementation; auto: the first available of apex, te, deepspeed and torch on a GPU, torch on a CPU",
         "auto",
@@ -48,6 +55,22 @@ class OptimizerConfig(Section):
     )
 
     def check(self) -> None:
+        for name, schedule in (("decay_steps", "wsd"), ("decay_start", "inverse_sqrt")):
+            value = getattr(self, name)
+            check(
+                value is not None or self.schedule != schedule,
+                f"optimizer.schedule={schedule} needs optimizer.{name}: set it to a number of steps",
+            )
+            check(
+                value is None or self.schedule == schedule,
+                f"optimizer.{name}={value} has no effect with optimizer.schedule={self.schedule}: remove it, or set "
+                f"optimizer.schedule={schedule}",
+            )
+        check(
+            self.decay_start is None or self.decay_start >= self.warmup_steps,
+            f"optimizer.decay_start={self.decay_start} is before the end of the warm-up; set it to "
+            f"optimizer.warmup_steps={self.warmup_steps} or more",
+        )
         check(
             not self.offload or self.implementation == "auto",
             f"optimizer.implementation={self.implementation!r}: optimizer.offload=true uses its own AdamW, remove "

@@ -30,7 +30,15 @@ def param_specs(config: Config) -> dict[str, Param]:
     else:
         base = _base_shapes(config)
     return {
-        name: Param(name=name, shape=shapes[name], base=base[name], mup=config.mup, init=config.init, **_attributes(p))
+        name: Param(
+            name=name,
+            shape=shapes[name],
+            base=base[name],
+            depth=config.model.depth,
+            mup=config.mup,
+            init=config.init,
+            **_attributes(p),
+        )
         for name, p in target.items()
     }
 
@@ -66,6 +74,7 @@ def _attributes(p: Any) -> dict[str, Any]:
     sharded = getattr(p, "tensor_model_parallel", False)
     return {
         "init_kind": p.init_kind,
+        "place": p.place,
         "trained": p.trained,
         "kernel": getattr(p, "kernel", 1),
         "dim": p.partition_dim if sharded else None,

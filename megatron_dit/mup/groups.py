@@ -1,4 +1,4 @@
-"""Optimizer parameter groups: parameters with the same learning rate and weight decay."""
+"""Optimizer parameter groups: parameters with the same learning rate, weight decay and eps."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ def optimizer_groups(
     Each group has ``names`` and its peak learning rate ``initial_lr``, which the schedule multiplies: setting one lr
     for all groups would undo μP.
     """
-    groups: dict[tuple[float, float], dict[str, Any]] = {}
+    groups: dict[tuple[float, float, float], dict[str, Any]] = {}
     count = 0
     for name, p in named:
-        lr, decay = group_values(params[name], config)
-        empty = {"params": [], "names": [], "lr": lr, "initial_lr": lr, "weight_decay": decay}
-        group = groups.setdefault((lr, decay), empty)
+        lr, decay, eps = values = group_values(params[name], config)
+        empty = {"params": [], "names": [], "lr": lr, "initial_lr": lr, "weight_decay": decay, "eps": eps}
+        group = groups.setdefault(values, empty)
         group["params"].append(p)
         group["names"].append(name)
         count += 1
@@ -32,6 +32,10 @@ def optimizer_groups(
     return list(groups.values())
 
 
-def group_values(param: Param, config: OptimizerConfig) -> tuple[float, float]:
-    """Return a parameter's peak learning rate and weight decay, which determine its group."""
-    return config.lr * param.lr_multiplier, config.weight_decay * param.weight_decay_multiplier
+def group_values(param: Param, config: OptimizerConfig) -> tuple[float, float, float]:
+    """Return a parameter's peak learning rate, weight decay and eps, which determine its group."""
+    return (
+        config.lr * param.lr_multiplier,
+        config.weight_decay * param.weight_decay_multiplier,
+        config.eps * param.eps_multiplier,
+    )

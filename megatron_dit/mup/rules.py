@@ -1,7 +1,8 @@
 """The μP table: how initialization, forward multiplier, learning rate and weight decay scale with width, by role.
 
 Source: Tensor Programs V (arXiv 2203.03466), Table 8, as used for diffusion Transformers by
-arXiv 2505.15270. Every entry is an exponent of the width multiplier n = fan-in / base fan-in.
+arXiv 2505.15270. Every entry is an exponent of the width multiplier n = fan-in / base fan-in. ``depth_rules.py`` has the
+exponents of the depth multiplier.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from megatron_dit.config import InitConfig, MupConfig
+from megatron_dit.mup.depth_rules import NO_RULE, DepthRule, Place, depth_rule
 from megatron_dit.mup.init_rules import FAN_IN, ZERO, InitKind, InitRule, init_rule_of
 
 
@@ -41,6 +43,8 @@ class Param:
     init: InitConfig
     dim: int | None = None  # dimension sharded by tensor parallelism, in each of its ``fused_parts`` equal parts
     fused_parts: int = 1
+    place: Place = Place.BRANCH  # in its block, if it is in one
+    depth: int = 1  # number of blocks of the model
     trained: bool = True  # False: the parameter keeps its initial values
     kernel: int = 1  # patch embedding: number of elements of the equivalent convolution kernel
 
@@ -63,6 +67,16 @@ class Param:
         return ratios[-1] if ratios else 1.0
 
     @property
+    def depth_multiplier(self) -> float:
+        """Depth multiplier m; 1 under standard parametrization and without ``mup.base_depth``."""
+        return self.depth / self.mup.base_depth if self.mup.enabled and self.mup.base_depth else 1.0
+
+    @property
+    def depth_rule(self) -> DepthRule:
+        """Exponents of the depth multiplier."""
+        return depth_rule(self.place, self.mup.depth_exponent) if self.name.startswith("blocks.") else NO_RULE
+
+    @property
     def multiplier(self) -> float:
         scale = self.mup.output_multiplier if self.role == "output" else 1.0
         return scale * self._power(RULES[self.role].multiplier)
@@ -71,13 +85,22 @@ class Param:
     def lr_multiplier(self) -> float:
         if not self.trained:
             return 0.0
-        return getattr(self.mup.lr_multiplier, self.role, 1.0) * self._power(RULES[self.role].lr)
+        factor = getattr(self.mup.lr_multiplier, self.role, 1.0)
+        return factor * self._power(RULES[self.role].lr) * self.depth_multiplier**self.depth_rule.lr
 
     @property
     def weight_decay_multiplier(self) -> float:
         if not self.trained:
             return 0.0
-        return self._power(RULES[self.role].weight_decay) if self.mup.coupled_decay else 1.0
+        rule, m = self.depth_rule, self.depth_multiplier
+        if self.mup.coupled_decay:
+            return self._power(RULES[self.role].weight_decay) * m**-rule.lr
+        return m**rule.weight_decay
+
+    @property
+    def eps_multiplier(self) -> float:
+        width = self._power(-1) if self.mup.scaled_eps and self.role != "constant" else 1.0
+        return width * self.depth_multiplier**self.depth_rule.eps
 
     @property
     def init_rule(self) -> InitRule:
@@ -99,7 +122,8 @@ class Param:
         base_shape = tuple(size if base is None or not self.mup.enabled else base for size, base in sizes)
         if self.kernel > 1:  # (outputs, channels, kernel), as in the convolution
             base_shape = (base_shape[0], base_shape[1] // self.kernel, self.kernel)
-        return self.init_rule.std(base_shape) * self._power(RULES[self.role].init_std)
+        scale = self._power(RULES[self.role].init_std) * self.depth_multiplier**self.depth_rule.init_std
+        return self.init_rule.std(base_shape) * scale
 
     @property
     def init_constant(self) -> float:

@@ -30,6 +30,7 @@ def rows(params: Mapping[str, Param]) -> list[dict[str, Any]]:
             "multiplier": param.multiplier,
             "lr_multiplier": param.lr_multiplier,
             "weight_decay_multiplier": param.weight_decay_multiplier,
+            "eps_multiplier": param.eps_multiplier,
         }
         for name, param in params.items()
     ]
@@ -39,7 +40,7 @@ def print_table(params: Mapping[str, Param], config: Config) -> None:
     """Print the rows grouped over blocks, then the number of tensors and elements of each role."""
     title = f"{config.model.arch}, width {config.model.width}, {config.mup.parametrization} parametrization"
     table = Table(title=title)
-    for column in ("parameter", "count", "role", "shape", "base", "n", "init", "forward", "lr", "wd"):
+    for column in ("parameter", "count", "role", "shape", "base", "n", "init", "forward", "lr", "wd", "eps"):
         table.add_column(column, no_wrap=True)
     grouped: dict[tuple[str, ...], int] = {}
     for row in rows(params):
@@ -51,7 +52,7 @@ def print_table(params: Mapping[str, Param], config: Config) -> None:
             "x".join("-" if size is None else str(size) for size in row["base"]),
             f"{row['width_multiplier']:g}",
             init,
-            *(f"{row[name]:g}" for name in ("multiplier", "lr_multiplier", "weight_decay_multiplier")),
+            *(f"{row[name]:g}" for name in ("multiplier", "lr_multiplier", "weight_decay_multiplier", "eps_multiplier")),
         )
         grouped[key] = grouped.get(key, 0) + 1
     for (name, *rest), count in grouped.items():

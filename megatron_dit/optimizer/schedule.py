@@ -14,9 +14,16 @@ def lr_factor(step: int, config: OptimizerConfig, steps: int) -> float:
         return (step + 1) / config.warmup_steps
     if config.schedule == "constant":
         return 1.0
-    progress = (step - config.warmup_steps) / max(1, steps - config.warmup_steps)
-    cosine = 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
-    return config.final_lr_ratio + (1 - config.final_lr_ratio) * cosine
+    if config.schedule == "inverse_sqrt":
+        assert config.decay_start is not None
+        return math.sqrt(config.decay_start / max(step, config.decay_start))
+    start = config.warmup_steps
+    if config.schedule == "wsd":
+        assert config.decay_steps is not None
+        start = max(start, steps - config.decay_steps)
+    progress = min(1.0, max(0, step - start) / max(1, steps - start))
+    remaining = 0.5 * (1 + math.cos(math.pi * progress)) if config.schedule == "cosine" else 1 - progress
+    return config.final_lr_ratio + (1 - config.final_lr_ratio) * remaining
 
 
 def set_lr(groups: list[dict[str, Any]], factor: float) -> None:

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from megatron_dit.mup.depth_rules import Place
 from megatron_dit.mup.init_rules import InitKind
 from megatron_dit.parallel.megatron import (
     ColumnParallelLinear,
@@ -108,13 +109,15 @@ class ColumnGatheredLinear(ColumnLinear):
 class ColumnThenGatherLinear(ColumnLinear):
     """Column-parallel linear layer whose output features are gathered: (S, B, inputs) -> (S, B, outputs).
 
-    Used for long skip connections. Each rank gets all features of all tokens or, under sequence parallelism, all
-    features of its own tokens.
+    Used for long skip connections, which the residual stream passes through. Each rank gets all features of all tokens
+    or, under sequence parallelism, all features of its own tokens.
     """
 
     def __init__(self, backend: Backend, inputs: int, outputs: int) -> None:
         super().__init__(backend, inputs, outputs, fused_parts=1, sharded_input=True)
         self.backend = backend
+        set_init(self.weight, InitKind.FAN_IN, place=Place.STREAM)
+        set_init(self.bias, InitKind.ZERO, place=Place.STREAM)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.backend.gather_output_features(super().forward(x))
@@ -123,7 +126,7 @@ class ColumnThenGatherLinear(ColumnLinear):
 class RowLinear(RowParallelLinear):
     """Row-parallel linear layer: inputs are sharded over the tensor-parallel ranks, outputs are summed over them.
 
-    ``return_bias`` as in :class:`ColumnLinear`.
+    Every residual branch ends with one. ``return_bias`` as in :class:`ColumnLinear`.
     """
 
     def __init__(
@@ -141,8 +144,8 @@ class RowLinear(RowParallelLinear):
         )
         self.return_bias = return_bias
         set_tensor_model_parallel_attributes(self.weight, True, 1, 1)
-        set_init(self.weight, init)
-        set_init(self.bias, InitKind.ZERO)
+        set_init(self.weight, init, place=Place.BRANCH_END)
+        set_init(self.bias, InitKind.ZERO, place=Place.BRANCH_END)
         backend.add_up_over_tokens(self.bias)
 
     def forward(self, x: Tensor) -> Any:
@@ -187,13 +190,13 @@ class Conv(nn.Conv2d):
         """Do nothing: ``mup.initial_values`` initializes every parameter by its global name."""
 
 
-def set_init(parameter: Any, kind: InitKind, *, trained: bool = True) -> None:
+def set_init(parameter: Any, kind: InitKind, *, place: Place = Place.BRANCH, trained: bool = True) -> None:
     """Set how ``mup.rules`` treats a parameter; ``kind`` selects its initial values.
 
-    A parameter with ``trained=False`` keeps its initial values: its learning rate and weight decay are zero, and its
-    module detaches it.
+    ``place`` has no effect outside of blocks. A parameter with ``trained=False`` keeps its initial values: its learning
+    rate and weight decay are zero, and its module detaches it.
     """
-    parameter.init_kind, parameter.trained = kind, trained
+    parameter.init_kind, parameter.place, parameter.trained = kind, place, trained
 
 
 def _never(_: Tensor) -> None:

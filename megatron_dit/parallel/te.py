@@ -21,6 +21,7 @@ from transformer_engine.pytorch.quantization import (  # pyright: ignore[reportM
 )
 
 from megatron_dit.config import Config
+from megatron_dit.mup.depth_rules import Place
 from megatron_dit.mup.init_rules import InitKind
 from megatron_dit.parallel.backend import Backend, backend_options
 from megatron_dit.parallel.layers import set_init
@@ -127,6 +128,8 @@ class TeColumnThenGather(TeColumn):
 
     def __init__(self, backend: TeBackend, inputs: int, outputs: int) -> None:
         super().__init__(backend, inputs, outputs, fused_parts=1, sharded_input=True)
+        set_init(self.weight, InitKind.FAN_IN, place=Place.STREAM)
+        set_init(self.bias, InitKind.ZERO, place=Place.STREAM)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.backend.gather_output_features(super().forward(x))
@@ -143,8 +146,8 @@ class TeRow(TeLinear):
         super().__init__(backend, inputs, outputs, parallel_mode="row", sequence_parallel=sequence, return_bias=True)
         self.bias_is_returned = return_bias
         set_tensor_model_parallel_attributes(self.weight, True, 1, 1)
-        set_init(self.weight, init)
-        set_init(self.bias, InitKind.ZERO)
+        set_init(self.weight, init, place=Place.BRANCH_END)
+        set_init(self.bias, InitKind.ZERO, place=Place.BRANCH_END)
         backend.add_up_over_tokens(self.bias)
 
     def forward(self, x: Tensor) -> Any:

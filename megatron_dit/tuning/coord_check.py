@@ -1,8 +1,9 @@
-"""Coordinate check: test whether activations keep their size as the model grows wider.
+"""Coordinate check: test whether activations keep their size as the model grows wider or deeper.
 
 Under μP the mean |activation| of every named intermediate is independent of the width at every training step;
-under standard parametrization it grows (Tensor Programs V, arXiv 2203.03466, figure 5). Models of several
-widths train for a few steps; the check passes if the slope of log2 |x| against log2 width is small.
+under standard parametrization it grows (Tensor Programs V, arXiv 2203.03466, figure 5). The same holds for the depth
+with and without ``mup.base_depth``. Models of several widths or depths train for a few steps; the check passes if the
+slope of log2 |x| against log2 width or log2 depth is small.
 
 If the model learns the variance, only the ε half of the output, which is the same layer, is measured. The variance's
 gradient comes from the few samples at small t; on the other samples the variance output is noise, whose size falls as
@@ -11,6 +12,7 @@ gradient comes from the few samples at small t; on the other samples the varianc
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -25,8 +27,54 @@ from megatron_dit.parallel.topology import Topology
 from megatron_dit.runtime.io import replacing
 from megatron_dit.training.engine import Engine
 
+NO_SCHEDULE = {"warmup_steps": 0, "schedule": "constant", "decay_steps": None, "decay_start": None}
 LIMIT = 0.1  # greatest |slope| that passes the check
-PARAMETRIZATIONS = ("mup", "standard")
+
+
+@dataclass(frozen=True)
+class Width:
+    """Models of different numbers of heads, under μP and under standard parametrization."""
+
+    name = "width"
+    parametrizations = ("mup", "standard")
+
+    def variant(self, config: Config, parametrization: str, heads: int) -> Config:
+        mup = replace(config.mup, enabled=parametrization == "mup")
+        return replace(config, model=replace(config.model, heads=heads), mup=mup)
+
+    def checked(self, config: Config) -> str:
+        """Return the parametrization of ``config``, which has to pass."""
+        return config.mup.parametrization
+
+    def rename(self, name: str, config: Config) -> str | None:
+        """Return the name of an intermediate that models of different sizes share; None if it is not compared."""
+        return name
+
+
+@dataclass(frozen=True)
+class Depth:
+    """Models of different numbers of blocks, with and without the rule of ``mup.base_depth``."""
+
+    name = "depth"
+    parametrizations = ("depth rule", "no depth rule")
+
+    def variant(self, config: Config, parametrization: str, depth: int) -> Config:
+        base = config.mup.base_depth if parametrization == "depth rule" else None
+        return replace(config, model=replace(config.model, depth=depth), mup=replace(config.mup, base_depth=base))
+
+    def checked(self, config: Config) -> str:
+        return self.parametrizations[0]
+
+    def rename(self, name: str, config: Config) -> str | None:
+        block = re.match(r"blocks\.(\d+)", name)
+        if block is None:
+            return name
+        places = {config.model.depth // 2: "middle block", config.model.depth: "last block"}
+        place = places.get(int(block[1]) + 1)
+        return None if place is None else place + name[block.end() :]
+
+
+Axis = Width | Depth
 
 
 @dataclass(frozen=True)
@@ -34,7 +82,7 @@ class Size:
     """Mean |activation| of one intermediate, before optimizer step ``step`` (from 0)."""
 
     parametrization: str
-    heads: int
+    scale: int  # number of heads or blocks
     seed: int
     step: int
     name: str
@@ -43,7 +91,7 @@ class Size:
 
 @dataclass(frozen=True)
 class Slope:
-    """Slope of log2 size against log2 width: mean and standard deviation over seeds."""
+    """Slope of log2 size against log2 width or depth: mean and standard deviation over seeds."""
 
     parametrization: str
     step: int
@@ -53,33 +101,30 @@ class Slope:
 
 
 def coord_check(
-    config: Config, heads: Sequence[int], seeds: int, steps: int, each_model: Callable[[], None]
+    config: Config, axis: Axis, scales: Sequence[int], seeds: int, steps: int, each_model: Callable[[], None]
 ) -> list[Size]:
-    """Measure activation sizes for both parametrizations, all widths and all seeds, on the config's data. Collective.
+    """Measure activation sizes for both parametrizations, all scales and all seeds, on the config's data. Collective.
 
     The learning rate is the config's at every step, without warm-up or decay.
     ``each_model`` is called after every model.
     """
     topology = start_up(config)
     sizes = []
-    for parametrization in PARAMETRIZATIONS:
-        for count in heads:
+    for parametrization in axis.parametrizations:
+        for scale in scales:
             for seed in range(seeds):
-                model = _variant(config, parametrization, count, seed, steps)
-                sizes += [Size(parametrization, count, seed, *row) for row in _measure(model, topology)]
+                model = replace(
+                    axis.variant(config, parametrization, scale),
+                    seed=config.seed + seed,
+                    optimizer=replace(config.optimizer, **NO_SCHEDULE),
+                    train=replace(config.train, steps=steps),
+                )
+                for step, found, size in _measure(model, topology):
+                    name = axis.rename(found, model)
+                    if name is not None:
+                        sizes.append(Size(parametrization, scale, seed, step, name, size))
                 each_model()
     return sizes
-
-
-def _variant(config: Config, parametrization: str, heads: int, seed: int, steps: int) -> Config:
-    return replace(
-        config,
-        seed=config.seed + seed,
-        model=replace(config.model, heads=heads),
-        mup=replace(config.mup, enabled=parametrization == "mup"),
-        optimizer=replace(config.optimizer, warmup_steps=0, schedule="constant"),
-        train=replace(config.train, steps=steps),
-    )
 
 
 def _measure(config: Config, topology: Topology) -> list[tuple[int, str, float]]:
@@ -98,21 +143,21 @@ def _measure(config: Config, topology: Topology) -> list[tuple[int, str, float]]
 def slopes(sizes: Sequence[Size]) -> list[Slope]:
     """Return the slope for each parametrization, step and name, except if a size is zero (zero-initialized readout).
 
-    With four or more widths the narrowest is excluded, because μP is a statement about the limit of large width.
+    With four or more scales the smallest is excluded, because μP is a statement about the limit of large width.
     """
     grouped: dict[tuple[str, int, str], dict[int, dict[int, float]]] = {}
     for row in sizes:
-        grouped.setdefault((row.parametrization, row.step, row.name), {}).setdefault(row.seed, {})[row.heads] = row.size
+        grouped.setdefault((row.parametrization, row.step, row.name), {}).setdefault(row.seed, {})[row.scale] = row.size
     result = []
     for key, by_seed in grouped.items():
-        if any(size <= 0 for by_heads in by_seed.values() for size in by_heads.values()):
+        if any(size <= 0 for by_scale in by_seed.values() for size in by_scale.values()):
             continue
         fits = []
-        for by_heads in by_seed.values():
-            heads = sorted(by_heads)
-            heads = heads[1:] if len(heads) >= 4 else heads
-            values = np.array([by_heads[count] for count in heads])
-            fits.append(float(np.polyfit(np.log2(heads), np.log2(values), 1)[0]))
+        for by_scale in by_seed.values():
+            scales = sorted(by_scale)
+            scales = scales[1:] if len(scales) >= 4 else scales
+            values = np.array([by_scale[scale] for scale in scales])
+            fits.append(float(np.polyfit(np.log2(scales), np.log2(values), 1)[0]))
         result.append(Slope(*key, slope=float(np.mean(fits)), spread=float(np.std(fits))))
     return result
 
@@ -122,30 +167,32 @@ def worst(found: Sequence[Slope], parametrization: str) -> Slope:
     return max((row for row in found if row.parametrization == parametrization), key=lambda row: abs(row.slope))
 
 
-def draw(sizes: Sequence[Size], head_dim: int, path: Path) -> None:
-    """Plot the sizes: a column per step, μP above standard parametrization, a line per intermediate."""
+def draw(sizes: Sequence[Size], axis: Axis, unit: int, path: Path) -> None:
+    """Plot the sizes: a column per step, a row per parametrization, a line per intermediate.
+
+    ``unit`` is the width of a head or 1.
+    """
     from matplotlib.figure import Figure
 
     steps, names = sorted({row.step for row in sizes}), list(dict.fromkeys(row.name for row in sizes))
-    heads = sorted({row.heads for row in sizes})
-    widths = [count * head_dim for count in heads]
+    scales = sorted({row.scale for row in sizes})
     figure = Figure(figsize=(2.6 * len(steps) + 1.5, 6), layout="constrained")
     grid = figure.subplots(2, len(steps), sharex=True, sharey=True, squeeze=False)
-    for axes_row, parametrization in zip(grid, PARAMETRIZATIONS, strict=True):
+    for axes_row, parametrization in zip(grid, axis.parametrizations, strict=True):
         for axes, step in zip(axes_row, steps, strict=True):
             for number, name in enumerate(names):
                 here = [r for r in sizes if (r.parametrization, r.step, r.name) == (parametrization, step, name)]
-                means = [float(np.mean([r.size for r in here if r.heads == count])) for count in heads]
+                means = [float(np.mean([r.size for r in here if r.scale == scale])) for scale in scales]
                 if min(means) > 0:
                     color = "black" if name == "output" else f"C{number % 10}"
-                    axes.plot(widths, means, marker=".", linewidth=1, color=color, label=name)
+                    axes.plot([unit * scale for scale in scales], means, marker=".", linewidth=1, color=color, label=name)
             axes.set_xscale("log", base=2)
             axes.set_yscale("log", base=2)
             axes.grid(alpha=0.3)
             axes.set_title(f"{parametrization}, step {step}", fontsize=9)
         axes_row[0].set_ylabel("mean |activation|")
     grid[0][-1].legend(fontsize=6, loc="center left", bbox_to_anchor=(1, 0.5))
-    grid[1][0].set_xlabel("width")
+    grid[1][0].set_xlabel(axis.name)
     with replacing(path, makes_folder=True) as part:
         figure.savefig(part, dpi=120)
 

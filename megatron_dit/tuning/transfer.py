@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -20,31 +20,42 @@ from megatron_dit.runtime.text import printable
 from megatron_dit.tuning import report
 from megatron_dit.tuning.cost import cost_of_results
 from megatron_dit.tuning.space import SweepConfig, load_saved
+from megatron_dit.tuning.transfer_rules import apply_rules
 from megatron_dit.tuning.trial import Result, stored_result
 
 logger = logging.getLogger(__name__)
 
 
-def transfer(folder: Path, target: Config, target_path: str, out: Path) -> dict[str, Any]:
+def transfer(
+    folder: Path,
+    target: Config,
+    target_path: str,
+    out: Path,
+    rules: Sequence[str] = (),
+    critical_batch: float | None = None,
+) -> dict[str, Any]:
     """Write ``target`` with the best base hyperparameters of the sweep in ``folder`` to ``out``, below a header.
 
-    The header contains the trials and seeds, the learning rate and weight decay of every group, and the cost of the
-    search. Return the header's lines and values. Raises UserError if ``folder`` is not a sweep or has no completed μP
+    ``rules`` are names of ``TRANSFER_RULES``, which convert values to the target's batch size and number of steps. The
+    header contains the trials and seeds, the rules, the learning rate and weight decay of every group, and the cost of
+    the search. Return the header's lines and values. Raises UserError if ``folder`` is not a sweep or has no completed μP
     trial, or if the target's parametrization differs from the proxies'.
     """
     config, results = read_sweep(folder)
     chosen = report.best(results, config)
     if chosen is None:
         raise UserError(f"{folder} has no completed μP trial to transfer from; run 'megatron-dit sweep' to see why")
-    proxy = config.trial_config(dict(chosen.model), 0)
+    proxy = config.trial_config({**dict(chosen.model), **dict(chosen.hyperparameters)}, 0)
     _check_target(proxy, target, config.space)
-    tuned = with_values(target, dict(chosen.hyperparameters))
+    converted, rule_lines = apply_rules(rules, proxy, target, critical_batch)
+    tuned = with_values(target, {**dict(chosen.hyperparameters), **converted})
     groups = group_lines(tuned)
     cost = cost_of_results(config, results, tuned)
     values = ", ".join(f"{key} = {report.show(value)}" for key, value in chosen.hyperparameters)
     header = [
         f"{target_path} with base hyperparameters from {folder}: {values}",
         report.provenance(chosen, results),
+        *rule_lines,
         *groups,
         *cost.lines(),
     ]
@@ -54,7 +65,7 @@ def transfer(folder: Path, target: Config, target_path: str, out: Path) -> dict[
         part.write_text(text, encoding="utf-8")
     return {
         "header": header,
-        "hyperparameters": dict(chosen.hyperparameters),
+        "hyperparameters": dict(chosen.hyperparameters) | converted,
         "trials": [trial.number for trial in chosen.trials],
         "loss": chosen.loss,
         "groups": groups,
@@ -76,13 +87,15 @@ def with_values(config: Config, values: dict[str, Any]) -> Config:
 
 
 def group_lines(config: Config) -> list[str]:
-    """Return a line for every optimizer group: its peak learning rate, weight decay and roles."""
-    groups: dict[tuple[float, float], Counter[str]] = {}
+    """Return a line for every optimizer group: its peak learning rate, weight decay, eps if it differs, and roles."""
+    groups: dict[tuple[float, float, float], Counter[str]] = {}
     for param in param_specs(config).values():
         groups.setdefault(group_values(param, config.optimizer), Counter())[param.role] += 1
+    differ = len({eps for _, _, eps in groups}) > 1
     return [
-        f"lr {lr:.6g}, weight decay {decay:.6g}: {', '.join(f'{count} {role}' for role, count in roles.items())}"
-        for (lr, decay), roles in groups.items()
+        f"lr {lr:.6g}, weight decay {decay:.6g}{f', eps {eps:.6g}' if differ else ''}: "
+        + ", ".join(f"{count} {role}" for role, count in roles.items())
+        for (lr, decay, eps), roles in groups.items()
     ]
 
 
@@ -109,9 +122,10 @@ def _check_target(proxy: Config, target: Config, searched: Collection[str]) -> N
     The values of ``searched`` keys are transferred themselves.
     """
     proxy_values, target_values = flatten(proxy), flatten(target)
-    by_role = [key for key in proxy_values if key.startswith("mup.lr_multiplier.") and key not in searched]
-    for key in ("model.arch", "mup.enabled", "mup.output_multiplier", *by_role):
-        if proxy_values[key] != target_values[key]:
+    by_role = [key for key in proxy_values if key.startswith("mup.lr_multiplier.")]
+    rules = ("mup.enabled", "mup.output_multiplier", "mup.base_depth", "mup.depth_exponent", "mup.scaled_eps")
+    for key in ("model.arch", *rules, *by_role):
+        if key not in searched and proxy_values[key] != target_values[key]:
             raise UserError(
                 f"{key} is {proxy_values[key]!r} in the sweep and {target_values[key]!r} in the target; make them equal"
             )
@@ -120,4 +134,11 @@ def _check_target(proxy: Config, target: Config, searched: Collection[str]) -> N
         raise UserError(
             f"mup.base_heads * model.head_dim is {base[0]} in the sweep and {base[1]} in the target; make them "
             "equal, because base hyperparameters depend on the base width"
+        )
+    if target.mup.base_depth is None and proxy.model.depth != target.model.depth:
+        logger.warning(
+            "the proxy's depth is %d and the target's %d, but mup.base_depth is not set: the best learning rate may "
+            "differ; set it in the sweep's base config and in the target",
+            proxy.model.depth,
+            target.model.depth,
         )

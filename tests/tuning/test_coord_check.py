@@ -10,7 +10,7 @@ import pytest
 import yaml
 
 from megatron_dit.cli import run
-from megatron_dit.tuning.coord_check import Size, coord_check, slopes, worst
+from megatron_dit.tuning.coord_check import Depth, Size, Width, coord_check, slopes, worst
 from tests.helpers.configs import ARCHITECTURES, small, small_dict
 
 
@@ -62,7 +62,7 @@ def measure(arch, dataset, layout, heads, fault=None, steps=2, seeds=2):
     if fault == "shard":
         Param.width_multiplier = property(width_of_the_shard)
     try:
-        return coord_check(wide(arch, dataset, **layout), heads, seeds, steps, each_model=lambda: None)
+        return coord_check(wide(arch, dataset, **layout), Width(), heads, seeds, steps, each_model=lambda: None)
     finally:
         engine.set_multipliers = set_multipliers
         Param.lr_multiplier, Param.width_multiplier = lr_multiplier, width_multiplier

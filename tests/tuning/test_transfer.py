@@ -99,9 +99,17 @@ def test_search_costs_equal_those_of_the_paper(tmp_path):
 
 
 def test_searched_learning_rates_by_role_are_transferred(tmp_path, dataset):
-    space = {"optimizer.lr": {"log2": [-8, -7]}, "mup.lr_multiplier.vector": {"choice": [0.25, 1.0]}}
+    space = {
+        "optimizer.lr": {"log2": [-8, -7]},
+        "mup.lr_multiplier.vector": {"choice": [0.25, 1.0]},
+        "mup.output_multiplier": {"choice": [2.0]},
+    }
     outcomes = [
-        ({"optimizer.lr": 2.0**power, "mup.lr_multiplier.vector": factor}, "complete", abs(power + 7) + factor)
+        (
+            {"optimizer.lr": 2.0**power, "mup.lr_multiplier.vector": factor, "mup.output_multiplier": 2.0},
+            "complete",
+            abs(power + 7) + factor,
+        )
         for power in (-8, -7)
         for factor in (0.25, 1.0)
     ]
@@ -109,7 +117,86 @@ def test_searched_learning_rates_by_role_are_transferred(tmp_path, dataset):
     assert run(["transfer", str(planted.folder), str(target(tmp_path)), "--out", str(out)]) == 0
     written = load_config(out)
     assert (written.optimizer.lr, written.mup.lr_multiplier.vector) == (2**-7, 0.25)
+    assert written.mup.output_multiplier == 2.0
     assert "mup.lr_multiplier.vector = 2^-2" in out.read_text()
+
+
+RATIOS = {"train.global_batch": 16, "train.steps": 30}  # of the target; the trials have 6 steps of 4 samples
+
+
+def rule_target(tmp_path, **options):
+    return target(tmp_path, **RATIOS, **options)
+
+
+@pytest.fixture
+def tuned(tmp_path, dataset):
+    space = {"optimizer.lr": {"log2": [-8, -7]}, "optimizer.weight_decay": {"choice": [0.5]}}
+    outcomes = [
+        ({"optimizer.lr": 2.0**power, "optimizer.weight_decay": 0.5}, "complete", abs(power + 7)) for power in (-8, -7)
+    ]
+    base = {"optimizer.warmup_steps": 2}
+    return plant(write_sweep(tmp_path, dataset, space, base=base), outcomes).folder
+
+
+def transferred(tuned, tmp_path, *words, **options):
+    out = tmp_path / "rules.yaml"
+    assert run(["transfer", str(tuned), str(rule_target(tmp_path, **options)), "--out", str(out), *words]) == 0
+    return load_config(out), out.read_text()
+
+
+def test_rule_batch_keeps_the_stochastic_differential_equation_of_adam(tuned, tmp_path):
+    """Four times the batch, by hand: twice the lr, half of eps, 1 - beta four times as large (arXiv 2205.10343)."""
+    written, text = transferred(tuned, tmp_path, "--rules", "batch")
+    optimizer = written.optimizer
+    assert (optimizer.lr, optimizer.eps) == (pytest.approx(2**-6), pytest.approx(5e-9))
+    assert (optimizer.beta1, optimizer.beta2) == (pytest.approx(0.6), pytest.approx(0.996))
+    assert optimizer.weight_decay == 0.5
+    assert "batch 4 times, steps 5 times the proxy's" in text
+    assert "rule batch (arXiv 2205.10343, 2405.14578): optimizer.lr 0.0078125 -> 0.015625" in text
+
+
+@pytest.mark.parametrize(("critical", "factor"), [(8, 2 * 12 / 24), (1e9, 2.0), (0.001, 0.5)])
+def test_rule_batch_with_a_critical_batch_size(tuned, tmp_path, critical, factor):
+    """lr is in proportion to 1 / (sqrt(C / B) + sqrt(B / C)) (arXiv 2405.14578), at B = 4 and 16."""
+    written, _ = transferred(tuned, tmp_path, "--rules", "batch", "--critical-batch", str(critical))
+    assert written.optimizer.lr == pytest.approx(2**-7 * factor, rel=1e-3)
+
+
+def test_rule_decay_keeps_the_time_scale_of_adamw(tuned, tmp_path):
+    for rules in ("decay", "batch,decay", "decay,duration,batch"):
+        written, _ = transferred(tuned, tmp_path, "--rules", rules)
+        optimizer = written.optimizer
+        assert optimizer.lr * optimizer.weight_decay * 30 == pytest.approx(2**-7 * 0.5 * 6)
+
+
+def test_rule_duration_lowers_the_learning_rate_of_longer_runs(tuned, tmp_path):
+    written, _ = transferred(tuned, tmp_path, "--rules", "duration")
+    assert written.optimizer.lr == pytest.approx(2**-7 * (20**-0.32))
+
+
+def test_rule_fractions_scales_lengths_with_the_training(tuned, tmp_path):
+    written, _ = transferred(tuned, tmp_path, "--rules", "fractions")
+    assert written.optimizer.warmup_steps == 10  # 2 of the proxy's 6 steps
+    assert written.ema.decay == pytest.approx(1 - 0.1 / 5)
+
+
+def test_rules_are_refused_if_they_do_not_apply(tuned, tmp_path, capsys):
+    goal, out = str(target(tmp_path, **{"train.global_batch": 64})), str(tmp_path / "no.yaml")
+    for words, message in (
+        (["--rules", "sde"], "'sde' is not a rule; choose among batch, duration, decay, fractions"),
+        (["--rules", "decay", "--critical-batch", "9"], "--critical-batch 9 has no effect without --rules batch"),
+        (["--rules", "batch"], "use a proxy with a batch of at least 7"),
+        (["--rules", "fractions", "optimizer.schedule=cosine"], "schedule is constant in the sweep and cosine"),
+        (["mup.base_depth=2"], "mup.base_depth is None in the sweep and 2 in the target"),
+    ):
+        assert run(["transfer", str(tuned), goal, "--out", out, *words]) == 2
+        assert message in capsys.readouterr().err
+    assert not Path(out).exists()
+
+
+def test_a_target_of_another_depth_is_warned_about(tuned, tmp_path, caplog):
+    transferred(tuned, tmp_path, **{"model.depth": 3})
+    assert "the proxy's depth is 1 and the target's 3, but mup.base_depth is not set" in caplog.text
 
 
 def test_rounded_cost_is_none_if_a_size_rounds_to_zero():
