@@ -34,5 +34,6 @@ def _tensors(reader: CheckpointReader) -> Iterator[tuple[str, str, Tensor]]:
     with ProgressBar("reshard", len(reader.states) * len(params)) as bar:
         for state in reader.states:
             for name in params:
-                yield state, name, reader.full(state, name)
+                if state in reader.states_of(name):
+                    yield state, name, reader.full(state, name)
                 bar.advance(f"{state}/{name}")

@@ -21,6 +21,7 @@ from megatron_dit.checkpoint.listing import CHECKPOINTS
 from megatron_dit.checkpoint.manifest import MANIFEST, write_manifest
 from megatron_dit.config import ParallelConfig
 from megatron_dit.data.tar import sha256_of
+from megatron_dit.optimizer import has_state
 from megatron_dit.parallel.sharding import cut
 from megatron_dit.runtime.errors import UserError, writing
 from megatron_dit.runtime.paths import user_path
@@ -99,6 +100,7 @@ def write_checkpoint(
                 f"{state}/{name}": (torch.float32, (_numel(param) // (1 if param["dim"] is None else tensor_size),))
                 for state in states
                 for name, param in held.items()
+                if has_state(state, muon=param.get("muon", False))
             }
             metadata = {"tensor_rank": str(rank), "starts": json.dumps(dict.fromkeys(held, 0))}
             files.append(stack.enter_context(TensorFile(path, specs, metadata)))

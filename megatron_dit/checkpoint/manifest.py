@@ -23,6 +23,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from megatron_dit.config import Config, ParallelConfig
 from megatron_dit.mup.multipliers import forward_multipliers
 from megatron_dit.mup.rules import Param
+from megatron_dit.optimizer import has_state
 from megatron_dit.runtime.errors import UserError
 
 FORMAT = 3
@@ -62,6 +63,7 @@ class _Param(_Strict):
     role: Name
     lr: Ratio
     weight_decay: Ratio
+    muon: bool = False  # updated by Muon, which has no second moment
 
 
 class _File(_Strict):
@@ -102,9 +104,9 @@ class Manifest(_Strict):
     @model_validator(mode="after")
     def _consistent(self) -> Manifest:
         """Check the sizes against each other, so that no tensor can be larger than the files that store it."""
-        elements = 0
+        elements = 0  # of all states
         for name, param in self.params.items():
-            elements += math.prod(param.shape)
+            elements += math.prod(param.shape) * sum(has_state(key, muon=param.muon) for key in self.states)
             if param.dim is not None and (
                 param.dim >= len(param.shape) or param.shape[param.dim] % (param.fused_parts * self.layout.tensor)
             ):
@@ -112,7 +114,7 @@ class Manifest(_Strict):
                     f"{name} of shape {param.shape} cannot be split along dimension {param.dim} in {param.fused_parts} "
                     f"equal parts over {self.layout.tensor} tensor-parallel ranks"
                 )
-        held, needed = sum(file.bytes for file in self.files.values()), 4 * elements * len(self.states)
+        held, needed = sum(file.bytes for file in self.files.values()), 4 * elements
         if held < needed:
             raise ValueError(f"the files have {held} bytes, but the tensors need {needed}")
         if self.data and not self.data.keys() >= {"text", "codec", "samples"}:
@@ -156,6 +158,7 @@ def manifest_of(
                 "role": param.role,
                 "lr": param.lr_multiplier,
                 "weight_decay": param.weight_decay_multiplier,
+                "muon": param.muon,
             }
             for name, param in params.items()
         },

@@ -2,7 +2,8 @@
 
 A checkpoint is a folder, e.g. ``step_00001000``, with ``manifest.json`` and one ``rank_00000.safetensors`` per writing
 rank. A rank's file stores flat fp32 ranges of tensor-parallel shards under ``KEY/NAME``. KEY is master, exp_avg,
-exp_avg_sq, ema, or ema_0, ... for ``ema.sigma_rel``; the manifest's ``states`` lists the keys. With delayed FP8 scaling
+exp_avg_sq (not of parameters that Muon updates), ema, or ema_0, ... for ``ema.sigma_rel``; the manifest's ``states``
+lists the keys. With delayed FP8 scaling
 the files also store the scales of each layer, under ``fp8_scales/LAYER``. The file's metadata contain the tensor-
 parallel rank and the start of each NAME's range in the shard. A checkpoint written in any layout can therefore be
 loaded in any other. The learning rate, noise, dropped conditions and data order are functions of the config, the seed
@@ -28,6 +29,7 @@ from megatron_dit.checkpoint.manifest import FP8_SCALES, Incomplete, read_manife
 from megatron_dit.config import Config, config_from_dict
 from megatron_dit.data.tar import sha256_of
 from megatron_dit.mup.rules import Param
+from megatron_dit.optimizer import has_state
 from megatron_dit.parallel.sharding import cut, unshard
 from megatron_dit.runtime.errors import UserError
 from megatron_dit.runtime.progress import ProgressBar
@@ -115,8 +117,13 @@ class CheckpointReader:
 
     @property
     def states(self) -> list[str]:
-        """Keys stored for every parameter, e.g. ``master`` and ``exp_avg``."""
+        """Keys stored for the parameters, e.g. ``master`` and ``exp_avg``."""
         return self.manifest["states"]
+
+    def states_of(self, name: str) -> list[str]:
+        """Return the keys stored for a parameter: there is no second moment if Muon updates it."""
+        muon = self.manifest["params"][name].get("muon", False)
+        return [key for key in self.states if has_state(key, muon=muon)]
 
     def full(self, key: str, name: str) -> Tensor:
         """Return the full fp32 tensor of a parameter's master, moment or average."""

@@ -34,7 +34,7 @@ from megatron_dit.checkpoint.listing import (
 )
 from megatron_dit.checkpoint.manifest import FP8_SCALES, STATE, manifest_of, write_manifest
 from megatron_dit.checkpoint.staging import Staging
-from megatron_dit.optimizer import state_keys
+from megatron_dit.optimizer import has_state, state_keys
 from megatron_dit.parallel.collectives import gather, on_all_ranks, raise_on_all_ranks
 from megatron_dit.runtime.errors import UserError, writing
 
@@ -207,7 +207,8 @@ def _local_ranges(engine: Engine, keys: Sequence[str]) -> tuple[dict[str, Tensor
             continue
         starts[name] = shard.start
         for key in keys:
-            ranges[f"{key}/{name}"] = engine.state_slice(shard, key)
+            if has_state(key, muon=engine.params[name].muon):
+                ranges[f"{key}/{name}"] = engine.state_slice(shard, key)
     if STATE in keys and topology.tensor_rank == topology.data_rank == 0:
         ranges.update({f"{FP8_SCALES}/{layer}": scales for layer, scales in engine.fp8_scales().items()})
     return ranges, {"tensor_rank": str(topology.tensor_rank), "starts": json.dumps(starts)}

@@ -24,7 +24,7 @@ Schedule = Literal["constant", "linear", "cosine", "wsd", "inverse_sqrt"]
 
 @dataclass(frozen=True, kw_only=True)
 class OptimizerConfig(Section):
-    """AdamW. ``lr`` and ``weight_decay`` are base values, which μP scales per parameter group."""
+    """AdamW, or Muon and AdamW. ``lr`` and ``weight_decay`` are base values, which μP scales per parameter group."""
 
     prefix = "optimizer."
 
@@ -32,6 +32,12 @@ class OptimizerConfig(Section):
     beta1: Annotated[float, Interval("[0, 1)")] = key("decay of the first moment", 0.9)
     beta2: Annotated[float, Interval("[0, 1)")] = key("decay of the second moment", 0.999)
     eps: Annotated[float, Interval("[1e-30, 1]")] = key("added to the root of the second moment", 1e-8)
+    muon_lr: Positive | None = key(
+        "hidden matrices are updated by Muon with this base learning rate, all other parameters by AdamW; null: AdamW "
+        "updates all",
+        None,
+    )
+    muon_momentum: Annotated[float, Interval("[0, 1)")] = key("Muon's Nesterov momentum", 0.95)
     weight_decay: NonNegative = key("base decoupled weight decay", 0.0)
     grad_clip: Positive | None = key("maximum global gradient norm; null: no clipping", None)
     warmup_steps: CountOrZero = key("linear warm-up: step k (from 0) uses lr * (k + 1) / warmup_steps", 0, unit="steps")
@@ -70,6 +76,11 @@ class OptimizerConfig(Section):
             self.decay_start is None or self.decay_start >= self.warmup_steps,
             f"optimizer.decay_start={self.decay_start} is before the end of the warm-up; set it to "
             f"optimizer.warmup_steps={self.warmup_steps} or more",
+        )
+        check(
+            not self.offload or self.muon_lr is None,
+            f"optimizer.muon_lr={self.muon_lr} with optimizer.offload=true: Muon does not run on the CPU; remove one of "
+            "the two keys",
         )
         check(
             not self.offload or self.implementation == "auto",

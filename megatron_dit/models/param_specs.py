@@ -29,7 +29,7 @@ def param_specs(config: Config) -> dict[str, Param]:
         base = load_base_shapes(config.mup.base_shapes, shapes, functools.partial(_to_ours, config.model))
     else:
         base = _base_shapes(config)
-    return {
+    params = {
         name: Param(
             name=name,
             shape=shapes[name],
@@ -41,6 +41,9 @@ def param_specs(config: Config) -> dict[str, Param]:
         )
         for name, p in target.items()
     }
+    if config.optimizer.muon_lr is None:
+        return params
+    return {name: replace(p, muon=p.role == "hidden" and p.trained) for name, p in params.items()}
 
 
 def _to_ours(model: ModelConfig, base: Mapping[str, BaseShape]) -> Mapping[str, BaseShape]:
@@ -75,6 +78,7 @@ def _attributes(p: Any) -> dict[str, Any]:
     return {
         "init_kind": p.init_kind,
         "place": p.place,
+        "matrices": getattr(p, "matrices", 1),
         "trained": p.trained,
         "kernel": getattr(p, "kernel", 1),
         "dim": p.partition_dim if sharded else None,

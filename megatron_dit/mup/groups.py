@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import nn
 
@@ -19,12 +19,11 @@ def optimizer_groups(
     Each group has ``names`` and its peak learning rate ``initial_lr``, which the schedule multiplies: setting one lr
     for all groups would undo μP.
     """
-    groups: dict[tuple[float, float, float], dict[str, Any]] = {}
+    groups: dict[GroupValues, dict[str, Any]] = {}
     count = 0
     for name, p in named:
-        lr, decay, eps = values = group_values(params[name], config)
-        empty = {"params": [], "names": [], "lr": lr, "initial_lr": lr, "weight_decay": decay, "eps": eps}
-        group = groups.setdefault(values, empty)
+        values = group_values(params[name], config)
+        group = groups.setdefault(values, {"params": [], "names": [], "initial_lr": values.lr, **values._asdict()})
         group["params"].append(p)
         group["names"].append(name)
         count += 1
@@ -32,10 +31,29 @@ def optimizer_groups(
     return list(groups.values())
 
 
-def group_values(param: Param, config: OptimizerConfig) -> tuple[float, float, float]:
-    """Return a parameter's peak learning rate, weight decay and eps, which determine its group."""
-    return (
-        config.lr * param.lr_multiplier,
-        config.weight_decay * param.weight_decay_multiplier,
-        config.eps * param.eps_multiplier,
+class GroupValues(NamedTuple):
+    """What the parameters of a group have in common."""
+
+    lr: float  # peak learning rate
+    weight_decay: float
+    eps: float
+    muon: bool  # updated by Muon instead of AdamW
+
+    @property
+    def moments(self) -> int:
+        """Number of moments that the optimizer keeps for each weight."""
+        return 1 if self.muon else 2
+
+
+def group_values(param: Param, config: OptimizerConfig) -> GroupValues:
+    """Return the values that determine a parameter's group."""
+    base_lr = config.lr
+    if param.muon:
+        assert config.muon_lr is not None
+        base_lr = config.muon_lr
+    return GroupValues(
+        lr=base_lr * param.lr_multiplier,
+        weight_decay=config.weight_decay * param.weight_decay_multiplier,
+        eps=config.eps * (1.0 if param.muon else param.eps_multiplier),
+        muon=param.muon,
     )

@@ -29,6 +29,8 @@ RULES: dict[str, Rule] = {
     "vector": Rule(multiplier=0, init_std=0, lr=0, weight_decay=0),  # biases, norm gains, tables
     "constant": Rule(multiplier=0, init_std=0, lr=0, weight_decay=0),  # no infinite dimension
 }
+# Hidden weights under Muon, whose update has the spectral norm lr * sqrt(fan-out / fan-in) at every width.
+MUON_RULE = Rule(multiplier=0, init_std=-0.5, lr=0, weight_decay=0)
 
 
 @dataclass(frozen=True)
@@ -46,6 +48,8 @@ class Param:
     place: Place = Place.BRANCH  # in its block, if it is in one
     depth: int = 1  # number of blocks of the model
     trained: bool = True  # False: the parameter keeps its initial values
+    muon: bool = False  # hidden weight that Muon updates
+    matrices: int = 1  # number of equal blocks of rows that are matrices of their own, such as the heads of q, k and v
     kernel: int = 1  # patch embedding: number of elements of the equivalent convolution kernel
 
     @property
@@ -79,14 +83,14 @@ class Param:
     @property
     def multiplier(self) -> float:
         scale = self.mup.output_multiplier if self.role == "output" else 1.0
-        return scale * self._power(RULES[self.role].multiplier)
+        return scale * self._power(self._rule.multiplier)
 
     @property
     def lr_multiplier(self) -> float:
         if not self.trained:
             return 0.0
         factor = getattr(self.mup.lr_multiplier, self.role, 1.0)
-        return factor * self._power(RULES[self.role].lr) * self.depth_multiplier**self.depth_rule.lr
+        return factor * self._power(self._rule.lr) * self.depth_multiplier**self.depth_rule.lr
 
     @property
     def weight_decay_multiplier(self) -> float:
@@ -94,7 +98,7 @@ class Param:
             return 0.0
         rule, m = self.depth_rule, self.depth_multiplier
         if self.mup.coupled_decay:
-            return self._power(RULES[self.role].weight_decay) * m**-rule.lr
+            return self._power(self._rule.weight_decay) * m**-rule.lr
         return m**rule.weight_decay
 
     @property
@@ -122,12 +126,16 @@ class Param:
         base_shape = tuple(size if base is None or not self.mup.enabled else base for size, base in sizes)
         if self.kernel > 1:  # (outputs, channels, kernel), as in the convolution
             base_shape = (base_shape[0], base_shape[1] // self.kernel, self.kernel)
-        scale = self._power(RULES[self.role].init_std) * self.depth_multiplier**self.depth_rule.init_std
+        scale = self._power(self._rule.init_std) * self.depth_multiplier**self.depth_rule.init_std
         return self.init_rule.std(base_shape) * scale
 
     @property
     def init_constant(self) -> float:
         return self.init_rule.constant
+
+    @property
+    def _rule(self) -> Rule:
+        return MUON_RULE if self.muon else RULES[self.role]
 
     @property
     def _is_weight(self) -> bool:

@@ -1,4 +1,4 @@
-"""AdamW that maintains moving averages of the parameters it updates."""
+"""AdamW, and Muon for some groups, that maintain moving averages of the parameters they update."""
 
 from __future__ import annotations
 
@@ -11,8 +11,10 @@ from torch import Tensor
 from megatron_dit.config import OptimizerConfig
 from megatron_dit.optimizer.adamw import AdamWImplementation
 from megatron_dit.optimizer.ema import Decay
+from megatron_dit.optimizer.muon import Muon
 
-Observer = Callable[[Tensor, dict[str, Any], dict[str, Tensor], int], None]  # (tensor, group, state, number of updates)
+# Called with (tensor, group, state, number of updates, Muon's update divided by -lr; None for AdamW).
+Observer = Callable[[Tensor, dict[str, Any], dict[str, Tensor], int, Tensor | None], None]
 
 
 class AdamWithEma(torch.optim.Optimizer):
@@ -40,15 +42,16 @@ class AdamWithEma(torch.optim.Optimizer):
         self.state = self._adam.state
         self._averages = averages
         self.observer: Observer | None = None  # called for every updated tensor
+        self.muon: Muon | None = None  # set when the masters exist; updates the groups with ``muon`` set
         self.num_updates = 0
 
     def create_state(self, optimizer_tensors: Iterable[Tensor]) -> None:
         """Create the state of the tensors that the optimizer updates: zero moments, averages equal to weights."""
         for flat in optimizer_tensors:
+            moments = ("exp_avg",) if self.muon and self.muon.updates(flat) else ("exp_avg", "exp_avg_sq")
             self.state[flat] = {
                 "step": _counter(flat, self.num_updates),
-                "exp_avg": torch.zeros_like(flat),
-                "exp_avg_sq": torch.zeros_like(flat),
+                **{name: torch.zeros_like(flat) for name in moments},
                 **{name: flat.detach().clone() for name in self._averages},
             }
 
@@ -62,19 +65,24 @@ class AdamWithEma(torch.optim.Optimizer):
     def step(self, closure: Callable[[], float] | None = None) -> None:  # pyright: ignore
         assert closure is None
         # At stage 3 all groups but one are empty. Apex fails on these, and Transformer Engine counts a step for them.
-        self._adam.param_groups = [group for group in self.param_groups if group["params"]]
-        for group in self._adam.param_groups:
+        groups = [group for group in self.param_groups if group["params"]]
+        self._adam.param_groups = [group for group in groups if not (self.muon and group["muon"])]
+        for group in groups:
             self.create_state(p for p in group["params"] if not self.state[p])
+        for group in self._adam.param_groups:
             self._write_step_count(group)
         self._adam.step()
         weights = {name: 1 - decay(self.num_updates + 1) for name, decay in self._averages.items()}
-        for group in self._adam.param_groups:
+        for group in groups:
             for p in group["params"]:
+                update = None
+                if self.muon is not None and group["muon"]:
+                    update = self.muon.step(p, group, self.state[p]["exp_avg"])
                 if p.grad is not None:
                     for name, weight in weights.items():
                         self.state[p][name].lerp_(p, weight)
                     if self.observer is not None:
-                        self.observer(p, group, self.state[p], self.num_updates + 1)
+                        self.observer(p, group, self.state[p], self.num_updates + 1, update)
 
     def _write_step_count(self, group: dict[str, Any]) -> None:
         """Write ``num_updates`` to where the library reads its step count, which it then increments.

@@ -16,6 +16,7 @@ import numpy as np
 
 from megatron_dit.config import EmaConfig
 
+SECOND_MOMENT = "exp_avg_sq"
 Decay = Callable[[int], float]  # optimizer step (from 1) -> coefficient of the previous average
 
 
@@ -60,7 +61,12 @@ def averages(config: EmaConfig) -> dict[str, Decay]:
 
 def state_keys(config: EmaConfig) -> tuple[str, ...]:
     """Return the names of the optimizer state, which a checkpoint contains in addition to the master weights."""
-    return ("exp_avg", "exp_avg_sq", *averages(config))
+    return ("exp_avg", SECOND_MOMENT, *averages(config))
+
+
+def has_state(key: str, *, muon: bool) -> bool:
+    """Return whether a parameter, updated by Muon or by AdamW, has the state or weights ``key``."""
+    return not (muon and key == SECOND_MOMENT)
 
 
 def combination(stored: Sequence[Profile], target: Profile) -> tuple[np.ndarray, float]:

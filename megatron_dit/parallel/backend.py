@@ -92,6 +92,7 @@ class Backend:
         outputs: int,
         *,
         fused_parts: int = 1,
+        matrices: int = 1,
         sharded_input: bool = True,
         bias: bool = True,
         return_bias: bool = False,
@@ -105,6 +106,7 @@ class Backend:
             inputs,
             outputs,
             fused_parts=fused_parts,
+            matrices=matrices,
             sharded_input=sharded_input,
             bias=bias,
             return_bias=return_bias,
@@ -119,8 +121,10 @@ class Backend:
     def layer_norm(self, width: int) -> LayerNorm:
         return LayerNorm(self, width)
 
-    def column_gathered(self, inputs: int, outputs: int, *, init: InitKind = InitKind.FAN_IN) -> ColumnGatheredLinear:
-        return ColumnGatheredLinear(self, inputs, outputs, init=init)
+    def column_gathered(
+        self, inputs: int, outputs: int, *, init: InitKind = InitKind.FAN_IN, matrices: int = 1
+    ) -> ColumnGatheredLinear:
+        return ColumnGatheredLinear(self, inputs, outputs, init=init, matrices=matrices)
 
     def row(
         self, inputs: int, outputs: int, *, init: InitKind = InitKind.FAN_IN, return_bias: bool = False

@@ -77,6 +77,11 @@ class FlatMasters:
         """The flat masters that the optimizer updates, one for each group."""
         return [group.master for group in self._groups]
 
+    def names_of(self, flat: Tensor) -> list[str]:
+        """Return the names of the parameters in one of the optimizer tensors, including those of other ranks."""
+        (group,) = (group for group in self._groups if group.master is flat)
+        return [name for unit in group.units for name, _, _ in unit.params]
+
     def held_bytes(self) -> tuple[int, int, int]:
         """Return the bytes on this rank of the model weights, the gradients, and separate fp32 masters."""
         weights = sum(group.weights.nbytes for group in self._groups)

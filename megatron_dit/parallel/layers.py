@@ -49,7 +49,8 @@ class Linear(nn.Linear):
 class ColumnLinear(ColumnParallelLinear):
     """Column-parallel linear layer: outputs are sharded over the tensor-parallel ranks.
 
-    The outputs consist of ``fused_parts`` equal parts (qkv: 3), each of which is sharded. ``return_bias``: return
+    The outputs consist of ``fused_parts`` equal parts (qkv: 3), each of which is sharded. ``matrices``: number of equal
+    blocks of outputs that are matrices of their own for Muon, such as the heads of q, k and v. ``return_bias``: return
     (output without bias, bias), for a fused function that adds it.
     """
 
@@ -60,6 +61,7 @@ class ColumnLinear(ColumnParallelLinear):
         outputs: int,
         *,
         fused_parts: int,
+        matrices: int = 1,
         sharded_input: bool,
         bias: bool = True,
         return_bias: bool = False,
@@ -77,6 +79,7 @@ class ColumnLinear(ColumnParallelLinear):
         self.return_bias = return_bias
         set_tensor_model_parallel_attributes(self.weight, True, 0, fused_parts)
         set_init(self.weight, InitKind.FAN_IN)
+        self.weight.matrices = matrices  # pyright: ignore
         if bias:
             set_init(self.bias, InitKind.ZERO)
 
@@ -93,8 +96,8 @@ class ColumnGatheredLinear(ColumnLinear):
     input is not summed: the model calls ``sum_grad_over_tensor_ranks`` once on the conditioning of all blocks.
     """
 
-    def __init__(self, backend: Backend, inputs: int, outputs: int, *, init: InitKind) -> None:
-        super().__init__(backend, inputs, outputs, fused_parts=1, sharded_input=False)
+    def __init__(self, backend: Backend, inputs: int, outputs: int, *, init: InitKind, matrices: int) -> None:
+        super().__init__(backend, inputs, outputs, fused_parts=1, matrices=matrices, sharded_input=False)
         self.gather = (
             all_gather_last_dim_from_tensor_parallel_region
             if backend.sharded_config.sequence_parallel

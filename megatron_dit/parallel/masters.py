@@ -44,9 +44,9 @@ class DeepSpeedMasters:
     def __init__(self, engine: Any, stage: int) -> None:
         self._zero, self._stage = engine.optimizer, stage
         self.shards: dict[str, MasterShard] = {}
-        named = dict(engine.module.named_parameters())
+        self._named = dict(engine.module.named_parameters())
         find = self._partition if stage == 3 else self._fragment
-        for name, p in named.items():
+        for name, p in self._named.items():
             shard = find(p)
             if shard is not None and shard.numel > 0:
                 self.shards[name] = shard
@@ -55,6 +55,15 @@ class DeepSpeedMasters:
     def optimizer_tensors(self) -> list[Tensor]:
         """Every flat tensor the optimizer updates, exactly once, including tensors that are all padding."""
         return list(self._zero.fp32_partitioned_groups_flat if self._stage == 3 else self._partitions)
+
+    def names_of(self, flat: Tensor) -> list[str]:
+        """Return the names of the parameters in one of the optimizer tensors, including those of other ranks."""
+        number = next(i for i, tensor in enumerate(self.optimizer_tensors) if tensor is flat)
+        if self._stage == 3:
+            position = self._zero.grad_position
+            return [name for name, p in self._named.items() if position[self._zero.get_param_id(p)][0] == number]
+        members = set(self._groups[number])
+        return [name for name, p in self._named.items() if p in members]
 
     def held_bytes(self) -> tuple[int, int, int]:
         """Return the bytes on this rank of the model weights, the gradients, and separate fp32 master weights.
@@ -66,12 +75,16 @@ class DeepSpeedMasters:
             weights, gradients = zero.fp16_partitioned_groups_flat, zero.grad_partitions_flat_buffer.nbytes
         else:
             weights = getattr(zero, "bit16_groups_flat", None) or zero.bf16_groups_flat
-            groups = getattr(zero, "bit16_groups", None) or zero.bf16_groups
-            numel = sum(p.numel() for group in groups for p in group)
+            numel = sum(p.numel() for group in self._groups for p in group)
             gradients = fp32 * (numel if self._stage == 1 else sum(flat.numel() for flat in self.optimizer_tensors))
         weight_pointers = {tensor.data_ptr() for tensor in weights}
         masters = sum(flat.nbytes for flat in self.optimizer_tensors if flat.data_ptr() not in weight_pointers)
         return sum(tensor.nbytes for tensor in weights), gradients, masters
+
+    @property
+    def _groups(self) -> list[list[nn.Parameter]]:
+        """Stages 1 and 2: the parameters of each group."""
+        return getattr(self._zero, "bit16_groups", None) or self._zero.bf16_groups
 
     @property
     def _partitions(self) -> list[Tensor]:

@@ -103,6 +103,7 @@ class TeColumn(TeLinear):
         outputs: int,
         *,
         fused_parts: int,
+        matrices: int = 1,
         sharded_input: bool,
         bias: bool = True,
         return_bias: bool = False,
@@ -118,6 +119,7 @@ class TeColumn(TeLinear):
         )
         set_tensor_model_parallel_attributes(self.weight, True, 0, fused_parts)
         set_init(self.weight, InitKind.FAN_IN)
+        self.weight.matrices = matrices
         if bias:
             set_tensor_model_parallel_attributes(self.bias, True, 0, fused_parts)
             set_init(self.bias, InitKind.ZERO)

@@ -50,6 +50,7 @@ class Topology:
     tensor_group: Any = field(default_factory=SoloGroup)
     data_group: Any = field(default_factory=SoloGroup)
     pipeline_group: Any = field(default_factory=SoloGroup)
+    stage_group: Any = field(default_factory=SoloGroup)  # tensor- and data-parallel ranks of a pipeline stage
 
     @property
     def tensor_rank(self) -> int:
@@ -192,4 +193,5 @@ def build_topology(config: Config) -> Topology:
         tensor_group=parallel_state.get_tensor_model_parallel_group(),
         data_group=parallel_state.get_data_parallel_group(),
         pipeline_group=parallel_state.get_pipeline_model_parallel_group(),
+        stage_group=parallel_state.get_tensor_and_data_parallel_group(),
     )

@@ -18,9 +18,10 @@ from megatron_dit.mup.groups import optimizer_groups
 from megatron_dit.mup.initial_values import initial_value
 from megatron_dit.mup.multipliers import forward_multipliers, set_multipliers
 from megatron_dit.mup.rules import Param
-from megatron_dit.optimizer import AdamWithEma, averages, choose, lr_factor, set_lr
+from megatron_dit.optimizer import AdamWithEma, Muon, averages, choose, has_state, lr_factor, set_lr
 from megatron_dit.parallel.collectives import mean_over_ranks, on_all_ranks
 from megatron_dit.parallel.masters import MasterShard
+from megatron_dit.parallel.matrices import MatrixExchange
 from megatron_dit.parallel.select_backend import open_backend
 from megatron_dit.parallel.sharding import cut
 from megatron_dit.parallel.topology import Topology
@@ -70,6 +71,11 @@ class Engine:
         self.model: nn.Module = model
         self._zero = open_zero(model, self.optimizer, config, topology)
         self.masters = self._zero.masters
+        self._matrices = {name: param for name, param in held.items() if param.muon}
+        if self._matrices:
+            exchange = MatrixExchange(self._matrices, self.masters.shards, topology)
+            momentum = config.optimizer.muon_momentum
+            self.optimizer.muon = Muon(self.masters.names_of, exchange, momentum, dtype)
         self.optimizer.create_state(self.masters.optimizer_tensors)
         self._monitor = StepMonitor(self.params, self.masters, topology)
         self.step = 0
@@ -116,7 +122,8 @@ class Engine:
         """
         for key in keys:
             for name, shard in self.masters.shards.items():
-                self.state_slice(shard, key).copy_(range_of(key, name, shard))
+                if has_state(key, muon=self.params[name].muon):
+                    self.state_slice(shard, key).copy_(range_of(key, name, shard))
         self.masters.sync_model_weights()
 
     def resume_at(self, step: int, num_updates: float) -> None:
@@ -154,7 +161,7 @@ class Engine:
         """Return the bytes of weights, gradients, masters, moments and EMA that this rank has allocated."""
         weights, gradients, masters = self.masters.held_bytes()
         states = [self.optimizer.state[flat] for flat in self.masters.optimizer_tensors]
-        moments = sum(state[key].nbytes for state in states for key in ("exp_avg", "exp_avg_sq"))
+        moments = sum(state[key].nbytes for state in states for key in ("exp_avg", "exp_avg_sq") if key in state)
         ema = sum(state[name].nbytes for state in states for name in averages(self.config.ema))
         return StateBytes(weights, gradients, masters, moments, ema)
 

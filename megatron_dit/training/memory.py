@@ -9,7 +9,7 @@ import math
 import os
 import socket
 from collections import Counter
-from collections.abc import Hashable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, fields
 
@@ -17,7 +17,7 @@ import torch
 
 from megatron_dit.config import Config, uses_deepspeed
 from megatron_dit.models.param_specs import param_specs
-from megatron_dit.mup.groups import group_values
+from megatron_dit.mup.groups import GroupValues, group_values
 from megatron_dit.mup.rules import Param
 from megatron_dit.parallel.flat import ALIGNMENT, aligned, unit_of
 from megatron_dit.runtime.errors import RankError
@@ -72,38 +72,41 @@ def state_bytes(config: Config, params: Iterable[Param], data_parallel: int, sta
     if not uses_deepspeed(config):
         return _flat_bytes(config, params, local, data_parallel if zero == 1 else 1)
     if zero == 3:
-        partition = sum(math.ceil(count / data_parallel) for count in local.values())
-        return StateBytes(
-            item * partition, FP32 * partition, FP32 * partition, 2 * FP32 * partition, averages * partition
-        )
-    groups: Counter[Hashable] = Counter()
+        partitions = {p.name: math.ceil(local[p.name] / data_parallel) for p in params}
+        partition = sum(partitions.values())
+        moments = sum(partitions[p.name] * group_values(p, config.optimizer).moments for p in params)
+        return StateBytes(item * partition, FP32 * partition, FP32 * partition, FP32 * moments, averages * partition)
+    groups: Counter[GroupValues] = Counter()
     for param in params:
         groups[group_values(param, config.optimizer)] += local[param.name]
-    padded = _padded(groups, PADDING * data_parallel)
+    sizes = {values: _padded(count, PADDING * data_parallel) for values, count in groups.items()}
+    padded = sum(sizes.values())
     partition = padded // data_parallel
     gradients = FP32 * (total if zero == 1 else partition)
-    return StateBytes(item * padded, gradients, FP32 * partition, 2 * FP32 * partition, averages * partition)
+    moments = sum(size // data_parallel * values.moments for values, size in sizes.items())
+    return StateBytes(item * padded, gradients, FP32 * partition, FP32 * moments, averages * partition)
 
 
 def _flat_bytes(config: Config, params: Iterable[Param], local: Mapping[str, int], slices: int) -> StateBytes:
     """Return the bytes of parallel/flat.py's buffers; each rank has one of ``slices`` slices of the masters."""
     item, averages = DTYPES[config.train.dtype].itemsize, FP32 * (1 + len(config.ema.sigma_rel))
-    units: Counter[Hashable] = Counter()
+    units: Counter[tuple[GroupValues, str]] = Counter()
     for param in params:
         units[group_values(param, config.optimizer), unit_of(param.name)] += aligned(local[param.name])
-    padded = _padded(units, ALIGNMENT * slices)
+    sizes = {unit: _padded(count, ALIGNMENT * slices) for unit, count in units.items()}
+    padded = sum(sizes.values())
     partition = padded // slices
     return StateBytes(
         weights=item * padded,
         gradients=FP32 * (padded + (partition if slices > 1 else 0)),
         masters=0 if slices == 1 and item == FP32 else FP32 * partition,
-        moments=2 * FP32 * partition,
+        moments=FP32 * sum(size // slices * values.moments for (values, _), size in sizes.items()),
         ema=averages * partition,
     )
 
 
-def _padded(counts: Mapping[Hashable, int], multiple: int) -> int:
-    return sum(math.ceil(count / multiple) * multiple for count in counts.values())
+def _padded(count: int, multiple: int) -> int:
+    return math.ceil(count / multiple) * multiple
 
 
 def explain_out_of_memory(config: Config) -> AbstractContextManager[None]:

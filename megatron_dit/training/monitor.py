@@ -39,19 +39,32 @@ class StepMonitor:
         self._roles = roles
         self._sums = torch.zeros(len(names), dtype=torch.float64, device=device())
 
-    def observe(self, flat: Tensor, group: Mapping[str, Any], state: Mapping[str, Tensor], num_updates: int) -> None:
-        """Add a flat tensor just after AdamW's ``num_updates``-th update, while its gradient is still available."""
+    def observe(
+        self,
+        flat: Tensor,
+        group: Mapping[str, Any],
+        state: Mapping[str, Tensor],
+        num_updates: int,
+        muon_update: Tensor | None,
+    ) -> None:
+        """Add a flat tensor just after its ``num_updates``-th update, while its gradient is still available.
+
+        ``muon_update`` is Muon's update divided by -lr. AdamW's follows from its moments.
+        """
         assert flat.grad is not None
         (beta1, beta2), lr, decay = group["betas"], group["lr"], group["weight_decay"]
         for name, shard in self._shards.get(id(flat), []):
             param = self._params[name]
             gradient, weight = shard.of(flat.grad), shard.master()
-            root = (shard.of(state["exp_avg_sq"]) / (1 - beta2**num_updates)).sqrt_().add_(group["eps"])
-            adam = shard.of(state["exp_avg"]) / (1 - beta1**num_updates) / root
-            before = (weight + lr * adam) / (1 - lr * decay)  # decoupled decay: weight = before - update
+            if muon_update is None:
+                root = (shard.of(state["exp_avg_sq"]) / (1 - beta2**num_updates)).sqrt_().add_(group["eps"])
+                direction = shard.of(state["exp_avg"]) / (1 - beta1**num_updates) / root
+            else:
+                direction = shard.of(muon_update)
+            before = (weight + lr * direction) / (1 - lr * decay)  # decoupled decay: weight = before - update
             for key, tensor in (
                 (f"grad_norm/{_part(name)}", gradient),
-                (f"update/{param.role}", lr * (adam + decay * before)),
+                (f"update/{param.role}", lr * (direction + decay * before)),
                 (f"weight/{param.role}", before),
             ):
                 norm = torch.linalg.vector_norm(tensor, dtype=torch.float64)  # without a copy in fp64

@@ -13,7 +13,7 @@ import yaml
 
 from megatron_dit.config import Config, config_from_dict, flatten
 from megatron_dit.models.param_specs import param_specs
-from megatron_dit.mup.groups import group_values
+from megatron_dit.mup.groups import GroupValues, group_values
 from megatron_dit.runtime.errors import UserError
 from megatron_dit.runtime.io import replacing
 from megatron_dit.runtime.text import printable
@@ -88,15 +88,18 @@ def with_values(config: Config, values: dict[str, Any]) -> Config:
 
 def group_lines(config: Config) -> list[str]:
     """Return a line for every optimizer group: its peak learning rate, weight decay, eps if it differs, and roles."""
-    groups: dict[tuple[float, float, float], Counter[str]] = {}
+    groups: dict[GroupValues, Counter[str]] = {}
     for param in param_specs(config).values():
         groups.setdefault(group_values(param, config.optimizer), Counter())[param.role] += 1
-    differ = len({eps for _, _, eps in groups}) > 1
-    return [
-        f"lr {lr:.6g}, weight decay {decay:.6g}{f', eps {eps:.6g}' if differ else ''}: "
-        + ", ".join(f"{count} {role}" for role, count in roles.items())
-        for (lr, decay, eps), roles in groups.items()
-    ]
+    differ = len({values.eps for values in groups}) > 1
+
+    def line(values: GroupValues, roles: Counter[str]) -> str:
+        eps = f", eps {values.eps:.6g}" if differ else ""
+        muon = ", Muon" if values.muon else ""
+        counts = ", ".join(f"{count} {role}" for role, count in roles.items())
+        return f"lr {values.lr:.6g}, weight decay {values.weight_decay:.6g}{eps}{muon}: {counts}"
+
+    return [line(values, roles) for values, roles in groups.items()]
 
 
 def read_sweep(folder: Path) -> tuple[SweepConfig, list[Result]]:

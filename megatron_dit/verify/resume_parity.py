@@ -165,6 +165,8 @@ def _drift(found: CheckpointReader, start: CheckpointReader, end: CheckpointRead
     for key in found.states:
         off, moved = 0.0, 0.0
         for name in found.manifest["params"]:
+            if key not in found.states_of(name):
+                continue
             value = end.full(key, name)
             off += float((found.full(key, name) - value).square().sum())
             moved += float((start.full(key, name) - value).square().sum())
@@ -174,7 +176,8 @@ def _drift(found: CheckpointReader, start: CheckpointReader, end: CheckpointRead
 
 def _equal(one: CheckpointReader, other: CheckpointReader, key: str) -> bool:
     """Return whether a state is bitwise equal in two checkpoints."""
-    return all(one.full(key, name).equal(other.full(key, name)) for name in one.manifest["params"])
+    names = [name for name in one.manifest["params"] if key in one.states_of(name)]
+    return all(one.full(key, name).equal(other.full(key, name)) for name in names)
 
 
 def _compare(saved: str, loaded: str, found: Segment, expected: Segment, state: float, equal: bool) -> Pair:

@@ -56,10 +56,12 @@ class PixArtBlock(nn.Module):
         width, self.head_dim = config.width, config.head_dim
         self.backend, self.scale = backend, config.attention_scale
         self.modulation = ModulationTable(backend, 6, width)
-        self.qkv = backend.column(width, 3 * width, fused_parts=3)
+        self.qkv = backend.column(width, 3 * width, fused_parts=3, matrices=3 * config.heads)
         self.out = backend.row(width, width, return_bias=True)
-        self.cross_q = backend.column(width, width)
-        self.cross_kv = backend.column(width, 2 * width, fused_parts=2, sharded_input=False)
+        self.cross_q = backend.column(width, width, matrices=config.heads)
+        self.cross_kv = backend.column(
+            width, 2 * width, fused_parts=2, matrices=2 * config.heads, sharded_input=False
+        )
         self.cross_out = backend.row(width, width, init=InitKind.ZERO, return_bias=True)
         self.mlp = Mlp(backend, width, config.mlp_ratio * width)
 
@@ -123,7 +125,7 @@ class PixArt(DiffusionTransformer):
         backend, config, width = self.backend, self.config, self.config.width
         self.patch_embed = backend.patch_embedding(config.in_channels, config.patch_size, width)
         self.time_embed = TimestepEmbedder(backend, width)
-        self.time_modulation = backend.column_gathered(width, 6 * width)
+        self.time_modulation = backend.column_gathered(width, 6 * width, matrices=6)
         self.null_caption = NullCaption(config)
         self.text_embed = CaptionEmbedder(backend, config.text_dim, width)
 

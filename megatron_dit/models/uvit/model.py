@@ -26,7 +26,7 @@ class UViTBlock(nn.Module):
         self.backend, self.scale = backend, config.attention_scale
         self.skip = backend.column_then_gather(2 * width, width) if skip else None
         self.norm1, self.norm2 = backend.layer_norm(width), backend.layer_norm(width)
-        self.qkv = backend.column(width, 3 * width, fused_parts=3, bias=False)
+        self.qkv = backend.column(width, 3 * width, fused_parts=3, matrices=3 * config.heads, bias=False)
         self.out = backend.row(width, width, return_bias=True)
         self.mlp = Mlp(backend, width, config.mlp_ratio * width, approximate="none")
 
