@@ -1,9 +1,9 @@
-"""Study whether the best base learning rate transfers across widths, for MMDiT and DiT on the toy dataset.
+"""Study whether the best base learning rate transfers across widths and depths, on the toy dataset.
 
-    python -m data_prep toy data/scenes && python benchmarks/transfer_study.py
+    python -m data_prep toy data/scenes && python benchmarks/transfer_study.py [width] [depth]
 
 Runs the sweeps in benchmarks/transfer, which takes hours on two CPU cores (finished trials are not repeated), and
-writes benchmarks/results/transfer.md, .json and .png. The complete grid has one seed, the region of the optima three.
+writes transfer.md, .json and .png for the width, and transfer-depth.* for the depth, to benchmarks/results.
 """
 
 from __future__ import annotations
@@ -12,20 +12,59 @@ import json
 import math
 import subprocess
 import sys
-from dataclasses import replace
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from matplotlib.figure import Figure
 
-from megatron_dit.config import load
+from megatron_dit.config import flatten, load
 from megatron_dit.tuning.report import Setting, draw_lr, settings, show
 from megatron_dit.tuning.space import SweepConfig
 from megatron_dit.tuning.transfer import read_sweep
 from megatron_dit.tuning.trial import Result
 
 HERE = Path(__file__).parent
-ARCHITECTURES = ("mmdit", "dit")
-FEWEST_SEEDS = 3  # settings with fewer seeds cannot be an optimum
+
+
+@dataclass(frozen=True)
+class Study:
+    """Sweeps over one scale, for several architectures."""
+
+    title: str
+    file: str  # name of the results
+    sweeps: dict[str, tuple[str, ...]]  # architecture -> sweeps, of which the first has all values
+    scale: str
+    parametrization: str
+    names: tuple[str, str]  # of the parametrization, if its value is false or null, and otherwise
+    fewest_seeds: int  # settings with fewer seeds cannot be an optimum
+
+    @property
+    def column(self) -> str:
+        return {"model.heads": "width", "model.depth": "depth"}[self.scale]
+
+
+STUDIES = {
+    "width": Study(
+        title="Transfer of the base learning rate across widths",
+        file="transfer",
+        sweeps={"mmdit": ("mmdit", "mmdit-seeds"), "dit": ("dit", "dit-seeds")},
+        scale="model.heads",
+        parametrization="mup.enabled",
+        names=("standard", "μP"),
+        fewest_seeds=3,
+    ),
+    "depth": Study(
+        title="Transfer of the base learning rate across depths",
+        file="transfer-depth",
+        sweeps={arch: (f"depth-{arch}",) for arch in ("mmdit", "dit", "pixart", "uvit")},
+        scale="model.depth",
+        parametrization="mup.base_depth",
+        names=("without the rule", "with the rule"),
+        fewest_seeds=2,
+    ),
+}
 
 
 def run(name: str) -> tuple[SweepConfig, list[Result]]:
@@ -36,64 +75,76 @@ def run(name: str) -> tuple[SweepConfig, list[Result]]:
     return config, [replace(result, params={"seed": 0, **result.params}) for result in results]
 
 
-def optima(found: list[Setting], head_dim: int) -> list[dict[str, object]]:
-    """Return the best learning rate of each parametrization and width, with its loss and number of seeds."""
+def optima(study: Study, found: Sequence[Setting], config: SweepConfig) -> list[dict[str, Any]]:
+    """Return the best learning rate of each parametrization and scale, with its loss and number of seeds."""
+    base = flatten(config.base)
+    unit = config.base.model.head_dim if study.scale == "model.heads" else 1
     best: dict[tuple[bool, int], Setting] = {}
     for setting in found:
-        model = dict(setting.model)
-        key = (model["mup.enabled"], model["model.heads"])
-        eligible = len(setting.trials) >= FEWEST_SEEDS and math.isfinite(setting.loss)
+        model = {**base, **dict(setting.model)}
+        key = (bool(model[study.parametrization]), model[study.scale])
+        eligible = len(setting.trials) >= study.fewest_seeds and math.isfinite(setting.loss)
         if eligible and (key not in best or setting.loss < best[key].loss):
             best[key] = setting
     return [
         {
-            "parametrization": "μP" if mup else "standard",
-            "width": heads * head_dim,
+            "parametrization": study.names[scaled],
+            study.column: size * unit,
             "best_lr": show(dict(setting.hyperparameters)["optimizer.lr"]),
             "loss": setting.loss,
+            "lowest": min(trial.loss or math.nan for trial in setting.trials),
+            "highest": max(trial.loss or math.nan for trial in setting.trials),
             "seeds": len(setting.trials),
         }
-        for (mup, heads), setting in sorted(best.items(), reverse=True)
+        for (scaled, size), setting in sorted(best.items(), key=lambda item: (not item[0][0], item[0][1]))
     ]
 
 
-def main() -> None:
-    figure = Figure(figsize=(9.2, 7.4), layout="constrained")
-    report, summary, hours = [], {}, 0.0
-    for arch, part in zip(ARCHITECTURES, figure.subfigures(len(ARCHITECTURES), 1), strict=True):
-        config, results = run(arch)
-        results += run(f"{arch}-seeds")[1]
+def report(study: Study) -> None:
+    """Run a study and write its results."""
+    figure = Figure(figsize=(9.2, 3.7 * len(study.sweeps)), layout="constrained")
+    parts = figure.subfigures(len(study.sweeps), 1, squeeze=False)[:, 0]
+    lines, summary, hours = [], {}, 0.0
+    for (arch, sweeps), part in zip(study.sweeps.items(), parts, strict=True):
+        config, results = run(sweeps[0])
+        for name in sweeps[1:]:
+            results += run(name)[1]
         found = settings(results)
         part.suptitle(arch)
-        draw_lr(part, results, config)
-        rows = optima(found, config.base.model.head_dim)
-        lines = [
+        draw_lr(part, results, config, study.scale, study.parametrization)
+        rows = optima(study, found, config)
+        trials = [
             {"model": dict(s.model), **dict(s.hyperparameters), "losses": [trial.loss for trial in s.trials]}
             for s in found
         ]
-        summary[arch] = {"optima": rows, "trials": len(results), "settings": lines}
+        summary[arch] = {"optima": rows, "trials": len(results), "settings": trials}
         hours += sum(result.seconds for result in results) / 3600
-        report += [
+        lines += [
             f"\n## {arch}, {len(results)} trials\n",
-            "| parametrization | width | best base learning rate | loss |",
-            "|---|---|---|---|",
+            f"| parametrization | {study.column} | best base learning rate | mean loss | range over seeds |",
+            "|---|---|---|---|---|",
         ]
-        report += [f"| {r['parametrization']} | {r['width']} | {r['best_lr']} | {r['loss']:.4f} |" for r in rows]
+        lines += [
+            f"| {r['parametrization']} | {r[study.column]} | {r['best_lr']} | {r['loss']:.4f} "
+            f"| {r['lowest']:.4f} to {r['highest']:.4f} |"
+            for r in rows
+        ]
     out = HERE / "results"
     out.mkdir(exist_ok=True)
-    figure.savefig(out / "transfer.png", dpi=120)
-    (out / "transfer.json").write_text(json.dumps({"core_hours": hours, **summary}, indent=1) + "\n")
+    figure.savefig(out / f"{study.file}.png", dpi=110)
+    (out / f"{study.file}.json").write_text(json.dumps({"core_hours": hours, **summary}, indent=1) + "\n")
     head = [
-        "# Transfer of the base learning rate",
+        f"# {study.title}",
         "",
-        f"`python benchmarks/transfer_study.py`, {hours:.1f} core-hours.",
+        f"`python benchmarks/transfer_study.py {study.column}`, {hours:.1f} core-hours.",
         "",
+        f"![Loss against base learning rate by {study.column}]({study.file}.png)",
     ]
-    head += ["![Loss against base learning rate by width](transfer.png)"]
-    text = "\n".join([*head, *report]) + "\n"
-    (out / "transfer.md").write_text(text)
+    text = "\n".join([*head, *lines]) + "\n"
+    (out / f"{study.file}.md").write_text(text)
     print(text)
 
 
 if __name__ == "__main__":
-    main()
+    for name in sys.argv[1:] or STUDIES:
+        report(STUDIES[name])

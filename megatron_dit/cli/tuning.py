@@ -27,6 +27,7 @@ from megatron_dit.tuning.transfer_rules import TRANSFER_RULES
 if TYPE_CHECKING:  # imports of torch take seconds: each command imports what it needs
     from megatron_dit.config import Config
 
+
 def add_commands(commands: Any) -> None:
     """Add the commands of this module."""
     mup = add_command(

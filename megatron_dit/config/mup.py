@@ -15,9 +15,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class LrMultiplier(Section):
-    """Factors of the learning rate by role, at every width and also under standard parametrization.
+    """Factors of the learning rate by role and by kind, at every width and also under standard parametrization.
 
-    AdamW multiplies weight decay by the learning rate, so the decay of a weight per step has the same factor.
+    A parameter's factor is that of its role times that of its kind, if it has one of these kinds. AdamW multiplies
+    weight decay by the learning rate, so the decay of a weight per step has the same factor.
     """
 
     prefix = "mup.lr_multiplier."
@@ -26,6 +27,10 @@ class LrMultiplier(Section):
     hidden: Positive = key("hidden weights", 1.0)
     output: Positive = key("output weights: the readout", 1.0)
     vector: Positive = key("biases, gains and tables", 1.0)
+    modulation: Positive = key("adaLN's modulation: weights, biases and tables", 1.0)
+    gains: Positive = key("gains of QK-norms and LayerNorms", 1.0)
+    tables: Positive = key("tables of labels and positions, and the null caption", 1.0)
+    projector: Positive = key("REPA's projector", 1.0)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,10 +1,10 @@
 """How initialization and optimizer scale with depth, by a parameter's place in its block.
 
 CompleteP (arXiv 2505.01618, Table 1) multiplies the output of every residual branch by m^-alpha, where
-m = depth / base depth: alpha = 1 is CompleteP itself, alpha = 1/2 is depth-μP (arXiv 2310.02244). Here no layer has such
-a multiplier. AdamW trains m^-alpha * W exactly as it trains a weight V = m^-alpha * W whose initial values, learning
-rate, weight decay and eps are multiplied by m^-alpha, m^-alpha, m^alpha and m^alpha. The last layer of a branch has this
-V, so checkpoints and exported models need no conversion. This module does not import torch.
+m = depth / base depth: alpha = 1 is CompleteP itself, alpha = 1/2 is depth-μP (arXiv 2310.02244). Here no layer has
+such a multiplier. AdamW trains m^-alpha * W exactly as it trains a weight V = m^-alpha * W whose initial values,
+learning rate, weight decay and eps are multiplied by m^-alpha, m^-alpha, m^alpha and m^alpha. The last layer of a
+branch has this V, so checkpoints and exported models need no conversion. This module does not import torch.
 """
 
 from __future__ import annotations

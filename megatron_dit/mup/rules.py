@@ -1,8 +1,8 @@
 """The μP table: how initialization, forward multiplier, learning rate and weight decay scale with width, by role.
 
 Source: Tensor Programs V (arXiv 2203.03466), Table 8, as used for diffusion Transformers by
-arXiv 2505.15270. Every entry is an exponent of the width multiplier n = fan-in / base fan-in. ``depth_rules.py`` has the
-exponents of the depth multiplier.
+arXiv 2505.15270. Every entry is an exponent of the width multiplier n = fan-in / base fan-in. ``depth_rules.py`` has
+the exponents of the depth multiplier.
 """
 
 from __future__ import annotations
@@ -63,6 +63,18 @@ class Param:
         return "hidden" if fan_out and fan_in else "input" if fan_out else "output"
 
     @property
+    def kind(self) -> str | None:
+        """Kind with a learning-rate factor of its own, in addition to the role's (``mup.lr_multiplier``)."""
+        layers = self.name.split(".")[:-1]
+        if layers[:1] == ["projector"]:
+            return "projector"
+        if layers and layers[-1].endswith("modulation"):
+            return "modulation"
+        if self.name.endswith(".gain"):
+            return "gains"
+        return "tables" if self.init_kind is InitKind.TABLE or self.name == "null_caption.table" else None
+
+    @property
     def width_multiplier(self) -> float:
         """Width multiplier n of the last infinite dimension (fan-in); 1 under standard parametrization."""
         if not self.mup.enabled:
@@ -89,7 +101,8 @@ class Param:
     def lr_multiplier(self) -> float:
         if not self.trained:
             return 0.0
-        factor = getattr(self.mup.lr_multiplier, self.role, 1.0)
+        factors = self.mup.lr_multiplier
+        factor = getattr(factors, self.role, 1.0) * (getattr(factors, self.kind) if self.kind else 1.0)
         return factor * self._power(self._rule.lr) * self.depth_multiplier**self.depth_rule.lr
 
     @property

@@ -52,7 +52,10 @@ def print_table(params: Mapping[str, Param], config: Config) -> None:
             "x".join("-" if size is None else str(size) for size in row["base"]),
             f"{row['width_multiplier']:g}",
             init,
-            *(f"{row[name]:g}" for name in ("multiplier", "lr_multiplier", "weight_decay_multiplier", "eps_multiplier")),
+            *(
+                f"{row[name]:g}"
+                for name in ("multiplier", "lr_multiplier", "weight_decay_multiplier", "eps_multiplier")
+            ),
         )
         grouped[key] = grouped.get(key, 0) + 1
     for (name, *rest), count in grouped.items():

@@ -1,9 +1,9 @@
 """Muon for hidden matrices (Jordan et al. 2024, https://kellerjordan.github.io/posts/muon): momentum, orthogonalized.
 
-The update of a matrix has all singular values near lr * sqrt(rows / columns): the spectral condition of feature learning
-(arXiv 2310.17813), under which lr transfers across widths. Queries, keys and values of each head, and the parts of a
-modulation, are matrices of their own. torch.optim.Muon has the same formula, but it orthogonalizes whole parameters,
-always in bf16, and needs them unsharded.
+The update of a matrix has all singular values near lr * sqrt(rows / columns): the spectral condition of feature
+learning (arXiv 2310.17813), under which lr transfers across widths. Queries, keys and values of each head, and the
+parts of a modulation, are matrices of their own. torch.optim.Muon has the same formula, but it orthogonalizes whole
+parameters, always in bf16, and needs them unsharded.
 """
 
 from __future__ import annotations

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 import torch.distributed as dist
@@ -30,23 +31,26 @@ class _Range:
 
 
 class MatrixExchange:
-    """Exchange of the parameters in ``params`` between the ranks of a pipeline stage. Creating it is collective."""
+    """Exchange of the parameters in ``params`` between the ranks of a pipeline stage."""
 
-    def __init__(
-        self, params: Mapping[str, Param], shards: Mapping[str, MasterShard], topology: Topology
-    ) -> None:
+    def __init__(self, params: Mapping[str, Param], shards: Mapping[str, MasterShard], topology: Topology) -> None:
         self.params, self._shards = params, shards
-        self._tensor_size = topology.tensor_size
+        self._tensor_rank, self._tensor_size = topology.tensor_rank, topology.tensor_size
         self._group = topology.stage_group
         self._member = self._group.rank()
-        own = {name: (topology.tensor_rank, s.start, s.start + s.numel) for name, s in shards.items() if name in params}
+
+    @cached_property
+    def _holders(self) -> dict[str, list[_Range]]:
+        """The ranges of each parameter on all members. Collective when it is first used, in the first step."""
+        held = {name: shard for name, shard in self._shards.items() if name in self.params}
+        own = {name: (self._tensor_rank, s.start, s.start + s.numel) for name, s in held.items()}
         tables = [own]
         if self._group.size() > 1:
             tables = [{}] * self._group.size()
             dist.all_gather_object(tables, own, group=self._group)
-        self._holders = {
+        return {
             name: [_Range(member, *table[name]) for member, table in enumerate(tables) if name in table]
-            for name in params
+            for name in self.params
         }
 
     def transform(self, names: list[str], flat: Tensor, function: Callable[[Tensor, Param], Tensor]) -> None:

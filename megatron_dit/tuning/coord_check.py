@@ -185,7 +185,9 @@ def draw(sizes: Sequence[Size], axis: Axis, unit: int, path: Path) -> None:
                 means = [float(np.mean([r.size for r in here if r.scale == scale])) for scale in scales]
                 if min(means) > 0:
                     color = "black" if name == "output" else f"C{number % 10}"
-                    axes.plot([unit * scale for scale in scales], means, marker=".", linewidth=1, color=color, label=name)
+                    axes.plot(
+                        [unit * scale for scale in scales], means, marker=".", linewidth=1, color=color, label=name
+                    )
             axes.set_xscale("log", base=2)
             axes.set_yscale("log", base=2)
             axes.grid(alpha=0.3)

@@ -33,9 +33,13 @@ class Setting:
     trials: tuple[Result, ...]
 
 
+# Keys that are not hyperparameters although they are not in ``model``: parametrization, and the size of the training.
+OF_THE_PROXY = ("mup.enabled", "mup.base_depth", "mup.depth_exponent", "train.global_batch", "train.steps")
+
+
 def is_hyperparameter(key: str) -> bool:
-    """Return whether a searched key is a hyperparameter to transfer; other keys change the model or the seed."""
-    return key != "seed" and key != "mup.enabled" and not key.startswith("model.")
+    """Return whether a searched key is a hyperparameter to transfer; other keys change the proxy or the seed."""
+    return key != "seed" and key not in OF_THE_PROXY and not key.startswith("model.")
 
 
 def settings(results: Sequence[Result]) -> list[Setting]:
@@ -163,38 +167,48 @@ def _save(figure: Any, path: Path) -> None:
         figure.savefig(part, dpi=120)
 
 
-def draw_lr(figure: Any, results: Sequence[Result], config: SweepConfig) -> None:
-    """Plot loss against lr: a panel per parametrization, a line per width, its best lr starred, seed range shaded."""
+def draw_lr(
+    figure: Any,
+    results: Sequence[Result],
+    config: SweepConfig,
+    scale: str = "model.heads",
+    parametrization: str = "mup.enabled",
+) -> None:
+    """Plot loss against lr: a panel per parametrization, a line per scale, its best lr starred, seed range shaded.
+
+    ``scale`` and ``parametrization`` are the keys that distinguish lines and panels.
+    """
     base = flatten(config.base)
-    names = ["mup.enabled", "model.heads", "optimizer.lr"]
 
     def value(setting: Setting, key: str) -> Any:
         return {**base, **dict(setting.model), **dict(setting.hyperparameters)}[key]
 
-    lines: dict[tuple[bool, int], dict[float, Setting]] = {}
+    lines: dict[tuple[Any, int], dict[float, Setting]] = {}
     for setting in settings(results):
-        mup, heads, lr = (value(setting, name) for name in names)
-        at = lines.setdefault((mup, heads), {})
+        line, lr = (value(setting, parametrization), value(setting, scale)), value(setting, "optimizer.lr")
+        at = lines.setdefault(line, {})
         if lr not in at or setting.loss < at[lr].loss:  # keep the best over the other hyperparameters
             at[lr] = setting
-    panels = list(dict.fromkeys(mup for mup, _ in sorted(lines, reverse=True)))
+    panels = sorted({panel for panel, _ in lines}, key=bool, reverse=True)
     axes = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
-    for (mup, heads), at in sorted(lines.items()):
-        panel = axes[panels.index(mup)]
+    for (name, size), at in sorted(lines.items(), key=lambda item: item[0][1]):
+        panel = axes[panels.index(name)]
         complete = sorted((lr, setting) for lr, setting in at.items() if math.isfinite(setting.loss))
         if not complete:
             continue
         lrs = [lr for lr, _ in complete]
         losses = [setting.loss for _, setting in complete]
         ranges = [[trial.loss or math.nan for trial in setting.trials] for _, setting in complete]
-        (line,) = panel.plot(lrs, losses, marker=".", label=f"width {heads * config.base.model.head_dim}")
+        label = f"width {size * config.base.model.head_dim}" if scale == "model.heads" else f"{scale} {size}"
+        (line,) = panel.plot(lrs, losses, marker=".", label=label)
         panel.fill_between(lrs, [min(r) for r in ranges], [max(r) for r in ranges], alpha=0.15, color=line.get_color())
         lowest = int(np.argmin(losses))
         panel.plot(lrs[lowest], losses[lowest], "*", markersize=13, color=line.get_color())
-    for panel, mup in zip(axes, panels, strict=True):
+    for panel, name in zip(axes, panels, strict=True):
         panel.set_xscale("log", base=2)
         panel.set_yscale("log")
-        panel.set(title="μP" if mup else "standard", xlabel="base learning rate")
+        titles = {"mup.enabled": ("standard", "μP"), "mup.base_depth": ("no rule for depth", "rule for depth")}
+        panel.set(title=titles[parametrization][bool(name)], xlabel="base learning rate")
         panel.grid(alpha=0.3)
         panel.legend(fontsize=8)
     axes[0].set_ylabel("loss")

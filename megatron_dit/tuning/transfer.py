@@ -38,8 +38,8 @@ def transfer(
 
     ``rules`` are names of ``TRANSFER_RULES``, which convert values to the target's batch size and number of steps. The
     header contains the trials and seeds, the rules, the learning rate and weight decay of every group, and the cost of
-    the search. Return the header's lines and values. Raises UserError if ``folder`` is not a sweep or has no completed μP
-    trial, or if the target's parametrization differs from the proxies'.
+    the search. Return the header's lines and values. Raises UserError if ``folder`` is not a sweep or has no completed
+    μP trial, or if the target's parametrization differs from the proxies'.
     """
     config, results = read_sweep(folder)
     chosen = report.best(results, config)

@@ -206,7 +206,29 @@ def test_learning_rates_by_role_equal_those_of_mup_with_a_group_for_each_role(ar
     assert {role for role in roles if role != "constant"} == set(LR_MULTIPLIERS)
     for name, p in models[0].named_parameters():
         if params[name].trained:
-            assert group_values(params[name], options) == pytest.approx(expected[p]), name
+            values = group_values(params[name], options)
+            assert (values.lr, values.weight_decay) == pytest.approx(expected[p]), name
+
+
+@pytest.mark.parametrize(
+    ("arch", "kinds"),
+    [
+        ("mmdit", {"modulation": ["head.modulation.bias", "blocks.1.text.modulation.weight"],
+                   "gains": ["blocks.0.image.q_norm.gain"], "projector": ["projector.fc1.weight"]}),
+        ("dit", {"tables": ["label_embed.table"], "modulation": ["blocks.0.modulation.weight"]}),
+        ("pixart", {"modulation": ["blocks.0.modulation.table", "time_modulation.weight"]}),
+        ("uvit", {"tables": ["positions"], "gains": ["blocks.0.norm1.gain", "head.norm.gain"]}),
+    ],
+)  # fmt: skip
+def test_learning_rates_by_kind_multiply_those_of_the_role(arch, kinds):
+    overrides = {"model.repa_block": 1, "model.repa_dim": 8, "mup.lr_multiplier.vector": 0.5}
+    base = param_specs(small(arch, **overrides))
+    for kind, names in kinds.items():
+        found = param_specs(small(arch, **overrides, **{f"mup.lr_multiplier.{kind}": 0.25}))
+        ratios = {name: found[name].lr_multiplier / base[name].lr_multiplier for name in base if base[name].trained}
+        assert {name for name in names if ratios[name] != 0.25} == set()
+        assert set(ratios.values()) == {0.25, 1.0}
+    assert base["patch_embed.bias"].lr_multiplier == 0.5
 
 
 def test_learning_rates_by_role_apply_to_standard_parametrization():

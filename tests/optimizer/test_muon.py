@@ -8,6 +8,8 @@ from dataclasses import replace
 
 import pytest
 import torch
+import yaml
+from safetensors import safe_open
 from torch.optim._muon import DEFAULT_A, DEFAULT_B, DEFAULT_C, EPS, _zeropower_via_newtonschulz
 
 from megatron_dit.checkpoint.reader import CheckpointReader
@@ -94,16 +96,18 @@ def test_muon_and_depth():
     assert lrs == [pytest.approx(0.02), pytest.approx(0.005)]
 
 
+def in_layout(layout, options):
+    values = dict(override.split("=") for override in layout.overrides(small("mmdit", **options)))
+    return small("mmdit", **{**options, **{key: yaml.safe_load(value) for key, value in values.items()}})
+
+
 def steps(layout, dataset, folder, overrides):
     """Return the losses and norms of 20 steps in ``layout``, with a checkpoint at the end. Runs in the pool."""
     from pathlib import Path
 
     options = {"data.path": str(dataset), "optimizer.muon_lr": 2**-6, "train.steps": 20, "model.depth": 4}
     options |= {"optimizer.grad_clip": None, "train.global_batch": 16, **overrides}
-    for override in layout.overrides(small("mmdit", **options)):
-        key, _, value = override.partition("=")
-        options[key] = {"true": True, "false": False, "null": None}.get(value, int(value) if value.isdigit() else value)
-    return first_steps(small("mmdit", **options), Path(folder) / "checkpoints")
+    return first_steps(in_layout(layout, options), Path(folder) / "checkpoints")
 
 
 @pytest.fixture(scope="module")
@@ -116,7 +120,52 @@ def single(pool, dataset, tmp_path_factory):
     "name", ["dp2-zero0", "dp2-zero1", "dp2-zero2", "dp2-zero3", "tp2", "tp2-sp", "pp2", "dp2-tp2-zero3"]
 )
 def test_twenty_steps_are_equal_in_every_layout(pool, dataset, tmp_path, single, name):
-    expected, folder = single()
+    expected, _ = single()
     found = pool.run(LAYOUTS[name].ranks, steps, LAYOUTS[name], dataset, tmp_path, {})[0]
     assert found.losses == pytest.approx(expected.losses, rel=1e-5)
     assert found.norms == pytest.approx(expected.norms, rel=1e-4)
+
+
+def test_checkpoints_have_no_second_moment_of_matrices(single):
+    reader = CheckpointReader(single()[1] / "checkpoints" / "step_00000000")
+    assert reader.states_of("blocks.0.image.qkv.weight") == ["master", "exp_avg", "ema"]
+    assert reader.states_of("blocks.0.image.qkv.bias") == ["master", "exp_avg", "exp_avg_sq", "ema"]
+    stored = {key for file in reader.folder.glob("*.safetensors") for key in safe_open(file, "pt").keys()}  # noqa: SIM118
+    assert "exp_avg/blocks.0.image.qkv.weight" in stored
+    assert "exp_avg_sq/blocks.0.image.qkv.weight" not in stored
+    assert reader.full("ema", "blocks.0.image.qkv.weight").shape == (96, 32)
+
+
+def resumed(dataset, folder, overrides, layout):
+    """Train six steps in the layout, from step 3 of ``folder`` if it has a checkpoint. Runs in the pool."""
+    from pathlib import Path
+
+    from megatron_dit.checkpoint.load import newest, restore
+    from megatron_dit.checkpoint.writer import save
+    from megatron_dit.data.shared import rank_batches
+    from megatron_dit.data.stream import read_data
+    from megatron_dit.parallel.startup import start_up
+    from megatron_dit.training.engine import Engine
+
+    options = {"data.path": str(dataset), "train.steps": 6, "optimizer.muon_lr": 2**-6, **overrides}
+    config = in_layout(LAYOUTS.get(layout, REFERENCE), options)
+    topology = start_up(config)
+    engine = Engine(config, topology)
+    engine.initialize()
+    reader = newest(Path(folder)).reader
+    if reader is not None:
+        restore(engine, reader)
+    losses = []
+    for batch in rank_batches(read_data(config.data), config, engine.step, topology):
+        losses.append(engine.train_step(batch).loss)
+        if engine.step == 3:
+            save(engine, Path(folder))
+    return losses
+
+
+def test_a_run_resumes_in_another_layout(pool, dataset, tmp_path):
+    expected = pool.run(1, resumed, dataset, tmp_path / "one", {}, "dp1")[0]
+    folder = tmp_path / "three"
+    pool.run(2, resumed, dataset, folder, {}, "dp2-zero3")
+    for layout in ("tp2", "dp2-zero1", "dp2-zero2"):
+        assert pool.run(2, resumed, dataset, folder, {}, layout)[0] == pytest.approx(expected[3:], rel=1e-5), layout

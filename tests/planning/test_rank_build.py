@@ -40,19 +40,24 @@ def local_sizes(options):
         yield param, math.prod(param.shape) // (tensor if split else 1)
 
 
-@pytest.mark.parametrize("rank", [0, WORLD - 1])
-def test_memory_equals_closed_form_for_zero_3_with_tensor_parallelism_in_bf16(tmp_path, rank):
+@pytest.mark.parametrize(("rank", "muon_lr"), [(0, None), (WORLD - 1, None), (1, 0.02)])
+def test_memory_equals_closed_form_for_zero_3_with_tensor_parallelism_in_bf16(tmp_path, rank, muon_lr):
     options = {"parallel.tensor": 2, "parallel.zero_stage": 3, "train.dtype": "bf16", "train.micro_batch": 1}
-    options["ema.sigma_rel"] = [0.05, 0.1]
+    options |= {"ema.sigma_rel": [0.05, 0.1], "optimizer.muon_lr": muon_lr}
     found = share(tmp_path, rank, **options)
-    elements = sum(math.ceil(size / 8) for _, size in local_sizes(options))
+    sizes = [(param, math.ceil(size / 8)) for param, size in local_sizes(options)]
+    elements = sum(size for _, size in sizes)
     expected = {"weights": 2, "gradients": 4, "masters": 4, "moments": 8, "ema": 12}
-    assert found["held"] == found["expected"] == {key: elements * size for key, size in expected.items()}
+    expected = {key: elements * size for key, size in expected.items()}
+    if muon_lr:
+        expected["moments"] -= 4 * sum(size for param, size in sizes if param.role == "hidden")
+    assert found["held"] == found["expected"] == expected
 
 
-@pytest.mark.parametrize(("rank", "stage"), [(0, 0), (WORLD - 1, 1)])
-def test_memory_and_bubble_equal_closed_forms_for_zero_1_with_a_pipeline_in_fp32(tmp_path, rank, stage):
+@pytest.mark.parametrize(("rank", "stage", "muon_lr"), [(0, 0, None), (WORLD - 1, 1, None), (WORLD - 1, 1, 0.02)])
+def test_memory_and_bubble_equal_closed_forms_for_zero_1_with_a_pipeline_in_fp32(tmp_path, rank, stage, muon_lr):
     options = {"parallel.tensor": 2, "parallel.pipeline": 2, "parallel.zero_stage": 1, "train.micro_batch": 1}
+    options["optimizer.muon_lr"] = muon_lr
     found = share(tmp_path, rank, **options)
     of_stage = [{"blocks.0", "patch_embed", "time_embed", "text_embed"}, {"blocks.1", "head"}][stage]
     units = Counter()  # block or not, in an optimizer group: hidden weights have their own learning rate and decay
@@ -62,6 +67,8 @@ def test_memory_and_bubble_equal_closed_forms_for_zero_1_with_a_pipeline_in_fp32
     padded = sum(up(size, 8 * 4) for size in units.values())
     expected = {"weights": padded, "gradients": padded + padded // 4, "masters": padded // 4, "moments": padded // 2}
     expected["ema"] = padded // 4
+    if muon_lr:
+        expected["moments"] -= sum(up(size, 8 * 4) // 4 for (hidden, _), size in units.items() if hidden)
     assert found["held"] == found["expected"] == {key: 4 * size for key, size in expected.items()}
     assert found["blocks"] == [stage]
     assert found["bubble"] == pytest.approx(1 / 3)  # one stage idles for one of 2 + 1 micro-batch times

@@ -33,9 +33,9 @@ def recorded():
         yield found
 
 
-def reads(arch, stage, depth):
+def reads(arch, stage, depth, **options):
     """Return the reads of the third step. Runs in the pool's ranks."""
-    config = small(arch, **{"parallel.zero_stage": stage, "model.depth": depth, "train.micro_batch": 2})
+    config = small(arch, **{"parallel.zero_stage": stage, "model.depth": depth, "train.micro_batch": 2, **options})
     engine = start(config)
     for step in range(2):
         engine.train_step(batch(config, engine.topology, step))
@@ -50,6 +50,14 @@ def test_reads_per_step_do_not_depend_on_the_number_of_parameters(pool, stage):
     (shallow, _), (deep, _) = (pool.run(2, reads, "mmdit", stage, depth) for depth in (1, 3))
     assert len(deep) == len(shallow), "\n---\n".join(deep)
     assert len(deep) <= (1 if stage < 2 else 4), "\n---\n".join(deep)
+
+
+@pytest.mark.parametrize("stage", [1, 3])
+def test_muon_reads_nothing(pool, stage):
+    (without, _), (with_muon, _) = (
+        pool.run(2, reads, "mmdit", stage, 2, **{"optimizer.muon_lr": muon_lr}) for muon_lr in (None, 0.02)
+    )
+    assert len(with_muon) == len(without), "\n---\n".join(with_muon)
 
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)

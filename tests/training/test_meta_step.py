@@ -41,13 +41,14 @@ def on_meta():
         yield
 
 
+@pytest.mark.parametrize("muon_lr", [None, 0.02])
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 @pytest.mark.parametrize("arch", ARCHITECTURES)
-def test_step_on_the_meta_device(arch, dtype):
+def test_step_on_the_meta_device(arch, dtype, muon_lr):
     from megatron_dit.training.engine import Engine
 
     connect()
-    config = small(arch, **{"train.dtype": dtype, "train.micro_batch": 4})
+    config = small(arch, **{"train.dtype": dtype, "train.micro_batch": 4, "optimizer.muon_lr": muon_lr})
     data = batch(config, SOLO, 0).map(lambda x: x.to(META))
     with on_meta():
         engine = Engine(config, SOLO)

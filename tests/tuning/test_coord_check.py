@@ -10,7 +10,7 @@ import pytest
 import yaml
 
 from megatron_dit.cli import run
-from megatron_dit.tuning.coord_check import Depth, Size, Width, coord_check, slopes, worst
+from megatron_dit.tuning.coord_check import Size, Width, coord_check, slopes, worst
 from tests.helpers.configs import ARCHITECTURES, small, small_dict
 
 

@@ -59,9 +59,7 @@ class PixArtBlock(nn.Module):
         self.qkv = backend.column(width, 3 * width, fused_parts=3, matrices=3 * config.heads)
         self.out = backend.row(width, width, return_bias=True)
         self.cross_q = backend.column(width, width, matrices=config.heads)
-        self.cross_kv = backend.column(
-            width, 2 * width, fused_parts=2, matrices=2 * config.heads, sharded_input=False
-        )
+        self.cross_kv = backend.column(width, 2 * width, fused_parts=2, matrices=2 * config.heads, sharded_input=False)
         self.cross_out = backend.row(width, width, init=InitKind.ZERO, return_bias=True)
         self.mlp = Mlp(backend, width, config.mlp_ratio * width)
 
