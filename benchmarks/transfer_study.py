@@ -1,9 +1,9 @@
 """Study whether the best base learning rate transfers across widths and depths, on the toy dataset.
 
-    python -m data_prep toy data/scenes && python benchmarks/transfer_study.py [width] [depth]
+    python -m data_prep toy data/scenes && python benchmarks/transfer_study.py [width] [depth] [muon]
 
 Runs the sweeps in benchmarks/transfer, which takes hours on two CPU cores (finished trials are not repeated), and
-writes transfer.md, .json and .png for the width, and transfer-depth.* for the depth, to benchmarks/results.
+writes transfer.md, .json and .png (width), transfer-depth.* and transfer-muon.* to benchmarks/results.
 """
 
 from __future__ import annotations
@@ -39,6 +39,7 @@ class Study:
     parametrization: str
     names: tuple[str, str]  # of the parametrization, if its value is false or null, and otherwise
     fewest_seeds: int  # settings with fewer seeds cannot be an optimum
+    lr_key: str = "optimizer.lr"
 
     @property
     def column(self) -> str:
@@ -63,6 +64,16 @@ STUDIES = {
         parametrization="mup.base_depth",
         names=("without the rule", "with the rule"),
         fewest_seeds=2,
+    ),
+    "muon": Study(
+        title="Transfer of Muon's base learning rate across widths",
+        file="transfer-muon",
+        sweeps={arch: (f"muon-{arch}",) for arch in ("mmdit", "dit")},
+        scale="model.heads",
+        parametrization="mup.enabled",
+        names=("standard", "μP"),
+        fewest_seeds=1,
+        lr_key="optimizer.muon_lr",
     ),
 }
 
@@ -90,7 +101,7 @@ def optima(study: Study, found: Sequence[Setting], config: SweepConfig) -> list[
         {
             "parametrization": study.names[scaled],
             study.column: size * unit,
-            "best_lr": show(dict(setting.hyperparameters)["optimizer.lr"]),
+            "best_lr": show(dict(setting.hyperparameters)[study.lr_key]),
             "loss": setting.loss,
             "lowest": min(trial.loss or math.nan for trial in setting.trials),
             "highest": max(trial.loss or math.nan for trial in setting.trials),
@@ -100,18 +111,19 @@ def optima(study: Study, found: Sequence[Setting], config: SweepConfig) -> list[
     ]
 
 
-def report(study: Study) -> None:
+def report(name: str) -> None:
     """Run a study and write its results."""
+    study = STUDIES[name]
     figure = Figure(figsize=(9.2, 3.7 * len(study.sweeps)), layout="constrained")
     parts = figure.subfigures(len(study.sweeps), 1, squeeze=False)[:, 0]
     lines, summary, hours = [], {}, 0.0
     for (arch, sweeps), part in zip(study.sweeps.items(), parts, strict=True):
         config, results = run(sweeps[0])
-        for name in sweeps[1:]:
-            results += run(name)[1]
+        for sweep in sweeps[1:]:
+            results += run(sweep)[1]
         found = settings(results)
         part.suptitle(arch)
-        draw_lr(part, results, config, study.scale, study.parametrization)
+        draw_lr(part, results, config, study.scale, study.parametrization, study.lr_key)
         rows = optima(study, found, config)
         trials = [
             {"model": dict(s.model), **dict(s.hyperparameters), "losses": [trial.loss for trial in s.trials]}
@@ -136,7 +148,7 @@ def report(study: Study) -> None:
     head = [
         f"# {study.title}",
         "",
-        f"`python benchmarks/transfer_study.py {study.column}`, {hours:.1f} core-hours.",
+        f"`python benchmarks/transfer_study.py {name}`, {hours:.1f} core-hours.",
         "",
         f"![Loss against base learning rate by {study.column}]({study.file}.png)",
     ]
@@ -147,4 +159,4 @@ def report(study: Study) -> None:
 
 if __name__ == "__main__":
     for name in sys.argv[1:] or STUDIES:
-        report(STUDIES[name])
+        report(name)

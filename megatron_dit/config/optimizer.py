@@ -79,8 +79,8 @@ class OptimizerConfig(Section):
         )
         check(
             not self.offload or self.muon_lr is None,
-            f"optimizer.muon_lr={self.muon_lr} with optimizer.offload=true: Muon cannot be offloaded; remove one of the "
-            "two keys",
+            f"optimizer.muon_lr={self.muon_lr} with optimizer.offload=true: Muon cannot be offloaded; remove one of "
+            "the two keys",
         )
         check(
             not self.offload or self.implementation == "auto",

@@ -65,7 +65,7 @@ class MatrixExchange:
 
     def _round(self, names: list[str], flat: Tensor, function: Callable[[Tensor, Param], Tensor]) -> None:
         owned = names[self._member] if self._member < len(names) else None
-        sources = {name: self._sources(name) for name in names}
+        sources = self._sources
         parts = self._send(
             [[self._local(name, flat, r) for r in sources[name] if r.member == self._member] for name in names],
             [] if owned is None else sources[owned],
@@ -100,15 +100,18 @@ class MatrixExchange:
         by_range = dict(zip(order, pieces, strict=True))
         return [by_range[i] for i in range(len(incoming))]
 
-    def _sources(self, name: str) -> list[_Range]:
-        """Return ranges that contain every element of every tensor-parallel shard once."""
-        found, ends = [], {}
-        for r in sorted(self._holders[name], key=lambda r: (r.tensor_rank, r.start, r.member)):
-            if self.params[name].dim is None and r.tensor_rank > 0:
-                continue
-            if r.start == ends.get(r.tensor_rank, 0):  # otherwise another rank has the same elements
-                found.append(r)
-                ends[r.tensor_rank] = r.stop
+    @cached_property
+    def _sources(self) -> dict[str, list[_Range]]:
+        """For each parameter, ranges that contain every element of every tensor-parallel shard once."""
+        found: dict[str, list[_Range]] = {}
+        for name, holders in self._holders.items():
+            sources, ends = found.setdefault(name, []), {}
+            for r in sorted(holders, key=lambda r: (r.tensor_rank, r.start, r.member)):
+                if self.params[name].dim is None and r.tensor_rank > 0:
+                    continue
+                if r.start == ends.get(r.tensor_rank, 0):  # otherwise another rank has the same elements
+                    sources.append(r)
+                    ends[r.tensor_rank] = r.stop
         return found
 
     def _local(self, name: str, flat: Tensor, r: _Range) -> Tensor:

@@ -71,9 +71,9 @@ class Engine:
         self.model: nn.Module = model
         self._zero = open_zero(model, self.optimizer, config, topology)
         self.masters = self._zero.masters
-        self._matrices = {name: param for name, param in held.items() if param.muon}
-        if self._matrices:
-            exchange = MatrixExchange(self._matrices, self.masters.shards, topology)
+        matrices = {name: param for name, param in held.items() if param.muon}
+        if matrices:
+            exchange = MatrixExchange(matrices, self.masters.shards, topology)
             momentum = config.optimizer.muon_momentum
             self.optimizer.muon = Muon(self.masters.names_of, exchange, momentum, dtype)
         self.optimizer.create_state(self.masters.optimizer_tensors)

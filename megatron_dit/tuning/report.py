@@ -58,14 +58,19 @@ def settings(results: Sequence[Result]) -> list[Setting]:
 
 
 def best(results: Sequence[Result], config: SweepConfig) -> Setting | None:
-    """Return the best setting of the widest μP model, as it is closest to a target; None if none completed."""
-    heads = config.base.model.heads
+    """Return the best setting of the largest μP model, as it is closest to a target; None if none completed."""
+    base = {"model.heads": config.base.model.heads, "model.depth": config.base.model.depth}
     candidates = [
         setting
         for setting in settings(results)
         if math.isfinite(setting.loss) and dict(setting.model).get("mup.enabled", True)
     ]
-    return min(candidates, key=lambda s: (-dict(s.model).get("model.heads", heads), s.loss), default=None)
+
+    def order(setting: Setting) -> tuple[int, int, float]:
+        model = {**base, **dict(setting.model)}
+        return -model["model.heads"], -model["model.depth"], setting.loss
+
+    return min(candidates, key=order, default=None)
 
 
 def write_best(results: Sequence[Result], config: SweepConfig) -> Setting | None:
@@ -173,10 +178,11 @@ def draw_lr(
     config: SweepConfig,
     scale: str = "model.heads",
     parametrization: str = "mup.enabled",
+    lr_key: str = "optimizer.lr",
 ) -> None:
     """Plot loss against lr: a panel per parametrization, a line per scale, its best lr starred, seed range shaded.
 
-    ``scale`` and ``parametrization`` are the keys that distinguish lines and panels.
+    ``scale`` and ``parametrization`` are the keys that distinguish lines and panels, ``lr_key`` is the learning rate's.
     """
     base = flatten(config.base)
 
@@ -185,7 +191,7 @@ def draw_lr(
 
     lines: dict[tuple[Any, int], dict[float, Setting]] = {}
     for setting in settings(results):
-        line, lr = (value(setting, parametrization), value(setting, scale)), value(setting, "optimizer.lr")
+        line, lr = (value(setting, parametrization), value(setting, scale)), value(setting, lr_key)
         at = lines.setdefault(line, {})
         if lr not in at or setting.loss < at[lr].loss:  # keep the best over the other hyperparameters
             at[lr] = setting
@@ -208,7 +214,7 @@ def draw_lr(
         panel.set_xscale("log", base=2)
         panel.set_yscale("log")
         titles = {"mup.enabled": ("standard", "μP"), "mup.base_depth": ("no rule for depth", "rule for depth")}
-        panel.set(title=titles[parametrization][bool(name)], xlabel="base learning rate")
+        panel.set(title=titles[parametrization][bool(name)], xlabel=f"base learning rate, {lr_key}")
         panel.grid(alpha=0.3)
         panel.legend(fontsize=8)
     axes[0].set_ylabel("loss")
