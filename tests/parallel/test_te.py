@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import sys
 import types
 from dataclasses import dataclass
@@ -24,25 +23,6 @@ from tests.helpers.traces import trace
 
 KINDS = [*ARCHITECTURES, "uvit-class"]
 FP8 = {"train.dtype": "bf16", "train.fp8": "current"}
-
-
-def reason_against_te():
-    """Return why the installed Transformer Engine cannot be imported, or None if it can."""
-    try:
-        import transformer_engine.pytorch
-    except (ImportError, OSError) as error:
-        return str(error)
-    assert transformer_engine.pytorch
-    return None
-
-
-@pytest.fixture(scope="module")
-def te_importable():
-    if importlib.util.find_spec("transformer_engine") is None:
-        pytest.skip("Transformer Engine is not installed")
-    reason = in_child(reason_against_te)
-    if reason is not None:
-        pytest.skip(f"Transformer Engine cannot be imported: {reason}")
 
 
 # --- layers compared with the local backend ----------------------------------------------------------
