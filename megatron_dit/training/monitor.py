@@ -49,12 +49,10 @@ class StepMonitor:
             root = (shard.of(state["exp_avg_sq"]) / (1 - beta2**num_updates)).sqrt_().add_(group["eps"])
             adam = shard.of(state["exp_avg"]) / (1 - beta1**num_updates) / root
             before = (weight + lr * adam) / (1 - lr * decay)  # decoupled decay: weight = before - update
-            for key, tensor in (
-                (f"grad_norm/{_part(name)}", gradient),
-                (f"update/{param.role}", lr * (adam + decay * before)),
-                (f"weight/{param.role}", before),
-            ):
-                norm = torch.linalg.vector_norm(tensor, dtype=torch.float64)  # without a copy in fp64
+            keys = (f"grad_norm/{_part(name)}", f"update/{param.role}", f"weight/{param.role}")
+            # On a GPU this kernel reads fp32 and adds up in fp64. torch.linalg.vector_norm would copy to fp64 first.
+            norms = torch._foreach_norm([gradient, lr * (adam + decay * before), before], 2, torch.float64)
+            for key, norm in zip(keys, norms, strict=True):
                 self._sums[self._index[key]] += norm.square().to(self._sums.device)
 
     def results(self, clipped: float) -> dict[str, float]:
