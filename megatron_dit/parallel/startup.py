@@ -28,13 +28,26 @@ def start_up(config: Config) -> Topology:
     Raises UserError if ranks are missing after ``launch.rendezvous_seconds``, or if their number does not match the
     layout.
     """
+    configure_cuda(config)
+    connect(config.launch.rendezvous_seconds)
+    set_threads(config)
+    return build_topology(config)
+
+
+def configure_cuda(config: Config) -> None:
+    """Set the environment variables that CUDA and torch's allocator read when they are first used.
+
+    A variable that the user has set is kept.
+    """
     if config.parallel.tensor > 1 and config.parallel.zero_stage < 3:
         # Megatron's and Transformer Engine's layers overlap communication with computation only if kernels start in the
         # order of their launches. At stage 3 this would serialize the gathers of the weights.
         os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
-    connect(config.launch.rendezvous_seconds)
-    set_threads(config)
-    return build_topology(config)
+    if "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:  # the name before torch 2.9, which later versions still read
+        # Tensors of changing sizes, as of several image sizes, leave gaps in segments of fixed size that no later tensor
+        # fits. Page-locked memory has an allocator of its own, and NCCL copies through its own buffers unless tensors
+        # are registered with it, which torch does only on request.
+        os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
 
 
 def set_threads(config: Config) -> None:
