@@ -52,7 +52,7 @@ class ParallelConfig(Section):
     )
     backend: Literal["auto", "te", "local"] = key(
         "implementation of the hidden layers: te (Transformer Engine) or local (Megatron-core); auto: te if it is "
-        "installed, on a GPU in bf16, else local",
+        "installed, on a GPU in bf16 without train.compile, else local",
         "auto",
         resumable=True,
     )

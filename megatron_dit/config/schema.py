@@ -88,6 +88,18 @@ class Config(Section):
             "train.compile=true with parallel.zero_stage=3: gathering weights breaks the graph of every block; "
             "set train.compile=false or use ZeRO 0, 1 or 2",
         )
+        # Transformer Engine 2.20 disables the compiler in its layers with torch below 2.12, with weights kept in FP8 for
+        # several micro-batches, and with delayed scaling. A block would then not be compiled at all.
+        check(
+            not self.train.compile or parallel.backend != "te",
+            "train.compile=true with parallel.backend=te: Transformer Engine's layers are not always compiled; "
+            "set parallel.backend=local or train.compile=false",
+        )
+        check(
+            not self.train.compile or self.train.fp8 == "none",
+            f"train.compile=true with train.fp8={self.train.fp8}: FP8 needs Transformer Engine, whose layers are not "
+            "always compiled; set train.fp8=none or train.compile=false",
+        )
         check(
             not self.optimizer.offload or parallel.zero_stage > 0,
             "optimizer.offload=true with parallel.zero_stage=0: only ZeRO can offload; set the stage to 1, 2 or 3",

@@ -44,7 +44,7 @@ def configure_cuda(config: Config) -> None:
         # order of their launches. At stage 3 this would serialize the gathers of the weights.
         os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     if "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:  # the name before torch 2.9, which later versions still read
-        # Tensors of changing sizes, as of several image sizes, leave gaps in segments of fixed size that no later tensor
+        # In segments of fixed size, tensors of changing sizes (as of several image sizes) leave gaps that no later one
         # fits. Page-locked memory has an allocator of its own, and NCCL copies through its own buffers unless tensors
         # are registered with it, which torch does only on request.
         os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
