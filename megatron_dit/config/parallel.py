@@ -47,8 +47,8 @@ class ParallelConfig(Section):
         unit="elements",
         resumable=True,
     )
-    prefetch_bucket_size: CountOrZero = key(
-        "ZeRO 3: weights gathered ahead of use", 50_000_000, unit="elements", resumable=True
+    prefetch_bucket_size: CountOrZero | None = key(
+        "ZeRO 3: weights gathered ahead of use; null: those of one block", None, unit="elements", resumable=True
     )
     backend: Literal["auto", "te", "local"] = key(
         "implementation of the hidden layers: te (Transformer Engine) or local (Megatron-core); auto: te if it is "

@@ -88,8 +88,8 @@ class Config(Section):
             "train.compile=true with parallel.zero_stage=3: gathering weights breaks the graph of every block; "
             "set train.compile=false or use ZeRO 0, 1 or 2",
         )
-        # Transformer Engine 2.20 disables the compiler in its layers with torch below 2.12, with weights kept in FP8 for
-        # several micro-batches, and with delayed scaling. A block would then not be compiled at all.
+        # Transformer Engine 2.20 disables the compiler in its layers if torch lacks opaque types (2.11 does), if FP8
+        # weights are kept for several micro-batches, and with delayed scaling. Blocks would then not be compiled.
         check(
             not self.train.compile or parallel.backend != "te",
             "train.compile=true with parallel.backend=te: Transformer Engine's layers are not always compiled; "

@@ -29,7 +29,7 @@ from megatron_dit.training.losses import LossTerms, MicroBatchLoss
 from megatron_dit.training.memory import StateBytes
 from megatron_dit.training.monitor import ActivationSizes, StepMonitor
 from megatron_dit.training.pipeline import Pipeline
-from megatron_dit.training.zero import DTYPES, open_zero, sharded_weights
+from megatron_dit.training.zero import DTYPES, largest_block, open_zero, sharded_weights
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,8 @@ class Engine:
         self.config, self.topology = config, topology
         self.params: Mapping[str, Param] = param_specs(config)
         backend, dtype = open_backend(config, topology), DTYPES[config.train.dtype]
-        with sharded_weights(config, topology), torch.device(device()):
+        block_numel = largest_block(config, self.params.values())
+        with sharded_weights(config, topology, block_numel), torch.device(device()):
             model = build(
                 config.model,
                 backend,
@@ -68,7 +69,7 @@ class Engine:
         adamw = on_all_ranks(lambda: choose(config.optimizer))
         self.optimizer = AdamWithEma(groups, config.optimizer, averages(config.ema), adamw)
         self.model: nn.Module = model
-        self._zero = open_zero(model, self.optimizer, config, topology)
+        self._zero = open_zero(model, self.optimizer, config, topology, block_numel)
         self.masters = self._zero.masters
         self.optimizer.create_state(self.masters.optimizer_tensors)
         self._monitor = StepMonitor(self.params, self.masters, topology)

@@ -23,7 +23,7 @@ from megatron_dit.parallel.flat import ALIGNMENT, aligned, unit_of
 from megatron_dit.runtime.errors import RankError
 from megatron_dit.runtime.launch_environment import launch_environment
 from megatron_dit.runtime.out_of_memory import out_of_memory_as
-from megatron_dit.training.zero import DTYPES
+from megatron_dit.training.zero import DTYPES, local_numel
 
 GIB = 2**30
 FP32 = 4
@@ -67,7 +67,7 @@ def state_bytes(config: Config, params: Iterable[Param], data_parallel: int, sta
     zero, item = config.parallel.zero_stage, DTYPES[config.train.dtype].itemsize
     averages = FP32 * (1 + len(config.ema.sigma_rel))
     params = stage_params(config, params, stage)
-    local = {p.name: math.prod(p.shape) // (config.parallel.tensor if p.dim is not None else 1) for p in params}
+    local = {param.name: local_numel(config, param) for param in params}
     total = sum(local.values())
     if not uses_deepspeed(config):
         return _flat_bytes(config, params, local, data_parallel if zero == 1 else 1)
