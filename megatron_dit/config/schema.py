@@ -168,6 +168,16 @@ class Config(Section):
                 f"{multiple // math.gcd(multiple, tokens)}",
             )
 
+    def keeps_fp8_weights(self, data_parallel: int) -> bool:
+        """Return whether Transformer Engine keeps the FP8 weights of a step's first micro-batch for the others.
+
+        Not under ZeRO-3, where the copies would not be sharded, nor with full recompute, where the recomputed blocks
+        would write them a second time.
+        """
+        train = self.train
+        several = train.global_batch > train.micro_batch * data_parallel
+        return train.fp8 != "none" and several and self.parallel.zero_stage < 3 and train.recompute != "full"
+
     def data_parallel(self, world_size: int) -> int:
         """Return the number of data-parallel ranks for ``world_size`` ranks.
 

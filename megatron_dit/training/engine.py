@@ -26,7 +26,7 @@ from megatron_dit.parallel.sharding import cut
 from megatron_dit.parallel.topology import Topology
 from megatron_dit.runtime.device import device
 from megatron_dit.training.losses import LossTerms, MicroBatchLoss
-from megatron_dit.training.memory import StateBytes
+from megatron_dit.training.memory import FP8_COPIES, StateBytes
 from megatron_dit.training.monitor import ActivationSizes, StepMonitor
 from megatron_dit.training.pipeline import Pipeline
 from megatron_dit.training.zero import DTYPES, largest_block, open_zero, sharded_weights
@@ -152,12 +152,17 @@ class Engine:
         return {name: layer for name, layer in self.model.named_modules() if hasattr(layer, "load_fp8_scales")}
 
     def held_bytes(self) -> StateBytes:
-        """Return the bytes of weights, gradients, masters, moments and EMA that this rank has allocated."""
+        """Return the bytes of weights, gradients, masters, moments and EMA that this rank has allocated.
+
+        The FP8 weights, if Transformer Engine keeps them, are allocated by the first step.
+        """
         weights, gradients, masters = self.masters.held_bytes()
         states = [self.optimizer.state[flat] for flat in self.masters.optimizer_tensors]
         moments = sum(state[key].nbytes for state in states for key in ("exp_avg", "exp_avg_sq"))
         ema = sum(state[name].nbytes for state in states for name in averages(self.config.ema))
-        return StateBytes(weights, gradients, masters, moments, ema)
+        kept = self._fp8_layers.values() if self.config.keeps_fp8_weights(self.topology.data_size) else ()
+        fp8_weights = FP8_COPIES * sum(layer.weight.numel() for layer in kept)
+        return StateBytes(weights, gradients, masters, moments, ema, fp8_weights)
 
     # --- one step -----------------------------------------------------------------------------------
 
