@@ -11,6 +11,7 @@ import torch
 from megatron_dit.config import Config
 from megatron_dit.parallel.failures import failure_ends_all_ranks
 from megatron_dit.parallel.topology import Topology, build_topology, connect, disconnect
+from megatron_dit.runtime.compat import silence_connection_warnings
 from megatron_dit.runtime.launch_environment import launch_environment
 
 
@@ -41,8 +42,10 @@ def configure_cuda(config: Config) -> None:
     """
     if config.parallel.tensor > 1 and config.parallel.zero_stage < 3:
         # Megatron's and Transformer Engine's layers overlap communication with computation only if kernels start in the
-        # order of their launches. At stage 3 this would serialize the gathers of the weights.
+        # order of their launches.
         os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
+    elif config.parallel.tensor > 1:
+        silence_connection_warnings()  # at stage 3 this order would serialize the gathers of the weights
     if "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:  # the name before torch 2.9, which later versions still read
         # In segments of fixed size, tensors of changing sizes (as of several image sizes) leave gaps that no later one
         # fits. Page-locked memory has an allocator of its own, and NCCL copies through its own buffers unless tensors
