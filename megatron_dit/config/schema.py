@@ -88,7 +88,7 @@ class Config(Section):
             "train.compile=true with parallel.zero_stage=3: gathering weights breaks the graph of every block; "
             "set train.compile=false or use ZeRO 0, 1 or 2",
         )
-        # Transformer Engine 2.20 disables the compiler in its layers if torch lacks opaque types (2.11 does), if FP8
+        # Transformer Engine 2.20 disables the compiler in its layers if torch lacks opaque types (as 2.11 does), if FP8
         # weights are kept for several micro-batches, and with delayed scaling. Blocks would then not be compiled.
         check(
             not self.train.compile or parallel.backend != "te",
@@ -171,8 +171,8 @@ class Config(Section):
     def keeps_fp8_weights(self, data_parallel: int) -> bool:
         """Return whether Transformer Engine keeps the FP8 weights of a step's first micro-batch for the others.
 
-        Not under ZeRO-3, where the copies would not be sharded, nor with full recompute, where the recomputed blocks
-        would write them a second time.
+        It does not under ZeRO-3, where the copies would not be sharded, or with full recompute, where the recomputed
+        blocks would write them a second time.
         """
         train = self.train
         several = train.global_batch > train.micro_batch * data_parallel

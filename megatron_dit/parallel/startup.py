@@ -46,7 +46,7 @@ def configure_cuda(config: Config) -> None:
         os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     elif config.parallel.tensor > 1:
         silence_connection_warnings()  # at stage 3 this order would serialize the gathers of the weights
-    if "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:  # the name before torch 2.9, which later versions still read
+    if "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:  # the former name, which torch still reads
         # In segments of fixed size, tensors of changing sizes (as of several image sizes) leave gaps that no later one
         # fits. Page-locked memory has an allocator of its own, and NCCL copies through its own buffers unless tensors
         # are registered with it, which torch does only on request.

@@ -23,7 +23,7 @@ HARMLESS = (
 
 
 def silence_import_warnings() -> None:
-    """Hide the harmless warnings of megatron-core and Transformer Engine, and on other ranks than 0 all of them.
+    """Hide the harmless warnings of megatron-core and Transformer Engine, and all of them on ranks other than 0.
 
     A warning that is not in the list is thus printed once. torch 2.14 deprecates the names of collectives that
     megatron-core and DeepSpeed call; its extension builder logs that CUDA_HOME is not set.

@@ -123,19 +123,6 @@ def open_zero(
     return FlatZero(model, optimizer, config, topology)
 
 
-def largest_block(config: Config, params: Iterable[Param]) -> int:
-    """Return the number of elements of the largest block's weights on one tensor-parallel rank."""
-    counts: Counter[str] = Counter()
-    for param in params:
-        counts[unit_of(param.name)] += local_numel(config, param)
-    return max(count for unit, count in counts.items() if unit)
-
-
-def local_numel(config: Config, param: Param) -> int:
-    """Return the number of elements of a parameter on one tensor-parallel rank."""
-    return math.prod(param.shape) // (config.parallel.tensor if param.dim is not None else 1)
-
-
 def sharded_weights(config: Config, topology: Topology, block_numel: int) -> contextlib.AbstractContextManager[Any]:
     """Return a context in which, under stage 3, new modules' weights are sharded over the data-parallel ranks."""
     if config.parallel.zero_stage < 3:
@@ -148,3 +135,16 @@ def sharded_weights(config: Config, topology: Topology, block_numel: int) -> con
         config_dict_or_path=deepspeed_config(config, topology.data_size, block_numel),
         mpu=DeepSpeedMpu(),
     )
+
+
+def largest_block(config: Config, params: Iterable[Param]) -> int:
+    """Return the number of elements of the largest block's weights on one tensor-parallel rank."""
+    counts: Counter[str] = Counter()
+    for param in params:
+        counts[unit_of(param.name)] += local_numel(config, param)
+    return max(count for unit, count in counts.items() if unit)
+
+
+def local_numel(config: Config, param: Param) -> int:
+    """Return the number of elements of a parameter on one tensor-parallel rank."""
+    return math.prod(param.shape) // (config.parallel.tensor if param.dim is not None else 1)
