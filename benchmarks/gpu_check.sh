@@ -23,7 +23,6 @@ TEST_SECONDS=590 RUN_SECONDS=110
 part=${1:-}
 [[ $part =~ ^(bench|fp8|profile|tests)$ ]] ||
     { echo "error: part '$part': expected bench, fp8, profile or tests" >&2; exit 2; }
-export PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True
 mkdir -p "$RUNS"
 
 # MiB of the GPU's memory; 0 without a GPU.

@@ -7,12 +7,11 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from rich.console import Console
 
-from megatron_dit.bench.diffusers_baseline import DiffusersBaseline, check_baseline
 from megatron_dit.bench.profile import Profile, profile_steps
 from megatron_dit.config import Config
 from megatron_dit.data.batch import Batch
@@ -26,6 +25,9 @@ from megatron_dit.runtime.progress import ProgressBar
 from megatron_dit.runtime.table import Table
 from megatron_dit.training.engine import Engine
 from megatron_dit.training.memory import GIB
+
+if TYPE_CHECKING:
+    from megatron_dit.bench.diffusers_baseline import DiffusersBaseline
 
 
 @dataclass(frozen=True)
@@ -129,12 +131,11 @@ def measure(config: Config, steps: int, warmup: int, *, diffusers: bool, profile
     """
     topology = start_up(config)
     world = topology.world
-    if diffusers:
-        check_baseline(config.model)
-        if world > 1:
-            raise UserError(
-                f"--diffusers was given with {world} ranks, but the diffusers baseline runs on one rank; omit --procs"
-            )
+    if diffusers and world > 1:
+        raise UserError(
+            f"--diffusers was given with {world} ranks, but the diffusers baseline runs on one rank; omit --procs"
+        )
+    make_baseline = _baseline_type(config) if diffusers else None
     torch.manual_seed(config.seed)
     engine = Engine(config, topology)
     fill(engine)
@@ -154,8 +155,8 @@ def measure(config: Config, steps: int, warmup: int, *, diffusers: bool, profile
             bar.advance("warm-up")
         memory = max(gather(peak_memory()))  # of all ranks
         turns: dict[str, Callable[..., None]] = {"ours": ours}
-        if diffusers:
-            baseline = DiffusersBaseline(config)
+        if make_baseline is not None:
+            baseline = make_baseline(config)
             turns["diffusers"] = lambda: baseline.step(batch)
             for _ in range(warmup):
                 _timed(turns["diffusers"])
@@ -180,6 +181,19 @@ def measure(config: Config, steps: int, warmup: int, *, diffusers: bool, profile
         diffusers=Times(tuple(times["diffusers"])) if diffusers else None,
         profile=profiled,
     )
+
+
+def _baseline_type(config: Config) -> type[DiffusersBaseline]:
+    """Import the diffusers baseline, which no other run needs. Raise UserError if it cannot run ``config``."""
+    try:
+        from megatron_dit.bench.diffusers_baseline import DiffusersBaseline, check_baseline
+    except ImportError as error:
+        raise UserError(
+            f"--diffusers needs the package diffusers, which cannot be imported ({' '.join(str(error).split())}); "
+            "install diffusers, or omit --diffusers"
+        ) from None
+    check_baseline(config.model)
+    return DiffusersBaseline
 
 
 @torch.no_grad()

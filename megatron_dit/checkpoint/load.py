@@ -147,8 +147,9 @@ def restore(engine: Engine, reader: CheckpointReader) -> None:
     def range_of(key: str, name: str, shard: MasterShard) -> Tensor:
         return reader.part(key, name, topology.tensor_rank, topology.tensor_size, shard.start, shard.numel)
 
-    engine.write_state((STATE, *state_keys(engine.config.ema)), range_of)
-    if engine.config.train.fp8 == "delayed":
-        engine.load_fp8_scales(reader.fp8_scales())
+    with reader.keep_files_open():
+        engine.write_state((STATE, *state_keys(engine.config.ema)), range_of)
+        if engine.config.train.fp8 == "delayed":
+            engine.load_fp8_scales(reader.fp8_scales())
     engine.resume_at(reader.step, reader.manifest["num_updates"])
     engine.bad_samples.update(reader.manifest["bad_samples"])

@@ -12,14 +12,16 @@ and the step, so no other state needs to be stored.
 
 from __future__ import annotations
 
+import functools
 import json
 import math
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -54,11 +56,29 @@ class CheckpointReader:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
+        self._kept_open: Callable[[Path], Any] | None = None
         self.manifest = read_manifest(folder)
         for name, record in self.manifest["files"].items():
             found = size_of(folder, name)
             if found != record["bytes"]:
                 raise Incomplete(f"{folder / name} has {found} bytes, expected {record['bytes']}")
+
+    @contextmanager
+    def keep_files_open(self) -> Iterator[None]:
+        """Return a context in which each file is opened only once, instead of for each range that is read.
+
+        Opening a file of a large model takes milliseconds, because its header lists all tensors. Open files are
+        memory-mapped, so the pages that were read count as this process's memory until the end of the context.
+        """
+        with ExitStack() as stack:
+            self._kept_open = functools.cache(lambda path: stack.enter_context(safe_open(path, framework="pt")))
+            try:
+                yield
+            finally:
+                self._kept_open = None
+
+    def _open(self, path: Path) -> AbstractContextManager[Any]:
+        return safe_open(path, framework="pt") if self._kept_open is None else nullcontext(self._kept_open(path))
 
     @cached_property
     def config(self) -> Config:
@@ -158,7 +178,7 @@ class CheckpointReader:
         """Return the flat scales of delayed FP8 scaling by layer; empty unless the run trained with it."""
         found = {}
         for path, layers in self._contents[1].items():
-            with _incomplete_on_error(path), safe_open(path, framework="pt") as file:
+            with _incomplete_on_error(path), self._open(path) as file:
                 found.update({layer: file.get_tensor(f"{FP8_SCALES}/{layer}") for layer in layers})
         return found
 
@@ -174,7 +194,7 @@ class CheckpointReader:
             low, high = max(start, fragment.start), min(stop, fragment.stop)
             if fragment.tensor_rank != tensor_rank or low >= high:
                 continue
-            with _incomplete_on_error(fragment.file), safe_open(fragment.file, framework="pt") as file:
+            with _incomplete_on_error(fragment.file), self._open(fragment.file) as file:
                 piece = file.get_slice(f"{key}/{name}")[low - fragment.start : high - fragment.start]
                 if piece.shape != (high - low,):
                     raise Incomplete(f"{fragment.file}: {key}/{name} is shorter than {fragment.stop - fragment.start}")
@@ -194,7 +214,7 @@ class CheckpointReader:
         layers: dict[Path, list[str]] = {}
         for name in self.manifest["files"]:
             path = self.folder / name
-            with _incomplete_on_error(path), safe_open(path, framework="pt") as file:
+            with _incomplete_on_error(path), self._open(path) as file:
                 about = file.metadata()
                 rank = int(about["tensor_rank"])
                 scales = [key.partition("/")[2] for key in file.keys() if key.startswith(f"{FP8_SCALES}/")]  # noqa: SIM118

@@ -64,11 +64,13 @@ def _print_config(arguments: argparse.Namespace) -> int:
 
     from megatron_dit.config import deepspeed_config, load_config, uses_deepspeed
     from megatron_dit.models.param_specs import param_specs
+    from megatron_dit.training.zero import largest_block
 
     config = load_config(arguments.config, arguments.overrides)
     ranks = config.data_parallel(arguments.procs)
-    parameters = sum(math.prod(param.shape) for param in param_specs(config).values())
-    deepspeed = deepspeed_config(config, ranks) if uses_deepspeed(config) else None
+    params = param_specs(config).values()
+    parameters = sum(math.prod(param.shape) for param in params)
+    deepspeed = deepspeed_config(config, ranks, largest_block(config, params)) if uses_deepspeed(config) else None
     results = {"parameters": parameters, "data_parallel": ranks, "deepspeed": deepspeed}
     print(yaml.safe_dump(asdict(config), sort_keys=False).rstrip())
     print("---")

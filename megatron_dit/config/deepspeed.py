@@ -6,14 +6,21 @@ from typing import Any
 
 from megatron_dit.config.schema import Config
 
+MAX_LIVE_PARAMETERS = 1_000_000_000  # DeepSpeed's default
+
 
 def uses_deepspeed(config: Config) -> bool:
     """Return whether DeepSpeed runs the optimizer step; otherwise parallel/flat.py does."""
     return config.parallel.zero_stage >= 2 or config.optimizer.offload
 
 
-def deepspeed_config(config: Config, data_parallel: int) -> dict[str, Any]:
-    """Return DeepSpeed's JSON config as a dictionary, for configs with :func:`uses_deepspeed`."""
+def deepspeed_config(config: Config, data_parallel: int, block_numel: int) -> dict[str, Any]:
+    """Return DeepSpeed's JSON config as a dictionary, for configs with :func:`uses_deepspeed`.
+
+    ``block_numel`` is the number of elements of the largest block's weights on one tensor-parallel rank.
+    """
+    ahead = config.parallel.prefetch_bucket_size
+    ahead = block_numel if ahead is None else ahead
     stage, bf16 = config.parallel.zero_stage, config.train.dtype == "bf16"
     micro = config.train.micro_batch
     result: dict[str, Any] = {
@@ -30,7 +37,10 @@ def deepspeed_config(config: Config, data_parallel: int) -> dict[str, Any]:
             "use_multi_rank_bucket_allreduce": False,
             "reduce_bucket_size": config.parallel.reduce_bucket_size,
             "allgather_bucket_size": config.parallel.reduce_bucket_size,
-            "stage3_prefetch_bucket_size": config.parallel.prefetch_bucket_size,
+            "stage3_prefetch_bucket_size": ahead,
+            # Each module that starts, including the embedders, prefetches until this many weights are gathered: a block
+            # and twice the weights ahead of it. DeepSpeed's default is about one MMDiT block of width 5120.
+            "stage3_max_live_parameters": max(MAX_LIVE_PARAMETERS, block_numel + 2 * ahead),
         },
         "communication_data_type": config.parallel.reduce_dtype,  # DeepSpeed's default is that of the weights
         "steps_per_print": 2**31 - 1,

@@ -47,12 +47,12 @@ class ParallelConfig(Section):
         unit="elements",
         resumable=True,
     )
-    prefetch_bucket_size: CountOrZero = key(
-        "ZeRO 3: weights gathered ahead of use", 50_000_000, unit="elements", resumable=True
+    prefetch_bucket_size: CountOrZero | None = key(
+        "ZeRO 3: weights gathered ahead of use; null: those of one block", None, unit="elements", resumable=True
     )
     backend: Literal["auto", "te", "local"] = key(
         "implementation of the hidden layers: te (Transformer Engine) or local (Megatron-core); auto: te if it is "
-        "installed, on a GPU in bf16, else local",
+        "installed, on a GPU in bf16 without train.compile, else local",
         "auto",
         resumable=True,
     )

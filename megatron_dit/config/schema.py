@@ -88,6 +88,18 @@ class Config(Section):
             "train.compile=true with parallel.zero_stage=3: gathering weights breaks the graph of every block; "
             "set train.compile=false or use ZeRO 0, 1 or 2",
         )
+        # Transformer Engine 2.20 disables the compiler in its layers if torch lacks opaque types (as 2.11 does), if FP8
+        # weights are kept for several micro-batches, and with delayed scaling. Blocks would then not be compiled.
+        check(
+            not self.train.compile or parallel.backend != "te",
+            "train.compile=true with parallel.backend=te: Transformer Engine's layers are not always compiled; "
+            "set parallel.backend=local or train.compile=false",
+        )
+        check(
+            not self.train.compile or self.train.fp8 == "none",
+            f"train.compile=true with train.fp8={self.train.fp8}: FP8 needs Transformer Engine, whose layers are not "
+            "always compiled; set train.fp8=none or train.compile=false",
+        )
         check(
             not self.optimizer.offload or parallel.zero_stage > 0,
             "optimizer.offload=true with parallel.zero_stage=0: only ZeRO can offload; set the stage to 1, 2 or 3",
@@ -155,6 +167,16 @@ class Config(Section):
                 f"multiple of {multiple} for train.fp8={fp8}; choose train.micro_batch as a multiple of "
                 f"{multiple // math.gcd(multiple, tokens)}",
             )
+
+    def keeps_fp8_weights(self, data_parallel: int) -> bool:
+        """Return whether Transformer Engine keeps the FP8 weights of a step's first micro-batch for the others.
+
+        It does not under ZeRO-3, where the copies would not be sharded, or with full recompute, where the recomputed
+        blocks would write them a second time.
+        """
+        train = self.train
+        several = train.global_batch > train.micro_batch * data_parallel
+        return train.fp8 != "none" and several and self.parallel.zero_stage < 3 and train.recompute != "full"
 
     def data_parallel(self, world_size: int) -> int:
         """Return the number of data-parallel ranks for ``world_size`` ranks.

@@ -40,7 +40,7 @@ class TrainConfig(Section):
     fp8_format: Literal["hybrid", "e4m3"] = key(
         "hybrid: e4m3, but e5m2 for gradients; e4m3: also for gradients", "hybrid"
     )
-    compile: bool = key("apply torch.compile to the blocks", False, resumable=True)
+    compile: bool = key("apply torch.compile to the blocks; with the local backend only", False, resumable=True)
     max_skipped_steps: Count = key(
         "stop after this many consecutive steps with a non-finite loss or gradient", 10, unit="steps", resumable=True
     )

@@ -26,7 +26,7 @@ def open_backend(config: Config, topology: Topology) -> Backend:
     if torch.cuda.is_available():
         check_compiler()
     selected, fp8 = config.parallel.backend, config.train.fp8
-    local = selected == "local" or (selected == "auto" and config.train.dtype != "bf16")
+    local = selected == "local" or (selected == "auto" and (config.train.dtype != "bf16" or config.train.compile))
     missing = None if local else _missing()
     if missing and selected == "te":
         raise UserError(f"parallel.backend=te, but {missing}; set parallel.backend=local")

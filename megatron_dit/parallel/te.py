@@ -49,7 +49,7 @@ class TeLinear(te.Linear):
         """Do nothing: ``mup.initial_values`` initializes every parameter by its global name."""
 
     def forward(self, x: Tensor) -> Any:
-        """Apply the layer. Its weight is cast to FP8 by the first micro-batch of a step only, if TE may keep it."""
+        """Apply the layer. Only a step's first micro-batch casts its weight to FP8, if TE keeps the result."""
         first = self.backend.first_micro_batch if self.backend.keeps_fp8_weights else None
         return super().forward(x, is_first_microbatch=first)
 
@@ -168,8 +168,7 @@ class TeBackend(Backend):
         self.sharded_weights = config.parallel.zero_stage == 3
         fp8 = config.train.fp8
         self.recipe = None if fp8 == "none" else RECIPES[fp8](fp8_format=FORMATS[config.train.fp8_format])
-        # TE then keeps a step's FP8 weights, 2 bytes per weight. Recomputed blocks would write them a second time.
-        self.keeps_fp8_weights = fp8 != "none" and not self.sharded_weights and config.train.recompute != "full"
+        self.keeps_fp8_weights = config.keeps_fp8_weights(topology.data_size)
         # Delayed scaling reduces the scales of a layer over all ranks that hold it. By default TE would reduce over all
         # ranks, including those of other pipeline stages.
         self.amax_group = parallel_state.get_amax_reduction_group() if fp8 == "delayed" else None

@@ -10,16 +10,33 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+from megatron_dit.runtime.launch_environment import is_rank0
+
+LIBRARIES = r"megatron\.core|transformer_engine"
+
+# Beginnings of warnings that megatron-core 0.16 prints on import, or for every layer.
+HARMLESS = (
+    "Transformer Engine and Apex are not installed",  # for Megatron's optimizer, which we do not use
+    "Apex is not installed. Falling back to Torch Norm",  # for Megatron's blocks, which we do not use either
+    "full scope is deprecated",  # of CUDA graphs; a default of Megatron's own config
+)
+
 
 def silence_import_warnings() -> None:
-    """Hide warnings of megatron-core 0.16 and Transformer Engine about options that we do not use.
+    """Hide the harmless warnings of megatron-core and Transformer Engine, and all of them on ranks other than 0.
 
-    They appear on every import, or for every layer. torch 2.14 deprecates the names of collectives that megatron-core
-    and DeepSpeed call; its extension builder logs that CUDA_HOME is not set.
+    A warning that is not in the list is thus printed once. torch 2.14 deprecates the names of collectives that
+    megatron-core and DeepSpeed call; its extension builder logs that CUDA_HOME is not set.
     """
-    warnings.filterwarnings("ignore", module=r"megatron\.core|transformer_engine")
+    for message in HARMLESS if is_rank0() else [""]:  # "" matches every message
+        warnings.filterwarnings("ignore", message, module=LIBRARIES)
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed\.c10d_logger")
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
+
+
+def silence_connection_warnings() -> None:
+    """Hide the advice of megatron-core and Transformer Engine to set CUDA_DEVICE_MAX_CONNECTIONS to 1."""
+    warnings.filterwarnings("ignore", ".*CUDA_DEVICE_MAX_CONNECTIONS", module=LIBRARIES)
 
 
 def prepare_deepspeed() -> None:

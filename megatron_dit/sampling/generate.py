@@ -48,7 +48,7 @@ def load_model(
             f"{reader.folder} has a forward multiplier for {unknown}, whose layer supports none; use another checkpoint"
         )
     set_multipliers(model, multipliers)
-    with torch.no_grad():
+    with torch.no_grad(), reader.keep_files_open():
         for name, p in model.named_parameters():
             p.copy_(reader.weights("ema" if ema else "master", name))
     return model.eval()

@@ -27,10 +27,10 @@ from megatron_dit.parallel.sharding import cut
 from megatron_dit.parallel.topology import Topology
 from megatron_dit.runtime.device import device
 from megatron_dit.training.losses import LossTerms, MicroBatchLoss
-from megatron_dit.training.memory import StateBytes
+from megatron_dit.training.memory import FP8_COPIES, StateBytes
 from megatron_dit.training.monitor import ActivationSizes, StepMonitor
 from megatron_dit.training.pipeline import Pipeline
-from megatron_dit.training.zero import DTYPES, open_zero, sharded_weights
+from megatron_dit.training.zero import DTYPES, largest_block, open_zero, sharded_weights
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,8 @@ class Engine:
         self.config, self.topology = config, topology
         self.params: Mapping[str, Param] = param_specs(config)
         backend, dtype = open_backend(config, topology), DTYPES[config.train.dtype]
-        with sharded_weights(config, topology), torch.device(device()):
+        block_numel = largest_block(config, self.params.values())
+        with sharded_weights(config, topology, block_numel), torch.device(device()):
             model = build(
                 config.model,
                 backend,
@@ -69,7 +70,7 @@ class Engine:
         adamw = on_all_ranks(lambda: choose(config.optimizer))
         self.optimizer = AdamWithEma(groups, config.optimizer, averages(config.ema), adamw)
         self.model: nn.Module = model
-        self._zero = open_zero(model, self.optimizer, config, topology)
+        self._zero = open_zero(model, self.optimizer, config, topology, block_numel)
         self.masters = self._zero.masters
         matrices = {name: param for name, param in held.items() if param.muon}
         if matrices:
@@ -158,12 +159,17 @@ class Engine:
         return {name: layer for name, layer in self.model.named_modules() if hasattr(layer, "load_fp8_scales")}
 
     def held_bytes(self) -> StateBytes:
-        """Return the bytes of weights, gradients, masters, moments and EMA that this rank has allocated."""
+        """Return the bytes of weights, gradients, masters, moments and EMA that this rank has allocated.
+
+        The FP8 weights, if Transformer Engine keeps them, are allocated by the first step.
+        """
         weights, gradients, masters = self.masters.held_bytes()
         states = [self.optimizer.state[flat] for flat in self.masters.optimizer_tensors]
         moments = sum(state[key].nbytes for state in states for key in ("exp_avg", "exp_avg_sq") if key in state)
         ema = sum(state[name].nbytes for state in states for name in averages(self.config.ema))
-        return StateBytes(weights, gradients, masters, moments, ema)
+        kept = self._fp8_layers.values() if self.config.keeps_fp8_weights(self.topology.data_size) else ()
+        fp8_weights = FP8_COPIES * sum(layer.weight.numel() for layer in kept)
+        return StateBytes(weights, gradients, masters, moments, ema, fp8_weights)
 
     # --- one step -----------------------------------------------------------------------------------
 

@@ -11,22 +11,25 @@ import socket
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 import torch
 
-from megatron_dit.config import Config, uses_deepspeed
+from megatron_dit.config import Config, ModelConfig, uses_deepspeed
+from megatron_dit.models.build import build_unsharded
 from megatron_dit.models.param_specs import param_specs
 from megatron_dit.mup.groups import GroupValues, group_values
 from megatron_dit.mup.rules import Param
 from megatron_dit.parallel.flat import ALIGNMENT, aligned, unit_of
+from megatron_dit.parallel.layers import ColumnGatheredLinear, ColumnLinear, RowLinear
 from megatron_dit.runtime.errors import RankError
 from megatron_dit.runtime.launch_environment import launch_environment
 from megatron_dit.runtime.out_of_memory import out_of_memory_as
-from megatron_dit.training.zero import DTYPES
+from megatron_dit.training.zero import DTYPES, local_numel
 
 GIB = 2**30
 FP32 = 4
+FP8_COPIES = 2  # bytes of the FP8 copies of a weight, in the layouts for the forward and backward pass, without scales
 PADDING = 2  # DeepSpeed pads a group at stage 2, and at 1 with offload, to a multiple of this times the data ranks
 
 
@@ -39,6 +42,7 @@ class StateBytes:
     masters: int  # fp32 master weights; 0 if the optimizer updates the model weights directly
     moments: int
     ema: int  # all moving averages of the weights
+    fp8_weights: int = 0  # copies that Transformer Engine keeps from the first step on, if it has several micro-batches
 
     @property
     def total(self) -> int:
@@ -64,10 +68,31 @@ def _block(config: Config, name: str) -> int:
 
 def state_bytes(config: Config, params: Iterable[Param], data_parallel: int, stage: int = 0) -> StateBytes:
     """Return the bytes on each rank of a pipeline stage. With padding included, all ranks of a stage need the same."""
+    params = stage_params(config, params, stage)
+    result = _sharded_bytes(config, params, data_parallel)
+    if not config.keeps_fp8_weights(data_parallel):
+        return result
+    cast = _fp8_layers(config.model)
+    numel = sum(local_numel(config, param) for param in params if param.name.removesuffix(".weight") in cast)
+    return replace(result, fp8_weights=FP8_COPIES * numel)
+
+
+def _fp8_layers(model: ModelConfig) -> set[str]:
+    """Return the global names of the layers that Transformer Engine runs: the blocks' linear layers except adaLN's."""
+    with torch.device("meta"):
+        modules = dict(build_unsharded(model).named_modules())
+    return {
+        name
+        for name, layer in modules.items()
+        if isinstance(layer, (ColumnLinear, RowLinear)) and not isinstance(layer, ColumnGatheredLinear)
+    }
+
+
+def _sharded_bytes(config: Config, params: list[Param], data_parallel: int) -> StateBytes:
+    """Return the bytes of the state that ZeRO divides, for the parameters of a pipeline stage."""
     zero, item = config.parallel.zero_stage, DTYPES[config.train.dtype].itemsize
     averages = FP32 * (1 + len(config.ema.sigma_rel))
-    params = stage_params(config, params, stage)
-    local = {p.name: math.prod(p.shape) // (config.parallel.tensor if p.dim is not None else 1) for p in params}
+    local = {param.name: local_numel(config, param) for param in params}
     total = sum(local.values())
     if not uses_deepspeed(config):
         return _flat_bytes(config, params, local, data_parallel if zero == 1 else 1)

@@ -62,12 +62,10 @@ class StepMonitor:
             else:
                 direction = shard.of(muon_update)
             before = (weight + lr * direction) / (1 - lr * decay)  # decoupled decay: weight = before - update
-            for key, tensor in (
-                (f"grad_norm/{_part(name)}", gradient),
-                (f"update/{param.role}", lr * (direction + decay * before)),
-                (f"weight/{param.role}", before),
-            ):
-                norm = torch.linalg.vector_norm(tensor, dtype=torch.float64)  # without a copy in fp64
+            keys = (f"grad_norm/{_part(name)}", f"update/{param.role}", f"weight/{param.role}")
+            # On a GPU this kernel reads fp32 and adds up in fp64. torch.linalg.vector_norm would copy to fp64 first.
+            norms = torch._foreach_norm([gradient, lr * (direction + decay * before), before], 2, torch.float64)
+            for key, norm in zip(keys, norms, strict=True):
                 self._sums[self._index[key]] += norm.square().to(self._sums.device)
 
     def results(self, clipped: float) -> dict[str, float]:

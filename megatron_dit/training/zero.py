@@ -10,7 +10,8 @@ import contextlib
 import io
 import math
 import re
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -18,9 +19,10 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from megatron_dit.config import Config, deepspeed_config, uses_deepspeed
+from megatron_dit.mup.rules import Param
 from megatron_dit.optimizer import AdamWithEma
 from megatron_dit.parallel.collectives import sum_over_ranks
-from megatron_dit.parallel.flat import FlatMasters
+from megatron_dit.parallel.flat import FlatMasters, unit_of
 from megatron_dit.parallel.masters import DeepSpeedMasters
 from megatron_dit.parallel.topology import DeepSpeedMpu, Topology
 from megatron_dit.runtime.device import device
@@ -73,10 +75,12 @@ class FlatZero:
 class DeepSpeedZero:
     """ZeRO 2 and 3, and stages 1 to 3 with optimizer offload, by DeepSpeed."""
 
-    def __init__(self, model: nn.Module, optimizer: AdamWithEma, config: Config, topology: Topology) -> None:
+    def __init__(
+        self, model: nn.Module, optimizer: AdamWithEma, config: Config, topology: Topology, block_numel: int
+    ) -> None:
         import deepspeed
 
-        ds_config = deepspeed_config(config, topology.data_size)
+        ds_config = deepspeed_config(config, topology.data_size, block_numel)
         if config.parallel.zero_stage == 3:
             # Gather a block's weights at once. By default every layer has hooks of its own, about 10 ms per block.
             blocks = {type(module) for name, module in model.named_modules() if re.fullmatch(r"blocks\.\d+", name)}
@@ -110,14 +114,16 @@ class DeepSpeedZero:
         return total / dist.get_world_size(), skipped, sums
 
 
-def open_zero(model: nn.Module, optimizer: AdamWithEma, config: Config, topology: Topology) -> FlatZero | DeepSpeedZero:
+def open_zero(
+    model: nn.Module, optimizer: AdamWithEma, config: Config, topology: Topology, block_numel: int
+) -> FlatZero | DeepSpeedZero:
     """Flatten or partition the weights and states of ``model`` under ``config.parallel.zero_stage``. Collective."""
     if uses_deepspeed(config):
-        return DeepSpeedZero(model, optimizer, config, topology)
+        return DeepSpeedZero(model, optimizer, config, topology, block_numel)
     return FlatZero(model, optimizer, config, topology)
 
 
-def sharded_weights(config: Config, topology: Topology) -> contextlib.AbstractContextManager[Any]:
+def sharded_weights(config: Config, topology: Topology, block_numel: int) -> contextlib.AbstractContextManager[Any]:
     """Return a context in which, under stage 3, new modules' weights are sharded over the data-parallel ranks."""
     if config.parallel.zero_stage < 3:
         return contextlib.nullcontext()
@@ -126,6 +132,19 @@ def sharded_weights(config: Config, topology: Topology) -> contextlib.AbstractCo
     # By default Init partitions over all ranks, which would mix different tensor-parallel shards.
     return deepspeed.zero.Init(
         data_parallel_group=topology.data_group,
-        config_dict_or_path=deepspeed_config(config, topology.data_size),
+        config_dict_or_path=deepspeed_config(config, topology.data_size, block_numel),
         mpu=DeepSpeedMpu(),
     )
+
+
+def largest_block(config: Config, params: Iterable[Param]) -> int:
+    """Return the number of elements of the largest block's weights on one tensor-parallel rank."""
+    counts: Counter[str] = Counter()
+    for param in params:
+        counts[unit_of(param.name)] += local_numel(config, param)
+    return max(count for unit, count in counts.items() if unit)
+
+
+def local_numel(config: Config, param: Param) -> int:
+    """Return the number of elements of a parameter on one tensor-parallel rank."""
+    return math.prod(param.shape) // (config.parallel.tensor if param.dim is not None else 1)

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -25,6 +29,24 @@ from tests.helpers.configs import ARCHITECTURES, small, small_dict
 
 REPA = {"model.repa_block": 1, "model.repa_dim": 24}
 PLAIN = ["dit", "mmdit", "pixart"]
+ROOT = Path(__file__).parents[2]
+
+# Runs the command line as if the packages, separated by commas in the first argument, were not installed.
+WITHOUT_PACKAGES = """
+import sys
+from importlib.abc import MetaPathFinder
+
+missing = sys.argv.pop(1).split(",")
+
+class Missing(MetaPathFinder):
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in missing:
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+
+sys.meta_path.insert(0, Missing())
+from megatron_dit.cli import main
+main()
+"""
 
 
 def written(folder, arch, **overrides):
@@ -37,6 +59,20 @@ def bench(config, folder, *flags):
     results = folder / "results.json"
     assert run(["bench", config, "--steps", "4", "--warmup", "1", "--json", str(results), *flags]) == 0
     return json.loads(results.read_text())
+
+
+def bench_without(packages, config, folder, *flags):
+    """Run bench in a process in which ``packages`` cannot be imported. Return the finished process and the results."""
+    results = folder / "results.json"
+    arguments = ["bench", config, "--steps", "2", "--warmup", "1", "--json", str(results), *flags]
+    done = subprocess.run(
+        [sys.executable, "-c", WITHOUT_PACKAGES, ",".join(packages), *arguments],
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    return done, json.loads(results.read_text()) if results.exists() else None
 
 
 def test_derived_metrics_equal_closed_forms():
@@ -89,6 +125,22 @@ def test_bench_prints_mfu_and_writes_metrics(tmp_path, capsys, monkeypatch):
     assert 0 < found["peak_memory_gib"] < 100
     assert (found["devices"], found["skipped_steps"], found["speedup"]) == (1, 0, None)
     assert f"{100 * found['mfu']:.1f}%" in capsys.readouterr().out
+
+
+def test_bench_needs_no_package_that_only_other_commands_use(tmp_path):
+    packages = ["diffusers", "transformer_engine", "webdataset", "mup", "optuna", "transformers", "matplotlib"]
+    done, results = bench_without(packages, written(tmp_path, "mmdit"), tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert len(results["times"]["seconds"]) == 2
+
+
+def test_diffusers_that_is_not_installed_is_reported_on_one_line(tmp_path):
+    done, results = bench_without(["diffusers"], written(tmp_path, "mmdit"), tmp_path, "--diffusers")
+    assert (done.returncode, results) == (2, None)
+    assert done.stderr == (
+        "error: --diffusers needs the package diffusers, which cannot be imported (No module named 'diffusers'); "
+        "install diffusers, or omit --diffusers\n"
+    )
 
 
 def test_two_ranks_split_the_global_batch(tmp_path):

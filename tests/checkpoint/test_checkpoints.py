@@ -8,14 +8,16 @@ import random
 
 import pytest
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 
 from megatron_dit.checkpoint import reader as format_module
 from megatron_dit.checkpoint.listing import checkpoints_to_delete, clear, step_folder
+from megatron_dit.checkpoint.load import restore
 from megatron_dit.checkpoint.manifest import Incomplete
 from megatron_dit.checkpoint.reader import CheckpointReader
 from megatron_dit.models.param_specs import param_specs
 from megatron_dit.parallel.sharding import cut, unshard
+from megatron_dit.parallel.topology import connect
 from megatron_dit.runtime.errors import UserError
 from tests.helpers.checkpoints import checkpoint
 from tests.helpers.configs import small
@@ -85,16 +87,41 @@ def test_part_equals_slice_of_full_tensor(saved, size):
             assert torch.equal(part, shard[start : start + numel])
 
 
-def test_rank_opens_only_its_own_file_if_tensor_parallel_size_is_unchanged(saved, monkeypatch):
+@pytest.fixture
+def opened(monkeypatch):
+    """Names of the files that the reader opens, in order."""
+    names = []
+    monkeypatch.setattr(format_module, "safe_open", lambda file, **kw: names.append(file.name) or safe_open(file, **kw))
+    return names
+
+
+def test_rank_opens_only_its_own_file_if_tensor_parallel_size_is_unchanged(saved, opened):
     reader = CheckpointReader(step_folder(saved["mmdit"], 2))
     name = next(name for name, param in reader.manifest["params"].items() if param["dim"] is not None)
     shard = reader.part("master", name, 1, 2, 0, math.prod(reader.manifest["params"][name]["shape"]) // 2)
-    opened = []
-    monkeypatch.setattr(
-        format_module, "safe_open", lambda file, **kw: opened.append(file.name) or safe_open(file, **kw)
-    )
+    opened.clear()
     assert torch.equal(reader.part("master", name, 1, 2, 3, 2), shard[3:5])
     assert len(opened) == 1
+
+
+def test_restoring_opens_each_file_once(saved, opened):
+    connect()
+    engine = start(small("mmdit"))
+    reader = CheckpointReader(step_folder(saved["mmdit"], 2))
+    restore(engine, reader)
+    assert sorted(opened) == sorted(reader.manifest["files"])
+
+
+def test_files_are_closed_after_the_context_that_keeps_them_open(saved):
+    reader = CheckpointReader(step_folder(saved["mmdit"], 2))
+    name = next(iter(reader.manifest["params"]))
+    with reader.keep_files_open():
+        kept = reader._open(reader.folder / "rank_00000.safetensors").__enter__()
+        assert kept.keys()
+        assert torch.equal(reader.full("ema", name), reader.full("ema", name))
+    with pytest.raises(SafetensorError, match="closed"):
+        kept.keys()
+    assert reader.full("ema", name).numel()
 
 
 def test_checkpoint_with_other_mup_multipliers_is_refused(saved):

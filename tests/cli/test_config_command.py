@@ -54,3 +54,21 @@ def test_resolved_config_and_derived_values_are_printed_and_written(tmp_path, ca
     again.write_text(yaml.safe_dump(resolved))
     assert run(["config", str(again), "--procs", "2"]) == 0
     assert next(yaml.safe_load_all(capsys.readouterr().out)) == resolved
+
+
+@pytest.mark.parametrize(("tensor", "given"), [(1, None), (8, None), (1, 1_500_000_000)])
+def test_zero_3_prefetches_a_block_and_keeps_at_most_three(tmp_path, tensor, given):
+    """The blocks of configs/mmdit/18b.yaml have 18 D² weights per stream; D² of 5120² are 26M."""
+    results = tmp_path / "results.json"
+    layout = [f"parallel.tensor={tensor}", "parallel.sequence=false", "parallel.zero_stage=3"]
+    if given is not None:
+        layout.append(f"parallel.prefetch_bucket_size={given}")
+    config = str(ROOT / "configs" / "mmdit" / "18b.yaml")
+    assert run(["config", config, *layout, "--procs", "8", "--json", str(results)]) == 0
+    zero = json.loads(results.read_text())["deepspeed"]["zero_optimization"]
+    width, head_dim = 5120, 64
+    sharded = 18 * width**2 + 13 * width  # with the biases of qkv, fc1 and the modulation
+    block = 2 * (sharded // tensor + 2 * width + 2 * head_dim)  # the other biases and the QK-norms' gains
+    ahead = block if given is None else given
+    assert zero["stage3_prefetch_bucket_size"] == ahead
+    assert zero["stage3_max_live_parameters"] == max(10**9, block + 2 * ahead)

@@ -137,8 +137,8 @@ def with_stand_in(config):
     """Return an engine that uses the stand-in for Apex and, at stage 3, several sub-groups per group."""
     from megatron_dit.training import zero
 
-    def small_sub_groups(config, ranks):
-        result = made(config, ranks)
+    def small_sub_groups(*arguments):
+        result = made(*arguments)
         result["zero_optimization"]["sub_group_size"] = 2000
         return result
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import sys
 import types
 from dataclasses import dataclass
@@ -24,25 +23,6 @@ from tests.helpers.traces import trace
 
 KINDS = [*ARCHITECTURES, "uvit-class"]
 FP8 = {"train.dtype": "bf16", "train.fp8": "current"}
-
-
-def reason_against_te():
-    """Return why the installed Transformer Engine cannot be imported, or None if it can."""
-    try:
-        import transformer_engine.pytorch
-    except (ImportError, OSError) as error:
-        return str(error)
-    assert transformer_engine.pytorch
-    return None
-
-
-@pytest.fixture(scope="module")
-def te_importable():
-    if importlib.util.find_spec("transformer_engine") is None:
-        pytest.skip("Transformer Engine is not installed")
-    reason = in_child(reason_against_te)
-    if reason is not None:
-        pytest.skip(f"Transformer Engine cannot be imported: {reason}")
 
 
 # --- layers compared with the local backend ----------------------------------------------------------
@@ -221,6 +201,12 @@ def test_scales_of_a_layer_are_restored(te_importable):
         ("mmdit", {**FP8, "train.fp8": "mx"}, ["train.fp8='mx'", "none, delayed, current, blockwise, mxfp8"]),
         ("mmdit", {**FP8, "train.fp8_format": "e5m2"}, ["train.fp8_format='e5m2'", "hybrid, e4m3"]),
         ("mmdit", {"train.fp8": "current"}, ["train.fp8=current", "train.dtype=bf16"]),
+        (
+            "mmdit",
+            {"train.compile": True, "parallel.backend": "te"},
+            ["train.compile=true", "parallel.backend=te", "parallel.backend=local"],
+        ),
+        ("mmdit", {**FP8, "train.compile": True}, ["train.compile=true", "train.fp8=current", "train.fp8=none"]),
         ("mmdit", {**FP8, "parallel.backend": "local"}, ["parallel.backend=local", "train.fp8=none"]),
         ("mmdit", {**FP8, "heads": 3, "base_heads": 3}, ["= 24", "multiple of 16"]),
         ("mmdit", {**FP8, "parallel.tensor": 4}, ["/ parallel.tensor = 8", "multiple of 16"]),
@@ -331,7 +317,7 @@ def test_fp8_on_an_unsupported_gpu_is_rejected(gpu, fp8, capability, needed):
         assert word in str(caught.value)
 
 
-def test_auto_is_local_without_transformer_engine_gpu_or_bf16(gpu, monkeypatch):
+def test_auto_is_local_without_transformer_engine_gpu_or_bf16_and_with_compile(gpu, monkeypatch):
     bf16 = small("mmdit", **{"train.dtype": "bf16"})
     with monkeypatch.context() as patch:
         patch.setattr(torch.cuda, "is_available", lambda: False)
@@ -341,3 +327,4 @@ def test_auto_is_local_without_transformer_engine_gpu_or_bf16(gpu, monkeypatch):
     gpu((9, 0), importable=True)
     assert type(open_backend(small("mmdit"), SOLO)) is Backend
     assert type(open_backend(small("mmdit", **{"train.dtype": "bf16", "parallel.backend": "local"}), SOLO)) is Backend
+    assert type(open_backend(small("mmdit", **{"train.dtype": "bf16", "train.compile": True}), SOLO)) is Backend

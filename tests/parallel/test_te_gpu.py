@@ -12,7 +12,7 @@ from data_prep.toy import make_toy_dataset
 from tests.helpers.child import in_child
 from tests.helpers.configs import ARCHITECTURES, small
 
-pytestmark = pytest.mark.gpu
+pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("te_importable")]
 
 CUDA = {"DS_ACCELERATOR": "cuda"}  # the test process itself uses DeepSpeed on the CPU
 KINDS = [*ARCHITECTURES, "uvit-class"]

@@ -11,6 +11,7 @@ import yaml
 
 from megatron_dit.cli import run
 from megatron_dit.models.param_specs import param_specs
+from megatron_dit.training.memory import state_bytes
 from tests.helpers.configs import small, small_dict
 
 WORLD = 16
@@ -47,7 +48,7 @@ def test_memory_equals_closed_form_for_zero_3_with_tensor_parallelism_in_bf16(tm
     found = share(tmp_path, rank, **options)
     sizes = [(param, math.ceil(size / 8)) for param, size in local_sizes(options)]
     elements = sum(size for _, size in sizes)
-    expected = {"weights": 2, "gradients": 4, "masters": 4, "moments": 8, "ema": 12}
+    expected = {"weights": 2, "gradients": 4, "masters": 4, "moments": 8, "ema": 12, "fp8_weights": 0}
     expected = {key: elements * size for key, size in expected.items()}
     if muon_lr:
         expected["moments"] -= 4 * sum(size for param, size in sizes if param.role == "hidden")
@@ -66,7 +67,7 @@ def test_memory_and_bubble_equal_closed_forms_for_zero_1_with_a_pipeline_in_fp32
             units[param.role == "hidden", param.name.startswith("blocks.")] += size
     padded = sum(up(size, 8 * 4) for size in units.values())
     expected = {"weights": padded, "gradients": padded + padded // 4, "masters": padded // 4, "moments": padded // 2}
-    expected["ema"] = padded // 4
+    expected |= {"ema": padded // 4, "fp8_weights": 0}
     if muon_lr:
         expected["moments"] -= sum(up(size, 8 * 4) // 4 for (hidden, _), size in units.items() if hidden)
     assert found["held"] == found["expected"] == {key: 4 * size for key, size in expected.items()}
@@ -74,6 +75,26 @@ def test_memory_and_bubble_equal_closed_forms_for_zero_1_with_a_pipeline_in_fp32
     assert found["bubble"] == pytest.approx(1 / 3)  # one stage idles for one of 2 + 1 micro-batch times
     assert sum(found["stage_flops"]) > 0
     assert found["imbalance"] >= 1
+
+
+@pytest.mark.parametrize(
+    ("options", "stage", "squares"),
+    [
+        ({}, 0, 39),
+        ({"parallel.tensor": 2}, 0, 39 / 2),
+        ({"parallel.pipeline": 2, "parallel.zero_stage": 1}, 0, 24),
+        ({"parallel.pipeline": 2, "parallel.zero_stage": 1}, 1, 15),
+        ({"train.micro_batch": 8}, 0, 0),  # one micro-batch
+        ({"train.recompute": "full"}, 0, 0),
+        ({"parallel.zero_stage": 3}, 0, 0),
+        ({"train.fp8": "none"}, 0, 0),
+    ],
+)
+def test_kept_fp8_weights_equal_closed_form(options, stage, squares):
+    """A stream has qkv, out, fc1 and fc2 with 12 squares of the width; in the last block the text has only qkv."""
+    config = small("mmdit", **{"train.dtype": "bf16", "train.fp8": "current", **options})
+    found = state_bytes(config, param_specs(config).values(), data_parallel=1, stage=stage)
+    assert found.fp8_weights == 2 * squares * config.model.width**2
 
 
 @pytest.mark.parametrize(
