@@ -46,6 +46,8 @@ def options(draw, arch):
         "model.sample_size": patch * draw(st.integers(2, 4)),
         "model.in_channels": draw(st.integers(1, 4)),
         "mup.output_multiplier": draw(st.sampled_from([1.0, 0.7])),
+        "mup.base_depth": draw(st.sampled_from([2, None])),
+        "optimizer.muon_lr": draw(st.sampled_from([0.02, None])),
     }
     if arch == "mmdit":
         found["model.position_size"] = draw(st.sampled_from([None, 5]))
