@@ -14,6 +14,7 @@ from megatron_dit.config import Config, first_difference, load_config, save_conf
 from megatron_dit.runtime.errors import UserError, writing
 from megatron_dit.runtime.locks import RunLock
 from megatron_dit.runtime.text import printable
+from megatron_dit.training.prediction import PREDICTION, read_prediction
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
@@ -87,8 +88,10 @@ class RunFolder:
             difference = first_difference(saved, self._config)
             if difference is not None:
                 raise UserError(f"{self.path} contains another run ({difference}); set run_dir to a new folder")
-        elif self.path.exists() and (not self.path.is_dir() or any(path.name != LOCK for path in self.path.iterdir())):
-            raise UserError(f"run_dir={self.path} exists and is not a run; set run_dir to a new folder")
+        elif self.path.exists():
+            new = self.path.is_dir() and all(path.name in (LOCK, PREDICTION) for path in self.path.iterdir())
+            if not new:
+                raise UserError(f"run_dir={self.path} exists and is not a run; set run_dir to a new folder")
 
     def _saved_config(self) -> tuple[Config | None, str]:
         """Return the config of the run in the folder and the error of config.yaml ("" if it can be used).
@@ -192,14 +195,22 @@ class RunFolder:
         return read_metrics(self.path)
 
     def plot(self) -> None:
-        """Write loss.png, a plot of the loss and gradient norm over steps."""
+        """Write loss.png, a plot of the loss and gradient norm over steps, with the predicted loss if there is one."""
         from matplotlib.figure import Figure
 
         lines = [line for line in self.metrics() if line["loss"] is not None and line.get("grad_norm") is not None]
         steps = [line["step"] for line in lines]
         figure = Figure(figsize=(8, 5), layout="constrained")
         upper, lower = figure.subplots(2, sharex=True, height_ratios=(2, 1))
-        upper.plot(steps, [line["loss"] for line in lines], linewidth=1)
+        upper.plot(steps, [line["loss"] for line in lines], linewidth=1, label="measured")
+        try:
+            prediction = read_prediction(self.path)
+        except UserError as error:
+            logger.warning("%s", error)
+        else:
+            if prediction is not None:
+                prediction.draw(upper)
+                upper.legend()
         upper.set_ylabel("loss")
         upper.set_title(printable(self.path), parse_math=False)  # a $ in the path must not start a formula
         lower.plot(steps, [line["grad_norm"] for line in lines], linewidth=1, color="tab:orange")
