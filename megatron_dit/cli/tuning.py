@@ -1,4 +1,4 @@
-"""The commands for μP and μTransfer: mup, coord-check, sweep and transfer."""
+"""The commands for μP and μTransfer: mup, coord-check, sweep, transfer and fit."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from megatron_dit.cli.arguments import (
     config_arguments,
+    file_path,
     input_path,
     number,
     output_file,
@@ -19,6 +20,7 @@ from megatron_dit.cli.command import add_command, write_json
 from megatron_dit.cli.ranks import ranks_argument, start_ranks, starts_ranks
 from megatron_dit.config.keys import Count, CountOrZero, Positive
 from megatron_dit.runtime.errors import UserError
+from megatron_dit.runtime.io import check_output
 from megatron_dit.runtime.launch_environment import is_rank0
 from megatron_dit.runtime.output import survive_console_loss
 from megatron_dit.runtime.text import printable
@@ -112,6 +114,25 @@ def add_commands(commands: Any) -> None:
     )
     config_file = output_file("--out", makes_folder=True)
     transfer.add_argument("--out", type=config_file, required=True, metavar="FILE", help="output config")
+
+    fit = add_command(
+        commands,
+        "fit",
+        "Predict the target's training loss from finished sweeps of at least three model sizes.",
+        "megatron-dit fit runs/sizes --target runs/wide.yaml",
+        _fit,
+    )
+    fit.add_argument("sweeps", nargs="+", type=input_path("sweeps"), metavar="SWEEP_DIR", help="sweep folders")
+    overrides_argument(fit, "train.steps=100")
+    fit.add_argument(
+        "--target", type=input_path("--target"), required=True, metavar="CONFIG", help="config of the run to predict"
+    )
+    fit.add_argument(
+        "--out",
+        type=file_path("--out"),
+        metavar="FOLDER",
+        help="folder for fit.png and prediction.json; if omitted, the first sweep folder",
+    )
 
 
 def _mup(arguments: argparse.Namespace) -> int:
@@ -245,4 +266,31 @@ def _transfer(arguments: argparse.Namespace) -> int:
     )
     print("\n".join(f"# {line}" for line in results.pop("header")))
     write_json(arguments, results)
+    return 0
+
+
+def _fit(arguments: argparse.Namespace) -> int:
+    from megatron_dit.config import check_overrides, load_config
+    from megatron_dit.training.prediction import PREDICTION
+    from megatron_dit.tuning import fit
+
+    # argparse takes overrides that directly follow the folders for folders.
+    folders = [word for word in arguments.sweeps if "=" not in word or Path(word).exists()]
+    overrides = [word for word in arguments.sweeps if word not in folders] + arguments.overrides
+    if not folders:
+        raise UserError("no sweep folder is given; name at least one, such as runs/sweep")
+    check_overrides(overrides)
+    target = load_config(arguments.target, overrides)
+    out = arguments.out or Path(folders[0])
+    run_dir = Path(target.run_dir)
+    if out.resolve() == run_dir.resolve():
+        raise UserError(f"--out {out} is the target's run_dir, which must be empty; choose another folder")
+    for folder in (out, run_dir):
+        check_output(folder / PREDICTION, "file", makes_folder=True)
+    found = fit.forecast([Path(folder) for folder in folders], target)
+    fit.print_forecast(found)
+    fit.draw(found, out / "fit.png")
+    written = [out / "fit.png", *(found.prediction.write(folder) for folder in (out, run_dir))]
+    print(printable("wrote " + ", ".join(map(str, written))))
+    write_json(arguments, fit.results_of(found))
     return 0

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import yaml
 
 from megatron_dit.config import load
@@ -31,3 +33,11 @@ def plant(path, outcomes):
         files = TrialFiles(config.folder / "trials" / f"{number:04d}", params)
         files.write(Result(number, params, state, loss, "" if loss else "because", trial.train.steps, samples, 1.0))
     return config
+
+
+def plant_metrics(config, number, losses):
+    """Write the metrics of a planted trial: its loss at steps 1, 2, ..."""
+    folder = config.trial_folder(number)
+    folder.mkdir()
+    lines = [{"step": step, "loss": float(loss), "grad_norm": 1.0} for step, loss in enumerate(losses, 1)]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))

@@ -1,0 +1,163 @@
+"""Proxies of finished sweeps: the best setting of each size and duration, with its losses over the samples seen."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+
+from megatron_dit.config import Config, flatten
+from megatron_dit.models.flops import model_flops
+from megatron_dit.runtime.errors import UserError
+from megatron_dit.training.run_folder import read_metrics
+from megatron_dit.tuning import report
+from megatron_dit.tuning.cost import parameters
+from megatron_dit.tuning.transfer import read_sweep
+
+logger = logging.getLogger(__name__)
+
+WINDOWS_PER_OCTAVE = 4  # of a training curve
+SIZE_KEYS = ("model.heads", "model.head_dim", "model.base_head_dim", "model.depth", "model.repa_block")
+Curve = tuple[tuple[float, float], ...]  # (steps, loss)
+
+
+@dataclass(frozen=True)
+class Run:
+    """A training run's size, duration and costs."""
+
+    config: Config
+
+    @cached_property
+    def parameters(self) -> int:
+        """Number of all parameters of the model."""
+        return parameters(self.config.model)
+
+    @property
+    def samples(self) -> int:
+        """Samples seen in the entire run."""
+        return self.config.train.steps * self.config.train.global_batch
+
+    @cached_property
+    def sample_flops(self) -> int:
+        """FLOPs of training on one sample, without recomputation."""
+        side = self.config.model.sample_size
+        return model_flops(self.config.model, side, side).total.model
+
+    @property
+    def flops(self) -> float:
+        """FLOPs of the entire run."""
+        return float(self.sample_flops) * self.samples
+
+
+@dataclass(frozen=True)
+class Proxy(Run):
+    """The best setting of one size and duration in a sweep."""
+
+    folder: Path  # of the sweep
+    trials: tuple[int, ...]  # numbers of its trials, which differ only in their seed
+    losses: tuple[float, ...]  # final loss of each trial
+    curve: Curve  # steps and losses to fit, sorted by step
+
+    @property
+    def loss(self) -> float:
+        """Mean final loss over the seeds."""
+        return float(np.mean(self.losses))
+
+
+def uses_curves(target: Config, proxies: Sequence[Config]) -> bool:
+    """Return whether a loss during a proxy's training is the final loss of a shorter run.
+
+    This is the case at a constant learning rate, up to the decay of schedule wsd. Raises UserError if the proxies'
+    schedule says nothing about the target's.
+    """
+    schedule = target.optimizer.schedule
+    comparable = ("constant", "wsd") if schedule == "constant" else (schedule,)
+    for proxy in proxies:
+        if proxy.optimizer.schedule not in comparable:
+            raise UserError(
+                f"optimizer.schedule is {proxy.optimizer.schedule} in a sweep and {schedule} in the target; make them "
+                "equal, because the final loss depends on the schedule"
+            )
+    return schedule == "constant"
+
+
+def read_proxies(folders: Sequence[Path], target: Config) -> tuple[list[Proxy], bool]:
+    """Return the proxies of the sweeps, sorted by compute, and whether their training curves are used.
+
+    A proxy is the best setting, by the mean loss over its seeds, of all trials of one width, depth, batch size and
+    number of steps, with the target's ``mup.enabled``. Settings with a trial that is not complete are ignored. If
+    curves are not used, a proxy's only point is its final loss. Raises UserError if a folder is not a sweep, has no
+    completed trial, or the loss of its models is not comparable to that of the target.
+    """
+    best: dict[tuple[int, ...], tuple[Path, Config, report.Setting]] = {}
+    for folder in folders:
+        config, results = read_sweep(folder)
+        settings = [setting for setting in report.settings(results) if math.isfinite(setting.loss)]
+        candidates = [(config.trial_config(each.trials[0].params, each.trials[0].number), each) for each in settings]
+        candidates = [pair for pair in candidates if pair[0].mup.enabled == target.mup.enabled]
+        if not candidates:
+            raise UserError(
+                f"{folder} has no completed trial with mup.enabled={str(target.mup.enabled).lower()}, which is the "
+                "target's; run 'megatron-dit sweep' to see why"
+            )
+        for proxy, setting in candidates:
+            _check_comparable(proxy, target)
+            size = (proxy.model.width, proxy.model.depth, proxy.train.global_batch, proxy.train.steps)
+            if size not in best or setting.loss < best[size][2].loss:
+                best[size] = (folder, proxy, setting)
+    with_curves = uses_curves(target, [proxy for _, proxy, _ in best.values()])
+    proxies = []
+    for folder, config, setting in best.values():
+        losses = tuple(float(trial.loss) for trial in setting.trials if trial.loss is not None)
+        numbers = tuple(trial.number for trial in setting.trials)
+        curve: Curve = ((config.train.steps, float(np.mean(losses))),)
+        if with_curves:
+            curve = smoothed([folder / "trials" / f"{number:04d}" for number in numbers], config)
+            if not curve:
+                logger.warning("%s: trials %s have no metrics after warm-up; ignoring them", folder, numbers)
+                continue
+        proxies.append(Proxy(config, folder, numbers, losses, curve))
+    return sorted(proxies, key=lambda proxy: proxy.flops), with_curves
+
+
+def smoothed(runs: Sequence[Path], config: Config) -> Curve:
+    """Return the training loss of ``runs``, which differ in their seed, in windows of a quarter octave of steps.
+
+    A window's step is the geometric mean of its steps. Steps of the warm-up and of wsd's decay are left out.
+    """
+    optimizer, steps = config.optimizer, config.train.steps
+    last = steps - (optimizer.decay_steps or 0)
+    windows: dict[int, list[tuple[float, float, float]]] = {}  # (number of steps, log of their middle, mean loss)
+    for run in runs:
+        before = 0
+        for line in read_metrics(run):  # each line is a mean over the steps since the previous one
+            step, loss = line["step"], line["loss"]
+            if loss is not None and loss > 0 and optimizer.warmup_steps <= before < step <= last:
+                window = math.floor(WINDOWS_PER_OCTAVE * math.log2(last / step))
+                windows.setdefault(window, []).append((step - before, math.log((before + 1 + step) / 2), loss))
+            before = step
+    curve = []
+    for window in sorted(windows, reverse=True):
+        weights, middles, losses = zip(*windows[window], strict=True)
+        middle = float(np.average(middles, weights=weights))
+        curve.append((math.exp(middle), float(np.average(losses, weights=weights))))
+    return tuple(curve)
+
+
+def _check_comparable(proxy: Config, target: Config) -> None:
+    """Raise UserError if the losses differ for another reason than size, duration and hyperparameters."""
+    values = [
+        {key: value for key, value in flatten(config).items() if key.startswith(("model.", "objective."))}
+        for config in (proxy, target)
+    ]
+    for key in values[0]:
+        if key not in SIZE_KEYS and values[0][key] != values[1][key]:
+            raise UserError(
+                f"{key} is {values[0][key]!r} in a sweep and {values[1][key]!r} in the target, so their losses are not "
+                "comparable; make them equal"
+            )
