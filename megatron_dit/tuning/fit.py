@@ -60,6 +60,11 @@ def forecast(folders: Sequence[Path], target: Config) -> Forecast:
     fit = fit_with_intervals(points, loss, index, [proxy.losses for proxy in proxies])
     run = Run(target)
     found = Forecast(proxies, with_curves, fit, run, _predict(fit, run, points, with_curves))
+    _warn_about_extrapolation(found)
+    return found
+
+
+def _warn_about_extrapolation(found: Forecast) -> None:
     for times in (100, 10):
         if found.extrapolation > times:
             logger.warning(
@@ -69,7 +74,14 @@ def forecast(folders: Sequence[Path], target: Config) -> Forecast:
                 times,
             )
             break
-    return found
+    batches = {proxy.config.train.global_batch for proxy in found.proxies}
+    if len(batches) == 1 and found.target.config.train.global_batch not in batches:
+        logger.warning(
+            "train.global_batch is %d in the target and %d in all proxies: the law has no term for it; add other batch "
+            "sizes to the sweep, such as train.global_batch: {choice: [64, 128]}",
+            found.target.config.train.global_batch,
+            *batches,
+        )
 
 
 def _points(run: Run, steps: Any) -> Points:
@@ -149,9 +161,8 @@ def _lines(found: Forecast) -> list[str]:
     prediction, target = found.prediction, found.target
     return [
         f"fitted to {count} points of {len(found.proxies)} proxies: {reason}",
-        f"loss = E + A N^-a + B D^-b; N: all parameters; D: samples seen{batch}; [90% intervals]",
-        "  "
-        + ", ".join(f"{name} = {value:.3g} [{low:.3g}, {high:.3g}]" for name, (value, low, high) in intervals.items()),
+        f"loss = E + A N^-a + B D^-b with N parameters and D samples seen{batch}; 90% intervals in brackets:",
+        *(f"  {name} = {value:.3g} [{low:.3g}, {high:.3g}]" for name, (value, low, high) in intervals.items()),
         f"target: {target.parameters:,} parameters, {target.samples:,} samples, {target.flops:.2e} FLOPs "
         f"({found.extrapolation:.3g} times the largest proxy)",
         f"predicted final loss: {prediction.loss[-1]:.5g} [{prediction.low[-1]:.5g}, {prediction.high[-1]:.5g}]",
@@ -221,6 +232,8 @@ def draw(found: Forecast, path: Path) -> None:
     axes.errorbar(compute[-1:], [last], yerr=bar, fmt="*", markersize=10, capsize=4, color="black", label=label)
     axes.set_xscale("log")
     axes.set_yscale("log")
+    axes.yaxis.set_major_formatter("{x:g}")  # the default writes 6 × 10^-1 for 0.6
+    axes.yaxis.set_minor_formatter("{x:g}")
     axes.set(xlabel="training compute (FLOPs)", ylabel="training loss", title="dots: measured, lines: fitted")
     axes.grid(alpha=0.3, which="both")
     axes.legend(fontsize=8)

@@ -115,19 +115,18 @@ def fit_with_intervals(
     The proxy is the unit of the bootstrap: the points of one curve share their proxy's deviation from the law, which
     is due to its seed, to how well it is tuned and to the law itself. In each replicate every proxy's fitted curve is
     shifted by a random deviation, the law is fitted again, and a new run deviates from it in the same way. The variance
-    of the deviations is that of the proxies' mean log residuals, but at least that of the seeds; as few proxies do not
-    determine it well, each replicate draws it from its χ² distribution. Resampling the proxies themselves would often
-    leave too few sizes to fit a law.
+    of the deviations is that of the log residuals at the proxies' last points, but at least that of the seeds; as few
+    proxies do not determine it well, each replicate draws it from its χ² distribution. Resampling the proxies
+    themselves would often leave too few sizes to fit a law.
 
-    ``proxy`` has the proxy's index of each point, shape (points,); ``seeds`` the final losses of each proxy's seeds.
-    Raises UserError if neither residuals nor seeds determine the variance.
+    ``proxy`` has the index of each point's proxy, shape (points,), sorted; ``seeds`` has the final losses of each
+    proxy's seeds. Raises UserError if neither residuals nor seeds determine the variance.
     """
     law = fit_law(points, loss)
     fitted = np.log(law.loss(points)[0])
-    mean_of = np.eye(len(seeds))[proxy]  # shape (points, proxies)
-    mean_of = (mean_of / mean_of.sum(axis=0)).T
-    residuals = mean_of @ (np.log(loss) - fitted)
-    degrees = _degrees_of_freedom(_evaluate(law.theta, points.logs(law.center))[1][0], mean_of)
+    last = np.searchsorted(proxy, np.arange(len(seeds)), side="right") - 1
+    residuals = (np.log(loss) - fitted)[last]
+    degrees = _degrees_of_freedom(_evaluate(law.theta, points.logs(law.center))[1][0], proxy, last)
     logs = [np.log(losses) for losses in seeds]
     seed_degrees = sum(len(each) - 1 for each in logs)
     if degrees < MIN_DEGREES and not seed_degrees:
@@ -156,16 +155,15 @@ def _quantiles(values: Array) -> Array:
     return np.quantile(values, [tail, 1 - tail], axis=0)
 
 
-def _degrees_of_freedom(jacobian: Array, mean_of: Array) -> float:
-    """Return the degrees of freedom of the proxies' mean residuals in a linearized least-squares fit.
+def _degrees_of_freedom(jacobian: Array, proxy: NDArray[np.int_], last: NDArray[np.int_]) -> float:
+    """Return the degrees of freedom of the residuals at the proxies' ``last`` points in a linearized least-squares fit.
 
-    They are the sum of squares that independent deviations of variance 1, one per proxy, leave in the mean residuals.
-    With one point per proxy, this is the number of proxies minus that of the law's parameters. ``mean_of``, shape
-    (proxies, points), averages over the points of each proxy.
+    They are the sum of squares that independent deviations of variance 1, one per proxy, leave in these residuals. With
+    one point per proxy, this is the number of proxies minus that of the law's parameters.
     """
-    shifts = (mean_of > 0).T.astype(float)
-    left = shifts - jacobian @ (np.linalg.pinv(jacobian, rcond=1e-6) @ shifts)
-    return float(((mean_of @ left) ** 2).sum())
+    deviations = np.eye(len(last))[proxy]  # shape (points, proxies)
+    left = deviations - jacobian @ (np.linalg.pinv(jacobian, rcond=1e-6) @ deviations)
+    return float((left[last] ** 2).sum())
 
 
 def _evaluate(theta: Array, logs: Array) -> tuple[Array, Array]:

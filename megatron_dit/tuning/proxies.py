@@ -22,6 +22,7 @@ from megatron_dit.tuning.transfer import read_sweep
 logger = logging.getLogger(__name__)
 
 WINDOWS_PER_OCTAVE = 4  # of a training curve
+OCTAVES = 2  # of a training curve that are used: the law does not describe the first part of a training
 SIZE_KEYS = ("model.heads", "model.head_dim", "model.base_head_dim", "model.depth", "model.repa_block")
 Curve = tuple[tuple[float, float], ...]  # (steps, loss)
 
@@ -119,8 +120,16 @@ def read_proxies(folders: Sequence[Path], target: Config) -> tuple[list[Proxy], 
         if with_curves:
             curve = smoothed([folder / "trials" / f"{number:04d}" for number in numbers], config)
             if not curve:
-                logger.warning("%s: trials %s have no metrics after warm-up; ignoring them", folder, numbers)
+                logger.warning(
+                    "%s: no metrics after warm-up in trials %s; ignoring them", folder, ", ".join(map(str, numbers))
+                )
                 continue
+        lowest = min(*losses, *(loss for _, loss in curve))
+        if lowest <= 0:
+            raise UserError(
+                f"{folder}: trials {', '.join(map(str, numbers))} have a loss of {lowest:.4g}, but the law is one of "
+                "positive losses; fit sweeps without an objective whose loss can be negative, such as REPA's"
+            )
         proxies.append(Proxy(config, folder, numbers, losses, curve))
     return sorted(proxies, key=lambda proxy: proxy.flops), with_curves
 
@@ -128,16 +137,18 @@ def read_proxies(folders: Sequence[Path], target: Config) -> tuple[list[Proxy], 
 def smoothed(runs: Sequence[Path], config: Config) -> Curve:
     """Return the training loss of ``runs``, which differ in their seed, in windows of a quarter octave of steps.
 
-    A window's step is the geometric mean of its steps. Steps of the warm-up and of wsd's decay are left out.
+    A window's step is the geometric mean of its steps. The curve is that of the last two octaves, without steps of the
+    warm-up and of wsd's decay.
     """
     optimizer, steps = config.optimizer, config.train.steps
     last = steps - (optimizer.decay_steps or 0)
+    first = max(optimizer.warmup_steps, last / 2**OCTAVES)
     windows: dict[int, list[tuple[float, float, float]]] = {}  # (number of steps, log of their middle, mean loss)
     for run in runs:
         before = 0
         for line in read_metrics(run):  # each line is a mean over the steps since the previous one
             step, loss = line["step"], line["loss"]
-            if loss is not None and loss > 0 and optimizer.warmup_steps <= before < step <= last:
+            if loss is not None and first <= before < step <= last:
                 window = math.floor(WINDOWS_PER_OCTAVE * math.log2(last / step))
                 windows.setdefault(window, []).append((step - before, math.log((before + 1 + step) / 2), loss))
             before = step

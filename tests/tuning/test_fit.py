@@ -79,13 +79,13 @@ def finals(tmp_path_factory, dataset):
 
 @pytest.fixture(scope="module")
 def curves(tmp_path_factory, dataset):
-    """A sweep over sizes at a constant learning rate, with 10 steps of warm-up at a loss of 1."""
-    base = {"train.steps": 200, "optimizer.warmup_steps": 10, "train.log_every": 1}
+    """A sweep over sizes at a constant learning rate, with 60 steps of warm-up at a loss of 1."""
+    base = {"train.steps": 200, "optimizer.warmup_steps": 60, "train.log_every": 1}
     path = write_sweep(tmp_path_factory.mktemp("curves"), dataset, HEADS, base=base)
     outcomes = [({"model.heads": heads}, "complete", law(size_of(heads), 800)) for heads in (1, 2, 4, 8)]
     config = plant(path, outcomes)
     for number, heads in enumerate((1, 2, 4, 8)):
-        plant_metrics(config, number, [1.0] * 10 + [law(size_of(heads), 4 * step) for step in range(11, 201)])
+        plant_metrics(config, number, [1.0] * 60 + [law(size_of(heads), 4 * step) for step in range(61, 201)])
     return config.folder
 
 
@@ -106,7 +106,7 @@ def test_curves_recover_the_law_without_runs_of_several_lengths(curves, tmp_path
     results = fitted(tmp_path, curves, "--out", str(tmp_path / "out"))
     assert exponents(results) == pytest.approx([ALPHA, BETA], rel=0.01)
     prediction = results["target"]["prediction"]
-    assert (prediction["steps"][0], prediction["steps"][-1]) == (12, 1000)  # from the first window of the proxies
+    assert (prediction["steps"][0], prediction["steps"][-1]) == (66, 1000)  # from the middle of steps 61 to 70
     expected = [law(size_of(16), 4 * step) for step in prediction["steps"]]
     assert prediction["loss"] == pytest.approx(expected, rel=2e-3)
     assert "proxies: losses during training, as the learning rate is constant" in capsys.readouterr().out
@@ -185,6 +185,8 @@ def test_mistakes_are_explained_on_one_line(finals, curves, tmp_path, dataset, c
     refused("optimizer.schedule is cosine in a sweep and constant in the target", finals)
     refused("objective.shift is 1.0 in a sweep and 2.0 in the target", curves, **{"objective.shift": 2.0})
     refused("has no completed trial with mup.enabled=false", curves, **{"mup.enabled": False})
+    negative = [({"model.heads": n}, "complete", -0.5) for n in (1, 2, 4, 8)]
+    refused("trials 0 have a loss of -0.5", sweep("negative", HEADS, negative, **COSINE), **COSINE)
     refused("target's run_dir, which must be empty", curves, "--out", tmp_path / "target")
 
 
@@ -193,6 +195,14 @@ def test_target_far_beyond_the_proxies_is_warned_about(curves, tmp_path, caplog)
         caplog.clear()
         fitted(tmp_path, curves, f"train.steps={steps}")
         assert [f"beyond {times} times" in line for line in caplog.messages] == ([] if times is None else [True])
+
+
+def test_another_batch_size_than_that_of_all_proxies_is_warned_about(curves, tmp_path, caplog):
+    fitted(tmp_path, curves, "train.steps=100", "train.global_batch=8")
+    assert caplog.messages == [
+        "train.global_batch is 8 in the target and 4 in all proxies: the law has no term for it; add other batch sizes "
+        "to the sweep, such as train.global_batch: {choice: [64, 128]}"
+    ]
 
 
 def test_critical_batch_size_is_fitted_if_batch_sizes_differ():
