@@ -16,14 +16,13 @@ from megatron_dit.parallel.topology import connect
 from megatron_dit.runtime.errors import UserError
 from megatron_dit.runtime.io import replacing
 from megatron_dit.runtime.table import Table
-from megatron_dit.runtime.text import printable
 from megatron_dit.training.prediction import Prediction
 from megatron_dit.tuning.loss_law import Fit, Points, fit_with_intervals
 from megatron_dit.tuning.proxies import Proxy, Run, read_proxies
 
 logger = logging.getLogger(__name__)
 
-LEAST = 3  # different values of N and of D: E + A N^-a has three parameters
+MIN_DIFFERENT = 3  # values of N and of D: E + A N^-a has three parameters
 PREDICTED_STEPS = 50  # of the target's predicted curve
 
 
@@ -65,6 +64,7 @@ def forecast(folders: Sequence[Path], target: Config) -> Forecast:
 
 
 def _warn_about_extrapolation(found: Forecast) -> None:
+    """Log a warning if the target's compute or batch size is one that the proxies say little about."""
     for times in (100, 10):
         if found.extrapolation > times:
             logger.warning(
@@ -103,16 +103,16 @@ def _fitted_points(proxies: Sequence[Proxy]) -> tuple[Points, np.ndarray, np.nda
 def _check_determined(points: Points, with_curves: bool) -> None:
     """Raise UserError if there are too few different sizes, durations or points to fit the law."""
     sizes, durations = len(np.unique(points.parameters)), len(np.unique(points.samples))
-    if sizes < LEAST:
+    if sizes < MIN_DIFFERENT:
         raise UserError(
-            f"the number of different model sizes among the proxies is {sizes}, but E + A N^-a needs at least {LEAST}; "
+            f"the number of different model sizes among the proxies is {sizes}, but E + A N^-a needs at least {MIN_DIFFERENT}; "
             "add widths or depths to the sweep, such as model.heads: {choice: [1, 2, 4, 8]}"
         )
-    if durations < LEAST:
+    if durations < MIN_DIFFERENT:
         advice = "" if with_curves else ", or train proxies and target with optimizer.schedule=constant"
         raise UserError(
             f"the number of different training lengths among the proxies is {durations}, but B D^-b needs at least "
-            f"{LEAST}; add lengths to the sweep, such as train.steps: {{choice: [500, 1000, 2000]}}{advice}"
+            f"{MIN_DIFFERENT}; add lengths to the sweep, such as train.steps: {{choice: [500, 1000, 2000]}}{advice}"
         )
     unknowns = 5 + (len(np.unique(points.batch)) > 1)
     count = np.size(points.samples)
@@ -186,7 +186,7 @@ def results_of(found: Forecast) -> dict[str, Any]:
                 "flops": proxy.flops,
                 "losses": proxy.losses,
                 "curve": proxy.curve,
-                "predicted": found.fitted(proxy),
+                "fitted": found.fitted(proxy),
             }
             for proxy in found.proxies
         ],
@@ -212,7 +212,7 @@ def draw(found: Forecast, path: Path) -> None:
     batches = len({batch for _, batch in lines})
     for number, ((size, batch), proxies) in enumerate(sorted(lines.items())):
         color = colormaps["viridis"](0.9 * number / max(1, len(lines) - 1))
-        label = f"{printable(_count(size))} parameters" + (f", batch {batch}" if batches > 1 else "")
+        label = f"{_count(size)} parameters" + (f", batch {batch}" if batches > 1 else "")
         steps = np.array([step for proxy in proxies for step, _ in proxy.curve])
         losses = [loss for proxy in proxies for _, loss in proxy.curve]
         per_step = proxies[0].sample_flops * batch

@@ -62,19 +62,14 @@ class Proxy(Run):
     folder: Path  # of the sweep
     trials: tuple[int, ...]  # numbers of its trials, which differ only in their seed
     losses: tuple[float, ...]  # final loss of each trial
-    curve: Curve  # steps and losses to fit, sorted by step
-
-    @property
-    def loss(self) -> float:
-        """Mean final loss over the seeds."""
-        return float(np.mean(self.losses))
+    curve: Curve  # the points to fit, sorted by step
 
 
 def uses_curves(target: Config, proxies: Sequence[Config]) -> bool:
     """Return whether a loss during a proxy's training is the final loss of a shorter run.
 
-    This is the case at a constant learning rate, up to the decay of schedule wsd. Raises UserError if the proxies'
-    schedule says nothing about the target's.
+    This is the case at a constant learning rate, up to the decay of schedule wsd. Raises UserError if the target's loss
+    cannot be predicted from the proxies' because their schedules differ.
     """
     schedule = target.optimizer.schedule
     comparable = ("constant", "wsd") if schedule == "constant" else (schedule,)
