@@ -105,8 +105,8 @@ def _check_determined(points: Points, with_curves: bool) -> None:
     sizes, durations = len(np.unique(points.parameters)), len(np.unique(points.samples))
     if sizes < MIN_DIFFERENT:
         raise UserError(
-            f"the number of different model sizes among the proxies is {sizes}, but E + A N^-a needs at least {MIN_DIFFERENT}; "
-            "add widths or depths to the sweep, such as model.heads: {choice: [1, 2, 4, 8]}"
+            f"the number of different model sizes among the proxies is {sizes}, but E + A N^-a needs at least "
+            f"{MIN_DIFFERENT}; add widths or depths to the sweep, such as model.heads: {{choice: [1, 2, 4, 8]}}"
         )
     if durations < MIN_DIFFERENT:
         advice = "" if with_curves else ", or train proxies and target with optimizer.schedule=constant"
