@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.optimize import least_squares
 
 from megatron_dit.runtime.errors import UserError
 
@@ -21,8 +22,8 @@ Array = NDArray[np.float64]
 
 HUBER_DELTA = 1e-3  # of the log residual, as in arXiv 2203.15556
 EXPONENTS = (1e-3, 10.0)  # bounds of a and b; published values are between 0.05 and 1
-MAX_ITERATIONS = 300
-REPLICATES = 500  # of the bootstrap
+MAX_EVALUATIONS = 200  # in each fit
+REPLICATES = 300  # of the bootstrap
 COVERAGE = 0.9  # of the intervals
 MAX_SCATTER = 1.0  # bound of a replicate's relative scatter: its χ² distribution has a long tail if proxies are few
 MIN_DEGREES = 0.5  # with fewer degrees of freedom, the residuals do not determine the scatter
@@ -103,8 +104,9 @@ def fit_law(points: Points, loss: Array) -> LossLaw:
     if len(np.unique(logs[2])) > 1:
         critical = (logs[2].min() - 2, logs[2].mean(), logs[2].max() + 2)
         starts = [[*start, each] for start in starts for each in critical]
-    theta, value = _minimize(np.array(starts), logs, np.log(loss))
-    return LossLaw(theta[[value.argmin()]], center)
+    fits = [_minimize(np.array(start), logs, np.log(loss)) for start in starts]
+    theta, _ = min(fits, key=lambda fit: fit[1])
+    return LossLaw(theta[None], center)
 
 
 def fit_with_intervals(
@@ -146,8 +148,9 @@ def fit_with_intervals(
     of_proxies = np.minimum(np.sqrt(variance), MAX_SCATTER)
     of_run = np.minimum(np.sqrt(variance + seed_variance * (1 - 1 / runs)), MAX_SCATTER)
     shifts = of_proxies[:, None] * rng.standard_normal((REPLICATES, len(seeds)))
-    theta, _ = _minimize(np.repeat(law.theta, REPLICATES, axis=0), points.logs(law.center), fitted + shifts[:, proxy])
-    return Fit(law, LossLaw(theta, law.center), of_run * rng.standard_normal(REPLICATES))
+    logs_of_points = points.logs(law.center)
+    theta = [_minimize(law.theta[0], logs_of_points, fitted + shift)[0] for shift in shifts[:, proxy]]
+    return Fit(law, LossLaw(np.array(theta), law.center), of_run * rng.standard_normal(REPLICATES))
 
 
 def _quantiles(values: Array) -> Array:
@@ -177,42 +180,24 @@ def _evaluate(theta: Array, logs: Array) -> tuple[Array, Array]:
     log_loss = np.logaddexp(np.logaddexp(e, size), data)
     of_e, of_size, of_data = (np.exp(term - log_loss) for term in (e, size, data))
     derivatives = [of_e, of_size, -of_size * a * log_n, of_data, -of_data * b * log_d]
-    derivatives += [-of_data * b / (1 + np.exp(log_c - log_s)) for log_c in critical]
+    derivatives += [-of_data * b * np.exp(-np.logaddexp(0, log_c - log_s)) for log_c in critical]
     return log_loss, np.stack(derivatives, axis=-1)
 
 
-def _minimize(theta: Array, logs: Array, log_loss: Array) -> tuple[Array, Array]:
-    """Minimize the Huber loss of the log residuals from each row of ``theta``; return the minima and their values.
-
-    Levenberg-Marquardt with the weights of iteratively reweighted least squares. All rows are fitted at once, because
-    the bootstrap needs hundreds of small fits. ``log_loss`` has shape (points,) or (rows, points).
-    """
-
-    def huber(residual: Array) -> Array:
-        quadratic = np.minimum(np.abs(residual), HUBER_DELTA)
-        return (quadratic * (np.abs(residual) - quadratic / 2)).sum(axis=1)
-
-    predicted, jacobian = _evaluate(theta, logs)
-    residual = log_loss - predicted
-    value, damping = huber(residual), np.full(len(theta), 1e-2)
-    for _ in range(MAX_ITERATIONS):
-        weighted = jacobian * (HUBER_DELTA / np.maximum(np.abs(residual), HUBER_DELTA))[..., None]
-        gradient = np.swapaxes(weighted, 1, 2) @ residual[..., None]
-        curvature = np.swapaxes(weighted, 1, 2) @ jacobian
-        diagonal = np.einsum("ikk->ik", curvature)
-        diagonal = damping[:, None] * (diagonal + 1e-9 * diagonal.sum(axis=1, keepdims=True))
-        step = np.linalg.solve(curvature + diagonal[:, None] * np.eye(theta.shape[1]), gradient)[..., 0]
-        trial = theta + np.clip(step, -1, 1)
-        trial[:, [2, 4]] = np.clip(trial[:, [2, 4]], *np.log(EXPONENTS))
-        predicted, trial_jacobian = _evaluate(trial, logs)
-        trial_residual = log_loss - predicted
-        trial_value = huber(trial_residual)
-        better = trial_value < value * (1 - 1e-9)
-        theta = np.where(better[:, None], trial, theta)
-        residual = np.where(better[:, None], trial_residual, residual)
-        jacobian = np.where(better[:, None, None], trial_jacobian, jacobian)
-        value = np.where(better, trial_value, value)
-        damping = np.clip(np.where(better, damping / 3, damping * 4), 1e-9, 1e9)
-        if damping.min() > 1e6:  # no row improves, even by a tiny step along the gradient
-            break
-    return theta, value
+def _minimize(start: Array, logs: Array, log_loss: Array) -> tuple[Array, float]:
+    """Minimize the Huber loss of the log residuals from ``start``; return the minimum and its value."""
+    upper = np.full(len(start), np.inf)
+    upper[[2, 4]] = np.log(EXPONENTS[1])
+    lower = np.full(len(start), -np.inf)
+    lower[[2, 4]] = np.log(EXPONENTS[0])
+    found = least_squares(
+        lambda theta: _evaluate(theta[None], logs)[0][0] - log_loss,
+        start,
+        jac=lambda theta: _evaluate(theta[None], logs)[1][0],  # pyright: ignore[reportArgumentType]
+        bounds=(lower, upper),
+        x_scale="jac",
+        loss="huber",
+        f_scale=HUBER_DELTA,
+        max_nfev=MAX_EVALUATIONS,
+    )
+    return found.x, float(found.cost)
