@@ -33,7 +33,7 @@ class Codec(Protocol):
         ...
 
     def decode(self, latents: Tensor) -> Tensor:
-        """Decode latents to (B, 3, H, W) uint8 images."""
+        """Decode latents to (B, 3, H, W) uint8 images on the codec's device, or the latents' if it has none."""
         ...
 
 
@@ -94,7 +94,7 @@ class VaeCodec:
     def decode(self, latents: Tensor) -> Tensor:
         shift, scale = (each.to(latents.device, torch.float32) for each in (self.shift_factor, self.scaling_factor))
         x = (latents / scale + shift).to(self._device, self._dtype)
-        return PixelCodec().decode(self._vae.decode(x).sample.cpu())
+        return PixelCodec().decode(self._vae.decode(x).sample)
 
 
 def vae_factors(config: Mapping[str, Any], path: str) -> tuple[Tensor, Tensor]:

@@ -126,7 +126,7 @@ class Sampler:
                 guided = guide(self._predict, part, chosen.guidance, model.in_channels)
                 scheduler = scheduler_for(config, chosen.solver)
                 latents = solve(guided, noise[i : i + batch].to(device()), scheduler, chosen.steps, bar.advance)
-                images.append(self.codec.decode(latents.cpu()).permute(0, 2, 3, 1))
+                images.append(self.codec.decode(latents).cpu().permute(0, 2, 3, 1))
         return torch.cat(images).numpy()
 
     def _predict(self, x: Tensor, t: Tensor, condition: Condition) -> Tensor:
