@@ -101,7 +101,6 @@ def add_commands(commands: Any) -> None:
     transfer.add_argument(
         "--rules",
         type=_rules,
-        default=[],
         metavar="A,B",
         help="rules for another batch size or number of steps; "
         + "; ".join(f"{name}: {rule.meaning}" for name, rule in TRANSFER_RULES.items()),
@@ -131,7 +130,8 @@ def add_commands(commands: Any) -> None:
         "--out",
         type=file_path("--out"),
         metavar="FOLDER",
-        help="folder for fit.png and prediction.json; if omitted, the first sweep folder",
+        help="folder for fit.png and prediction.json, which is also written to the target's run_dir; if omitted, the "
+        "first sweep folder",
     )
 
 
@@ -201,7 +201,12 @@ def _depths(text: str, config: Config) -> list[int]:
             f"--depths {text}: the config has no rule for depth; set mup.base_depth, such as "
             f"mup.base_depth={config.model.depth}, and mup.enabled=true"
         )
-    return _scales("--depths", text, "depths")
+    if config.mup.base_shapes:
+        raise UserError(f"--depths {text}: mup.base_shapes is a file for one depth; set mup.base_heads instead")
+    depths = _scales("--depths", text, "depths")
+    if depths[0] < 2:
+        raise UserError(f"--depths {text}: a model of one block has no middle block; start at 2")
+    return depths
 
 
 def _scales(option: str, text: str, kind: str) -> list[int]:
@@ -259,11 +264,10 @@ def _transfer(arguments: argparse.Namespace) -> int:
     from megatron_dit.tuning.transfer import transfer
 
     target = load_config(arguments.config, arguments.overrides)
-    if arguments.critical_batch is not None and "batch" not in arguments.rules:
+    rules = arguments.rules or []
+    if arguments.critical_batch is not None and "batch" not in rules:
         raise UserError(f"--critical-batch {arguments.critical_batch:g} has no effect without --rules batch; add it")
-    results = transfer(
-        Path(arguments.sweep), target, arguments.config, arguments.out, arguments.rules, arguments.critical_batch
-    )
+    results = transfer(Path(arguments.sweep), target, arguments.config, arguments.out, rules, arguments.critical_batch)
     print("\n".join(f"# {line}" for line in results.pop("header")))
     write_json(arguments, results)
     return 0
@@ -272,9 +276,10 @@ def _transfer(arguments: argparse.Namespace) -> int:
 def _fit(arguments: argparse.Namespace) -> int:
     from megatron_dit.config import check_overrides, load_config
     from megatron_dit.training.prediction import PREDICTION
+    from megatron_dit.training.run_folder import RunFolder
     from megatron_dit.tuning import fit
 
-    # argparse takes overrides that directly follow the folders for folders.
+    # argparse assigns overrides that directly follow the folders to ``sweeps``.
     folders = [word for word in arguments.sweeps if "=" not in word or Path(word).exists()]
     overrides = [word for word in arguments.sweeps if word not in folders] + arguments.overrides
     if not folders:
@@ -284,7 +289,11 @@ def _fit(arguments: argparse.Namespace) -> int:
     out = arguments.out or Path(folders[0])
     run_dir = Path(target.run_dir)
     if out.resolve() == run_dir.resolve():
-        raise UserError(f"--out {out} is the target's run_dir, which must be empty; choose another folder")
+        raise UserError(
+            f"--out {out} is the target's run_dir, in which training accepts no other file than {PREDICTION}; choose "
+            "another folder"
+        )
+    RunFolder(target)  # raises if it holds another run
     for folder in (out, run_dir):
         check_output(folder / PREDICTION, "file", makes_folder=True)
     found = fit.forecast([Path(folder) for folder in folders], target)

@@ -38,8 +38,8 @@ def deepspeed_config(config: Config, data_parallel: int, block_numel: int) -> di
             "reduce_bucket_size": config.parallel.reduce_bucket_size,
             "allgather_bucket_size": config.parallel.reduce_bucket_size,
             "stage3_prefetch_bucket_size": ahead,
-            # Each module that starts, including the embedders, prefetches until this many weights are gathered: a block
-            # and twice the weights ahead of it. DeepSpeed's default is about one MMDiT block of width 5120.
+            # Upper limit of gathered weights. DeepSpeed prefetches whenever a module starts, until this limit is
+            # reached: we allow the current block and two prefetches. Its default is one MMDiT block of width 5120.
             "stage3_max_live_parameters": max(MAX_LIVE_PARAMETERS, block_numel + 2 * ahead),
         },
         "communication_data_type": config.parallel.reduce_dtype,  # DeepSpeed's default is that of the weights

@@ -45,7 +45,9 @@ class MupConfig(Section):
         "instead of base_heads: a .bsh file, as written by megatron-dit mup CONFIG --save FILE", None
     )
     coupled_decay: bool = key(
-        "hidden weights use weight decay wd * n, which keeps lr * wd constant (package mup); false: wd", True
+        "weight decay is divided by the learning rate's factors for width and depth, which keeps lr * wd constant "
+        "(package mup); false: it is not",
+        True,
     )
     scaled_eps: bool = key(
         "AdamW's eps is divided by n, as the gradients are (CompleteP); false: as in package mup, it is not", False
@@ -65,6 +67,11 @@ class MupConfig(Section):
         return "mup" if self.enabled else "standard"
 
     def check(self) -> None:
+        check(
+            self.base_depth is not None or self.depth_exponent == 1.0,
+            f"mup.depth_exponent={self.depth_exponent} has no effect without mup.base_depth; set it to the depth of "
+            "the base model",
+        )
         check(
             (self.base_heads is None) != (self.base_shapes is None),
             f"mup.base_heads={self.base_heads} and mup.base_shapes={self.base_shapes}; set exactly one of the two",

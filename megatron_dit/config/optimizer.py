@@ -19,6 +19,7 @@ from megatron_dit.config.keys import (
 )
 
 Implementation = Literal["auto", "apex", "te", "deepspeed", "torch"]
+MUON_MOMENTUM = 0.95
 Schedule = Literal["constant", "linear", "cosine", "wsd", "inverse_sqrt"]
 
 
@@ -33,11 +34,11 @@ class OptimizerConfig(Section):
     beta2: Annotated[float, Interval("[0, 1)")] = key("decay of the second moment", 0.999)
     eps: Annotated[float, Interval("[1e-30, 1]")] = key("added to the root of the second moment", 1e-8)
     muon_lr: Positive | None = key(
-        "hidden matrices are updated by Muon with this base learning rate, all other parameters by AdamW; null: AdamW "
-        "updates all",
+        "hidden matrices, except adaLN's modulation, are updated by Muon with this base learning rate, all other "
+        "parameters by AdamW; null: AdamW updates all",
         None,
     )
-    muon_momentum: Annotated[float, Interval("[0, 1)")] = key("Muon's Nesterov momentum", 0.95)
+    muon_momentum: Annotated[float, Interval("[0, 1)")] = key("Muon's Nesterov momentum", MUON_MOMENTUM)
     weight_decay: NonNegative = key("base decoupled weight decay", 0.0)
     grad_clip: Positive | None = key("maximum global gradient norm; null: no clipping", None)
     warmup_steps: CountOrZero = key("linear warm-up: step k (from 0) uses lr * (k + 1) / warmup_steps", 0, unit="steps")
@@ -69,13 +70,18 @@ class OptimizerConfig(Section):
             )
             check(
                 value is None or self.schedule == schedule,
-                f"optimizer.{name}={value} has no effect with optimizer.schedule={self.schedule}: remove it, or set "
-                f"optimizer.schedule={schedule}",
+                f"optimizer.{name}={value} has no effect with optimizer.schedule={self.schedule}: set "
+                f"optimizer.{name}=null, or optimizer.schedule={schedule}",
             )
         check(
             self.decay_start is None or self.decay_start >= self.warmup_steps,
             f"optimizer.decay_start={self.decay_start} is before the end of the warm-up; set it to "
             f"optimizer.warmup_steps={self.warmup_steps} or more",
+        )
+        check(
+            self.muon_lr is not None or self.muon_momentum == MUON_MOMENTUM,
+            f"optimizer.muon_momentum={self.muon_momentum} has no effect without optimizer.muon_lr; set both or "
+            "neither",
         )
         check(
             not self.offload or self.muon_lr is None,

@@ -32,7 +32,7 @@ class Config(Section):
     mup: MupConfig = key("parametrization")
     init: InitConfig = key("initial values", factory=InitConfig)
     objective: ObjectiveConfig = key("training objective", factory=ObjectiveConfig)
-    optimizer: OptimizerConfig = key("AdamW and learning-rate schedule")
+    optimizer: OptimizerConfig = key("optimizer and learning-rate schedule")
     ema: EmaConfig = key("moving averages of the weights", factory=EmaConfig)
     data: DataConfig = key("training data")
     train: TrainConfig = key("batch sizes, precision and logging")
@@ -50,6 +50,7 @@ class Config(Section):
     def check(self) -> None:
         check(bool(self.run_dir), "run_dir is empty: expected a folder")
         self._check_objective()
+        self._check_schedule()
         self._check_layout()
         self._check_fp8()
 
@@ -72,6 +73,14 @@ class Config(Section):
         check(
             self.sampling.solver in allowed,
             f"sampling.solver={self.sampling.solver!r}: expected one of {', '.join(allowed)} for {name}",
+        )
+
+    def _check_schedule(self) -> None:
+        optimizer, steps = self.optimizer, self.train.steps
+        check(
+            optimizer.decay_steps is None or optimizer.warmup_steps + optimizer.decay_steps <= steps,
+            f"optimizer.warmup_steps={optimizer.warmup_steps} + optimizer.decay_steps={optimizer.decay_steps} are more "
+            f"than train.steps={steps}: lower one of them",
         )
 
     def _check_layout(self) -> None:

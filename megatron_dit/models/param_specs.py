@@ -43,7 +43,10 @@ def param_specs(config: Config) -> dict[str, Param]:
     }
     if config.optimizer.muon_lr is None:
         return params
-    return {name: replace(p, muon=p.role == "hidden" and p.trained) for name, p in params.items()}
+    # AdaLN's modulation has one input per sample instead of one per token, so its momentum has a low rank. AdamW trains
+    # it better: at width 64 on the toy dataset the loss is 2% lower, and depends less on muon_lr.
+    matrices = {name for name, p in params.items() if p.role == "hidden" and p.kind != "modulation" and p.trained}
+    return {name: replace(p, muon=name in matrices) for name, p in params.items()}
 
 
 def _to_ours(model: ModelConfig, base: Mapping[str, BaseShape]) -> Mapping[str, BaseShape]:

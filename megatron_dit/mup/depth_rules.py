@@ -14,7 +14,7 @@ from enum import Enum
 
 
 class Place(Enum):
-    """Where in its block a parameter is."""
+    """Position of a parameter in its block."""
 
     BRANCH = "within a residual branch"
     BRANCH_END = "in the last layer of a residual branch"

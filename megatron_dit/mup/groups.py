@@ -32,7 +32,7 @@ def optimizer_groups(
 
 
 class GroupValues(NamedTuple):
-    """What the parameters of a group have in common."""
+    """Optimizer settings shared by all parameters of a group."""
 
     lr: float  # peak learning rate
     weight_decay: float

@@ -29,7 +29,7 @@ RULES: dict[str, Rule] = {
     "vector": Rule(multiplier=0, init_std=0, lr=0, weight_decay=0),  # biases, norm gains, tables
     "constant": Rule(multiplier=0, init_std=0, lr=0, weight_decay=0),  # no infinite dimension
 }
-# Hidden weights under Muon, whose update has the spectral norm lr * sqrt(fan-out / fan-in) at every width.
+# Hidden weights that Muon updates. Its update has the spectral norm lr * sqrt(fan-out / fan-in) at every width.
 MUON_RULE = Rule(multiplier=0, init_std=-0.5, lr=0, weight_decay=0)
 
 

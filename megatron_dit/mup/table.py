@@ -31,6 +31,7 @@ def rows(params: Mapping[str, Param]) -> list[dict[str, Any]]:
             "lr_multiplier": param.lr_multiplier,
             "weight_decay_multiplier": param.weight_decay_multiplier,
             "eps_multiplier": param.eps_multiplier,
+            "muon": param.muon,
         }
         for name, param in params.items()
     ]
@@ -52,10 +53,8 @@ def print_table(params: Mapping[str, Param], config: Config) -> None:
             "x".join("-" if size is None else str(size) for size in row["base"]),
             f"{row['width_multiplier']:g}",
             init,
-            *(
-                f"{row[name]:g}"
-                for name in ("multiplier", "lr_multiplier", "weight_decay_multiplier", "eps_multiplier")
-            ),
+            *(f"{row[name]:g}" for name in ("multiplier", "lr_multiplier", "weight_decay_multiplier")),
+            "Muon" if row["muon"] else f"{row['eps_multiplier']:g}",
         )
         grouped[key] = grouped.get(key, 0) + 1
     for (name, *rest), count in grouped.items():

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from megatron_dit.config import OptimizerConfig
 from megatron_dit.optimizer.adamw import AdamWImplementation
-from megatron_dit.optimizer.ema import Decay
+from megatron_dit.optimizer.ema import SECOND_MOMENT, Decay, has_state
 from megatron_dit.optimizer.muon import Muon
 
 # Called with (tensor, group, state, number of updates, Muon's update divided by -lr; None for AdamW).
@@ -48,7 +48,8 @@ class AdamWithEma(torch.optim.Optimizer):
     def create_state(self, optimizer_tensors: Iterable[Tensor]) -> None:
         """Create the state of the tensors that the optimizer updates: zero moments, averages equal to weights."""
         for flat in optimizer_tensors:
-            moments = ("exp_avg",) if self.muon and self.muon.updates(flat) else ("exp_avg", "exp_avg_sq")
+            muon = self.muon is not None and self.muon.updates(flat)
+            moments = [name for name in ("exp_avg", SECOND_MOMENT) if has_state(name, muon=muon)]
             self.state[flat] = {
                 "step": _counter(flat, self.num_updates),
                 **{name: torch.zeros_like(flat) for name in moments},
@@ -77,7 +78,8 @@ class AdamWithEma(torch.optim.Optimizer):
             for p in group["params"]:
                 update = None
                 if self.muon is not None and group["muon"]:
-                    update = self.muon.step(p, group, self.state[p]["exp_avg"])
+                    keep = self.observer is not None
+                    update = self.muon.step(p, group, self.state[p]["exp_avg"], keep_gradient=keep)
                 if p.grad is not None:
                     for name, weight in weights.items():
                         self.state[p][name].lerp_(p, weight)

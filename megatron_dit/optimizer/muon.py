@@ -1,9 +1,9 @@
 """Muon for hidden matrices (Jordan et al. 2024, https://kellerjordan.github.io/posts/muon): momentum, orthogonalized.
 
 The update of a matrix has all singular values near lr * sqrt(rows / columns): the spectral condition of feature
-learning (arXiv 2310.17813), under which lr transfers across widths. Queries, keys and values of each head, and the
-parts of a modulation, are matrices of their own. torch.optim.Muon has the same formula, but it orthogonalizes whole
-parameters, always in bf16, and needs them unsharded.
+learning (arXiv 2310.17813), under which lr transfers across widths. Queries, keys and values of each head are matrices
+of their own. torch.optim.Muon has the same formula, but it orthogonalizes whole parameters, always in bf16, and needs
+them unsharded.
 """
 
 from __future__ import annotations
@@ -45,11 +45,15 @@ class Muon:
         return any(name in self._exchange.params for name in self._names_of(flat))
 
     @torch.no_grad()
-    def step(self, flat: Tensor, group: dict[str, Any], momentum: Tensor) -> Tensor:
-        """Update a flat master and its ``momentum`` from ``flat.grad``, and return the update divided by -lr."""
+    def step(self, flat: Tensor, group: dict[str, Any], momentum: Tensor, *, keep_gradient: bool) -> Tensor:
+        """Update a flat master and its ``momentum`` from ``flat.grad``, and return the update divided by -lr.
+
+        Unless ``keep_gradient``, the update takes the place of the gradient, to save memory.
+        """
         assert flat.grad is not None
         momentum.lerp_(flat.grad, 1 - self._momentum)
-        update = flat.grad.lerp(momentum, self._momentum)  # Nesterov
+        update = flat.grad.clone() if keep_gradient else flat.grad
+        update.lerp_(momentum, self._momentum)  # Nesterov
         self._exchange.transform(self._names_of(flat), update, self._orthogonalized)
         flat.mul_(1 - group["lr"] * group["weight_decay"]).add_(update, alpha=-group["lr"])
         return update

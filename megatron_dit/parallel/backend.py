@@ -121,10 +121,8 @@ class Backend:
     def layer_norm(self, width: int) -> LayerNorm:
         return LayerNorm(self, width)
 
-    def column_gathered(
-        self, inputs: int, outputs: int, *, init: InitKind = InitKind.FAN_IN, matrices: int = 1
-    ) -> ColumnGatheredLinear:
-        return ColumnGatheredLinear(self, inputs, outputs, init=init, matrices=matrices)
+    def column_gathered(self, inputs: int, outputs: int, *, init: InitKind = InitKind.FAN_IN) -> ColumnGatheredLinear:
+        return ColumnGatheredLinear(self, inputs, outputs, init=init)
 
     def row(
         self, inputs: int, outputs: int, *, init: InitKind = InitKind.FAN_IN, return_bias: bool = False

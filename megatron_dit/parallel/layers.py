@@ -96,8 +96,8 @@ class ColumnGatheredLinear(ColumnLinear):
     input is not summed: the model calls ``sum_grad_over_tensor_ranks`` once on the conditioning of all blocks.
     """
 
-    def __init__(self, backend: Backend, inputs: int, outputs: int, *, init: InitKind, matrices: int) -> None:
-        super().__init__(backend, inputs, outputs, fused_parts=1, matrices=matrices, sharded_input=False)
+    def __init__(self, backend: Backend, inputs: int, outputs: int, *, init: InitKind) -> None:
+        super().__init__(backend, inputs, outputs, fused_parts=1, sharded_input=False)
         self.gather = (
             all_gather_last_dim_from_tensor_parallel_region
             if backend.sharded_config.sequence_parallel

@@ -78,7 +78,7 @@ def state_bytes(config: Config, params: Iterable[Param], data_parallel: int, sta
 
 
 def _fp8_layers(model: ModelConfig) -> set[str]:
-    """Return the global names of the layers that Transformer Engine runs: the blocks' linear layers except adaLN's."""
+    """Return the names of the layers that Transformer Engine runs: column- and row-parallel ones except adaLN's."""
     with torch.device("meta"):
         modules = dict(build_unsharded(model).named_modules())
     return {

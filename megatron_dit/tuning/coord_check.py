@@ -59,8 +59,10 @@ class Depth:
     parametrizations = ("depth rule", "no depth rule")
 
     def variant(self, config: Config, parametrization: str, depth: int) -> Config:
-        base = config.mup.base_depth if parametrization == "depth rule" else None
-        return replace(config, model=replace(config.model, depth=depth), mup=replace(config.mup, base_depth=base))
+        mup = config.mup
+        if parametrization != "depth rule":
+            mup = replace(mup, base_depth=None, depth_exponent=1.0)
+        return replace(config, model=replace(config.model, depth=depth), mup=mup)
 
     def checked(self, config: Config) -> str:
         return self.parametrizations[0]
@@ -69,7 +71,7 @@ class Depth:
         block = re.match(r"blocks\.(\d+)", name)
         if block is None:
             return name
-        places = {config.model.depth // 2: "middle block", config.model.depth: "last block"}
+        places = {(config.model.depth + 1) // 2: "middle block", config.model.depth: "last block"}
         place = places.get(int(block[1]) + 1)
         return None if place is None else place + name[block.end() :]
 
@@ -141,8 +143,9 @@ def _measure(config: Config, topology: Topology) -> list[tuple[int, str, float]]
 
 
 def slopes(sizes: Sequence[Size]) -> list[Slope]:
-    """Return the slope for each parametrization, step and name, except if a size is zero (zero-initialized readout).
+    """Return the slope for each parametrization, step and name that all scales have, unless a size is zero.
 
+    Sizes are zero after a readout that is initialized to zero.
     With four or more scales the smallest is excluded, because μP is a statement about the limit of large width.
     """
     grouped: dict[tuple[str, int, str], dict[int, dict[int, float]]] = {}

@@ -7,6 +7,7 @@ samples equals the training FLOPs up to the factor 6 * tokens, which is the same
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 from collections import Counter
 from collections.abc import Sequence
@@ -91,10 +92,14 @@ def print_plan(config: SweepConfig, target: str | None) -> dict[str, Any]:
 
 
 def _planned(config: SweepConfig) -> tuple[tuple[int, int], ...]:
-    """Return (parameters, samples) of every trial, assuming that all searched widths occur equally often."""
-    widths = config.space["model.heads"].finite if "model.heads" in config.space else [config.base.model.heads]
-    proxies = [config.trial_config({"model.heads": heads}, 0) for heads in widths]
-    runs = [_run(proxy) for proxy in proxies]
+    """Return (parameters, samples) of every trial, assuming that all searched sizes occur equally often."""
+    sizes = {
+        key: dimension.finite
+        for key, dimension in config.space.items()
+        if dimension.finite and (key.startswith("model.") or key in ("train.steps", "train.global_batch"))
+    }
+    points = itertools.product(*sizes.values())
+    runs = [_run(config.trial_config(dict(zip(sizes, point, strict=True)), 0)) for point in points]
     return tuple(runs[number % len(runs)] for number in range(config.count))
 
 

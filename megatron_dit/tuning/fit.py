@@ -114,7 +114,13 @@ def _check_determined(points: Points, with_curves: bool) -> None:
             f"the number of different training lengths among the proxies is {durations}, but B D^-b needs at least "
             f"{MIN_DIFFERENT}; add lengths to the sweep, such as train.steps: {{choice: [500, 1000, 2000]}}{advice}"
         )
-    unknowns = 5 + (len(np.unique(points.batch)) > 1)
+    several = len(np.unique(points.batch)) > 1
+    if several and len(np.unique(points.samples / points.batch)) < 2:
+        raise UserError(
+            "the proxies' batch sizes all have the same number of steps, which does not separate b from C; add lengths "
+            "to the sweep, such as train.steps: {choice: [500, 1000, 2000]}"
+        )
+    unknowns = 5 + several
     count = np.size(points.samples)
     if count < unknowns:
         raise UserError(f"the law has {unknowns} parameters, but the proxies give {count} losses; add model sizes")
@@ -152,7 +158,7 @@ def print_forecast(found: Forecast) -> None:
 def _lines(found: Forecast) -> list[str]:
     schedule, count = found.target.config.optimizer.schedule, sum(len(proxy.curve) for proxy in found.proxies)
     reason = (
-        "losses during training, as the learning rate is constant"
+        "losses during training, as the schedule does not depend on the number of steps"
         if found.with_curves
         else f"final losses only, as schedule {schedule} ends with each run"
     )

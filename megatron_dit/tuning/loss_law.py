@@ -137,20 +137,22 @@ def fit_with_intervals(
             "the sweep, or several seeds, such as seed: {choice: [0, 1, 2]}"
         )
     rng = np.random.default_rng(seed)
-    variance, seed_variance, runs = np.zeros(REPLICATES), np.zeros(REPLICATES), 1.0
+    variance, seed_variance, runs_per_proxy = np.zeros(REPLICATES), np.zeros(REPLICATES), 1.0
     if degrees >= MIN_DEGREES:
         variance = residuals @ residuals / rng.chisquare(degrees, REPLICATES)
     if seed_degrees:
-        runs = len(logs) / sum(1 / len(each) for each in logs)  # a proxy's deviation is the mean of so many runs
+        runs_per_proxy = len(logs) / sum(
+            1 / len(each) for each in logs
+        )  # a proxy's deviation is the mean of so many runs
         squares = sum(float(((each - each.mean()) ** 2).sum()) for each in logs)
         seed_variance = squares / rng.chisquare(seed_degrees, REPLICATES)
-    variance = np.maximum(variance, seed_variance / runs)
-    of_proxies = np.minimum(np.sqrt(variance), MAX_SCATTER)
-    of_run = np.minimum(np.sqrt(variance + seed_variance * (1 - 1 / runs)), MAX_SCATTER)
-    shifts = of_proxies[:, None] * rng.standard_normal((REPLICATES, len(seeds)))
+    variance = np.maximum(variance, seed_variance / runs_per_proxy)
+    proxy_scatter = np.minimum(np.sqrt(variance), MAX_SCATTER)
+    run_scatter = np.minimum(np.sqrt(variance + seed_variance * (1 - 1 / runs_per_proxy)), MAX_SCATTER)
+    shifts = proxy_scatter[:, None] * rng.standard_normal((REPLICATES, len(seeds)))
     logs_of_points = points.logs(law.center)
     theta = [_minimize(law.theta[0], logs_of_points, fitted + shift)[0] for shift in shifts[:, proxy]]
-    return Fit(law, LossLaw(np.array(theta), law.center), of_run * rng.standard_normal(REPLICATES))
+    return Fit(law, LossLaw(np.array(theta), law.center), run_scatter * rng.standard_normal(REPLICATES))
 
 
 def _quantiles(values: Array) -> Array:

@@ -24,6 +24,8 @@ logger = logging.getLogger(__name__)
 WINDOWS_PER_OCTAVE = 4  # of a training curve
 OCTAVES = 2  # of a training curve that are used: the law does not describe the first part of a training
 SIZE_KEYS = ("model.heads", "model.head_dim", "model.base_head_dim", "model.depth", "model.repa_block")
+# Keys that change the loss for another reason; the paths of the data may differ between machines.
+COMPARED = ("model.", "objective.", "mup.base_depth", "mup.depth_exponent", "data.caption_dropout")
 Curve = tuple[tuple[float, float], ...]  # (steps, loss)
 
 
@@ -68,8 +70,8 @@ class Proxy(Run):
 def uses_curves(target: Config, proxies: Sequence[Config]) -> bool:
     """Return whether a loss during a proxy's training is the final loss of a shorter run.
 
-    This is the case at a constant learning rate, up to the decay of schedule wsd. Raises UserError if the target's loss
-    cannot be predicted from the proxies' because their schedules differ.
+    This is the case at a constant learning rate, up to the decay of schedule wsd, and with inverse_sqrt. Raises
+    UserError if the target's loss cannot be predicted from the proxies' because their schedules differ.
     """
     schedule = target.optimizer.schedule
     comparable = ("constant", "wsd") if schedule == "constant" else (schedule,)
@@ -79,7 +81,14 @@ def uses_curves(target: Config, proxies: Sequence[Config]) -> bool:
                 f"optimizer.schedule is {proxy.optimizer.schedule} in a sweep and {schedule} in the target; make them "
                 "equal, because the final loss depends on the schedule"
             )
-    return schedule == "constant"
+        for key in ("final_lr_ratio", "decay_start") if schedule != "constant" else ():
+            values = [getattr(config.optimizer, key) for config in (proxy, target)]
+            if values[0] != values[1]:
+                raise UserError(
+                    f"optimizer.{key} is {values[0]} in a sweep and {values[1]} in the target; make them equal, "
+                    "because the final loss depends on the schedule"
+                )
+    return schedule in ("constant", "inverse_sqrt")
 
 
 def read_proxies(folders: Sequence[Path], target: Config) -> tuple[list[Proxy], bool]:
@@ -98,8 +107,8 @@ def read_proxies(folders: Sequence[Path], target: Config) -> tuple[list[Proxy], 
         candidates = [pair for pair in candidates if pair[0].mup.enabled == target.mup.enabled]
         if not candidates:
             raise UserError(
-                f"{folder} has no completed trial with mup.enabled={str(target.mup.enabled).lower()}, which is the "
-                "target's; run 'megatron-dit sweep' to see why"
+                f"{folder} has no completed trial with mup.enabled={str(target.mup.enabled).lower()}, as the target "
+                "has; set mup.enabled in the target, or add it to the sweep's space"
             )
         for proxy, setting in candidates:
             _check_comparable(proxy, target)
@@ -158,9 +167,10 @@ def smoothed(runs: Sequence[Path], config: Config) -> Curve:
 def _check_comparable(proxy: Config, target: Config) -> None:
     """Raise UserError if the losses differ for another reason than size, duration and hyperparameters."""
     values = [
-        {key: value for key, value in flatten(config).items() if key.startswith(("model.", "objective."))}
-        for config in (proxy, target)
+        {key: value for key, value in flatten(config).items() if key.startswith(COMPARED)} for config in (proxy, target)
     ]
+    for each, config in zip(values, (proxy, target), strict=True):
+        each["optimizer.muon_lr"] = "null" if config.optimizer.muon_lr is None else "a number"
     for key in values[0]:
         if key not in SIZE_KEYS and values[0][key] != values[1][key]:
             raise UserError(

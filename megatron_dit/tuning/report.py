@@ -27,19 +27,19 @@ Values = tuple[tuple[str, Any], ...]  # sorted (key, value) pairs
 class Setting:
     """Trials that differ only in their seed."""
 
-    model: Values  # values of keys that change the model or parametrization
+    model: Values  # values of keys that change the proxy: its model, parametrization, batch size or number of steps
     hyperparameters: Values  # values of the searched base hyperparameters
     loss: float  # mean over the seeds; inf if a seed did not complete
     trials: tuple[Result, ...]
 
 
 # Keys that are not hyperparameters although they are not in ``model``: parametrization, and the size of the training.
-OF_THE_PROXY = ("mup.enabled", "mup.base_depth", "mup.depth_exponent", "train.global_batch", "train.steps")
+PROXY_KEYS = ("mup.enabled", "mup.base_depth", "mup.depth_exponent", "train.global_batch", "train.steps")
 
 
 def is_hyperparameter(key: str) -> bool:
     """Return whether a searched key is a hyperparameter to transfer; other keys change the proxy or the seed."""
-    return key != "seed" and key not in OF_THE_PROXY and not key.startswith("model.")
+    return key != "seed" and key not in PROXY_KEYS and not key.startswith("model.")
 
 
 def settings(results: Sequence[Result]) -> list[Setting]:

@@ -122,13 +122,15 @@ def read_sweep(folder: Path) -> tuple[SweepConfig, list[Result]]:
 def _check_target(proxy: Config, target: Config, searched: Collection[str]) -> None:
     """Raise UserError if base hyperparameters do not transfer: they depend on the parametrization and base width.
 
-    The values of ``searched`` keys are transferred themselves.
+    The values of ``searched`` hyperparameters are transferred themselves.
     """
     proxy_values, target_values = flatten(proxy), flatten(target)
     by_role = [key for key in proxy_values if key.startswith("mup.lr_multiplier.")]
     rules = ("mup.enabled", "mup.output_multiplier", "mup.base_depth", "mup.depth_exponent", "mup.scaled_eps")
-    for key in ("model.arch", *rules, *by_role):
-        if key not in searched and proxy_values[key] != target_values[key]:
+    muon = ("optimizer.muon_lr", "optimizer.muon_momentum")
+    for key in ("model.arch", *rules, *by_role, *muon):
+        transferred = key in searched and report.is_hyperparameter(key)
+        if not transferred and proxy_values[key] != target_values[key]:
             raise UserError(
                 f"{key} is {proxy_values[key]!r} in the sweep and {target_values[key]!r} in the target; make them equal"
             )

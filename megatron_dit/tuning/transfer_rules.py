@@ -14,6 +14,8 @@ from megatron_dit.config import Config, flatten
 from megatron_dit.runtime.errors import UserError
 
 Values = dict[str, Any]  # dotted key -> value
+ROUNDING = 1e-9
+OF_ADAMW = ("batch", "duration", "decay")  # rules for AdamW's learning rate
 
 
 @dataclass(frozen=True)
@@ -47,12 +49,13 @@ def _batch(values: Mapping[str, Any], ratios: Ratios) -> Values:
     found: Values = {"optimizer.lr": lr, "optimizer.eps": values["optimizer.eps"] / math.sqrt(k)}
     for name in ("optimizer.beta1", "optimizer.beta2"):
         beta = 1 - k * (1 - values[name])
-        if beta < 0:
+        if beta < -ROUNDING:
+            least = math.ceil(ratios.target_batch * (1 - values[name]) - ROUNDING)
             raise UserError(
                 f"rule batch: {name}={values[name]:g} of the proxy becomes {beta:.3g} at a batch {k:g} times as large; "
-                f"use a proxy with a batch of at least {math.ceil(ratios.target_batch * (1 - values[name]))}"
+                f"use a proxy with a batch of at least {least}"
             )
-        found[name] = beta
+        found[name] = max(0.0, beta)
     return found
 
 
@@ -98,8 +101,15 @@ def apply_rules(
 ) -> tuple[Values, list[str]]:
     """Return the target's values of the keys that the rules ``names`` convert, and a line of text for each rule.
 
-    ``proxy`` has the best hyperparameters. Raises UserError if a rule gives an invalid value.
+    ``proxy`` has the best hyperparameters; its learning rate is returned too, also if it was not searched. Raises
+    UserError if a rule gives an invalid value or does not apply.
     """
+    of_adamw = next((name for name in names if name in OF_ADAMW), None)
+    if of_adamw and proxy.optimizer.muon_lr is not None:
+        raise UserError(
+            f"rule {of_adamw} has no form for Muon: remove it from --rules, or set optimizer.muon_lr=null in the sweep "
+            "and in the target"
+        )
     schedules = proxy.optimizer.schedule, target.optimizer.schedule
     if "fractions" in names and schedules[0] != schedules[1]:
         raise UserError(
@@ -113,8 +123,12 @@ def apply_rules(
         critical_batch=critical_batch,
     )
     held = flatten(proxy) | {"proxy.lr": proxy.optimizer.lr}
-    values: Values = {}
-    lines = [f"batch {ratios.batch:g} times, steps {ratios.steps:g} times the proxy's"] if names else []
+    values: Values = {"optimizer.lr": proxy.optimizer.lr} if names else {}
+    train = proxy.train
+    lines = [
+        f"found at batch {train.global_batch} and {train.steps} steps; the target has {ratios.batch:g} times the batch "
+        f"and {ratios.steps:g} times the steps"
+    ]
     for name, rule in TRANSFER_RULES.items():
         if name in names:
             changes = rule.apply({**held, **values}, ratios)

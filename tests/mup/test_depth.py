@@ -31,8 +31,11 @@ def deep(arch, **overrides):
 
 
 def complete_p(name, p, config, alpha, m):
-    """Return lr, weight decay and eps of CompleteP's Table 1, for a model with explicit residual multipliers."""
-    shallow = replace(config, mup=replace(config.mup, base_depth=None))
+    """Return CompleteP's lr and eps (Table 1), for a model with explicit residual multipliers.
+
+    The weight decay keeps lr * weight decay the same at every depth, as ``mup.coupled_decay`` does.
+    """
+    shallow = replace(config, mup=replace(config.mup, base_depth=None, depth_exponent=1.0))
     param, optimizer = param_specs(shallow)[name], config.optimizer
     lr, decay = optimizer.lr * param.lr_multiplier, optimizer.weight_decay * param.weight_decay_multiplier
     if not name.startswith("blocks."):
@@ -129,7 +132,7 @@ def test_first_update_of_two_layer_branches_does_not_depend_on_the_depth(depth, 
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 def test_base_depth_is_neutral_at_the_base_depth(arch):
     config = deep(arch)
-    without = param_specs(replace(config, mup=replace(config.mup, base_depth=None)))
+    without = param_specs(replace(config, mup=replace(config.mup, base_depth=None, depth_exponent=1.0)))
     same = param_specs(replace(config, mup=replace(config.mup, base_depth=config.model.depth)))
     for name, param in without.items():
         other = same[name]
@@ -144,7 +147,9 @@ def test_base_depth_is_neutral_at_the_base_depth(arch):
 def test_rules_for_depth_by_place(arch):
     config = deep(arch, **{"mup.coupled_decay": False, "mup.scaled_eps": True})
     m, n = config.model.depth / config.mup.base_depth, 2
-    without = param_specs(replace(config, mup=replace(config.mup, base_depth=None, scaled_eps=False)))
+    without = param_specs(
+        replace(config, mup=replace(config.mup, base_depth=None, depth_exponent=1.0, scaled_eps=False))
+    )
     for name, param in param_specs(config).items():
         if not param.trained:
             continue
@@ -177,6 +182,10 @@ def test_depth_check_needs_a_base_depth_and_compares_shared_places(pool, dataset
     path = write_config(tmp_path, "mmdit", **{"data.path": str(dataset)})
     assert run(["coord-check", str(path), "--depths", "2,4"]) == 2
     assert "set mup.base_depth" in capsys.readouterr().err
+    assert run(["coord-check", str(path), "--depths", "1,2", "mup.base_depth=1"]) == 2
+    assert "start at 2" in capsys.readouterr().err
+    assert run(["mup", str(path), "mup.depth_exponent=0.5"]) == 2
+    assert "mup.depth_exponent=0.5 has no effect without mup.base_depth" in capsys.readouterr().err
     found = pool.run(1, _slopes_over_depth, str(dataset))[0]
     names = {row.name for row in found}
     assert {"last block.image", "middle block.text", "output", "conditioning"} <= names

@@ -16,6 +16,7 @@ from transformers import (
 from megatron_dit.config import OptimizerConfig
 from megatron_dit.optimizer import lr_factor
 from megatron_dit.runtime.errors import UserError
+from tests.helpers.configs import small
 
 STEPS = 50
 
@@ -70,9 +71,15 @@ def test_warm_up_is_linear_and_starts_above_zero():
     assert ours(warmup_steps=4)[:6] == [0.25, 0.5, 0.75, 1.0, 1.0, 1.0]
 
 
+def test_a_decay_longer_than_the_training_is_rejected():
+    with pytest.raises(UserError, match=r"optimizer.decay_steps=8 are more than train.steps=10"):
+        small("mmdit", **{"optimizer.schedule": "wsd", "optimizer.decay_steps": 8, "optimizer.warmup_steps": 3})
+
+
 @pytest.mark.parametrize(
     ("options", "words"),
     [
+        ({"muon_momentum": 0.9}, "optimizer.muon_momentum=0.9 has no effect without optimizer.muon_lr"),
         ({"schedule": "wsd"}, "optimizer.schedule=wsd needs optimizer.decay_steps"),
         ({"decay_steps": 5}, "optimizer.decay_steps=5 has no effect with optimizer.schedule=constant"),
         ({"schedule": "inverse_sqrt"}, "optimizer.schedule=inverse_sqrt needs optimizer.decay_start"),

@@ -41,6 +41,10 @@ def local_sizes(options):
         yield param, math.prod(param.shape) // (tensor if split else 1)
 
 
+def updated_by_muon(param):
+    return param.role == "hidden" and "modulation" not in param.name
+
+
 @pytest.mark.parametrize(("rank", "muon_lr"), [(0, None), (WORLD - 1, None), (1, 0.02)])
 def test_memory_equals_closed_form_for_zero_3_with_tensor_parallelism_in_bf16(tmp_path, rank, muon_lr):
     options = {"parallel.tensor": 2, "parallel.zero_stage": 3, "train.dtype": "bf16", "train.micro_batch": 1}
@@ -51,7 +55,7 @@ def test_memory_equals_closed_form_for_zero_3_with_tensor_parallelism_in_bf16(tm
     expected = {"weights": 2, "gradients": 4, "masters": 4, "moments": 8, "ema": 12, "fp8_weights": 0}
     expected = {key: elements * size for key, size in expected.items()}
     if muon_lr:
-        expected["moments"] -= 4 * sum(size for param, size in sizes if param.role == "hidden")
+        expected["moments"] -= 4 * sum(size for param, size in sizes if updated_by_muon(param))
     assert found["held"] == found["expected"] == expected
 
 
@@ -61,15 +65,17 @@ def test_memory_and_bubble_equal_closed_forms_for_zero_1_with_a_pipeline_in_fp32
     options["optimizer.muon_lr"] = muon_lr
     found = share(tmp_path, rank, **options)
     of_stage = [{"blocks.0", "patch_embed", "time_embed", "text_embed"}, {"blocks.1", "head"}][stage]
-    units = Counter()  # block or not, in an optimizer group: hidden weights have their own learning rate and decay
+    # Block or not, in an optimizer group: hidden weights have their own learning rate and decay, or are Muon's.
+    units = Counter()
     for param, size in local_sizes(options):
         if param.name.startswith(tuple(of_stage)):
-            units[param.role == "hidden", param.name.startswith("blocks.")] += size
+            muon = muon_lr is not None and updated_by_muon(param)
+            units[muon, param.role == "hidden", param.name.startswith("blocks.")] += size
     padded = sum(up(size, 8 * 4) for size in units.values())
     expected = {"weights": padded, "gradients": padded + padded // 4, "masters": padded // 4, "moments": padded // 2}
     expected |= {"ema": padded // 4, "fp8_weights": 0}
     if muon_lr:
-        expected["moments"] -= sum(up(size, 8 * 4) // 4 for (hidden, _), size in units.items() if hidden)
+        expected["moments"] -= sum(up(size, 8 * 4) // 4 for (muon, _, _), size in units.items() if muon)
     assert found["held"] == found["expected"] == {key: 4 * size for key, size in expected.items()}
     assert found["blocks"] == [stage]
     assert found["bubble"] == pytest.approx(1 / 3)  # one stage idles for one of 2 + 1 micro-batch times

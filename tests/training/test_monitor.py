@@ -71,6 +71,32 @@ def test_monitors_equal_plain_pytorch(pool, ranks, layout):
     assert found.keys() == expected.keys() | {f"activation/{name}" for name in activations}
 
 
+def monitored_muon(layout):
+    """Return the monitors of a step with Muon, and the update ratios of this rank's masters. Runs in the pool's ranks."""
+    config = small("mmdit", heads=8, base_heads=2, **OPTIONS, **layout, **{"optimizer.muon_lr": 0.02})
+    engine = start(config)
+    for step in range(2):
+        engine.train_step(batch(config, engine.topology, step))
+    before = {name: shard.master().clone() for name, shard in engine.masters.shards.items()}
+    monitors = engine.train_step(batch(config, engine.topology, 2), monitor=True).monitors
+    ratios = {}
+    for role in {param.role for param in engine.params.values()}:
+        names = [name for name, param in engine.params.items() if param.role == role and name in before]
+        update = math.hypot(*(float((engine.masters.shards[name].master() - before[name]).norm()) for name in names))
+        if weight := math.hypot(*(float(before[name].norm()) for name in names)):  # zero if other ranks hold the role
+            ratios[f"update_ratio/{role}"] = update / weight
+    return monitors, ratios
+
+
+def test_update_sizes_of_muon(pool):
+    found, expected = pool.run(1, monitored_muon, {"train.micro_batch": 8})[0]
+    for name, ratio in expected.items():
+        assert found[name] == pytest.approx(ratio, rel=1e-4), name
+    for layout in ({"parallel.zero_stage": 1}, {"parallel.zero_stage": 3}, {"parallel.tensor": 2}):
+        for name, value in pool.run(2, monitored_muon, {"train.micro_batch": 4, **layout})[0][0].items():
+            assert value == pytest.approx(found[name], rel=1e-4), (layout, name)
+
+
 def monitored_zero_gradient(layout):
     """Return the monitors of a step whose samples all have weight 0. Runs in the pool's ranks."""
     config = small("mmdit", **OPTIONS, **layout)

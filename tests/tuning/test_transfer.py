@@ -151,7 +151,7 @@ def test_rule_batch_keeps_the_stochastic_differential_equation_of_adam(tuned, tm
     assert (optimizer.lr, optimizer.eps) == (pytest.approx(2**-6), pytest.approx(5e-9))
     assert (optimizer.beta1, optimizer.beta2) == (pytest.approx(0.6), pytest.approx(0.996))
     assert optimizer.weight_decay == 0.5
-    assert "batch 4 times, steps 5 times the proxy's" in text
+    assert "found at batch 4 and 6 steps; the target has 4 times the batch and 5 times the steps" in text
     assert "rule batch (arXiv 2205.10343, 2405.14578): optimizer.lr 0.0078125 -> 0.015625" in text
 
 
@@ -178,6 +178,57 @@ def test_rule_fractions_scales_lengths_with_the_training(tuned, tmp_path):
     written, _ = transferred(tuned, tmp_path, "--rules", "fractions")
     assert written.optimizer.warmup_steps == 10  # 2 of the proxy's 6 steps
     assert written.ema.decay == pytest.approx(1 - 0.1 / 5)
+
+
+@pytest.mark.parametrize("key", ["mup.base_depth", "mup.enabled"])
+def test_a_searched_parametrization_must_be_that_of_the_target(tmp_path, dataset, capsys, key):
+    """Its best value is not transferred, because it is no hyperparameter."""
+    values = {"mup.base_depth": [2, None], "mup.enabled": [True, False]}[key]
+    space = {"optimizer.lr": {"log2": [-8, -7]}, key: {"choice": values}}
+    outcomes = [
+        ({"optimizer.lr": 2.0**power, key: value}, "complete", 1.0 + (value != values[0]))
+        for power in (-8, -7)
+        for value in values
+    ]
+    folder, out = plant(write_sweep(tmp_path, dataset, space), outcomes).folder, tmp_path / "out.yaml"
+    words = ["transfer", str(folder), str(target(tmp_path)), "--out", str(out)]
+    assert run([*words, f"{key}={'null' if values[1] is None else 'false'}"]) == 2
+    assert f"{key} is {values[0]!r} in the sweep and {values[1]!r} in the target" in capsys.readouterr().err
+    assert run([*words, f"{key}={str(values[0]).lower()}"]) == 0
+
+
+def test_rule_decay_uses_the_learning_rate_of_the_proxy_if_it_was_not_searched(tmp_path, dataset):
+    space = {"optimizer.weight_decay": {"choice": [0.1]}}
+    base = {"optimizer.lr": 0.002}
+    planted = plant(
+        write_sweep(tmp_path, dataset, space, base=base), [({"optimizer.weight_decay": 0.1}, "complete", 1.0)]
+    )
+    written, _ = transferred(planted.folder, tmp_path, "--rules", "decay", **{"optimizer.lr": 0.001})
+    assert written.optimizer.lr == 0.002
+    assert written.optimizer.lr * written.optimizer.weight_decay * 30 == pytest.approx(0.002 * 0.1 * 6)
+
+
+def test_rule_batch_allows_a_beta_of_zero(tmp_path, dataset):
+    """20 times the batch with beta1 = 0.95, whose 1 - 20 * 0.05 is -9e-16 in floating point."""
+    base = {"optimizer.beta1": 0.95, "train.global_batch": 5, "train.micro_batch": 5}
+    sweep = write_sweep(tmp_path, dataset, {"optimizer.lr": {"log2": [-8, -7]}}, base=base)
+    planted = plant(sweep, [({"optimizer.lr": 2.0**power}, "complete", 1.0) for power in (-8, -7)])
+    out = tmp_path / "out.yaml"
+    goal = target(tmp_path, **{"train.global_batch": 100, "train.micro_batch": 5})
+    assert run(["transfer", str(planted.folder), str(goal), "--out", str(out), "--rules", "batch"]) == 0
+    assert load_config(out).optimizer.beta1 == 0.0
+
+
+def test_rules_for_adamw_are_refused_with_muon(tmp_path, dataset, capsys):
+    space = {"optimizer.lr": {"log2": [-8, -7]}}
+    sweep = write_sweep(tmp_path, dataset, space, base={"optimizer.muon_lr": 0.02})
+    planted = plant(sweep, [({"optimizer.lr": 2.0**power}, "complete", 1.0) for power in (-8, -7)])
+    words = ["transfer", str(planted.folder), str(target(tmp_path)), "--out", str(tmp_path / "out.yaml")]
+    assert run(words) == 2
+    assert "optimizer.muon_lr is 0.02 in the sweep and None in the target" in capsys.readouterr().err
+    assert run([*words, "optimizer.muon_lr=0.02", "--rules", "fractions,decay"]) == 2
+    assert "rule decay has no form for Muon" in capsys.readouterr().err
+    assert run([*words, "optimizer.muon_lr=0.02", "--rules", "fractions"]) == 0
 
 
 def test_rules_are_refused_if_they_do_not_apply(tuned, tmp_path, capsys):

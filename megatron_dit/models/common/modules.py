@@ -64,7 +64,7 @@ class ModulatedHead(nn.Module):
     def __init__(self, backend: Backend, config: ModelConfig) -> None:
         super().__init__()
         self.backend = backend
-        self.modulation = backend.column_gathered(config.width, 2 * config.width, init=InitKind.ADALN, matrices=2)
+        self.modulation = backend.column_gathered(config.width, 2 * config.width, init=InitKind.ADALN)
         self.linear = backend.linear(config.width, config.patch_size**2 * config.out_channels, init=InitKind.READOUT)
 
     def forward(self, x: Tensor, c: Tensor) -> Tensor:

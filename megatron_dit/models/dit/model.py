@@ -29,7 +29,7 @@ class DiTBlock(nn.Module):
         super().__init__()
         width, self.head_dim = config.width, config.head_dim
         self.backend, self.scale = backend, config.attention_scale
-        self.modulation = backend.column_gathered(width, 6 * width, init=InitKind.ADALN, matrices=6)
+        self.modulation = backend.column_gathered(width, 6 * width, init=InitKind.ADALN)
         self.qkv = backend.column(width, 3 * width, fused_parts=3, matrices=3 * config.heads)
         self.out = backend.row(width, width, return_bias=True)
         self.mlp = Mlp(backend, width, config.mlp_ratio * width)

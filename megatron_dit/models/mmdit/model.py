@@ -36,7 +36,7 @@ class Stream(nn.Module):
         width = config.width
         self.backend = backend
         self.parts = 2 if is_final_block else 6
-        self.modulation = backend.column_gathered(width, self.parts * width, init=InitKind.ADALN, matrices=self.parts)
+        self.modulation = backend.column_gathered(width, self.parts * width, init=InitKind.ADALN)
         self.qkv = backend.column(width, 3 * width, fused_parts=3, matrices=3 * config.heads, return_bias=True)
         self.q_norm, self.k_norm = backend.head_gain(config.head_dim), backend.head_gain(config.head_dim)
         if not is_final_block:

@@ -123,7 +123,7 @@ class PixArt(DiffusionTransformer):
         backend, config, width = self.backend, self.config, self.config.width
         self.patch_embed = backend.patch_embedding(config.in_channels, config.patch_size, width)
         self.time_embed = TimestepEmbedder(backend, width)
-        self.time_modulation = backend.column_gathered(width, 6 * width, matrices=6)
+        self.time_modulation = backend.column_gathered(width, 6 * width)
         self.null_caption = NullCaption(config)
         self.text_embed = CaptionEmbedder(backend, config.text_dim, width)
 
