@@ -72,7 +72,7 @@ def test_monitors_equal_plain_pytorch(pool, ranks, layout):
 
 
 def monitored_muon(layout):
-    """Return the monitors of a step with Muon, and the update ratios of this rank's masters. Runs in the pool's ranks."""
+    """Return the monitors of a step with Muon, and the update ratios of this rank's masters. Runs in the pool."""
     config = small("mmdit", heads=8, base_heads=2, **OPTIONS, **layout, **{"optimizer.muon_lr": 0.02})
     engine = start(config)
     for step in range(2):
@@ -93,8 +93,9 @@ def test_update_sizes_of_muon(pool):
     for name, ratio in expected.items():
         assert found[name] == pytest.approx(ratio, rel=1e-4), name
     for layout in ({"parallel.zero_stage": 1}, {"parallel.zero_stage": 3}, {"parallel.tensor": 2}):
-        for name, value in pool.run(2, monitored_muon, {"train.micro_batch": 4, **layout})[0][0].items():
-            assert value == pytest.approx(found[name], rel=1e-4), (layout, name)
+        other, _ = pool.run(2, monitored_muon, {"train.micro_batch": 4, **layout})[0]
+        for name in (name for name in found if not name.startswith("activation/")):
+            assert other[name] == pytest.approx(found[name], rel=1e-4), (layout, name)
 
 
 def monitored_zero_gradient(layout):

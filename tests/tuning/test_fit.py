@@ -107,7 +107,10 @@ def test_curves_recover_the_law_without_runs_of_several_lengths(curves, tmp_path
     assert (prediction["steps"][0], prediction["steps"][-1]) == (66, 1000)  # from the middle of steps 61 to 70
     expected = [law(size_of(16), 4 * step) for step in prediction["steps"]]
     assert prediction["loss"] == pytest.approx(expected, rel=2e-3)
-    assert "proxies: losses during training, as the learning rate is constant" in capsys.readouterr().out
+    assert (
+        "proxies: losses during training, as the schedule does not depend on the number of steps"
+        in capsys.readouterr().out
+    )
     for folder in (tmp_path / "out", tmp_path / "target"):
         assert read_prediction(folder) == Prediction(**prediction)
     assert (tmp_path / "out" / "fit.png").stat().st_size > 10_000
@@ -185,7 +188,7 @@ def test_mistakes_are_explained_on_one_line(finals, curves, tmp_path, dataset, c
     refused("has no completed trial with mup.enabled=false", curves, **{"mup.enabled": False})
     negative = [({"model.heads": n}, "complete", -0.5) for n in (1, 2, 4, 8)]
     refused("trials 0 have a loss of -0.5", sweep("negative", HEADS, negative, **COSINE), **COSINE)
-    refused("target's run_dir, which must be empty", curves, "--out", tmp_path / "target")
+    refused("target's run_dir, in which training accepts no other file", curves, "--out", tmp_path / "target")
 
 
 def test_target_far_beyond_the_proxies_is_warned_about(curves, tmp_path, caplog):
