@@ -14,7 +14,6 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.optimize import least_squares
 
 from megatron_dit.runtime.errors import UserError
 
@@ -22,8 +21,8 @@ Array = NDArray[np.float64]
 
 HUBER_DELTA = 1e-3  # of the log residual, as in arXiv 2203.15556
 EXPONENTS = (1e-3, 10.0)  # bounds of a and b; published values are between 0.05 and 1
-MAX_EVALUATIONS = 200  # in each fit
-REPLICATES = 300  # of the bootstrap
+MAX_ITERATIONS = 300
+REPLICATES = 500  # of the bootstrap
 COVERAGE = 0.9  # of the intervals
 MAX_SCATTER = 1.0  # bound of a replicate's relative scatter: its χ² distribution has a long tail if proxies are few
 MIN_DEGREES = 0.5  # with fewer degrees of freedom, the residuals do not determine the scatter
@@ -104,9 +103,8 @@ def fit_law(points: Points, loss: Array) -> LossLaw:
     if len(np.unique(logs[2])) > 1:
         critical = (logs[2].min() - 2, logs[2].mean(), logs[2].max() + 2)
         starts = [[*start, each] for start in starts for each in critical]
-    fits = [_minimize(np.array(start), logs, np.log(loss)) for start in starts]
-    theta, _ = min(fits, key=lambda fit: fit[1])
-    return LossLaw(theta[None], center)
+    theta, value = _minimize(np.array(starts), logs, np.log(loss))
+    return LossLaw(theta[[value.argmin()]], center)
 
 
 def fit_with_intervals(
@@ -150,9 +148,8 @@ def fit_with_intervals(
     proxy_scatter = np.minimum(np.sqrt(variance), MAX_SCATTER)
     run_scatter = np.minimum(np.sqrt(variance + seed_variance * (1 - 1 / runs_per_proxy)), MAX_SCATTER)
     shifts = proxy_scatter[:, None] * rng.standard_normal((REPLICATES, len(seeds)))
-    logs_of_points = points.logs(law.center)
-    theta = [_minimize(law.theta[0], logs_of_points, fitted + shift)[0] for shift in shifts[:, proxy]]
-    return Fit(law, LossLaw(np.array(theta), law.center), run_scatter * rng.standard_normal(REPLICATES))
+    theta, _ = _minimize(np.repeat(law.theta, REPLICATES, axis=0), points.logs(law.center), fitted + shifts[:, proxy])
+    return Fit(law, LossLaw(theta, law.center), run_scatter * rng.standard_normal(REPLICATES))
 
 
 def _quantiles(values: Array) -> Array:
@@ -186,20 +183,40 @@ def _evaluate(theta: Array, logs: Array) -> tuple[Array, Array]:
     return log_loss, np.stack(derivatives, axis=-1)
 
 
-def _minimize(start: Array, logs: Array, log_loss: Array) -> tuple[Array, float]:
-    """Minimize the Huber loss of the log residuals from ``start``; return the minimum and its value."""
-    upper = np.full(len(start), np.inf)
-    upper[[2, 4]] = np.log(EXPONENTS[1])
-    lower = np.full(len(start), -np.inf)
-    lower[[2, 4]] = np.log(EXPONENTS[0])
-    found = least_squares(
-        lambda theta: _evaluate(theta[None], logs)[0][0] - log_loss,
-        start,
-        jac=lambda theta: _evaluate(theta[None], logs)[1][0],  # pyright: ignore[reportArgumentType]
-        bounds=(lower, upper),
-        x_scale="jac",
-        loss="huber",
-        f_scale=HUBER_DELTA,
-        max_nfev=MAX_EVALUATIONS,
-    )
-    return found.x, float(found.cost)
+def _minimize(theta: Array, logs: Array, log_loss: Array) -> tuple[Array, Array]:
+    """Minimize the Huber loss of the log residuals from each row of ``theta``; return the minima and their values.
+
+    Levenberg-Marquardt with the weights of iteratively reweighted least squares. All rows are fitted at once, because
+    the bootstrap needs hundreds of small fits. (scipy's least_squares with loss="huber" stops too early where most
+    residuals are in the linear part: the intervals then contain 77% of new runs instead of 90%.) ``log_loss`` has shape
+    (points,) or (rows, points).
+    """
+
+    def huber(residual: Array) -> Array:
+        quadratic = np.minimum(np.abs(residual), HUBER_DELTA)
+        return (quadratic * (np.abs(residual) - quadratic / 2)).sum(axis=1)
+
+    predicted, jacobian = _evaluate(theta, logs)
+    residual = log_loss - predicted
+    value, damping = huber(residual), np.full(len(theta), 1e-2)
+    for _ in range(MAX_ITERATIONS):
+        weighted = jacobian * (HUBER_DELTA / np.maximum(np.abs(residual), HUBER_DELTA))[..., None]
+        gradient = np.swapaxes(weighted, 1, 2) @ residual[..., None]
+        curvature = np.swapaxes(weighted, 1, 2) @ jacobian
+        diagonal = np.einsum("ikk->ik", curvature)
+        diagonal = damping[:, None] * (diagonal + 1e-9 * diagonal.sum(axis=1, keepdims=True))
+        step = np.linalg.solve(curvature + diagonal[:, None] * np.eye(theta.shape[1]), gradient)[..., 0]
+        trial = theta + np.clip(step, -1, 1)
+        trial[:, [2, 4]] = np.clip(trial[:, [2, 4]], *np.log(EXPONENTS))
+        predicted, trial_jacobian = _evaluate(trial, logs)
+        trial_residual = log_loss - predicted
+        trial_value = huber(trial_residual)
+        better = trial_value < value * (1 - 1e-9)
+        theta = np.where(better[:, None], trial, theta)
+        residual = np.where(better[:, None], trial_residual, residual)
+        jacobian = np.where(better[:, None, None], trial_jacobian, jacobian)
+        value = np.where(better, trial_value, value)
+        damping = np.clip(np.where(better, damping / 3, damping * 4), 1e-9, 1e9)
+        if damping.min() > 1e6:  # no row improves, even by a tiny step along the gradient
+            break
+    return theta, value
