@@ -54,6 +54,6 @@ def group_values(param: Param, config: OptimizerConfig) -> GroupValues:
     return GroupValues(
         lr=base_lr * param.lr_multiplier,
         weight_decay=config.weight_decay * param.weight_decay_multiplier,
-        eps=config.eps * (1.0 if param.muon else param.eps_multiplier),
+        eps=config.eps * param.eps_multiplier,
         muon=param.muon,
     )

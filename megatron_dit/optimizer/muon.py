@@ -1,14 +1,12 @@
 """Muon for hidden matrices (Jordan et al. 2024, https://kellerjordan.github.io/posts/muon): momentum, orthogonalized.
 
-The update of a matrix has all singular values near lr * sqrt(rows / columns): the spectral condition of feature
-learning (arXiv 2310.17813), under which lr transfers across widths. Queries, keys and values of each head are matrices
-of their own. torch.optim.Muon has the same formula, but it orthogonalizes whole parameters, always in bf16, and needs
-them unsharded.
+All singular values of the update of a matrix are near lr * sqrt(rows / columns) (``Param.muon_scale``), so that lr
+transfers across widths. Queries, keys and values of each head are matrices of their own. torch.optim.Muon has the same
+formula, but it orthogonalizes whole parameters, always in bf16, and needs them unsharded.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -60,8 +58,7 @@ class Muon:
 
     def _orthogonalized(self, matrix: Tensor, param: Param) -> Tensor:
         parts = matrix.view(param.matrices, -1, param.shape[1])
-        rows, columns = parts.shape[1:]
-        return orthogonalized(parts, self._dtype).mul_(math.sqrt(rows / columns)).view(param.shape)
+        return orthogonalized(parts, self._dtype).mul_(param.muon_scale).view(param.shape)
 
 
 def orthogonalized(x: Tensor, dtype: torch.dtype) -> Tensor:

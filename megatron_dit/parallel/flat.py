@@ -66,6 +66,9 @@ class FlatMasters:
         self.shards: dict[str, MasterShard] = {}
         self._partial: list[Tensor] = []  # ranges of ``sums`` to be added up over the tensor-parallel ranks
         self._groups = [self._flatten(dict(zip(group["names"], group["params"], strict=True))) for group in groups]
+        self._names = {
+            group.master: [name for unit in group.units for name, _, _ in unit.params] for group in self._groups
+        }
         self._fresh: set[Tensor] = set()  # parameters without a gradient in this step
         self._places: dict[Tensor, tuple[_Group, _Unit, Tensor]] = {}  # where each parameter's gradient is accumulated
         for group in self._groups:
@@ -79,8 +82,7 @@ class FlatMasters:
 
     def names_of(self, flat: Tensor) -> list[str]:
         """Return the names of the parameters in one of the optimizer tensors, including those of other ranks."""
-        (group,) = (group for group in self._groups if group.master is flat)
-        return [name for unit in group.units for name, _, _ in unit.params]
+        return self._names[flat]
 
     def held_bytes(self) -> tuple[int, int, int]:
         """Return the bytes on this rank of the model weights, the gradients, and separate fp32 masters."""

@@ -6,6 +6,7 @@ parameter's tensor-parallel shard; initialization, checkpoints and EMA all use i
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -44,9 +45,13 @@ class DeepSpeedMasters:
     def __init__(self, engine: Any, stage: int) -> None:
         self._zero, self._stage = engine.optimizer, stage
         self.shards: dict[str, MasterShard] = {}
-        self._named = dict(engine.module.named_parameters())
+        named = dict(engine.module.named_parameters())
+        tensors = self.optimizer_tensors
+        self._names: dict[Tensor, list[str]] = {flat: [] for flat in tensors}
+        for name, number in self._group_of(named).items():
+            self._names[tensors[number]].append(name)
         find = self._partition if stage == 3 else self._fragment
-        for name, p in self._named.items():
+        for name, p in named.items():
             shard = find(p)
             if shard is not None and shard.numel > 0:
                 self.shards[name] = shard
@@ -58,12 +63,14 @@ class DeepSpeedMasters:
 
     def names_of(self, flat: Tensor) -> list[str]:
         """Return the names of the parameters in one of the optimizer tensors, including those of other ranks."""
-        number = next(i for i, tensor in enumerate(self.optimizer_tensors) if tensor is flat)
+        return self._names[flat]
+
+    def _group_of(self, named: Mapping[str, nn.Parameter]) -> dict[str, int]:
+        """Return the number of the optimizer tensor that holds each parameter."""
         if self._stage == 3:
-            position = self._zero.grad_position
-            return [name for name, p in self._named.items() if position[self._zero.get_param_id(p)][0] == number]
-        members = set(self._groups[number])
-        return [name for name, p in self._named.items() if p in members]
+            return {name: self._zero.grad_position[self._zero.get_param_id(p)][0] for name, p in named.items()}
+        numbers = {p: number for number, group in enumerate(self._groups) for p in group}
+        return {name: numbers[p] for name, p in named.items()}
 
     def held_bytes(self) -> tuple[int, int, int]:
         """Return the bytes on this rank of the model weights, the gradients, and separate fp32 master weights.

@@ -20,11 +20,12 @@ OF_ADAMW = ("batch", "duration", "decay")  # rules for AdamW's learning rate
 
 @dataclass(frozen=True)
 class Ratios:
-    """Ratios of the target to the proxy, and the batch sizes."""
+    """Ratios of the target to the proxy, and the values that they come from."""
 
     proxy_batch: int
     target_batch: int
     steps: float
+    proxy_lr: float
     critical_batch: float | None  # above about this batch size, larger batches no longer save steps
 
     @property
@@ -64,8 +65,8 @@ def _duration(values: Mapping[str, Any], ratios: Ratios) -> Values:
 
 
 def _decay(values: Mapping[str, Any], ratios: Ratios) -> Values:
-    """Keep lr * weight_decay * steps. ``lr`` is already the target's; ``proxy.lr`` is the proxy's."""
-    lr_ratio = values["optimizer.lr"] / values["proxy.lr"]
+    """Keep lr * weight_decay * steps. The lr in ``values`` is already the target's."""
+    lr_ratio = values["optimizer.lr"] / ratios.proxy_lr
     return {"optimizer.weight_decay": values["optimizer.weight_decay"] / (lr_ratio * ratios.steps)}
 
 
@@ -120,9 +121,10 @@ def apply_rules(
         proxy_batch=proxy.train.global_batch,
         target_batch=target.train.global_batch,
         steps=target.train.steps / proxy.train.steps,
+        proxy_lr=proxy.optimizer.lr,
         critical_batch=critical_batch,
     )
-    held = flatten(proxy) | {"proxy.lr": proxy.optimizer.lr}
+    held = flatten(proxy)
     values: Values = {"optimizer.lr": proxy.optimizer.lr} if names else {}
     train = proxy.train
     lines = [
