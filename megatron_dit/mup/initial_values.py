@@ -20,5 +20,9 @@ def initial_value(param: Param, seed: int) -> Tensor:
     generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
     if param.init_rule.uniform:
         bound = math.sqrt(3) * std
-        return torch.rand(param.shape, generator=generator).mul_(2 * bound).sub_(bound)
-    return torch.randn(param.shape, generator=generator).mul_(std)
+        value = torch.rand(param.shape, generator=generator).mul_(2 * bound).sub_(bound)
+    else:
+        value = torch.randn(param.shape, generator=generator).mul_(std)
+    if param.init_identity:
+        value.diagonal().add_(param.init_identity)
+    return value

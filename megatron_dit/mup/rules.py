@@ -129,7 +129,7 @@ class Param:
             return 0.0
         rule, m = self.depth_rule, self.depth_multiplier
         if self.mup.coupled_decay:
-            return self._power(self._rule.weight_decay) * m**-rule.lr
+            return self._power(self._rule.weight_decay) * m**rule.coupled_decay
         return m**rule.weight_decay
 
     @property
@@ -161,6 +161,13 @@ class Param:
             base_shape = (base_shape[0], base_shape[1] // self.kernel, self.kernel)
         scale = self._power(self._rule.init_std) * self.depth_multiplier**self.depth_rule.init_std
         return self.init_rule.std(base_shape) * scale
+
+    @property
+    def init_identity(self) -> float:
+        """Multiple of the identity that is added to the initial values of the columns that multiply the stream."""
+        if self.place is not Place.STREAM or len(self.shape) == 1:
+            return 0.0
+        return math.sqrt(max(0.0, 1 - 1 / self.depth_multiplier))
 
     @property
     def init_constant(self) -> float:

@@ -26,6 +26,7 @@ def rows(params: Mapping[str, Param]) -> list[dict[str, Any]]:
             "base": list(param.base),
             "width_multiplier": param.width_multiplier,
             "init_std": param.init_std,
+            "init_identity": param.init_identity,
             "init_constant": param.init_constant,
             "multiplier": param.multiplier,
             "lr_multiplier": param.lr_multiplier,
@@ -46,6 +47,7 @@ def print_table(params: Mapping[str, Param], config: Config) -> None:
     grouped: dict[tuple[str, ...], int] = {}
     for row in rows(params):
         init = f"{row['init_std']:.4g}" if row["init_std"] else f"= {row['init_constant']:g}"
+        init += f" + {row['init_identity']:.4g} I" if row["init_identity"] else ""
         key = (
             re.sub(r"\.\d+\.", ".*.", row["name"]),
             row["role"],

@@ -40,8 +40,8 @@ def complete_p(name, p, config, alpha, m):
     lr, decay = optimizer.lr * param.lr_multiplier, optimizer.weight_decay * param.weight_decay_multiplier
     if not name.startswith("blocks."):
         return {"lr": lr, "weight_decay": decay, "eps": optimizer.eps}
-    if ".skip." in name:  # our rule: the updates of the L / 2 skips add up, like those of the branches
-        return {"lr": lr / m, "weight_decay": decay * m, "eps": optimizer.eps}
+    if ".skip." in name:  # our rule: the changes of the L / 2 skips add up, like those of the branches
+        return {"lr": lr / m, "weight_decay": decay, "eps": optimizer.eps}
     return {"lr": lr * m ** (alpha - 1), "weight_decay": decay * m ** (1 - alpha), "eps": optimizer.eps * m**-alpha}
 
 
@@ -169,7 +169,31 @@ def test_rules_for_depth_by_place(arch):
         assert ratios == pytest.approx(expected), name
         if param.init_std:
             scale = 1 / m if name.startswith("blocks.") and any(end in name for end in ("fc2", ".out.")) else 1
+            scale = m**-0.5 if ".skip." in name else scale
             assert param.init_std / without[name].init_std == pytest.approx(scale), name
+
+
+@pytest.mark.parametrize("depth", [3, 9, 33])
+def test_long_skips_replace_the_same_part_of_the_stream_at_every_depth(depth):
+    """Without skipped outputs and branches, each of L / 2 skips keeps 1 - 1/(2m) of the stream's variance."""
+    config = small("uvit", heads=16, base_heads=16, **{"model.head_dim": 32, "model.depth": depth, "mup.base_depth": 3})
+    params, m = param_specs(config), depth / 3
+    x = torch.randn(config.model.width, 64, generator=torch.Generator().manual_seed(0))
+    before = x.square().mean().item()
+    for i in range(depth // 2 + 1, depth):
+        weight = initial_value(params[f"blocks.{i}.skip.weight"], seed=0)
+        x = weight[:, : config.model.width] @ x
+    assert x.square().mean().item() / before == pytest.approx((1 - 1 / (2 * m)) ** (depth // 2), rel=0.02)
+
+
+def test_only_long_skips_start_with_a_part_of_the_identity():
+    deeper, base = (param_specs(deep("uvit", **{"model.depth": depth, "mup.base_depth": 3})) for depth in (9, 3))
+    assert {name for name, p in deeper.items() if p.init_identity} == {f"blocks.{i}.skip.weight" for i in range(5, 9)}
+    assert not any(param.init_identity for param in base.values())
+    name = "blocks.5.skip.weight"
+    alone = replace(deeper[name], place=Place.BRANCH)
+    expected = initial_value(alone, seed=3) / math.sqrt(3) + math.sqrt(2 / 3) * torch.eye(*alone.shape)
+    torch.testing.assert_close(initial_value(deeper[name], seed=3), expected)
 
 
 def test_depth_has_no_effect_under_standard_parametrization():
