@@ -19,6 +19,7 @@ number of samples, and reading a sample takes two.
 from __future__ import annotations
 
 import errno
+import functools
 import hashlib
 import io
 import math
@@ -196,16 +197,27 @@ def parse_array(data: bytes, where: str) -> np.ndarray:
     not match the number of bytes that follow.
     """
     try:
-        file = io.BytesIO(data)
-        version = np.lib.format.read_magic(file)
-        read = {1: np.lib.format.read_array_header_1_0, 2: np.lib.format.read_array_header_2_0}[version[0]]
-        shape, _, dtype = read(file)
+        count = 2 if data[6:7] == b"\1" else 4  # bytes of the header's length, by version
+        start = 8 + count + int.from_bytes(data[8 : 8 + count], "little")
+        shape, fortran_order, dtype = _parse_header(data[:start])
         size = math.prod(shape) * dtype.itemsize
-        if size != len(data) - file.tell() or min(shape, default=0) < 0:
-            raise ValueError(f"its header describes {size} bytes, but {len(data) - file.tell()} follow")
-        return np.lib.format.read_array(io.BytesIO(data), allow_pickle=False)
+        if size != len(data) - start or min(shape, default=0) < 0:
+            raise ValueError(f"its header describes {size} bytes, but {len(data) - start} follow")
+        if dtype.hasobject:
+            raise ValueError("it has pickled objects")
+        array = np.frombuffer(data, dtype, offset=start) if size else np.empty(0, dtype)
+        return array.reshape(shape, order="F" if fortran_order else "C").copy()
     except Exception as error:  # a corrupt header can raise SyntaxError, TokenError, OverflowError, MemoryError, ...
         raise BadSample("not_an_array", f"{where} is not a valid array ({reason_of(error)})") from None
+
+
+@functools.lru_cache(maxsize=256)
+def _parse_header(header: bytes) -> tuple[tuple[int, ...], bool, np.dtype]:
+    """Return shape, Fortran order and dtype. Cached: the arrays of a dataset have few headers, and parsing is slow."""
+    file = io.BytesIO(header)
+    major, _ = np.lib.format.read_magic(file)
+    read = {1: np.lib.format.read_array_header_1_0, 2: np.lib.format.read_array_header_2_0}[major]
+    return read(file)
 
 
 def npy(array: np.ndarray) -> bytes:

@@ -30,6 +30,7 @@ from megatron_dit.tuning.trial import INTERRUPTED, TAKEN, Result, TrialFiles, cl
 
 logger = logging.getLogger(__name__)
 
+PRELOADED = ["megatron_dit.tuning.trial", "megatron_dit.training.engine", "torch._dynamo", "matplotlib.figure"]
 POLL_SECONDS = 0.2
 TAKEN_SECONDS = 5.0  # wait before retrying a trial that another process is running
 
@@ -131,7 +132,7 @@ class Sweep:
         """Run all trials, or trial ``only``, that have no result yet, and return the results sorted by number."""
         context = multiprocessing.get_context("forkserver")
         # Importing these modules takes seconds, so import them once for all trials.
-        context.set_forkserver_preload(["megatron_dit.tuning.trial", "megatron_dit.training.engine"])
+        context.set_forkserver_preload(PRELOADED)
         numbers = range(self.config.count) if only is None else [only]
         results = {n: result for n in numbers if (result := self._stored(n)) is not None}
         for result in results.values():
