@@ -1,16 +1,16 @@
-"""Study whether the best base learning rate transfers across widths and depths, on the toy dataset.
+"""Study how well hyperparameters transfer across width, depth, batch size and number of steps, on the toy dataset.
 
-    python -m data_prep toy data/scenes && python benchmarks/transfer_study.py [width] [depth] [muon]
+    python -m data_prep toy data/scenes && python benchmarks/transfer_study.py [STUDY[:ARCH] ...]
 
-Runs the sweeps in benchmarks/transfer, which takes hours on two CPU cores (finished trials are not repeated), and
-writes transfer.md, .json and .png (width), transfer-depth.* and transfer-muon.* to benchmarks/results.
+Studies: width, depth, muon, batch, duration. Each runs its sweeps in benchmarks/transfer for every architecture that is
+not in its results file, benchmarks/results/transfer-STUDY.json, and then writes that file, a table (.md) and a plot
+(.png). Finished trials are not repeated. To repeat a study, delete its results file and runs/transfer.
 """
 
 from __future__ import annotations
 
 import json
 import math
-import subprocess
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -21,11 +21,13 @@ from matplotlib.figure import Figure
 
 from megatron_dit.config import flatten, load
 from megatron_dit.tuning.report import Setting, draw_lr, settings, show
-from megatron_dit.tuning.space import SweepConfig
-from megatron_dit.tuning.transfer import read_sweep
+from megatron_dit.tuning.space import Dimension, SweepConfig
+from megatron_dit.tuning.study import Sweep
 from megatron_dit.tuning.trial import Result
 
 HERE = Path(__file__).parent
+CONFIGS = {"mmdit": "quickstart", "dit": "quickstart-dit", "pixart": "quickstart-pixart", "uvit": "quickstart-uvit"}
+ROLES = ("mup.lr_multiplier.input", "mup.lr_multiplier.vector")
 
 
 @dataclass(frozen=True)
@@ -33,104 +35,223 @@ class Study:
     """Sweeps over one scale, for several architectures."""
 
     title: str
-    file: str  # name of the results
-    sweeps: dict[str, tuple[str, ...]]  # architecture -> sweeps, of which the first has all values
+    sweeps: tuple[str, ...]  # in benchmarks/transfer: NAME-ARCH.yaml, or else NAME.yaml
     scale: str
-    parametrization: str
-    names: tuple[str, str]  # of the parametrization, if its value is false or null, and otherwise
-    fewest_seeds: int  # settings with fewer seeds cannot be an optimum
+    column: str  # name of the scale
+    architectures: tuple[str, ...] = ("mmdit", "dit")
+    parametrization: str = "mup.enabled"
+    names: tuple[str, str] = ("standard", "μP")  # of the parametrization, if its value is false or null, and otherwise
+    fewest_seeds: int = 2  # settings with fewer seeds cannot be an optimum
     lr_key: str = "optimizer.lr"
+    more: tuple[tuple[str, str], ...] = ()  # (architecture, sweep) of sweeps for one architecture
 
     @property
-    def column(self) -> str:
-        return {"model.heads": "width", "model.depth": "depth"}[self.scale]
+    def keys(self) -> tuple[str, ...]:
+        """Keys whose values are stored for each trial."""
+        return (self.scale, self.parametrization, self.lr_key, *ROLES, "seed")
 
 
 STUDIES = {
     "width": Study(
-        title="Transfer of the base learning rate across widths",
-        file="transfer",
-        sweeps={"mmdit": ("mmdit", "mmdit-seeds"), "dit": ("dit", "dit-seeds")},
+        title="Transfer of base hyperparameters across widths",
+        sweeps=("width-proxy", "width-mup", "width-standard"),
         scale="model.heads",
-        parametrization="mup.enabled",
-        names=("standard", "μP"),
+        column="width",
         fewest_seeds=3,
     ),
     "depth": Study(
         title="Transfer of the base learning rate across depths",
-        file="transfer-depth",
-        sweeps={arch: (f"depth-{arch}",) for arch in ("mmdit", "dit", "pixart", "uvit")},
+        sweeps=("depth",),
         scale="model.depth",
+        column="depth",
+        architectures=("mmdit", "dit", "pixart", "uvit"),
         parametrization="mup.base_depth",
         names=("without the rule", "with the rule"),
-        fewest_seeds=2,
+        more=(("uvit", "depth-none"),),
     ),
     "muon": Study(
         title="Transfer of Muon's base learning rate across widths",
-        file="transfer-muon",
-        sweeps={arch: (f"muon-{arch}",) for arch in ("mmdit", "dit")},
+        sweeps=("muon",),
         scale="model.heads",
-        parametrization="mup.enabled",
-        names=("standard", "μP"),
+        column="width",
         fewest_seeds=1,
         lr_key="optimizer.muon_lr",
+    ),
+    "batch": Study(
+        title="The best base learning rate at different batch sizes",
+        sweeps=("batch",),
+        scale="train.global_batch",
+        column="batch",
+    ),
+    "duration": Study(
+        title="The best base learning rate for different numbers of steps",
+        sweeps=("duration",),
+        scale="train.steps",
+        column="steps",
     ),
 }
 
 
-def run(name: str) -> tuple[SweepConfig, list[Result]]:
-    """Run a sweep and return its config and results. Sweeps that do not search the seed have seed 0, which is added."""
-    path = HERE / "transfer" / f"{name}.yaml"
-    subprocess.run([sys.executable, "-m", "megatron_dit", "sweep", str(path)], check=True)
-    config, results = read_sweep(load(SweepConfig, path).folder)
-    return config, [replace(result, params={"seed": 0, **result.params}) for result in results]
+def sweep(study: Study, name: str, arch: str, fixed: dict[str, Any] | None = None) -> list[Result]:
+    """Run a sweep for an architecture, with the values in ``fixed``, and return its results with ``study.keys``."""
+    path = HERE / "transfer" / f"{name}-{arch}.yaml"
+    config = load(SweepConfig, path if path.exists() else HERE / "transfer" / f"{name}.yaml")
+    return run(
+        study,
+        replace(
+            config,
+            base_config=f"configs/{CONFIGS[arch]}.yaml",
+            run_dir=f"runs/transfer/{name}-{arch}",
+            overrides=[*config.overrides, *(f"{key}={value}" for key, value in (fixed or {}).items())],
+        ),
+    )
 
 
-def optima(study: Study, found: Sequence[Setting], config: SweepConfig) -> list[dict[str, Any]]:
-    """Return the best learning rate of each parametrization and scale, with its loss and number of seeds."""
-    base = flatten(config.base)
-    unit = config.base.model.head_dim if study.scale == "model.heads" else 1
+def run(study: Study, config: SweepConfig) -> list[Result]:
+    """Run a sweep and return its results, each with the values of ``study.keys``."""
+    return [
+        replace(result, params={key: value for key, value in known.items() if key in study.keys})
+        for result in Sweep(config).run()
+        for known in [flatten(config.trial_config(result.params, result.number))]
+    ]
+
+
+def run_study(study: Study, arch: str) -> list[Result]:
+    """Run the sweeps of a study for an architecture."""
+    if study.sweeps[0] == "width-proxy":
+        return run_widths(study, arch)
+    names = [*study.sweeps, *(name for only, name in study.more if only == arch)]
+    return [result for name in names for result in sweep(study, name, arch)]
+
+
+def run_widths(study: Study, arch: str) -> list[Result]:
+    """Search at the base width, then under μP with the best factors of the roles, then under standard parametrization.
+
+    The best settings of the standard search, which has one seed, are run with two more seeds.
+    """
+    proxies = sweep(study, "width-proxy", arch)
+    chosen = dict(settings(proxies)[0].hyperparameters)
+    results = proxies + sweep(study, "width-mup", arch, {key: chosen[key] for key in ROLES})
+    standard = sweep(study, "width-standard", arch)
+    for number, setting in enumerate(promising(standard)):
+        config = load(SweepConfig, HERE / "transfer" / "width-standard.yaml")
+        values = {**dict(setting.model), **dict(setting.hyperparameters)}
+        overrides = [*config.overrides, *(f"{key}={value}" for key, value in values.items())]
+        seeds = replace(
+            config,
+            base_config=f"configs/{CONFIGS[arch]}.yaml",
+            run_dir=f"runs/transfer/width-standard-{arch}-seeds/{number}",
+            overrides=overrides,
+            space={"seed": Dimension(choice=[1, 2])},
+        )
+        standard += run(study, seeds)
+    # At the base width both parametrizations are the same.
+    return results + standard + [replace(r, params={**r.params, "mup.enabled": False}, seconds=0.0) for r in proxies]
+
+
+def promising(results: Sequence[Result]) -> list[Setting]:
+    """Return the two best settings of every width, and the two best with one learning rate for all roles."""
+    found: list[Setting] = []
+    for width in sorted({result.params["model.heads"] for result in results}):
+        here = [s for s in settings(results) if dict(s.model)["model.heads"] == width]
+        plain = [s for s in here if all(dict(s.hyperparameters)[key] == 1 for key in ROLES)]
+        found += here[:2] + [setting for setting in plain[:2] if setting not in here[:2]]
+    return found
+
+
+def optima(study: Study, found: Sequence[Setting], unit: int) -> list[dict[str, Any]]:
+    """Return the best setting of each parametrization and scale, with its loss and number of seeds."""
     best: dict[tuple[bool, int], Setting] = {}
     for setting in found:
-        model = {**base, **dict(setting.model)}
-        key = (bool(model[study.parametrization]), model[study.scale])
+        model = dict(setting.model)
+        key = (bool(model.get(study.parametrization)), model[study.scale])
         eligible = len(setting.trials) >= study.fewest_seeds and math.isfinite(setting.loss)
         if eligible and (key not in best or setting.loss < best[key].loss):
             best[key] = setting
     return [
-        {
-            "parametrization": study.names[scaled],
-            study.column: size * unit,
-            "best_lr": show(dict(setting.hyperparameters)[study.lr_key]),
-            "loss": setting.loss,
-            "lowest": min(trial.loss or math.nan for trial in setting.trials),
-            "highest": max(trial.loss or math.nan for trial in setting.trials),
-            "seeds": len(setting.trials),
-        }
+        {"parametrization": study.names[scaled], study.column: size * unit, **summary(setting, study.lr_key)}
         for (scaled, size), setting in sorted(best.items(), key=lambda item: (not item[0][0], item[0][1]))
     ]
 
 
-def report(name: str) -> None:
-    """Run a study and write its results."""
-    study = STUDIES[name]
-    figure = Figure(figsize=(9.2, 3.7 * len(study.sweeps)), layout="constrained")
-    parts = figure.subfigures(len(study.sweeps), 1, squeeze=False)[:, 0]
-    lines, summary, hours = [], {}, 0.0
-    for (arch, sweeps), part in zip(study.sweeps.items(), parts, strict=True):
-        config, results = run(sweeps[0])
-        for sweep in sweeps[1:]:
-            results += run(sweep)[1]
+def summary(setting: Setting, lr_key: str) -> dict[str, Any]:
+    """Return a setting's learning rates, mean loss and spread over its seeds."""
+    values = dict(setting.hyperparameters)
+    losses = [trial.loss or math.nan for trial in setting.trials]
+    return {
+        "best_lr": show(values[lr_key]),
+        "roles": [values.get(key, 1.0) for key in ROLES],
+        "loss": setting.loss,
+        "lowest": min(losses),
+        "highest": max(losses),
+        "seeds": len(losses),
+    }
+
+
+def comparison(study: Study, found: Sequence[Setting], unit: int) -> list[str]:
+    """Return a table of μP with the base width's hyperparameters beside standard parametrization's own best ones."""
+
+    def best(scale: int, enabled: bool, where: dict[str, Any]) -> Setting:
+        here = [s for s in found if dict(s.model) == {study.scale: scale, study.parametrization: enabled}]
+        return next(
+            s for s in here if len(s.trials) >= study.fewest_seeds and where.items() <= dict(s.hyperparameters).items()
+        )
+
+    def cell(setting: Setting) -> str:
+        row = summary(setting, study.lr_key)
+        return f"{row['loss']:.4f} ({row['lowest']:.4f} to {row['highest']:.4f}), {row['best_lr']}, {row['roles']}"
+
+    scales = sorted({dict(s.model)[study.scale] for s in found if not dict(s.model)[study.parametrization]})
+    chosen = dict(best(scales[0], True, {}).hyperparameters)
+    lines = [
+        f"\n| {study.column} | μP, transferred | standard, its best learning rate | standard, searched with roles |",
+        "|---|---|---|---|",
+    ]
+    for scale in scales:
+        columns = (best(scale, True, chosen), best(scale, False, dict.fromkeys(ROLES, 1.0)), best(scale, False, {}))
+        lines.append(f"| {scale * unit} | " + " | ".join(cell(setting) for setting in columns) + " |")
+    return [
+        *lines,
+        "\nEach cell: mean loss (range over seeds), base learning rate, factors of the input and vector roles.",
+    ]
+
+
+def read(path: Path) -> dict[str, Any]:
+    """Return the contents of a results file, or empty results."""
+    return json.loads(path.read_text()) if path.exists() else {"core_hours": 0.0, "trials": {}}
+
+
+def report(name: str, only: str | None) -> None:
+    """Run what is missing of a study and write its results."""
+    study, out = STUDIES[name], HERE / "results" / f"transfer-{name}"
+    stored = read(out.with_suffix(".json"))
+    for arch in study.architectures if only is None else (only,):
+        if arch not in stored["trials"]:
+            results = run_study(study, arch)
+            stored = read(out.with_suffix(".json"))  # another process may have added an architecture
+            stored["trials"][arch] = [{"params": result.params, "loss": result.loss} for result in results]
+            stored["core_hours"] += sum(result.seconds for result in results) / 3600
+    architectures = [arch for arch in study.architectures if arch in stored["trials"]]
+    figure = Figure(figsize=(9.2, 3.7 * len(architectures)), layout="constrained")
+    parts = figure.subfigures(len(architectures), 1, squeeze=False)[:, 0]
+    lines = [
+        f"# {study.title}\n",
+        f"`python benchmarks/transfer_study.py {name}`, {stored['core_hours']:.1f} core-hours.\n",
+        f"![Loss against base learning rate by {study.column}]({out.name}.png)",
+    ]
+    stored["optima"] = {}
+    for arch, part in zip(architectures, parts, strict=True):
+        rows = stored["trials"][arch]
+        results = [
+            Result(i, row["params"], "diverged" if row["loss"] is None else "complete", row["loss"], "", 0, 0, 0.0)
+            for i, row in enumerate(rows)
+        ]
+        config = load(SweepConfig, HERE / "transfer" / f"{study.sweeps[0]}.yaml")
+        unit = config.base.model.head_dim if study.scale == "model.heads" else 1
         found = settings(results)
         part.suptitle(arch)
         draw_lr(part, results, config, study.scale, study.parametrization, study.lr_key)
-        rows = optima(study, found, config)
-        trials = [
-            {"model": dict(s.model), **dict(s.hyperparameters), "losses": [trial.loss for trial in s.trials]}
-            for s in found
-        ]
-        summary[arch] = {"optima": rows, "trials": len(results), "settings": trials}
-        hours += sum(result.seconds for result in results) / 3600
+        best = stored["optima"][arch] = optima(study, found, unit)
         lines += [
             f"\n## {arch}, {len(results)} trials\n",
             f"| parametrization | {study.column} | best base learning rate | mean loss | range over seeds |",
@@ -139,24 +260,17 @@ def report(name: str) -> None:
         lines += [
             f"| {r['parametrization']} | {r[study.column]} | {r['best_lr']} | {r['loss']:.4f} "
             f"| {r['lowest']:.4f} to {r['highest']:.4f} |"
-            for r in rows
+            for r in best
         ]
-    out = HERE / "results"
-    out.mkdir(exist_ok=True)
-    figure.savefig(out / f"{study.file}.png", dpi=110)
-    (out / f"{study.file}.json").write_text(json.dumps({"core_hours": hours, **summary}, indent=1) + "\n")
-    head = [
-        f"# {study.title}",
-        "",
-        f"`python benchmarks/transfer_study.py {name}`, {hours:.1f} core-hours.",
-        "",
-        f"![Loss against base learning rate by {study.column}]({study.file}.png)",
-    ]
-    text = "\n".join([*head, *lines]) + "\n"
-    (out / f"{study.file}.md").write_text(text)
-    print(text)
+        if name == "width":
+            lines += comparison(study, found, unit)
+    figure.savefig(out.with_suffix(".png"), dpi=110)
+    out.with_suffix(".json").write_text(json.dumps(stored, indent=1) + "\n")
+    out.with_suffix(".md").write_text("\n".join(lines) + "\n")
+    print("\n".join(lines))
 
 
 if __name__ == "__main__":
-    for name in sys.argv[1:] or STUDIES:
-        report(name)
+    for word in sys.argv[1:] or STUDIES:
+        study_name, _, architecture = word.partition(":")
+        report(study_name, architecture or None)

@@ -203,8 +203,6 @@ def parse_array(data: bytes, where: str) -> np.ndarray:
         size = math.prod(shape) * dtype.itemsize
         if size != len(data) - start or min(shape, default=0) < 0:
             raise ValueError(f"its header describes {size} bytes, but {len(data) - start} follow")
-        if dtype.hasobject:
-            raise ValueError("it has pickled objects")
         array = np.frombuffer(data, dtype, offset=start) if size else np.empty(0, dtype)
         return array.reshape(shape, order="F" if fortran_order else "C").copy()
     except Exception as error:  # a corrupt header can raise SyntaxError, TokenError, OverflowError, MemoryError, ...
