@@ -22,6 +22,7 @@ from megatron_dit.tuning.transfer import read_sweep
 logger = logging.getLogger(__name__)
 
 WINDOWS_PER_OCTAVE = 4  # of a training curve
+MAX_DIFFERENCE = 0.02  # of the fractions of the steps in which wsd's learning rate falls
 OCTAVES = 2  # of a training curve that are used: the law does not describe the first part of a training
 SIZE_KEYS = ("model.heads", "model.head_dim", "model.base_head_dim", "model.depth", "model.repa_block")
 # Keys that change the loss for another reason; the paths of the data may differ between machines.
@@ -88,6 +89,12 @@ def uses_curves(target: Config, proxies: Sequence[Config]) -> bool:
                     f"optimizer.{key} is {values[0]} in a sweep and {values[1]} in the target; make them equal, "
                     "because the final loss depends on the schedule"
                 )
+        fractions = [(config.optimizer.decay_steps or 0) / config.train.steps for config in (proxy, target)]
+        if schedule == "wsd" and abs(fractions[0] - fractions[1]) > MAX_DIFFERENCE:
+            raise UserError(
+                f"optimizer.decay_steps is {fractions[0]:.2g} of train.steps in a sweep and {fractions[1]:.2g} in the "
+                "target; make these fractions equal, because the final loss depends on the schedule"
+            )
     return schedule in ("constant", "inverse_sqrt")
 
 

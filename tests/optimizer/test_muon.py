@@ -180,6 +180,35 @@ def resumed(dataset, folder, overrides, layout):
     return losses
 
 
+def in_sub_groups(dataset, folder):
+    """Return the losses of six ZeRO-3 steps with several sub-groups, which DeepSpeed otherwise makes of 10^9 elements."""
+    from megatron_dit.config import deepspeed_config
+    from megatron_dit.training import zero
+    from megatron_dit.training.engine import Engine
+
+    def config(*arguments):
+        found = deepspeed_config(*arguments)
+        return {**found, "zero_optimization": {**found["zero_optimization"], "sub_group_size": 1000}}
+
+    tensors, initialize = [], Engine.initialize
+
+    def count(engine):
+        initialize(engine)
+        tensors.extend(engine.masters.optimizer_tensors)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(zero, "deepspeed_config", config)
+        patch.setattr(Engine, "initialize", count)
+        return resumed(dataset, folder, {}, "dp2-zero3"), len(tensors)
+
+
+def test_several_sub_groups_of_zero3(pool, dataset, tmp_path):
+    expected = pool.run(1, resumed, dataset, tmp_path / "one", {}, "dp1")[0]
+    losses, tensors = pool.run(2, in_sub_groups, dataset, tmp_path / "two")[0]
+    assert losses == pytest.approx(expected, rel=1e-5)
+    assert tensors > 10
+
+
 def test_a_run_resumes_in_another_layout(pool, dataset, tmp_path):
     expected = pool.run(1, resumed, dataset, tmp_path / "one", {}, "dp1")[0]
     folder = tmp_path / "three"

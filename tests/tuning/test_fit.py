@@ -184,6 +184,11 @@ def test_mistakes_are_explained_on_one_line(finals, curves, tmp_path, dataset, c
     refused("model sizes among the proxies is 2", two, **COSINE)
     refused("training lengths among the proxies is 1, but B D^-b needs at least 3", one_length, **COSINE)
     refused("optimizer.schedule is cosine in a sweep and constant in the target", finals)
+    wsd = {"train.steps": 200, "optimizer.schedule": "wsd", "optimizer.decay_steps": 50}
+    decayed = sweep("wsd", HEADS, [({"model.heads": n}, "complete", 0.5) for n in (1, 2, 4, 8)], **wsd)
+    refused(
+        "decay_steps is 0.25 of train.steps in a sweep and 0.05 in the target", decayed, **{**wsd, "train.steps": 1000}
+    )
     refused("objective.shift is 1.0 in a sweep and 2.0 in the target", curves, **{"objective.shift": 2.0})
     refused("has no completed trial with mup.enabled=false", curves, **{"mup.enabled": False})
     negative = [({"model.heads": n}, "complete", -0.5) for n in (1, 2, 4, 8)]
