@@ -181,7 +181,7 @@ def resumed(dataset, folder, overrides, layout):
 
 
 def in_sub_groups(dataset, folder):
-    """Return the losses of six ZeRO-3 steps with several sub-groups, which DeepSpeed otherwise makes of 10^9 elements."""
+    """Return the losses of six ZeRO-3 steps with sub-groups of 1,000 elements; DeepSpeed's default is 10^9."""
     from megatron_dit.config import deepspeed_config
     from megatron_dit.training import zero
     from megatron_dit.training.engine import Engine
