@@ -2,7 +2,7 @@
 
     python -m data_prep toy data/scenes && python benchmarks/transfer_study.py [STUDY[:ARCH] ...]
 
-Studies: width, depth, muon, batch, duration. Each runs its sweeps in benchmarks/transfer for every architecture that is
+Studies: width, depth, muon, longer, batch, duration. Each runs its sweeps in benchmarks/transfer for every architecture that is
 not in its results file, benchmarks/results/transfer-STUDY.json, and then writes that file, a table (.md) and a plot
 (.png). Finished trials are not repeated. To repeat a study, delete its results file and runs/transfer.
 """
@@ -76,6 +76,13 @@ STUDIES = {
         column="width",
         fewest_seeds=1,
         lr_key="optimizer.muon_lr",
+    ),
+    "longer": Study(
+        title="AdamW in the time of 150 steps of Muon",
+        sweeps=("longer",),
+        scale="model.heads",
+        column="width",
+        fewest_seeds=1,
     ),
     "batch": Study(
         title="The best base learning rate at different batch sizes",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from dataclasses import replace
 
@@ -210,7 +211,7 @@ def test_depth_check_needs_a_base_depth_and_compares_shared_places(pool, dataset
     assert "start at 2" in capsys.readouterr().err
     assert run(["mup", str(path), "mup.depth_exponent=0.5"]) == 2
     assert "mup.depth_exponent=0.5 has no effect without mup.base_depth" in capsys.readouterr().err
-    found = pool.run(1, _slopes_over_depth, str(dataset))[0]
+    found = pool.run(1, _slopes_over_depth, str(dataset), "mmdit")[0]
     names = {row.name for row in found}
     assert {"last block.image", "middle block.text", "output", "conditioning"} <= names
     assert not any(name.startswith("blocks.") for name in names)
@@ -221,14 +222,40 @@ def test_depth_check_needs_a_base_depth_and_compares_shared_places(pool, dataset
     assert growth["depth rule"] < 0.1 < 0.2 < growth["no depth rule"]
 
 
-def _slopes_over_depth(dataset):
+def _slopes_over_depth(dataset, arch, exponent=-1, **overrides):
+    """Return the slopes, with a rule that multiplies the lr of the layers that add to the stream by m^``exponent``."""
+    from megatron_dit.mup import rules
     from megatron_dit.tuning.coord_check import Depth, coord_check, slopes
 
-    config = small(
-        "mmdit",
-        **{"data.path": dataset, "mup.base_depth": 2, "optimizer.lr": 2**-5, "optimizer.grad_clip": None},
-    )
-    return slopes(coord_check(config, Depth(), [2, 4, 8, 16], seeds=1, steps=4, each_model=lambda: None))
+    def rule(place, alpha):
+        found = depth_rule(place, alpha)
+        return found if place is Place.BRANCH else replace(found, lr=exponent)
+
+    options = {"mup.base_depth": BASE.get(arch, 2), "mup.depth_exponent": 0.5 if arch == "uvit" else 1.0}
+    options |= {"data.path": dataset, "optimizer.lr": 2**-5, "optimizer.grad_clip": None}
+    depths = [3, 5, 9, 17] if arch == "uvit" else [2, 4, 8, 16]
+    config = small(arch, **{**options, "model.depth": depths[0], **overrides})
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(rules, "depth_rule", rule)
+        return slopes(coord_check(config, Depth(), depths, seeds=1, steps=4, each_model=lambda: None))
+
+
+def steepest(found):
+    from megatron_dit.tuning.coord_check import worst
+
+    return abs(worst(found, "depth rule").slope)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_depth_check_passes_with_the_rule_and_fails_with_a_wrong_one(pool, dataset, arch):
+    wide = {"model.heads": 16, "mup.base_heads": 16, "optimizer.lr": 2**-8}
+
+    def slope(exponent):
+        check = functools.partial(_slopes_over_depth, str(dataset), arch, exponent, **wide)
+        return steepest(pool.run(1, check)[0])
+
+    assert slope(-1) <= 0.1 < slope(0)
 
 
 def test_sqrt_depth_rule_of_initial_values():
