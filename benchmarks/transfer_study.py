@@ -2,9 +2,11 @@
 
     python -m data_prep toy data/scenes && python benchmarks/transfer_study.py [STUDY[:ARCH] ...]
 
-Studies: width, depth, muon, longer, batch, duration. Each runs its sweeps in benchmarks/transfer for every architecture that is
-not in its results file, benchmarks/results/transfer-STUDY.json, and then writes that file, a table (.md) and a plot
-(.png). Finished trials are not repeated. To repeat a study, delete its results file and runs/transfer.
+Studies: width, depth, muon, longer, batch, duration, images-width, images-depth. The last two need a dataset of any
+captioned images: python -m data_prep encode SOURCE data/images --size 16 --tokens 16. Each study runs its sweeps in
+benchmarks/transfer for every architecture that is not in its results file, benchmarks/results/transfer-STUDY.json, and
+then writes that file, a table (.md) and a plot (.png). Finished trials are not repeated. To repeat a study, delete its
+results file and runs/transfer.
 """
 
 from __future__ import annotations
@@ -76,6 +78,24 @@ STUDIES = {
         column="width",
         fewest_seeds=1,
         lr_key="optimizer.muon_lr",
+    ),
+    "images-width": Study(
+        title="Transfer across widths on real images",
+        sweeps=("images-width",),
+        scale="model.heads",
+        column="width",
+        architectures=("mmdit",),
+        fewest_seeds=1,
+    ),
+    "images-depth": Study(
+        title="Transfer across depths on real images",
+        sweeps=("images-depth",),
+        scale="model.depth",
+        column="depth",
+        architectures=("mmdit",),
+        parametrization="mup.base_depth",
+        names=("without the rule", "with the rule"),
+        fewest_seeds=1,
     ),
     "longer": Study(
         title="AdamW in the time of 150 steps of Muon",
