@@ -14,6 +14,17 @@ from tests.helpers.configs import small
 # single process with and without gradient accumulation differ by 1e-4.
 SEED = 2
 STEPS = 6
+EVERY_OPTION = {  # of μP, and Muon
+    "model.heads": 8,
+    "mup.base_heads": 4,
+    "mup.base_depth": 1,
+    "mup.depth_exponent": 0.5,
+    "mup.scaled_eps": True,
+    "mup.lr_multiplier.input": 0.25,
+    "mup.lr_multiplier.vector": 0.25,
+    "mup.lr_multiplier.modulation": 0.5,
+    "optimizer.muon_lr": 2**-7,
+}
 
 
 def trace(arch, layout, data, scratch, fault=None, **overrides):

@@ -10,7 +10,7 @@ import pytest
 from megatron_dit.verify.layout_parity import compare, first_steps
 from megatron_dit.verify.layouts import LAYOUTS, REFERENCE, Layout
 from tests.helpers.configs import ARCHITECTURES, small
-from tests.helpers.traces import SEED, STEPS, trace
+from tests.helpers.traces import EVERY_OPTION, SEED, STEPS, trace
 
 KINDS = [*ARCHITECTURES, "uvit-class", "dit-flow"]
 
@@ -59,6 +59,15 @@ def test_layout_equals_one_process(pool, dataset, tmp_path, reference, deep_refe
     result = compare(name, found, (deep_reference if staged else reference)(arch))
     assert result.good, result
     assert len(found.losses) == STEPS
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_layout_equals_one_process_with_every_option_of_mup_and_muon(pool, dataset, tmp_path, arch):
+    expected = pool.run(1, trace, arch, REFERENCE, dataset, tmp_path / "one", **EVERY_OPTION)[0]
+    layout = LAYOUTS["dp2-tp2-zero3"]
+    found = pool.run(layout.ranks, trace, arch, layout, dataset, tmp_path / "four", **EVERY_OPTION)[0]
+    result = compare("every option", found, expected)
+    assert result.good, result
 
 
 @pytest.mark.parametrize("arch", ["mmdit", "uvit"])

@@ -19,7 +19,7 @@ from megatron_dit.verify.layouts import REFERENCE, Layout
 from tests.helpers.child import in_child
 from tests.helpers.configs import ARCHITECTURES, small
 from tests.helpers.te_on_cpu import te_on_cpu
-from tests.helpers.traces import trace
+from tests.helpers.traces import EVERY_OPTION, trace
 
 KINDS = [*ARCHITECTURES, "uvit-class"]
 FP8 = {"train.dtype": "bf16", "train.fp8": "current"}
@@ -105,13 +105,13 @@ def test_parameters_equal_those_of_the_local_backend(made, arch, ranks):
 # --- layers in several layouts, on the CPU ---------------------------------------------------------
 
 
-def te_trace(*args):
+def te_trace(*args, **overrides):
     """Run ``test_layouts.trace`` with Transformer Engine's layers. Runs in the ranks of the pool."""
     from megatron_dit.parallel.te import TeBackend
     from megatron_dit.training import engine
 
     with te_on_cpu(), mock.patch.object(engine, "open_backend", TeBackend):
-        return trace(*args)
+        return trace(*args, **overrides)
 
 
 @pytest.fixture(scope="module")
@@ -130,6 +130,17 @@ def reference(te_importable, pool, dataset, tmp_path_factory):
 def test_layout_equals_the_local_backend(pool, dataset, tmp_path, reference, arch, layout):
     found = pool.run(layout.ranks, te_trace, arch, layout, dataset, tmp_path)[0]
     result = layout_parity.compare("te", found, reference[arch])
+    assert result.good, result
+
+
+@pytest.mark.parametrize("arch", KINDS)
+def test_layout_equals_the_local_backend_with_every_option_of_mup_and_muon(
+    te_importable, pool, dataset, tmp_path, arch
+):
+    expected = pool.run(1, trace, arch, REFERENCE, dataset, tmp_path / "one", **EVERY_OPTION)[0]
+    layout = Layout(2, tensor=2, sequence=True)
+    found = pool.run(layout.ranks, te_trace, arch, layout, dataset, tmp_path / "two", **EVERY_OPTION)[0]
+    result = layout_parity.compare("te", found, expected)
     assert result.good, result
 
 
