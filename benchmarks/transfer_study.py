@@ -162,7 +162,7 @@ def run_widths(study: Study, arch: str) -> list[Result]:
     standard = sweep(study, "width-standard", arch)
     for number, setting in enumerate(promising(standard)):
         config = load(SweepConfig, HERE / "transfer" / "width-standard.yaml")
-        values = {**dict(setting.model), **dict(setting.hyperparameters)}
+        values = {study.scale: dict(setting.model)[study.scale], **dict(setting.hyperparameters)}
         overrides = [*config.overrides, *(f"{key}={value}" for key, value in values.items())]
         seeds = replace(
             config,
