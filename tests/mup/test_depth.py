@@ -249,7 +249,7 @@ def steepest(found):
 @pytest.mark.slow
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 def test_depth_check_passes_with_the_rule_and_fails_with_a_wrong_one(pool, dataset, arch):
-    wide = {"model.heads": 16, "mup.base_heads": 16, "optimizer.lr": 2**-8}
+    wide = {"model.heads": 16, "mup.base_heads": 16, "optimizer.lr": 2**-10 if arch == "uvit" else 2**-7}
 
     def slope(exponent):
         check = functools.partial(_slopes_over_depth, str(dataset), arch, exponent, **wide)
