@@ -5,8 +5,8 @@
 Studies: width, depth, muon, longer, batch, duration, images-width, images-depth. The last two need a dataset of any
 captioned images: python -m data_prep encode SOURCE data/images --size 16 --tokens 16. Each study runs its sweeps in
 benchmarks/transfer for every architecture that is not in its results file, benchmarks/results/transfer-STUDY.json, and
-then writes that file, a table (.md) and a plot (.png). Finished trials are not repeated. To repeat a study, delete its
-results file and runs/transfer.
+then writes that file, a table (.md) and a plot (.png). Finished trials are not repeated: those of an interrupted study
+are kept in benchmarks/results/unfinished. To repeat a study, delete its results file and runs/transfer.
 """
 
 from __future__ import annotations
@@ -15,20 +15,22 @@ import json
 import math
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from matplotlib.figure import Figure
 
 from megatron_dit.config import flatten, load
+from megatron_dit.config.convert import build
 from megatron_dit.tuning.report import Setting, draw_lr, settings, show
-from megatron_dit.tuning.space import Dimension, SweepConfig
+from megatron_dit.tuning.space import Dimension, SweepConfig, open_folder
 from megatron_dit.tuning.study import Sweep
-from megatron_dit.tuning.trial import Result
+from megatron_dit.tuning.trial import Result, TrialFiles, stored_result
 
 HERE = Path(__file__).parent
 CONFIGS = {"mmdit": "quickstart", "dit": "quickstart-dit", "pixart": "quickstart-pixart", "uvit": "quickstart-uvit"}
+UNFINISHED = HERE / "results" / "unfinished"  # trials of studies that are not in a results file yet
 ROLES = ("mup.lr_multiplier.input", "mup.lr_multiplier.vector")
 
 
@@ -136,11 +138,34 @@ def sweep(study: Study, name: str, arch: str, fixed: dict[str, Any] | None = Non
 
 def run(study: Study, config: SweepConfig) -> list[Result]:
     """Run a sweep and return its results, each with the values of ``study.keys``."""
+    kept = UNFINISHED / f"{'-'.join(Path(config.run_dir).parts[2:])}.jsonl"
+    restore(kept, config)
+    try:
+        results = Sweep(config).run()
+    finally:
+        keep(kept, config)
     return [
         replace(result, params={key: value for key, value in known.items() if key in study.keys})
-        for result in Sweep(config).run()
+        for result in results
         for known in [flatten(config.trial_config(result.params, result.number))]
     ]
+
+
+def restore(kept: Path, config: SweepConfig) -> None:
+    """Write the results in ``kept`` to the sweep's folder, so that another machine does not repeat these trials."""
+    open_folder(config)
+    for line in kept.read_text().splitlines() if kept.exists() else []:
+        result = build(Result, json.loads(line))
+        files = TrialFiles(config.trial_folder(result.number), result.params)
+        if files.result() is None:
+            files.write(result)
+
+
+def keep(kept: Path, config: SweepConfig) -> None:
+    """Write the results of the sweep's finished trials to ``kept``."""
+    found = [result for number in range(config.count) if (result := stored_result(config, number))]
+    kept.parent.mkdir(exist_ok=True)
+    kept.write_text("".join(json.dumps(asdict(result)) + "\n" for result in found))
 
 
 def run_study(study: Study, arch: str) -> list[Result]:
@@ -258,6 +283,10 @@ def report(name: str, only: str | None) -> None:
             stored = read(out.with_suffix(".json"))  # another process may have added an architecture
             stored["trials"][arch] = [{"params": result.params, "loss": result.loss} for result in results]
             stored["core_hours"] += sum(result.seconds for result in results) / 3600
+            out.with_suffix(".json").write_text(json.dumps(stored) + "\n")
+            for sweep_name in [*study.sweeps, *(extra for _, extra in study.more)]:
+                for path in UNFINISHED.glob(f"{sweep_name}-{arch}*.jsonl"):
+                    path.unlink()
     architectures = [arch for arch in study.architectures if arch in stored["trials"]]
     figure = Figure(figsize=(9.2, 3.7 * len(architectures)), layout="constrained")
     parts = figure.subfigures(len(architectures), 1, squeeze=False)[:, 0]

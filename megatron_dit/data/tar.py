@@ -203,7 +203,9 @@ def parse_array(data: bytes, where: str) -> np.ndarray:
         size = math.prod(shape) * dtype.itemsize
         if size != len(data) - start or min(shape, default=0) < 0:
             raise ValueError(f"its header describes {size} bytes, but {len(data) - start} follow")
-        array = np.frombuffer(data, dtype, offset=start) if size else np.empty(0, dtype)
+        if size == 0:  # no elements, or elements without bytes
+            return np.lib.format.read_array(io.BytesIO(data), allow_pickle=False)
+        array = np.frombuffer(data, dtype, offset=start)
         return array.reshape(shape, order="F" if fortran_order else "C").copy()
     except Exception as error:  # a corrupt header can raise SyntaxError, TokenError, OverflowError, MemoryError, ...
         raise BadSample("not_an_array", f"{where} is not a valid array ({reason_of(error)})") from None

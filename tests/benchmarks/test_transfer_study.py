@@ -12,7 +12,7 @@ from benchmarks.transfer_study import CONFIGS, HERE, ROLES, STUDIES, comparison,
 from megatron_dit.config import load
 from megatron_dit.tuning.report import settings
 from megatron_dit.tuning.space import SweepConfig
-from megatron_dit.tuning.trial import Result
+from megatron_dit.tuning.trial import Result, TrialFiles, stored_result
 
 STUDY = STUDIES["width"]
 
@@ -61,6 +61,30 @@ def test_the_best_settings_of_each_width_get_more_seeds():
     losses = {(8, False, lr, role, 1.0, 0): lr + role for lr, role in itertools.product((1.0, 2.0, 3.0), (0.25, 1.0))}
     found = [{**dict(s.hyperparameters)} for s in promising(results(losses))]
     assert [(values["optimizer.lr"], values[ROLES[0]]) for values in found] == [(1, 0.25), (1, 1), (2, 1)]
+
+
+def test_finished_trials_of_an_interrupted_study_are_kept(monkeypatch, tmp_path):
+    monkeypatch.setattr(transfer_study, "UNFINISHED", tmp_path / "unfinished")
+    monkeypatch.chdir(HERE.parent)
+    config = load(SweepConfig, HERE / "transfer" / "longer.yaml", values={"run_dir": str(tmp_path / "here/there/name")})
+    done = Result(1, {"model.heads": 4, "optimizer.lr": 2**-6}, "complete", 0.25, "", 174, 5568, 9.0)
+    other = replace(config, run_dir=str(tmp_path / "elsewhere"))
+
+    class Interrupted:
+        def __init__(self, config):
+            self.files = TrialFiles(config.trial_folder(1), {})
+
+        def run(self):
+            self.files.write(done)
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(transfer_study, "Sweep", Interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        transfer_study.run(STUDIES["longer"], config)
+    (kept,) = (tmp_path / "unfinished").iterdir()
+    transfer_study.restore(kept, other)
+    assert stored_result(other, 0) is None
+    assert stored_result(other, 1) == done
 
 
 def test_every_sweep_is_valid_for_its_architectures(monkeypatch):
