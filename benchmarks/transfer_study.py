@@ -121,8 +121,14 @@ STUDIES = {
 }
 
 
-def sweep(study: Study, name: str, arch: str, fixed: dict[str, Any] | None = None) -> list[Result]:
-    """Run a sweep for an architecture, with the values in ``fixed``, and return its results with ``study.keys``."""
+def sweep(
+    study: Study, name: str, arch: str, fixed: dict[str, Any] | None = None, suffix: str = "", **changes: Any
+) -> list[Result]:
+    """Run a sweep for an architecture and return its results, each with the values of ``study.keys``.
+
+    ``fixed`` has values of config keys, ``suffix`` ends the name of the folder, and ``changes`` has other keys of
+    the sweep's config.
+    """
     path = HERE / "transfer" / f"{name}-{arch}.yaml"
     config = load(SweepConfig, path if path.exists() else HERE / "transfer" / f"{name}.yaml")
     return run(
@@ -130,15 +136,16 @@ def sweep(study: Study, name: str, arch: str, fixed: dict[str, Any] | None = Non
         replace(
             config,
             base_config=f"configs/{CONFIGS[arch]}.yaml",
-            run_dir=f"runs/transfer/{name}-{arch}",
+            run_dir=f"runs/transfer/{name}-{arch}{suffix}",
             overrides=[*config.overrides, *(f"{key}={value}" for key, value in (fixed or {}).items())],
+            **changes,
         ),
     )
 
 
 def run(study: Study, config: SweepConfig) -> list[Result]:
     """Run a sweep and return its results, each with the values of ``study.keys``."""
-    kept = UNFINISHED / f"{'-'.join(Path(config.run_dir).parts[2:])}.jsonl"
+    kept = UNFINISHED / f"{config.folder.name}.jsonl"
     restore(kept, config)
     try:
         results = Sweep(config).run()
@@ -186,17 +193,9 @@ def run_widths(study: Study, arch: str) -> list[Result]:
     results = proxies + sweep(study, "width-mup", arch, {key: chosen[key] for key in ROLES})
     standard = sweep(study, "width-standard", arch)
     for number, setting in enumerate(promising(standard)):
-        config = load(SweepConfig, HERE / "transfer" / "width-standard.yaml")
         values = {study.scale: dict(setting.model)[study.scale], **dict(setting.hyperparameters)}
-        overrides = [*config.overrides, *(f"{key}={value}" for key, value in values.items())]
-        seeds = replace(
-            config,
-            base_config=f"configs/{CONFIGS[arch]}.yaml",
-            run_dir=f"runs/transfer/width-standard-{arch}-seeds/{number}",
-            overrides=overrides,
-            space={"seed": Dimension(choice=[1, 2])},
-        )
-        standard += run(study, seeds)
+        seeds = {"seed": Dimension(choice=[1, 2])}
+        standard += sweep(study, "width-standard", arch, values, f"-seeds-{number}", space=seeds)
     # At the base width both parametrizations are the same.
     return results + standard + [replace(r, params={**r.params, "mup.enabled": False}, seconds=0.0) for r in proxies]
 

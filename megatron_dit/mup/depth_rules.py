@@ -15,6 +15,7 @@ convert. This module does not import torch.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from enum import Enum
 
@@ -53,3 +54,8 @@ def depth_rule(place: Place, alpha: float) -> DepthRule:
     if place is Place.BRANCH_END:
         return DepthRule(init_std=-alpha, lr=-1, eps=0, coupled_decay=1, weight_decay=alpha)
     return DepthRule(init_std=-0.5, lr=-1, eps=0, coupled_decay=0, weight_decay=0)
+
+
+def initial_identity(place: Place, m: float) -> float:
+    """Return the multiple of the identity in a weight's initial values, for the inputs that are the stream."""
+    return math.sqrt(max(0.0, 1 - 1 / m)) if place is Place.STREAM else 0.0

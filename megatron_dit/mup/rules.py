@@ -11,7 +11,7 @@ import math
 from dataclasses import dataclass
 
 from megatron_dit.config import InitConfig, MupConfig
-from megatron_dit.mup.depth_rules import NO_RULE, DepthRule, Place, depth_rule
+from megatron_dit.mup.depth_rules import NO_RULE, DepthRule, Place, depth_rule, initial_identity
 from megatron_dit.mup.init_rules import FAN_IN, ZERO, InitKind, InitRule, init_rule_of
 
 
@@ -165,9 +165,7 @@ class Param:
     @property
     def init_identity(self) -> float:
         """Multiple of the identity that is added to the initial values of the columns that multiply the stream."""
-        if self.place is not Place.STREAM or len(self.shape) == 1:
-            return 0.0
-        return math.sqrt(max(0.0, 1 - 1 / self.depth_multiplier))
+        return initial_identity(self.place, self.depth_multiplier) if len(self.shape) > 1 else 0.0
 
     @property
     def init_constant(self) -> float:

@@ -59,14 +59,14 @@ def test_comparison_uses_the_hyperparameters_found_at_the_base_width():
 
 def test_the_best_settings_of_each_width_get_more_seeds():
     losses = {(8, False, lr, role, 1.0, 0): lr + role for lr, role in itertools.product((1.0, 2.0, 3.0), (0.25, 1.0))}
-    found = [{**dict(s.hyperparameters)} for s in promising(results(losses))]
+    found = [dict(s.hyperparameters) for s in promising(results(losses))]
     assert [(values["optimizer.lr"], values[ROLES[0]]) for values in found] == [(1, 0.25), (1, 1), (2, 1)]
 
 
 def test_finished_trials_of_an_interrupted_study_are_kept(monkeypatch, tmp_path):
     monkeypatch.setattr(transfer_study, "UNFINISHED", tmp_path / "unfinished")
     monkeypatch.chdir(HERE.parent)
-    config = load(SweepConfig, HERE / "transfer" / "longer.yaml", values={"run_dir": str(tmp_path / "here/there/name")})
+    config = load(SweepConfig, HERE / "transfer" / "longer.yaml", values={"run_dir": str(tmp_path / "here")})
     done = Result(1, {"model.heads": 4, "optimizer.lr": 2**-6}, "complete", 0.25, "", 174, 5568, 9.0)
     other = replace(config, run_dir=str(tmp_path / "elsewhere"))
 
