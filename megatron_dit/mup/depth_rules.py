@@ -9,8 +9,8 @@ branch has this V, so checkpoints and exported models need no conversion.
 CompleteP has no rule for a layer that the residual stream itself passes through, such as a long skip's, which maps the
 stream x and an earlier output s to W [x, s]. Here it becomes sqrt(1 - 1/m) x + W [x, s], with the initial values of W
 multiplied by m^-1/2. At the base depth this is the original layer; deeper models replace 1/m of the stream's variance
-in each of m times as many layers. The factor of x is added to the initial values of W, so again there is nothing to
-convert. This module does not import torch.
+in each of m times as many layers. Shallower models start with the original layer. The factor of x is added to the
+initial values of W, so again there is nothing to convert. This module does not import torch.
 """
 
 from __future__ import annotations
@@ -42,8 +42,8 @@ class DepthRule:
 NO_RULE = DepthRule(init_std=0, lr=0, eps=0, coupled_decay=0, weight_decay=0)  # outside of blocks
 
 
-def depth_rule(place: Place, alpha: float) -> DepthRule:
-    """Return the rule of a parameter in a block.
+def depth_rule(place: Place, alpha: float, m: float) -> DepthRule:
+    """Return the rule of a parameter in a block, with ``m`` = depth / base depth.
 
     With either alpha, the updates of one block change the residual stream by an amount in proportion to 1/m, so that
     those of all blocks together do not depend on the depth. In layers that the stream passes through, this includes the
@@ -53,7 +53,7 @@ def depth_rule(place: Place, alpha: float) -> DepthRule:
         return DepthRule(init_std=0, lr=alpha - 1, eps=-alpha, coupled_decay=1 - alpha, weight_decay=0)
     if place is Place.BRANCH_END:
         return DepthRule(init_std=-alpha, lr=-1, eps=0, coupled_decay=1, weight_decay=alpha)
-    return DepthRule(init_std=-0.5, lr=-1, eps=0, coupled_decay=0, weight_decay=0)
+    return DepthRule(init_std=-0.5 if m > 1 else 0, lr=-1, eps=0, coupled_decay=0, weight_decay=0)
 
 
 def initial_identity(place: Place, m: float) -> float:

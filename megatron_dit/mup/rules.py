@@ -108,7 +108,9 @@ class Param:
     @property
     def depth_rule(self) -> DepthRule:
         """Exponents of the depth multiplier."""
-        return depth_rule(self.place, self.mup.depth_exponent) if self.name.startswith("blocks.") else NO_RULE
+        if not self.name.startswith("blocks."):
+            return NO_RULE
+        return depth_rule(self.place, self.mup.depth_exponent, self.depth_multiplier)
 
     @property
     def multiplier(self) -> float:

@@ -112,7 +112,7 @@ def test_first_update_of_two_layer_branches_does_not_depend_on_the_depth(depth, 
     """The sum of L branches w b x, with b = 1 and w = 0, changes by lr * x * base depth, by hand."""
     base, lr, x = 2, 0.125, 3.0
     m = depth / base
-    end, inner = depth_rule(Place.BRANCH_END, alpha), depth_rule(Place.BRANCH, alpha)
+    end, inner = (depth_rule(place, alpha, m) for place in (Place.BRANCH_END, Place.BRANCH))
     b = [torch.ones((), requires_grad=True) for _ in range(depth)]
     w = [torch.zeros((), requires_grad=True) for _ in range(depth)]
     groups = [
@@ -197,6 +197,13 @@ def test_only_long_skips_start_with_a_part_of_the_identity():
     torch.testing.assert_close(initial_value(deeper[name], seed=3), expected)
 
 
+def test_long_skips_of_models_below_the_base_depth_start_like_those_at_it():
+    shallow, base = (param_specs(deep("uvit", **{"model.depth": 3, "mup.base_depth": depth})) for depth in (9, 3))
+    name = "blocks.2.skip.weight"
+    assert shallow[name].lr_multiplier == 3 * base[name].lr_multiplier
+    assert torch.equal(initial_value(shallow[name], seed=3), initial_value(base[name], seed=3))
+
+
 def test_depth_has_no_effect_under_standard_parametrization():
     config = deep("mmdit", **{"mup.enabled": False, "mup.scaled_eps": True})
     for param in param_specs(config).values():
@@ -227,8 +234,8 @@ def _slopes_over_depth(dataset, arch, exponent=-1, **overrides):
     from megatron_dit.mup import rules
     from megatron_dit.tuning.coord_check import Depth, coord_check, slopes
 
-    def rule(place, alpha):
-        found = depth_rule(place, alpha)
+    def rule(place, alpha, m):
+        found = depth_rule(place, alpha, m)
         return found if place is Place.BRANCH else replace(found, lr=exponent)
 
     options = {"mup.base_depth": BASE.get(arch, 2), "mup.depth_exponent": 0.5 if arch == "uvit" else 1.0}
