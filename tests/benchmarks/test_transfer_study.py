@@ -8,7 +8,9 @@ from dataclasses import replace
 import pytest
 
 from benchmarks import transfer_study
-from benchmarks.transfer_study import CONFIGS, HERE, ROLES, STUDIES, comparison, optima, promising
+from benchmarks.transfer.studies import CONFIGS, ROLES, STUDIES
+from benchmarks.transfer.tables import TRANSFERRED, comparison, optima, seeds_table
+from benchmarks.transfer_study import HERE, promising
 from megatron_dit.config import load
 from megatron_dit.tuning.report import settings
 from megatron_dit.tuning.space import SweepConfig
@@ -38,6 +40,11 @@ def example():
     return results(losses)
 
 
+def rows(found):
+    """Return results as they are in a results file."""
+    return [{"params": result.params, "loss": result.loss} for result in found]
+
+
 def test_optima_have_enough_seeds_and_the_lowest_mean():
     rows = optima(STUDY, settings(example()), 16)
     best = {(row["parametrization"], row["width"]): (row["best_lr"], row["loss"]) for row in rows}
@@ -55,6 +62,18 @@ def test_comparison_uses_the_hyperparameters_found_at_the_base_width():
         "| 128 | 1.2000 (0.2000 to 2.2000), 2^-1, [0.25, 1.0] | 0.5000 (0.5000 to 0.5000), 2^-3, [1.0, 1.0] "
         "| 0.4500 (0.4500 to 0.4500), 2^-3, [0.25, 1.0] |"
     )
+
+
+def test_fresh_seeds_are_compared_pairwise():
+    losses = {TRANSFERRED: [0.1, 0.2, 0.4], "standard": [0.11, 0.22, 0.44], "other": [0.1, 0.22, 0.4]}
+    found = [
+        {"label": label, "params": {"seed": seed}, "loss": loss}
+        for label, by_seed in losses.items()
+        for seed, loss in enumerate(by_seed)
+    ]
+    lines = seeds_table(found)
+    assert lines[3] == "| standard | 0.1100 | 0.2200 | 0.4400 | 0.2567 | +10.0% ± 0.0% |"
+    assert lines[4].endswith("| +3.3% ± 3.3% |")  # 0, 10 and 0%, whose standard deviation is 10 / sqrt(3)
 
 
 def test_the_best_settings_of_each_width_get_more_seeds():
@@ -99,9 +118,11 @@ def test_every_sweep_is_valid_for_its_architectures(monkeypatch):
         return results({(8, False, 0.5, 1.0, 1.0, 0): 0.5})
 
     monkeypatch.setattr(transfer_study, "run", fake_run)
+    monkeypatch.setattr(transfer_study, "read", lambda path: {"trials": dict.fromkeys(CONFIGS, rows(example()))})
     for study in STUDIES.values():
         for arch in study.architectures:
             transfer_study.run_study(study, arch)
+    assert counted["runs/transfer/width-mup-dit-fresh-0"] == counted["runs/transfer/width-standard-dit-fresh-2"] == 3
     assert counted["runs/transfer/depth-uvit"] == 32
     assert counted["runs/transfer/depth-none-uvit"] == 32
     assert len({folder.split("-")[0] for folder in counted}) > 3
