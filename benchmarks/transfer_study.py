@@ -32,25 +32,22 @@ HERE = Path(__file__).parent
 UNFINISHED = HERE / "results" / "unfinished"  # trials of studies that are not in a results file yet
 
 
-def sweep(
-    study: Study, name: str, arch: str, fixed: dict[str, Any] | None = None, suffix: str = "", **changes: Any
-) -> list[Result]:
-    """Run a sweep for an architecture and return its results, each with the values of ``study.keys``.
+def sweep_config(
+    name: str, arch: str, fixed: dict[str, Any] | None = None, suffix: str = "", **changes: Any
+) -> SweepConfig:
+    """Return the config of a sweep in benchmarks/transfer for an architecture.
 
     ``fixed`` has values of config keys, ``suffix`` ends the name of the folder, and ``changes`` has other keys of
     the sweep's config.
     """
     path = HERE / "transfer" / f"{name}-{arch}.yaml"
     config = load(SweepConfig, path if path.exists() else HERE / "transfer" / f"{name}.yaml")
-    return run(
-        study,
-        replace(
-            config,
-            base_config=f"configs/{CONFIGS[arch]}.yaml",
-            run_dir=f"runs/transfer/{name}-{arch}{suffix}",
-            overrides=[*config.overrides, *(f"{key}={value}" for key, value in (fixed or {}).items())],
-            **changes,
-        ),
+    return replace(
+        config,
+        base_config=f"configs/{CONFIGS[arch]}.yaml",
+        run_dir=f"runs/transfer/{name}-{arch}{suffix}",
+        overrides=[*config.overrides, *(f"{key}={value}" for key, value in (fixed or {}).items())],
+        **changes,
     )
 
 
@@ -93,7 +90,7 @@ def run_study(study: Study, arch: str) -> list[tuple[str, Result]]:
     if study.sweeps[0] == "width-proxy":
         return [("", result) for result in run_widths(study, arch)]
     names = [*study.sweeps, *(name for only, name in study.more if only == arch)]
-    return [("", result) for name in names for result in sweep(study, name, arch)]
+    return [("", result) for name in names for result in run(study, sweep_config(name, arch))]
 
 
 def run_fresh_seeds(study: Study, arch: str, seeds: Sequence[int]) -> list[tuple[str, Result]]:
@@ -111,7 +108,7 @@ def run_fresh_seeds(study: Study, arch: str, seeds: Sequence[int]) -> list[tuple
         if key not in done:  # the best setting with roles may have no factors
             fixed = {study.scale: largest, **values}
             space = {"seed": Dimension(choice=list(seeds))}
-            done[key] = sweep(study, name, arch, fixed, f"-fresh-{len(done)}", space=space)
+            done[key] = run(study, sweep_config(name, arch, fixed, f"-fresh-{len(done)}", space=space))
         results += [(label, result) for result in done[key]]
     return results
 
@@ -121,14 +118,14 @@ def run_widths(study: Study, arch: str) -> list[Result]:
 
     The best settings of the standard search, which has one seed, are run with two more seeds.
     """
-    proxies = sweep(study, "width-proxy", arch)
+    proxies = run(study, sweep_config("width-proxy", arch))
     chosen = dict(settings(proxies)[0].hyperparameters)
-    results = proxies + sweep(study, "width-mup", arch, {key: chosen[key] for key in ROLES})
-    standard = sweep(study, "width-standard", arch)
+    results = proxies + run(study, sweep_config("width-mup", arch, {key: chosen[key] for key in ROLES}))
+    standard = run(study, sweep_config("width-standard", arch))
     for number, setting in enumerate(promising(standard)):
         values = {study.scale: dict(setting.model)[study.scale], **dict(setting.hyperparameters)}
         seeds = {"seed": Dimension(choice=[1, 2])}
-        standard += sweep(study, "width-standard", arch, values, f"-seeds-{number}", space=seeds)
+        standard += run(study, sweep_config("width-standard", arch, values, f"-seeds-{number}", space=seeds))
     # At the base width both parametrizations are the same.
     return results + standard + [replace(r, params={**r.params, "mup.enabled": False}, seconds=0.0) for r in proxies]
 
