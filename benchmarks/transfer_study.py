@@ -2,9 +2,9 @@
 
     python -m data_prep toy data/scenes && python -m benchmarks.transfer_study [STUDY[:ARCH] ...]
 
-Studies: width, seeds (after width), depth, muon, longer, batch, duration, images-width, images-depth. The last two
-need a dataset of any captioned images: python -m data_prep encode SOURCE data/images --size 16 --tokens 16. Each study
-runs its sweeps in benchmarks/transfer for every architecture that is not in its results file,
+Studies: width, seeds (after width), depth, muon, longer, batch, batch-rule, duration, images-width, images-depth. The
+last two need a dataset of any captioned images: python -m data_prep encode SOURCE data/images --size 16 --tokens 16.
+Each study runs its sweeps in benchmarks/transfer for every architecture that is not in its results file,
 benchmarks/results/transfer-STUDY.json, and then writes that file, a table (.md) and a plot (.png). Finished trials are
 not repeated: those of an interrupted study are kept in benchmarks/results/unfinished. To repeat a study, delete its
 results file and runs/transfer.

@@ -53,6 +53,7 @@ STUDIES = {
         architectures=("mmdit", "dit", "pixart", "uvit"),
         parametrization="mup.base_depth",
         names=("without the rule", "with the rule"),
+        fewest_seeds=1,
         more=(("uvit", "depth-none"),),
     ),
     "muon": Study(
@@ -93,6 +94,13 @@ STUDIES = {
         sweeps=("batch",),
         scale="train.global_batch",
         column="batch",
+    ),
+    "batch-rule": Study(
+        title="The best base learning rate at eight times the batch, with the betas and eps of rule batch",
+        sweeps=("batch-rule",),
+        scale="train.global_batch",
+        column="batch",
+        architectures=("mmdit",),
     ),
     "duration": Study(
         title="The best base learning rate for different numbers of steps",
