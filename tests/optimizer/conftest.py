@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import pytest
 import torch
 
@@ -9,9 +11,20 @@ from megatron_dit.optimizer import adamw
 from tests.helpers.optimizers import skip_if_absent
 
 
-@pytest.fixture(scope="session")
-def compiled():
-    """Compile DeepSpeed's optimizers once, before ranks use them."""
-    for kind in (adamw.AVAILABLE["deepspeed"], adamw.OFFLOADED):
+@functools.cache
+def compile_once(kind):
+    kind.build([{"params": [torch.nn.Parameter(torch.zeros(1))]}])
+
+
+@pytest.fixture
+def compiled(request):
+    """Compile DeepSpeed's CPU Adam before ranks use it, and for slow tests also its FusedAdam.
+
+    On a CPU the two are the same code, and compiling each takes more than a minute.
+    """
+    kinds = [adamw.OFFLOADED]
+    if request.node.get_closest_marker("slow"):
+        kinds.append(adamw.AVAILABLE["deepspeed"])
+    for kind in kinds:
         skip_if_absent(kind)
-        kind.build([{"params": [torch.nn.Parameter(torch.zeros(1))]}])
+        compile_once(kind)

@@ -95,9 +95,9 @@ def test_run_prints_its_implementation_and_may_resume_with_another(compiled, dat
     values = {"data.path": str(dataset), "run_dir": str(tmp_path / "run"), "train.steps": 2}
     path, metrics = tmp_path / "config.yaml", tmp_path / "metrics.json"
     path.write_text(yaml.safe_dump(small_dict("mmdit", **values)))
-    out = finish_run(path, 1, "optimizer.implementation=deepspeed", "--json", str(metrics))
-    assert "optimizer: deepspeed.ops.adam.FusedAdam" in out
-    assert json.loads(metrics.read_text())["optimizer"] == "deepspeed.ops.adam.FusedAdam"
+    out = finish_run(path, 1, "--json", str(metrics))
+    assert "optimizer: torch.optim.AdamW(fused=True)" in out
+    assert json.loads(metrics.read_text())["optimizer"] == "torch.optim.AdamW(fused=True)"
     out = finish_run(path, 2, "train.steps=4", "optimizer.offload=true", "parallel.zero_stage=2")
     assert "resumed" in out
     assert "optimizer: deepspeed.ops.adam.DeepSpeedCPUAdam" in out
