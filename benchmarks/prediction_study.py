@@ -23,11 +23,12 @@ from megatron_dit.tuning.space import Dimension, SweepConfig
 from megatron_dit.tuning.study import Sweep
 
 STUDY = Study(title="", sweeps=("prediction",), scale="model.heads", column="width")
-PROXIES = {4: 720, 5: 460, 6: 320, 7: 235, 8: 180}  # steps by number of heads
+PROXIES = {7: 1600, 8: 1300, 9: 1040, 10: 860, 12: 600}  # steps by number of heads
 PROXY_SEEDS = (0, 1, 2)
-TARGETS = (12, 13, 14, 15, 16)  # numbers of heads
+TARGETS = (24, 25, 26, 27, 28)  # numbers of heads
 TARGET_SEEDS = (0, 1)
-STEPS = 800  # of the targets
+STEPS = 1600  # of the targets
+HEAD_DIM = 8
 OUT = HERE / "results" / "prediction"
 
 
@@ -82,7 +83,7 @@ def main() -> None:
     rows = predict(folders, config)  # before any target is trained
     OUT.with_suffix(".json").write_text(json.dumps({"lr": lr, "predictions": rows, "runs": []}, indent=1) + "\n")
     runs = [
-        {"width": 16 * result.params["model.heads"], "seed": result.params["seed"], "loss": result.loss}
+        {"width": HEAD_DIM * result.params["model.heads"], "seed": result.params["seed"], "loss": result.loss}
         for result in run(STUDY, config)
     ]
     OUT.with_suffix(".json").write_text(json.dumps({"lr": lr, "predictions": rows, "runs": runs}, indent=1) + "\n")

@@ -35,6 +35,7 @@ class Forecast:
     fit: Fit
     target: Run
     prediction: Prediction  # of the target; only of its last step unless ``with_curves``
+    held_out: Prediction | None  # of the largest proxy's last point by the others; None if they do not determine a law
 
     @property
     def extrapolation(self) -> float:
@@ -54,13 +55,29 @@ def forecast(folders: Sequence[Path], target: Config) -> Forecast:
     """
     connect()  # the model's layers, whose FLOPs are counted, belong to a process group
     proxies, with_curves = read_proxies(folders, target)
-    points, loss, index = _fitted_points(proxies)
-    _check_determined(points, with_curves)
-    fit = fit_with_intervals(points, loss, index, [proxy.losses for proxy in proxies])
+    fit, points = _fit(proxies, with_curves)
     run = Run(target)
-    found = Forecast(proxies, with_curves, fit, run, _predict(fit, run, points, with_curves))
+    prediction = _predict(fit, run, points, with_curves)
+    found = Forecast(proxies, with_curves, fit, run, prediction, _predict_largest(proxies, with_curves))
     _warn_about_extrapolation(found)
     return found
+
+
+def _fit(proxies: Sequence[Proxy], with_curves: bool) -> tuple[Fit, Points]:
+    points, loss, index = _fitted_points(proxies)
+    _check_determined(points, with_curves)
+    return fit_with_intervals(points, loss, index, [proxy.losses for proxy in proxies]), points
+
+
+def _predict_largest(proxies: Sequence[Proxy], with_curves: bool) -> Prediction | None:
+    *others, largest = proxies
+    try:
+        fit, _ = _fit(others, with_curves)
+    except UserError:  # too few proxies are left
+        return None
+    step = largest.curve[-1][0]
+    loss, low, high = fit.predict(_points(largest, step))
+    return Prediction(steps=[round(step)], loss=loss.tolist(), low=low.tolist(), high=high.tolist())
 
 
 def _warn_about_extrapolation(found: Forecast) -> None:
@@ -172,6 +189,18 @@ def _lines(found: Forecast) -> list[str]:
         f"target: {target.parameters:,} parameters, {target.samples:,} samples, {target.flops:.2e} FLOPs "
         f"({found.extrapolation:.3g} times the largest proxy)",
         f"predicted final loss: {prediction.loss[-1]:.5g} [{prediction.low[-1]:.5g}, {prediction.high[-1]:.5g}]",
+        *_lines_of_held_out(found),
+    ]
+
+
+def _lines_of_held_out(found: Forecast) -> list[str]:
+    held_out, measured = found.held_out, found.proxies[-1].curve[-1][1]
+    if held_out is None:
+        return []
+    (loss,), (low,), (high,) = held_out.loss, held_out.low, held_out.high
+    return [
+        f"test: the other proxies predict {loss:.5g} [{low:.5g}, {high:.5g}] for the largest one; measured: "
+        f"{measured:.5g} ({100 * (measured / loss - 1):+.1f}%)"
     ]
 
 
@@ -180,6 +209,7 @@ def results_of(found: Forecast) -> dict[str, Any]:
     return {
         "with_curves": found.with_curves,
         "law": {name: dict(zip(("value", "low", "high"), v, strict=True)) for name, v in found.fit.intervals().items()},
+        "held_out": None if found.held_out is None else asdict(found.held_out),
         "proxies": [
             {
                 "sweep": str(proxy.folder),

@@ -107,13 +107,31 @@ def test_curves_recover_the_law_without_runs_of_several_lengths(curves, tmp_path
     assert (prediction["steps"][0], prediction["steps"][-1]) == (66, 1000)  # from the middle of steps 61 to 70
     expected = [law(size_of(16), 4 * step) for step in prediction["steps"]]
     assert prediction["loss"] == pytest.approx(expected, rel=2e-3)
-    assert (
-        "proxies: losses during training, as the schedule does not depend on the number of steps"
-        in capsys.readouterr().out
-    )
+    printed = capsys.readouterr().out
+    assert "proxies: losses during training, as the schedule does not depend on the number of steps" in printed
+    assert results["held_out"] is None  # three sizes on the law leave no estimate of their scatter
+    assert "test:" not in printed
     for folder in (tmp_path / "out", tmp_path / "target"):
         assert read_prediction(folder) == Prediction(**prediction)
     assert (tmp_path / "out" / "fit.png").stat().st_size > 10_000
+
+
+def test_the_largest_proxy_is_predicted_by_the_others(tmp_path, dataset, capsys):
+    heads = [1, 2, 3, 4, 8]
+    base = {"train.steps": 200, "train.log_every": 1}
+    config = plant(
+        write_sweep(tmp_path, dataset, {"model.heads": {"choice": heads}}, base=base),
+        [({"model.heads": each}, "complete", law(size_of(each), 800)) for each in heads],
+    )
+    for number, each in enumerate(heads):
+        above = 1.1 if each == 8 else 1.0
+        plant_metrics(config, number, [above * law(size_of(each), 4 * step) for step in range(1, 201)])
+    results = fitted(tmp_path, config.folder)
+    (step, measured), held_out = results["proxies"][-1]["curve"][-1], results["held_out"]
+    assert held_out["loss"] == pytest.approx([law(size_of(8), 4 * step)], rel=2e-3)
+    assert held_out["low"] <= held_out["loss"] <= held_out["high"]
+    assert f"measured: {measured:.5g} (+{100 * (measured / held_out['loss'][0] - 1):.1f}%)" in capsys.readouterr().out
+    assert measured / held_out["loss"][0] == pytest.approx(1.1, rel=2e-3)
 
 
 def test_curves_of_schedule_wsd_end_before_its_decay(tmp_path, dataset):
