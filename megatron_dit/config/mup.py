@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated
 
-from megatron_dit.config.keys import FilePath, Interval, NonNegative, Positive, Section, Size, check, check_choice, key
+from megatron_dit.config.keys import FilePath, Interval, NonNegative, Positive, Section, Size, check, key
 from megatron_dit.models.registry import init_presets
 
 if TYPE_CHECKING:
@@ -100,15 +100,14 @@ class InitConfig(Section):
 
     prefix = "init."
 
-    preset: str = key("default (Kaiming normal), or the initialization of an original project", "default")
+    preset: str = key(
+        "default (Kaiming normal), or a preset of the architecture, such as that of its original project", "default"
+    )
     std: InitStd = key("standard deviations by role", factory=InitStd)
     zero_output: bool = key("initialize the readout to zero; false: standard deviation 1 / sqrt(base fan-in)", True)
     zero_adaln: bool | None = key(
         "initialize adaLN to zero (true) or with standard deviation 1 / sqrt(fan-in) (false); null: as the preset", None
     )
-
-    def check(self) -> None:
-        check_choice("init.preset", self.preset, tuple(init_presets()))
 
     @property
     def rules(self) -> Mapping[str, InitRule]:

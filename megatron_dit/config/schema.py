@@ -49,6 +49,7 @@ class Config(Section):
 
     def check(self) -> None:
         check(bool(self.run_dir), "run_dir is empty: expected a folder")
+        self._check_init()
         self._check_objective()
         self._check_schedule()
         self._check_layout()
@@ -58,6 +59,13 @@ class Config(Section):
     def objective_name(self) -> str:
         assert self.objective.name is not None  # set when the config is created
         return self.objective.name
+
+    def _check_init(self) -> None:
+        presets, arch = ("default", *self.model.spec.init_presets), self.model.arch
+        check(
+            self.init.preset in presets,
+            f"init.preset={self.init.preset!r}: expected {' or '.join(presets)} for model.arch={arch}",
+        )
 
     def _check_objective(self) -> None:
         model, name = self.model, self.objective_name

@@ -238,7 +238,7 @@ def _slopes_over_depth(dataset, arch, exponent=-1, **overrides):
         found = depth_rule(place, alpha, m)
         return found if place is Place.BRANCH else replace(found, lr=exponent)
 
-    options = {"mup.base_depth": BASE.get(arch, 2), "mup.depth_exponent": 0.5 if arch == "uvit" else 1.0}
+    options = {"mup.base_depth": BASE.get(arch, 2), "init.preset": "uvit-zero" if arch == "uvit" else "default"}
     options |= {"data.path": dataset, "optimizer.lr": 2**-5, "optimizer.grad_clip": None}
     depths = [3, 5, 9, 17] if arch == "uvit" else [2, 4, 8, 16]
     config = small(arch, **{**options, "model.depth": depths[0], **overrides})

@@ -162,6 +162,15 @@ def test_mup_at_base_width_is_bit_equal_to_standard_parametrization(pool, datase
     assert all(torch.equal(value, plain_run[1][name]) for name, value in mup_run[1].items())
 
 
+def test_uvit_zero_starts_every_branch_at_zero():
+    zero, default = (
+        {name for name, param in param_specs(small("uvit", **{"init.preset": preset})).items() if not param.init_std}
+        for preset in ("uvit-zero", "default")
+    )
+    depth = small("uvit").model.depth
+    assert zero - default == {f"blocks.{i}.{last}.weight" for i in range(depth) for last in ("out", "mlp.fc2")}
+
+
 def test_invalid_options_are_rejected(tmp_path, capsys):
     import yaml
 
@@ -170,7 +179,8 @@ def test_invalid_options_are_rejected(tmp_path, capsys):
     path = tmp_path / "c.yaml"
     path.write_text(yaml.safe_dump(small_dict("dit")))
     for override, words in (
-        ("init.preset=kaiming", "init.preset='kaiming'"),
+        ("init.preset=kaiming", "init.preset='kaiming': expected default or dit or dit-mup for model.arch=dit"),
+        ("init.preset=uvit-zero", "init.preset='uvit-zero': expected default or dit or dit-mup"),
         ("init.std.hidden=-1", "init.std.hidden=-1"),
     ):
         assert run(["mup", str(path), override]) == 2

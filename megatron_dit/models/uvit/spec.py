@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from megatron_dit.models.spec import ArchitectureSpec, TokenSequence
-from megatron_dit.mup.init_rules import FAN_IN, normal
+from megatron_dit.mup.init_rules import FAN_IN, ZERO, normal
 from megatron_dit.runtime.errors import UserError
 
 if TYPE_CHECKING:
@@ -32,6 +32,8 @@ class UViTSpec(ArchitectureSpec):
             "label_embed.table": normal(1.0),
             "*.weight": normal(0.02),
         },
+        # Every residual branch starts at zero, as with the gates of adaLN-Zero.
+        "uvit-zero": {"blocks.*.out.weight": ZERO, "blocks.*.fc2.weight": ZERO},
     }
 
     def uses_labels(self, config: ModelConfig) -> bool:
