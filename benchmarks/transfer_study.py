@@ -83,33 +83,32 @@ def keep(kept: Path, config: SweepConfig) -> None:
     kept.write_text("".join(json.dumps(asdict(result)) + "\n" for result in found))
 
 
-def run_study(study: Study, arch: str) -> list[tuple[str, Result]]:
-    """Run the sweeps of a study for an architecture; return the results, each with a label."""
-    if study.fresh_seeds is not None:
-        return run_fresh_seeds(study, arch, study.fresh_seeds)
+def run_study(study: Study, arch: str) -> list[Result]:
+    """Run the sweeps of a study for an architecture."""
+    if study.fresh_seeds:
+        return run_fresh_seeds(study, arch)
     if study.sweeps[0] == "width-proxy":
-        return [("", result) for result in run_widths(study, arch)]
+        return run_widths(study, arch)
     names = [*study.sweeps, *(name for only, name in study.more if only == arch)]
-    return [("", result) for name in names for result in run(study, sweep_config(name, arch))]
+    return [result for name in names for result in run(study, sweep_config(name, arch))]
 
 
-def run_fresh_seeds(study: Study, arch: str, seeds: Sequence[int]) -> list[tuple[str, Result]]:
+def run_fresh_seeds(study: Study, arch: str) -> list[Result]:
     """Run the settings that the study of widths compares at the greatest width; it has to be complete.
 
     The best of many settings owes a part of its low loss to the noise of its seeds, which other seeds do not repeat.
     """
-    found = settings(results_of(read(HERE / "results" / "transfer-width.json")["trials"][arch]))
-    largest = sizes(STUDIES["width"], found)[-1]
-    results, done = [], {}
-    for label, setting in compared(STUDIES["width"], found, largest).items():
-        model, values = dict(setting.model), dict(setting.hyperparameters)
+    widths = settings(results_of(read(HERE / "results" / "transfer-width.json")["trials"][arch]))
+    chosen: list[Setting] = []  # the best one with roles may have no factors, and then is there twice
+    for setting in compared(STUDIES["width"], widths, sizes(STUDIES["width"], widths)[-1]).values():
+        chosen += [setting] if setting not in chosen else []
+    results = []
+    for number, setting in enumerate(chosen):
+        model = dict(setting.model)
         name = "width-mup" if model[study.parametrization] else "width-standard"
-        key = (name, *sorted(values.items()))
-        if key not in done:  # the best setting with roles may have no factors
-            fixed = {study.scale: largest, **values}
-            space = {"seed": Dimension(choice=list(seeds))}
-            done[key] = run(study, sweep_config(name, arch, fixed, f"-fresh-{len(done)}", space=space))
-        results += [(label, result) for result in done[key]]
+        fixed = {study.scale: model[study.scale], **dict(setting.hyperparameters)}
+        space = {"seed": Dimension(choice=list(study.fresh_seeds))}
+        results += run(study, sweep_config(name, arch, fixed, f"-fresh-{number}", space=space))
     return results
 
 
@@ -153,11 +152,8 @@ def report(name: str, only: str | None) -> None:
         if arch not in stored["trials"]:
             results = run_study(study, arch)
             stored = read(out.with_suffix(".json"))  # another process may have added an architecture
-            stored["trials"][arch] = [
-                {"params": result.params, "loss": result.loss, **({"label": label} if label else {})}
-                for label, result in results
-            ]
-            stored["core_hours"] += sum(result.seconds for _, result in results) / 3600
+            stored["trials"][arch] = [{"params": result.params, "loss": result.loss} for result in results]
+            stored["core_hours"] += sum(result.seconds for result in results) / 3600
             out.with_suffix(".json").write_text(json.dumps(stored) + "\n")
             for sweep_name in [*study.sweeps, *(extra for _, extra in study.more)]:
                 for path in UNFINISHED.glob(f"{sweep_name}-{arch}*.jsonl"):
@@ -166,7 +162,7 @@ def report(name: str, only: str | None) -> None:
     config = load(SweepConfig, HERE / "transfer" / f"{study.sweeps[0]}.yaml")
     unit = config.base.model.head_dim if study.scale == "model.heads" else 1
     lines = markdown(name, study, stored, unit)
-    if study.fresh_seeds is None:
+    if not study.fresh_seeds:
         draw(study, stored["trials"], config).savefig(out.with_suffix(".png"), dpi=110)
     out.with_suffix(".json").write_text(json.dumps(stored, indent=1) + "\n")
     out.with_suffix(".md").write_text("\n".join(lines) + "\n")

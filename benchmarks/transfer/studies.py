@@ -22,7 +22,7 @@ class Study:
     fewest_seeds: int = 2  # settings with fewer seeds cannot be an optimum
     lr_key: str = "optimizer.lr"
     more: tuple[tuple[str, str], ...] = ()  # (architecture, sweep) of sweeps for one architecture
-    fresh_seeds: tuple[int, ...] | None = None  # seeds for the settings that study "width" chose, instead of a search
+    fresh_seeds: tuple[int, ...] = ()  # seeds for the settings that study "width" chose, instead of a search
 
     @property
     def keys(self) -> tuple[str, ...]:

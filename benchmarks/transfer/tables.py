@@ -14,8 +14,6 @@ from megatron_dit.tuning.report import Setting, draw_lr, settings, show
 from megatron_dit.tuning.space import SweepConfig
 from megatron_dit.tuning.trial import Result
 
-TRANSFERRED = "μP, transferred"
-
 
 def results_of(rows: Sequence[dict[str, Any]]) -> list[Result]:
     """Return the trials of a results file."""
@@ -70,7 +68,7 @@ def compared(study: Study, found: Sequence[Setting], size: int) -> dict[str, Set
 
     chosen = dict(best(sizes(study, found)[0], True, {}).hyperparameters)
     return {
-        TRANSFERRED: best(size, True, chosen),
+        "μP, transferred": best(size, True, chosen),
         "standard, its best learning rate": best(size, False, dict.fromkeys(ROLES, 1.0)),
         "standard, searched with roles": best(size, False, {}),
     }
@@ -93,23 +91,24 @@ def comparison(study: Study, found: Sequence[Setting], unit: int) -> list[str]:
     ]
 
 
-def seeds_table(rows: Sequence[dict[str, Any]]) -> list[str]:
-    """Return a table of settings by label: the loss of each seed, and the mean difference from μP with its error."""
-    losses: dict[str, dict[int, float]] = {}
-    for row in rows:
-        losses.setdefault(row["label"], {})[row["params"]["seed"]] = row["loss"]
-    seeds = sorted(losses[TRANSFERRED])
-    reference = np.array([losses[TRANSFERRED][seed] for seed in seeds])
-    lines = ["| setting | " + " | ".join(f"seed {seed}" for seed in seeds) + " | mean | relative to μP |"]
-    lines.append("|---|" + "---|" * (len(seeds) + 2))
-    for label, by_seed in losses.items():
-        found = np.array([by_seed[seed] for seed in seeds])
-        change = 100 * (found / reference - 1)
-        error = change.std(ddof=1) / math.sqrt(len(seeds))
-        relative = "" if label == TRANSFERRED else f"{change.mean():+.1f}% ± {error:.1f}%"
-        cells = [*(f"{loss:.4f}" for loss in found), f"{found.mean():.4f}", relative]
-        lines.append(f"| {label} | " + " | ".join(cells) + " |")
-    return [*lines, "\nThe last column is the mean over the seeds, with its standard error."]
+def seeds_table(study: Study, found: Sequence[Setting]) -> list[str]:
+    """Return a table of settings: the loss of each seed, and the mean difference from μP with its standard error."""
+
+    def losses(setting: Setting) -> np.ndarray:
+        by_seed = {trial.params["seed"]: trial.loss for trial in setting.trials}
+        return np.array([by_seed[seed] for seed in study.fresh_seeds])
+
+    reference = next(losses(s) for s in found if dict(s.model)[study.parametrization])
+    lines = ["| setting | " + " | ".join(f"seed {seed}" for seed in study.fresh_seeds) + " | mean | relative to μP |"]
+    lines.append("|---|" + "---|" * (len(study.fresh_seeds) + 2))
+    for setting in found:
+        scaled, row = dict(setting.model)[study.parametrization], summary(setting, study.lr_key)
+        change = 100 * (losses(setting) / reference - 1)
+        error = change.std(ddof=1) / math.sqrt(len(change))
+        cells = [f"{study.names[scaled]}, {row['best_lr']}, {row['roles']}", *(f"{x:.4f}" for x in losses(setting))]
+        cells += [f"{row['loss']:.4f}", "" if scaled else f"{change.mean():+.1f}% ± {error:.1f}%"]
+        lines.append("| " + " | ".join(cells) + " |")
+    return [*lines, "\nSetting: parametrization, base learning rate, factors of the input and vector roles."]
 
 
 def optima_table(study: Study, best: Sequence[dict[str, Any]]) -> list[str]:
@@ -141,17 +140,14 @@ def markdown(name: str, study: Study, stored: dict[str, Any], unit: int) -> list
         f"# {study.title}\n",
         f"`python -m benchmarks.transfer_study {name}`, {stored['core_hours']:.1f} core-hours.",
     ]
-    if study.fresh_seeds is None:
-        lines.append(f"\n![Loss against base learning rate by {study.column}](transfer-{name}.png)")
-    stored["optima"] = {}
-    for arch, rows in stored["trials"].items():
-        lines.append(f"\n## {arch}, {len(rows)} trials\n")
-        if study.fresh_seeds is not None:
-            lines += seeds_table(rows)
-            continue
-        found = settings(results_of(rows))
-        stored["optima"][arch] = optima(study, found, unit)
-        lines += optima_table(study, stored["optima"][arch])
+    found = {arch: settings(results_of(rows)) for arch, rows in stored["trials"].items()}
+    headings = {arch: f"\n## {arch}, {len(rows)} trials\n" for arch, rows in stored["trials"].items()}
+    if study.fresh_seeds:
+        return lines + [line for arch in found for line in (headings[arch], *seeds_table(study, found[arch]))]
+    lines.append(f"\n![Loss against base learning rate by {study.column}](transfer-{name}.png)")
+    stored["optima"] = {arch: optima(study, each, unit) for arch, each in found.items()}
+    for arch, each in found.items():
+        lines += [headings[arch], *optima_table(study, stored["optima"][arch])]
         if name == "width":
-            lines += comparison(study, found, unit)
+            lines += comparison(study, each, unit)
     return lines

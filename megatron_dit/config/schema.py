@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Annotated
 
 from megatron_dit.config.data import DataConfig
-from megatron_dit.config.keys import FilePath, Interval, Section, check, key
+from megatron_dit.config.keys import FilePath, Interval, Section, check, check_choice, key
 from megatron_dit.config.model import ModelConfig
 from megatron_dit.config.mup import InitConfig, MupConfig
 from megatron_dit.config.objective import ObjectiveConfig
@@ -49,7 +49,7 @@ class Config(Section):
 
     def check(self) -> None:
         check(bool(self.run_dir), "run_dir is empty: expected a folder")
-        self._check_init()
+        check_choice("init.preset", self.init.preset, ("default", *self.model.spec.init_presets))
         self._check_objective()
         self._check_schedule()
         self._check_layout()
@@ -59,13 +59,6 @@ class Config(Section):
     def objective_name(self) -> str:
         assert self.objective.name is not None  # set when the config is created
         return self.objective.name
-
-    def _check_init(self) -> None:
-        presets, arch = ("default", *self.model.spec.init_presets), self.model.arch
-        check(
-            self.init.preset in presets,
-            f"init.preset={self.init.preset!r}: expected {' or '.join(presets)} for model.arch={arch}",
-        )
 
     def _check_objective(self) -> None:
         model, name = self.model, self.objective_name

@@ -58,4 +58,4 @@ def depth_rule(place: Place, alpha: float, m: float) -> DepthRule:
 
 def initial_identity(place: Place, m: float) -> float:
     """Return the multiple of the identity in a weight's initial values, for the inputs that are the stream."""
-    return math.sqrt(max(0.0, 1 - 1 / m)) if place is Place.STREAM else 0.0
+    return math.sqrt(1 - 1 / m) if place is Place.STREAM and m > 1 else 0.0

@@ -9,7 +9,7 @@ import pytest
 
 from benchmarks import transfer_study
 from benchmarks.transfer.studies import CONFIGS, ROLES, STUDIES
-from benchmarks.transfer.tables import TRANSFERRED, comparison, optima, seeds_table
+from benchmarks.transfer.tables import comparison, optima, seeds_table
 from benchmarks.transfer_study import HERE, promising
 from megatron_dit.config import load
 from megatron_dit.tuning.report import settings
@@ -65,15 +65,22 @@ def test_comparison_uses_the_hyperparameters_found_at_the_base_width():
 
 
 def test_fresh_seeds_are_compared_pairwise():
-    losses = {TRANSFERRED: [0.1, 0.2, 0.4], "standard": [0.11, 0.22, 0.44], "other": [0.1, 0.22, 0.4]}
-    found = [
-        {"label": label, "params": {"seed": seed}, "loss": loss}
-        for label, by_seed in losses.items()
-        for seed, loss in enumerate(by_seed)
-    ]
-    lines = seeds_table(found)
-    assert lines[3] == "| standard | 0.1100 | 0.2200 | 0.4400 | 0.2567 | +10.0% ± 0.0% |"
-    assert lines[4].endswith("| +3.3% ± 3.3% |")  # 0, 10 and 0%, whose standard deviation is 10 / sqrt(3)
+    losses = {
+        (16, True, 0.5): [0.1, 0.2, 0.4],
+        (16, False, 0.5): [0.11, 0.22, 0.44],
+        (16, False, 0.25): [0.1, 0.22, 0.4],
+    }
+    found = results(
+        {
+            (*key, 1.0, 1.0, seed): loss
+            for key, each in losses.items()
+            for seed, loss in zip((3, 4, 5), each, strict=True)
+        }
+    )
+    lines = seeds_table(STUDIES["seeds"], settings(found))
+    assert "| standard, 2^-1, [1.0, 1.0] | 0.1100 | 0.2200 | 0.4400 | 0.2567 | +10.0% ± 0.0% |" in lines
+    (other,) = (line for line in lines if line.startswith("| standard, 2^-2"))
+    assert other.endswith("| +3.3% ± 3.3% |")  # 0, 10 and 0%, whose standard deviation is 10 / sqrt(3)
 
 
 def test_the_best_settings_of_each_width_get_more_seeds():

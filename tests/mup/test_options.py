@@ -179,8 +179,8 @@ def test_invalid_options_are_rejected(tmp_path, capsys):
     path = tmp_path / "c.yaml"
     path.write_text(yaml.safe_dump(small_dict("dit")))
     for override, words in (
-        ("init.preset=kaiming", "init.preset='kaiming': expected default or dit or dit-mup for model.arch=dit"),
-        ("init.preset=uvit-zero", "init.preset='uvit-zero': expected default or dit or dit-mup"),
+        ("init.preset=kaiming", "init.preset='kaiming': expected one of default, dit, dit-mup"),
+        ("init.preset=uvit-zero", "init.preset='uvit-zero': expected one of default, dit, dit-mup"),
         ("init.std.hidden=-1", "init.std.hidden=-1"),
     ):
         assert run(["mup", str(path), override]) == 2
