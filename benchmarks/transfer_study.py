@@ -2,8 +2,9 @@
 
     python -m data_prep toy data/scenes && python -m benchmarks.transfer_study [STUDY[:ARCH] ...]
 
-Studies: width, seeds (after width), depth, muon, longer, batch, batch-rule, duration, images-width, images-depth. The
-last two need a dataset of any captioned images: python -m data_prep encode SOURCE data/images --size 16 --tokens 16.
+Studies: width, linear, seeds (after width), depth, muon, longer, batch, batch-rule, duration, images-width,
+images-depth. The last two need a dataset of captioned images: python -m data_prep encode SOURCE data/images --size 16
+--tokens 16.
 Each study runs its sweeps in benchmarks/transfer for every architecture that is not in its results file,
 benchmarks/results/transfer-STUDY.json, and then writes that file, a table (.md) and a plot (.png). Finished trials are
 not repeated: those of an interrupted study are kept in benchmarks/results/unfinished. To repeat a study, delete its
@@ -87,10 +88,21 @@ def run_study(study: Study, arch: str) -> list[Result]:
     """Run the sweeps of a study for an architecture."""
     if study.fresh_seeds:
         return run_fresh_seeds(study, arch)
-    if study.sweeps[0] == "width-proxy":
+    if study.against_standard:
         return run_widths(study, arch)
     names = [*study.sweeps, *(name for only, name in study.more if only == arch)]
-    return [result for name in names for result in run(study, sweep_config(name, arch))]
+    return [result for name in names for result in run(study, sized(study, name, arch))]
+
+
+def sized(study: Study, name: str, arch: str, fixed: dict[str, Any] | None = None) -> SweepConfig:
+    """Return the config of one of the study's sweeps, without the sizes that are too large for the architecture."""
+    config = sweep_config(name, arch, fixed)
+    largest = dict(study.largest).get(arch)
+    choice = config.space[study.scale].choice if study.scale in config.space else None
+    if largest is None or choice is None:
+        return config
+    smaller = Dimension(choice=[size for size in choice if size <= largest])
+    return replace(config, space={**config.space, study.scale: smaller})
 
 
 def run_fresh_seeds(study: Study, arch: str) -> list[Result]:
@@ -117,14 +129,15 @@ def run_widths(study: Study, arch: str) -> list[Result]:
 
     The best settings of the standard search, which has one seed, are run with two more seeds.
     """
-    proxies = run(study, sweep_config("width-proxy", arch))
+    base, transferred, own = study.sweeps
+    proxies = run(study, sized(study, base, arch))
     chosen = dict(settings(proxies)[0].hyperparameters)
-    results = proxies + run(study, sweep_config("width-mup", arch, {key: chosen[key] for key in ROLES}))
-    standard = run(study, sweep_config("width-standard", arch))
+    results = proxies + run(study, sized(study, transferred, arch, {key: chosen[key] for key in ROLES}))
+    standard = run(study, sized(study, own, arch))
     for number, setting in enumerate(promising(standard)):
         values = {study.scale: dict(setting.model)[study.scale], **dict(setting.hyperparameters)}
         seeds = {"seed": Dimension(choice=[1, 2])}
-        standard += run(study, sweep_config("width-standard", arch, values, f"-seeds-{number}", space=seeds))
+        standard += run(study, sweep_config(own, arch, values, f"-seeds-{number}", space=seeds))
     # At the base width both parametrizations are the same.
     return results + standard + [replace(r, params={**r.params, "mup.enabled": False}, seconds=0.0) for r in proxies]
 

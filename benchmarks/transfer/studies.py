@@ -22,6 +22,8 @@ class Study:
     fewest_seeds: int = 2  # settings with fewer seeds cannot be an optimum
     lr_key: str = "optimizer.lr"
     more: tuple[tuple[str, str], ...] = ()  # (architecture, sweep) of sweeps for one architecture
+    against_standard: bool = False  # search at the base size, transfer, and search again under standard parametrization
+    largest: tuple[tuple[str, int], ...] = ()  # (architecture, largest size), if not all of those in the sweeps
     fresh_seeds: tuple[int, ...] = ()  # seeds for the settings that study "width" chose, instead of a search
 
     @property
@@ -37,6 +39,17 @@ STUDIES = {
         scale="model.heads",
         column="width",
         fewest_seeds=3,
+        against_standard=True,
+    ),
+    "linear": Study(
+        title="Transfer of base hyperparameters across widths, with a learning rate that falls linearly to zero",
+        sweeps=("linear-proxy", "linear-mup", "linear-standard"),
+        scale="model.heads",
+        column="width",
+        architectures=("dit", "pixart", "uvit"),
+        fewest_seeds=3,
+        against_standard=True,
+        largest=(("pixart", 8), ("uvit", 8)),
     ),
     "seeds": Study(
         title="The settings that the study of widths chose, with seeds that the choice did not use",

@@ -148,6 +148,6 @@ def markdown(name: str, study: Study, stored: dict[str, Any], unit: int) -> list
     stored["optima"] = {arch: optima(study, each, unit) for arch, each in found.items()}
     for arch, each in found.items():
         lines += [headings[arch], *optima_table(study, stored["optima"][arch])]
-        if name == "width":
+        if study.against_standard:
             lines += comparison(study, each, unit)
     return lines

@@ -131,6 +131,7 @@ def test_every_sweep_is_valid_for_its_architectures(monkeypatch):
             transfer_study.run_study(study, arch)
     assert counted["runs/transfer/width-mup-dit-fresh-0"] == counted["runs/transfer/width-standard-dit-fresh-2"] == 3
     assert counted["runs/transfer/depth-uvit"] == 32
+    assert counted["runs/transfer/linear-mup-dit"] == 3 * counted["runs/transfer/linear-mup-uvit"] / 2 == 36
     assert counted["runs/transfer/depth-none-uvit"] == 32
     assert len({folder.split("-")[0] for folder in counted}) > 3
     for path in (HERE / "transfer").glob("*.yaml"):
