@@ -76,6 +76,7 @@ STUDIES = {
         column="width",
         fewest_seeds=1,
         lr_key="optimizer.muon_lr",
+        more=(("mmdit", "muon-wide"),),
     ),
     "images-width": Study(
         title="Transfer across widths on real images",
