@@ -156,10 +156,18 @@ class CheckpointReader:
 
     def weights(self, key: str, name: str) -> Tensor:
         """Return :meth:`full` for use in a model. Raises UserError if a value is not finite: training has diverged."""
-        full = self.full(key, name)
-        if not full.isfinite().all():
+        return self.shard(key, name, 0, 1)
+
+    def shard(self, key: str, name: str, tensor_rank: int, tensor_size: int) -> Tensor:
+        """Return a rank's tensor-parallel shard of :meth:`weights`."""
+        param = self.manifest["params"][name]
+        shape = list(param["shape"])
+        if param["dim"] is not None:
+            shape[param["dim"]] //= tensor_size
+        shard = self.part(key, name, tensor_rank, tensor_size, 0, math.prod(shape)).view(shape)
+        if not shard.isfinite().all():
             raise UserError(f"{self.folder} has NaN or infinite values in {key}/{name}; use an older checkpoint")
-        return full
+        return shard
 
     def part(self, key: str, name: str, tensor_rank: int, tensor_size: int, start: int, numel: int) -> Tensor:
         """Return elements [start, start + numel) of a flattened tensor-parallel shard.

@@ -8,17 +8,19 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-from megatron_dit.cli.arguments import input_path, number, output_image
+from megatron_dit.cli.arguments import file_path, input_path, number, output_image
 from megatron_dit.cli.command import Parser, add_command, write_json
+from megatron_dit.cli.ranks import ranks_argument, starts_ranks
 from megatron_dit.config.keys import Count, Fraction, Interval
+from megatron_dit.runtime import launcher
 from megatron_dit.runtime.errors import UserError
 from megatron_dit.runtime.io import check_output
+from megatron_dit.runtime.launch_environment import is_rank0, launch_environment
 from megatron_dit.runtime.text import printable
 
 if TYPE_CHECKING:  # imports of torch take seconds: each command imports what it needs
-    import numpy as np
-
-    from megatron_dit.sampling.generate import Sampler
+    from megatron_dit.config import Config
+    from megatron_dit.sampling.sampler import Drawing, Sampler
 
 
 def add_commands(commands: Any) -> None:
@@ -31,12 +33,35 @@ def add_commands(commands: Any) -> None:
         _sample,
     )
     _checkpoint_arguments(sample)
-    sample.add_argument(
-        "--prompt", action="append", required=True, help="caption or class number; may be given several times"
+    source = sample.add_mutually_exclusive_group(required=True)
+    source.add_argument("--prompt", action="append", help="caption or class number; may be given several times")
+    source.add_argument(
+        "--prompts",
+        type=input_path("--prompts"),
+        metavar="FILE",
+        help="file of prompts: .txt with one per line, or .csv, .tsv or .jsonl with a column prompt or caption; "
+        "-: the standard input",
     )
+    source.add_argument(
+        "--labels", choices=["equal", "random"], help="--count class numbers: as many of each, or drawn at random"
+    )
+    sample.add_argument("--count", type=number("--count", Count), metavar="N", help="number of images with --labels")
+    copies = number("--per-prompt", Count)
+    sample.add_argument("--per-prompt", type=copies, default=1, metavar="N", help="number of images of each prompt")
+    sample.add_argument("--negative-prompt", metavar="TEXT", help="caption to move away from")
     grid = output_image("--out", "grid.png")
     sample.add_argument("--out", type=grid, default="grid.png", metavar="FILE", help="file for the image grid")
+    sample.add_argument(
+        "--folder",
+        type=file_path("--folder"),
+        metavar="FOLDER",
+        help="write each image to a file in this folder, with a manifest, instead of a grid; run the same command "
+        "again to resume",
+    )
     sample.add_argument("--size", metavar="HxW", help="height and width in pixels; if omitted, the training size")
+    ranks_argument(sample, "number of ranks to start on this host; more than --tensor need --folder")
+    tensor = number("--tensor", Count)
+    sample.add_argument("--tensor", type=tensor, default=1, metavar="N", help="number of ranks that share the model")
 
     evaluate = add_command(
         commands,
@@ -75,6 +100,20 @@ def _checkpoint_arguments(command: Parser) -> None:
     command.add_argument(
         "--guidance", type=guidance, metavar="SCALE", help="classifier-free guidance scale; if omitted, the config's"
     )
+    command.add_argument(
+        "--guidance-interval",
+        type=_interval,
+        metavar="LOW,HIGH",
+        help="guide only where t, from 1 (noise) to 0, is between these; if omitted, the config's",
+    )
+    rescale = number("--guidance-rescale", float)
+    command.add_argument(
+        "--guidance-rescale",
+        type=rescale,
+        metavar="PART",
+        help="part by which the standard deviation of guided predictions is moved to that of unguided ones; if "
+        "omitted, the config's",
+    )
     command.add_argument("--no-ema", action="store_true", help="use the trained weights instead of their EMA")
     batch = number("--batch", Count)
     command.add_argument("--batch", type=batch, default=64, metavar="N", help="number of images to generate at a time")
@@ -87,15 +126,63 @@ def _checkpoint_arguments(command: Parser) -> None:
 
 
 def _sample(arguments: argparse.Namespace) -> int:
-    from megatron_dit.sampling.grid import save_grid
-
+    _check_ranks(arguments)
     size = _size(arguments.size)
-    with _explain_out_of_memory(arguments):
-        images = _generate(_sampler(arguments), arguments, arguments.prompt, size)
-    save_grid(images, arguments.prompt, arguments.out)
-    print(f"wrote {len(images)} images to {printable(arguments.out)}")
-    write_json(arguments, {"prompts": arguments.prompt, "out": str(arguments.out), "seed": arguments.seed})
+    if starts_ranks(arguments):
+        return launcher.run_ranks(arguments.argv, arguments.procs)
+    from megatron_dit.parallel.startup import multi_rank_command
+
+    with multi_rank_command(), _explain_out_of_memory(arguments):
+        return _sample_on_this_rank(arguments, size)
+
+
+def _check_ranks(arguments: argparse.Namespace) -> None:
+    """Raise UserError unless the ranks, of ``--procs`` or of another launcher, can share the work."""
+    ranks, tensor = max(arguments.procs, launch_environment().world), arguments.tensor
+    if ranks % tensor:
+        raise UserError(f"{ranks} ranks are not divisible by --tensor {tensor}; start a multiple of {tensor}")
+    if ranks > tensor and arguments.folder is None:
+        raise UserError(f"{ranks} ranks with --tensor {tensor} need --folder: only --tensor ranks generate a grid")
+
+
+def _sample_on_this_rank(arguments: argparse.Namespace, size: tuple[int, int] | None) -> int:
+    from megatron_dit.sampling.folder import write_images
+    from megatron_dit.sampling.grid import save_grid
+    from megatron_dit.sampling.prompts import requests
+
+    sampler = _sampler(arguments, arguments.tensor)
+    images = requests(_prompts(arguments, sampler.config.model.num_classes), arguments.per_prompt)
+    drawing = _drawing(arguments, sampler.config, size, arguments.negative_prompt)
+    results = {"prompts": arguments.prompt, "count": len(images), "seed": arguments.seed}
+    if arguments.folder is not None:
+        written = write_images(sampler, images, drawing, arguments.folder, arguments.batch)
+        if is_rank0():
+            print(f"wrote {written} of {len(images)} images to {printable(arguments.folder)}; the others were there")
+        write_json(arguments, {**results, "folder": str(arguments.folder), "written": written})
+        return 0
+    drawn = sampler.draw(images, drawing, batch=arguments.batch, show=is_rank0())
+    if is_rank0():
+        save_grid(drawn, [image.prompt for image in images], arguments.out)
+        print(f"wrote {len(drawn)} images to {printable(arguments.out)}")
+    write_json(arguments, {**results, "out": str(arguments.out)})
     return 0
+
+
+def _prompts(arguments: argparse.Namespace, classes: int) -> list[str]:
+    """Return the prompts or class numbers that the arguments name."""
+    from megatron_dit.sampling.prompts import labels, read_prompts
+
+    if arguments.count is not None and arguments.labels is None:
+        raise UserError(f"--count {arguments.count} without --labels; --per-prompt is the number of images of a prompt")
+    if arguments.prompts is not None:
+        return read_prompts(arguments.prompts)
+    if arguments.labels is None:
+        return arguments.prompt
+    if arguments.count is None:
+        raise UserError(f"--labels {arguments.labels} needs --count, the number of images")
+    if not classes:
+        raise UserError(f"--labels {arguments.labels}: {arguments.checkpoint} is not conditioned on classes")
+    return labels(arguments.labels, arguments.count, classes, arguments.seed)
 
 
 def _evaluate(arguments: argparse.Namespace) -> int:
@@ -103,6 +190,7 @@ def _evaluate(arguments: argparse.Namespace) -> int:
     from megatron_dit.data.scenes import held_out_captions
     from megatron_dit.evaluation.scenes import score_images
     from megatron_dit.sampling.grid import save_grid
+    from megatron_dit.sampling.prompts import requests
 
     try:
         prompts = held_out_captions(arguments.prompts, seed=0)
@@ -125,7 +213,7 @@ def _evaluate(arguments: argparse.Namespace) -> int:
             "use 'megatron-dit sample'"
         )
     with _explain_out_of_memory(arguments):
-        images = _generate(sampler, arguments, prompts, None)
+        images = sampler.draw(requests(prompts), _drawing(arguments, sampler.config), batch=arguments.batch)
     score = score_images(images, prompts)
     save_grid(score.images, prompts, out, ["darkgreen" if right else "firebrick" for right in score.right])
     right, total = sum(score.right), len(score.right)
@@ -135,24 +223,26 @@ def _evaluate(arguments: argparse.Namespace) -> int:
     return 0 if score.fraction >= arguments.min_score else 1
 
 
-def _sampler(arguments: argparse.Namespace) -> Sampler:
-    from megatron_dit.sampling.generate import Sampler
+def _sampler(arguments: argparse.Namespace, tensor: int = 1) -> Sampler:
+    from megatron_dit.config import ParallelConfig
+    from megatron_dit.parallel.topology import SOLO, build_groups, connect
+    from megatron_dit.sampling.sampler import Sampler
 
-    return Sampler(arguments.checkpoint, data=arguments.data, ema=not arguments.no_ema)
+    topology = SOLO
+    if launch_environment().world > 1:
+        connect()
+        topology = build_groups(ParallelConfig(tensor=tensor))
+    return Sampler(arguments.checkpoint, data=arguments.data, ema=not arguments.no_ema, topology=topology)
 
 
-def _generate(
-    sampler: Sampler, arguments: argparse.Namespace, prompts: list[str], size: tuple[int, int] | None
-) -> np.ndarray:
-    return sampler.draw(
-        prompts,
-        seed=arguments.seed,
-        size=size,
-        solver=arguments.solver,
-        steps=arguments.steps,
-        guidance=arguments.guidance,
-        batch=arguments.batch,
-    )
+def _drawing(
+    arguments: argparse.Namespace, config: Config, size: tuple[int, int] | None = None, negative: str | None = None
+) -> Drawing:
+    from megatron_dit.sampling.sampler import Drawing, chosen
+
+    names = ("solver", "steps", "guidance", "guidance_interval", "guidance_rescale")
+    sampling = chosen(config, **{name: getattr(arguments, name) for name in names})
+    return Drawing(sampling, arguments.seed, size, negative)
 
 
 def _explain_out_of_memory(arguments: argparse.Namespace) -> AbstractContextManager[None]:
@@ -162,7 +252,7 @@ def _explain_out_of_memory(arguments: argparse.Namespace) -> AbstractContextMana
     return out_of_memory_as(
         lambda reason: UserError(
             f"out of memory ({reason}); lower --batch {arguments.batch}, the number of images generated at a time, or "
-            "use a device with more memory; the model is not sharded for sampling"
+            "use a device with more memory, or 'sample' with more --tensor ranks"
         )
     )
 
@@ -180,3 +270,11 @@ def _size(text: str | None) -> tuple[int, int] | None:
     if sides is None:
         raise UserError(f"--size {text}: expected HEIGHTxWIDTH in pixels, such as 256x384")
     return int(sides[1]), int(sides[2])
+
+
+def _interval(text: str) -> list[float]:
+    words = text.split(",")
+    if len(words) != 2:
+        raise UserError(f"--guidance-interval {text}: expected LOW,HIGH, such as 0.2,0.8")
+    parse = number("--guidance-interval", float)
+    return [parse(word) for word in words]

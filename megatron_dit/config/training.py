@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
-from megatron_dit.config.keys import Count, Interval, Section, check, key
+from megatron_dit.config.keys import Count, Fraction, Interval, Section, check, key
 
-SOLVERS_OF = {"rectified_flow": ("euler",), "ddpm": ("dpm++", "ddim")}
+SOLVERS_OF = {"rectified_flow": ("euler", "heun", "dpm++"), "ddpm": ("dpm++", "ddim", "ddpm")}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,10 +91,28 @@ class SamplingConfig(Section):
 
     prefix = "sampling."
 
-    solver: Literal["auto", "euler", "dpm++", "ddim"] = key(
-        "euler (rectified_flow), dpm++ or ddim (ddpm); auto: the first one for the objective", "auto", resumable=True
+    solver: Literal["auto", "euler", "heun", "dpm++", "ddim", "ddpm"] = key(
+        "euler, heun or dpm++ (rectified_flow); dpm++, ddim or the ancestral ddpm (ddpm); auto: the first one for the "
+        "objective",
+        "auto",
+        resumable=True,
     )
     steps: Annotated[int, Interval("[1, 10000]")] = key("solver steps", 30, resumable=True)
     guidance: Annotated[float, Interval("[1, 1000]")] = key(
         "classifier-free guidance scale; 1: no guidance", 3.0, resumable=True
     )
+    guidance_interval: list[Fraction] = key(
+        "guide only where t, from 1 (noise) to 0, is between these", factory=lambda: [0.0, 1.0], resumable=True
+    )
+    guidance_rescale: Fraction = key(
+        "part by which the standard deviation of guided predictions is moved to that of unguided ones (2305.08891)",
+        0.0,
+        resumable=True,
+    )
+
+    def check(self) -> None:
+        interval = self.guidance_interval
+        check(
+            len(interval) == 2 and interval[0] < interval[1],
+            f"sampling.guidance_interval={interval}: expected [low, high] with low < high",
+        )

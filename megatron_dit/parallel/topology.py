@@ -13,7 +13,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from megatron_dit.config import Config, LaunchConfig
+from megatron_dit.config import Config, LaunchConfig, ParallelConfig
 from megatron_dit.parallel.failures import use_store
 from megatron_dit.parallel.rendezvous import GROUP_TIMEOUT, rendezvous
 from megatron_dit.runtime.compat import let_megatron_run_on_cpu, prepare_deepspeed
@@ -173,14 +173,18 @@ def disconnect() -> None:
 
 def build_topology(config: Config) -> Topology:
     """Create Megatron's process groups for ``config``. The default process group must exist."""
+    config.data_parallel(dist.get_world_size())
+    return build_groups(config.parallel)
+
+
+def build_groups(parallel: ParallelConfig) -> Topology:
+    """Create Megatron's process groups for a layout whose tensor times pipeline size divides the number of ranks."""
     from megatron.core import parallel_state
 
     let_megatron_run_on_cpu()
     prepare_deepspeed()
-    config.data_parallel(dist.get_world_size())
     if parallel_state.is_initialized():
         parallel_state.destroy_model_parallel()
-    parallel = config.parallel
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=parallel.tensor,
         pipeline_model_parallel_size=parallel.pipeline,

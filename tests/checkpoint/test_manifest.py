@@ -18,7 +18,7 @@ from megatron_dit.checkpoint.load import newest, open_checkpoint
 from megatron_dit.checkpoint.manifest import Incomplete
 from megatron_dit.checkpoint.reader import CheckpointReader
 from megatron_dit.runtime.errors import UserError
-from megatron_dit.sampling.generate import load_model
+from megatron_dit.sampling.model import load_model
 from tests.helpers.checkpoints import checkpoint, edit
 from tests.helpers.configs import small
 

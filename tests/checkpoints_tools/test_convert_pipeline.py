@@ -18,9 +18,11 @@ from data_prep.tiny_t5 import build_tiny_t5
 from megatron_dit.config import load_config
 from megatron_dit.data.encoder_hash import weights_sha256
 from megatron_dit.data.index import read_index, write_index
-from megatron_dit.sampling.generate import Sampler, noise_of
+from megatron_dit.sampling.prompts import Request
+from megatron_dit.sampling.sampler import Sampler, generator_of
 from tests.helpers.conversion import convert, write_alone
 from tests.helpers.datasets import TEXT, make_folder
+from tests.helpers.samples import draw
 
 PROMPTS = ["a red circle", "two blue squares and one green triangle"]
 LABELS = [3, 17]
@@ -59,6 +61,10 @@ def parts(tmp_path_factory):
     return folder
 
 
+def noise_of(prompt):
+    return torch.randn(3, 8, 8, generator=generator_of(Request(0, prompt, 0), seed=1))
+
+
 @pytest.fixture(scope="module", params=KINDS)
 def run(request, parts, tmp_path_factory):
     """A run's kind and exported pipeline, our sampler's images (N, 16, 16, 3) and their initial noise (N, 3, 8, 8)."""
@@ -69,8 +75,8 @@ def run(request, parts, tmp_path_factory):
     write_alone(folder, arch, {**options, "data.path": str(data)})
     convert(folder, folder / "pipe", "--to", "diffusers", "--pipeline")
     prompts = list(map(str, LABELS)) if kind in WITH_LABELS else PROMPTS
-    noise = torch.stack([noise_of(prompt, 0, 1, (3, 8, 8)) for prompt in prompts])
-    return kind, folder / "pipe", Sampler(folder).draw(prompts, seed=1, show=False), noise
+    noise = torch.stack([noise_of(prompt) for prompt in prompts])
+    return kind, folder / "pipe", draw(Sampler(folder), prompts, seed=1), noise
 
 
 def same(images, expected):
@@ -165,8 +171,8 @@ def test_pipeline_of_a_run_on_pixels_needs_no_vae(parts, tmp_path):
     convert(tmp_path, tmp_path / "pipe", "--to", "diffusers", "--pipeline")
     pipe = DiffusionPipeline.from_pretrained(tmp_path / "pipe", trust_remote_code=True)
     pipe.set_progress_bar_config(disable=True)
-    noise = torch.stack([noise_of(prompt, 0, 1, (3, 8, 8)) for prompt in PROMPTS])
-    expected = Sampler(tmp_path).draw(PROMPTS, seed=1, show=False)
+    noise = torch.stack([noise_of(prompt) for prompt in PROMPTS])
+    expected = draw(Sampler(tmp_path), PROMPTS, seed=1)
     assert same(pipe(PROMPTS, latents=noise, output_type="np").images, expected)
 
 
@@ -200,8 +206,8 @@ def test_a_vae_with_per_channel_mean_and_std_uses_the_exported_pipeline_class(pa
     assert json.loads((tmp_path / "pipe" / "model_index.json").read_text())["_class_name"][1] == "MegatronDiTPipeline"
     pipe = DiffusionPipeline.from_pretrained(tmp_path / "pipe", trust_remote_code=True)
     pipe.set_progress_bar_config(disable=True)
-    noise = torch.stack([noise_of(prompt, 0, 1, (3, 8, 8)) for prompt in PROMPTS])
-    expected = Sampler(tmp_path / "run").draw(PROMPTS, seed=1, show=False)
+    noise = torch.stack([noise_of(prompt) for prompt in PROMPTS])
+    expected = draw(Sampler(tmp_path / "run"), PROMPTS, seed=1)
     assert same(pipe(PROMPTS, latents=noise, output_type="np").images, expected)
 
 

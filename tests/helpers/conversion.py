@@ -14,7 +14,7 @@ from megatron_dit.config import config_from_dict
 from megatron_dit.models.common.condition import Condition
 from megatron_dit.models.uvit.uvit_transformer_2d import UViTTransformer2DModel
 from megatron_dit.parallel.topology import connect
-from megatron_dit.sampling.generate import load_model
+from megatron_dit.sampling.model import load_model
 from tests.helpers.configs import small
 from tests.helpers.gloo import leave
 

@@ -10,15 +10,20 @@ import pytest
 import torch
 import yaml
 from PIL import Image
+from scipy.stats import kstest
 
 from megatron_dit.checkpoint.load import open_checkpoint
 from megatron_dit.checkpoint.manifest import write_manifest
 from megatron_dit.cli import run
+from megatron_dit.config import SamplingConfig
 from megatron_dit.models.common.condition import Condition
 from megatron_dit.runtime.errors import UserError
-from megatron_dit.sampling.generate import Sampler, load_model
-from megatron_dit.sampling.solvers import guide, scheduler_for, solve
+from megatron_dit.sampling.guidance import guide
+from megatron_dit.sampling.model import load_model
+from megatron_dit.sampling.sampler import Sampler
+from megatron_dit.sampling.solvers import scheduler_for, solve
 from tests.helpers.configs import small, small_dict
+from tests.helpers.samples import draw
 
 
 def nothing():
@@ -30,7 +35,7 @@ def test_euler_reaches_a_single_data_point_exactly():
     c = torch.full((2, 3, 8, 8), 0.7)
     noise = torch.randn(2, 3, 8, 8)
     scheduler = scheduler_for(small("mmdit"), "euler")
-    out = solve(lambda x, t: (x - c) / (t[:, None, None, None] / 1000), noise, scheduler, 10, nothing)
+    out = solve(lambda x, t: (x - c) / (t / 1000), noise, scheduler, 10, nothing)
     torch.testing.assert_close(out, c)
 
 
@@ -43,12 +48,48 @@ def test_ddpm_solvers_map_noise_to_gaussian_data(solver, betas):
     bar = scheduler.alphas_cumprod
 
     def epsilon(x, t):
-        a = bar[t.long()][:, None, None, None]
+        a = bar[t.long()]
         return (1 - a).sqrt() * x / (a * s**2 + 1 - a)
 
     noise = torch.randn(4, 3, 8, 8)
     out = solve(epsilon, noise, scheduler, 200, nothing)
     torch.testing.assert_close(out, s * noise, rtol=0.05, atol=0.02)
+
+
+@pytest.mark.parametrize("solver", ["heun", "dpm++"])
+def test_flow_solvers_map_noise_to_gaussian_data(solver):
+    """For data N(m, s^2) the velocity is linear in x, and the ODE maps the noise z to m + s z."""
+    m, s = 0.3, 0.5
+
+    def velocity(x, t):
+        t = t / 1000
+        return (x - (1 - t) * m) * (t - (1 - t) * s**2) / (t**2 + (1 - t) ** 2 * s**2) - m
+
+    noise = torch.randn(4, 3, 8, 8)
+    out = solve(velocity, noise, scheduler_for(small("mmdit"), solver), 100, nothing)
+    torch.testing.assert_close(out, m + s * noise, rtol=0.01, atol=0.01)
+
+
+@pytest.mark.parametrize("learn_sigma", [False, True])
+def test_ancestral_sampling_reaches_the_distribution_of_the_data(learn_sigma):
+    """For data N(0, s^2) with the optimal ε, DDPM's samples are N(0, s^2), up to its steps."""
+    s, config = 0.5, small("dit", **{"model.learn_sigma": learn_sigma, "objective.name": "ddpm"})
+    scheduler = scheduler_for(config, "ddpm")
+    bar = scheduler.alphas_cumprod
+
+    def epsilon(x, t):
+        a = bar[t.long()]
+        found = (1 - a).sqrt() * x / (a * s**2 + 1 - a)
+        return torch.cat([found, torch.full_like(x, -1.0)], dim=1) if learn_sigma else found  # -1: the posterior's
+
+    generators = [torch.Generator().manual_seed(i) for i in range(16)]
+    noise = torch.stack([torch.randn(3, 16, 16, generator=generator) for generator in generators])
+    out = solve(epsilon, noise, scheduler, 250, nothing, generators)
+    assert kstest(out.flatten().numpy() / s, "norm").pvalue > 0.01
+    assert abs(np.corrcoef(out.flatten(), noise.flatten())[0, 1]) < 0.1  # the added noise decides
+    again = [torch.Generator().manual_seed(3)]
+    alone = torch.randn(3, 16, 16, generator=again[0])[None]
+    assert torch.equal(solve(epsilon, alone, scheduler, 250, nothing, again)[0], out[3])
 
 
 def test_guidance_equals_its_formula():
@@ -62,8 +103,22 @@ def test_guidance_equals_its_formula():
     x, t = torch.randn(2, 3, 4, 4), torch.full((2,), 500.0)
     with_text = model(x, t, condition)[:, :3]
     without = model(x, t, Condition(~keep, condition.text, condition.mask))[:, :3]
-    torch.testing.assert_close(guide(model, condition, 3.0, 3)(x, t), without + 3 * (with_text - without))
-    torch.testing.assert_close(guide(model, condition, 1.0, 3)(x, t), with_text)
+    null, other = Condition(~keep, condition.text, condition.mask), Condition(keep, -2 * condition.text, condition.mask)
+
+    def guided(null=null, variance=False, **values):
+        settings = SamplingConfig(**{"guidance": 3.0, **values})
+        return guide(model, condition, null, settings, 3, variance=variance)(x, torch.tensor(500.0))
+
+    expected = without + 3 * (with_text - without)
+    torch.testing.assert_close(guided(), expected)
+    torch.testing.assert_close(guided(guidance=1.0), with_text)
+    torch.testing.assert_close(guided(guidance_interval=[0.5, 1.0]), expected)
+    torch.testing.assert_close(guided(guidance_interval=[0.0, 0.49]), with_text)
+    torch.testing.assert_close(guided(variance=True), torch.cat([expected, torch.full_like(x, 9.0)], 1))
+    negative = model(x, t, other)[:, :3]
+    torch.testing.assert_close(guided(null=other), negative + 3 * (with_text - negative))
+    scaled = torch.stack([e * w.std() / e.std() for e, w in zip(expected, with_text, strict=True)])
+    torch.testing.assert_close(guided(guidance_rescale=0.7), 0.7 * scaled + 0.3 * expected)
 
 
 @pytest.fixture(scope="module", params=["mmdit", "pixart"])
@@ -82,21 +137,21 @@ PROMPTS = ["a red circle at the top left", "two blue squares", "four green cross
 
 def test_image_does_not_depend_on_its_batch(trained):
     sampler = Sampler(trained)
-    together = sampler.draw(PROMPTS)
+    together = draw(sampler, PROMPTS)
     assert together.shape == (3, 16, 16, 3)
     assert together.dtype == np.uint8
-    separate = np.concatenate([sampler.draw([prompt]) for prompt in PROMPTS])
+    separate = np.concatenate([draw(sampler, [prompt]) for prompt in PROMPTS])
     assert np.abs(together.astype(int) - separate).max() <= 1  # batched products may round differently
-    reversed_batches = sampler.draw(PROMPTS[::-1], batch=2)[::-1]
+    reversed_batches = draw(sampler, PROMPTS[::-1], batch=2)[::-1]
     assert np.abs(together.astype(int) - reversed_batches).max() <= 1
-    assert (sampler.draw(PROMPTS, seed=1) != together).any()
+    assert (draw(sampler, PROMPTS, seed=1) != together).any()
 
 
 def test_repeated_prompts_use_different_noise_and_size_can_be_set(trained):
     sampler = Sampler(trained)
-    first, second = sampler.draw([PROMPTS[0]] * 2)
+    first, second = draw(sampler, [PROMPTS[0]] * 2)
     assert (first != second).any()
-    assert sampler.draw(PROMPTS[:1], size=(8, 24)).shape == (1, 8, 24, 3)
+    assert draw(sampler, PROMPTS[:1], size=(8, 24)).shape == (1, 8, 24, 3)
 
 
 def test_sampler_uses_ema_weights_by_default(trained):
@@ -118,7 +173,7 @@ def test_a_run_in_bf16_is_sampled_in_bf16(trained, tmp_path):
     write_manifest(reader.folder, reader.manifest)
     sampler = Sampler(copy)
     assert {p.dtype for p in sampler.model.parameters()} == {torch.bfloat16}
-    found, expected = sampler.draw(PROMPTS), Sampler(trained).draw(PROMPTS)
+    found, expected = draw(sampler, PROMPTS), draw(Sampler(trained), PROMPTS)
     difference = np.abs(found.astype(int) - expected)
     assert 0 < difference.mean() < 2
     assert difference.max() < 40
@@ -140,7 +195,7 @@ def test_sample_and_evaluate_write_images_and_results(trained, tmp_path, capsys)
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
-        (["--solver", "heun"], "heun"),
+        (["--solver", "rk4"], "rk4"),
         (["--steps", "0"], "sampling.steps=0"),
         (["--size", "10x10"], "multiples of 4"),
         (["--size", "large"], "HEIGHTxWIDTH"),
@@ -160,7 +215,7 @@ def test_invalid_flags_are_refused_on_one_line(trained, tmp_path, capsys, flags,
 @pytest.mark.parametrize("words", [["sample", "--prompt", "a red circle"], ["evaluate", "--prompts", "1"]])
 @pytest.mark.parametrize("step", ["load_model", "solve"])
 def test_out_of_memory_is_reported_on_one_line_with_a_remedy(trained, tmp_path, monkeypatch, capsys, words, step):
-    monkeypatch.setattr(f"megatron_dit.sampling.generate.{step}", lambda *_, **__: torch.empty(2**58))
+    monkeypatch.setattr(f"megatron_dit.sampling.sampler.{step}", lambda *_, **__: torch.empty(2**58))
     out = tmp_path / "x.png"
     assert run([words[0], str(trained), *words[1:], "--out", str(out)]) == 2
     line = capsys.readouterr().err.strip()
@@ -211,14 +266,14 @@ def test_sampling_needs_no_training_data(trained, tmp_path):
     lean.mkdir()
     shutil.copy(f"{config.data.path}/index.json", lean)
     shutil.copytree(f"{config.data.path}/text_encoder", lean / "text_encoder")
-    assert Sampler(trained, data=str(lean)).draw(PROMPTS[:1]).shape == (1, 16, 16, 3)
+    assert draw(Sampler(trained, data=str(lean)), PROMPTS[:1]).shape == (1, 16, 16, 3)
 
 
 def test_class_conditional_model_samples_by_class_number(dataset, tmp_path, capsys):
     path = tmp_path / "config.yaml"
     path.write_text(yaml.safe_dump(small_dict("dit", **{"data.path": str(dataset), "run_dir": str(tmp_path / "run")})))
     assert run(["train", str(path), "sampling.steps=4"]) == 0
-    images = Sampler(tmp_path / "run").draw(["3", "23"])
+    images = draw(Sampler(tmp_path / "run"), ["3", "23"])
     assert images.shape == (2, 16, 16, 3)
     capsys.readouterr()
     for words in (["sample", "--prompt", "24"], ["sample", "--prompt", "a red circle"], ["evaluate"]):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from dataclasses import replace
 from unittest import mock
 
 import pytest
@@ -10,9 +11,11 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from megatron_dit.config import SamplingConfig
 from megatron_dit.models.build import build_unsharded
 from megatron_dit.parallel.topology import SOLO, connect
-from megatron_dit.sampling.solvers import guide, scheduler_for, solve
+from megatron_dit.sampling.guidance import guide
+from megatron_dit.sampling.solvers import scheduler_for, solve, uses_variance
 from tests.helpers.configs import ARCHITECTURES, small
 from tests.helpers.engine import batch
 
@@ -58,7 +61,7 @@ def test_step_on_the_meta_device(arch, dtype, muon_lr):
 
 
 @pytest.mark.parametrize(
-    ("arch", "solver"), [("mmdit", "euler"), ("dit", "ddim"), ("pixart", "dpm++"), ("uvit", "ddim")]
+    ("arch", "solver"), [("mmdit", "euler"), ("mmdit", "heun"), ("dit", "ddpm"), ("pixart", "dpm++"), ("uvit", "ddim")]
 )
 def test_sampling_reads_nothing_back(arch, solver):
     """The schedulers keep their schedule on the CPU; a read of a value of the meta device would raise."""
@@ -68,5 +71,8 @@ def test_sampling_reads_nothing_back(arch, solver):
         model = build_unsharded(config.model)
     condition = batch(config, SOLO, 0).map(lambda x: x.to(META)).condition
     noise = torch.empty(len(condition.dropped), config.model.in_channels, 16, 16, device=META)
-    guided = guide(model, condition, 2.0, config.model.in_channels)
-    assert solve(guided, noise, scheduler_for(config, solver), 4, lambda: None).device == META
+    scheduler, null = scheduler_for(config, solver), replace(condition, dropped=~condition.dropped)
+    variance = uses_variance(scheduler)
+    guided = guide(model, condition, null, SamplingConfig(), config.model.in_channels, variance=variance)
+    generators = [torch.Generator()] * len(noise)
+    assert solve(guided, noise, scheduler, 4, lambda: None, generators).device == META
