@@ -10,7 +10,7 @@ import os
 import re
 from typing import NoReturn
 
-from megatron_dit.cli import planning, sampling, training, tuning
+from megatron_dit.cli import evaluation, planning, sampling, training, tuning
 from megatron_dit.cli.command import Parser, program_parser, run_command
 from megatron_dit.runtime.errors import RankError, UserError
 from megatron_dit.runtime.launch_environment import is_rank0
@@ -36,7 +36,13 @@ def command_parser() -> Parser:
         "megatron-dit",
         "Pretrain diffusion Transformers at scale, tuned by μTransfer.",
         "megatron-dit train configs/quickstart.yaml",
-        [training.add_commands, planning.add_commands, tuning.add_commands, sampling.add_commands],
+        [
+            training.add_commands,
+            planning.add_commands,
+            tuning.add_commands,
+            sampling.add_commands,
+            evaluation.add_commands,
+        ],
     )
 
 

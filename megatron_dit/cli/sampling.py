@@ -1,20 +1,18 @@
-"""The commands that generate images: sample and evaluate."""
+"""The command that generates images: sample; and what it shares with evaluate."""
 
 from __future__ import annotations
 
 import argparse
 import re
 from contextlib import AbstractContextManager
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 from megatron_dit.cli.arguments import file_path, input_path, number, output_image
 from megatron_dit.cli.command import Parser, add_command, write_json
 from megatron_dit.cli.ranks import ranks_argument, starts_ranks
-from megatron_dit.config.keys import Count, Fraction, Interval
+from megatron_dit.config.keys import Count, Interval
 from megatron_dit.runtime import launcher
 from megatron_dit.runtime.errors import UserError
-from megatron_dit.runtime.io import check_output
 from megatron_dit.runtime.launch_environment import is_rank0, launch_environment
 from megatron_dit.runtime.text import printable
 
@@ -32,7 +30,7 @@ def add_commands(commands: Any) -> None:
         'megatron-dit sample runs/quickstart --prompt "a red circle at the top left" --out grid.png',
         _sample,
     )
-    _checkpoint_arguments(sample)
+    checkpoint_arguments(sample)
     source = sample.add_mutually_exclusive_group(required=True)
     source.add_argument("--prompt", action="append", help="caption or class number; may be given several times")
     source.add_argument(
@@ -63,36 +61,15 @@ def add_commands(commands: Any) -> None:
     tensor = number("--tensor", Count)
     sample.add_argument("--tensor", type=tensor, default=1, metavar="N", help="number of ranks that share the model")
 
-    evaluate = add_command(
-        commands,
-        "evaluate",
-        "Generate images for held-out prompts of the toy dataset and score them.",
-        "megatron-dit evaluate runs/quickstart --prompts 64",
-        _evaluate,
-    )
-    _checkpoint_arguments(evaluate)
-    prompts = number("--prompts", Count)
-    evaluate.add_argument("--prompts", type=prompts, default=64, metavar="N", help="number of held-out prompts")
-    samples = output_image("--out", "samples.png")
-    evaluate.add_argument(
-        "--out", type=samples, metavar="FILE", help="file for the image grid; if omitted, samples.png in the run"
-    )
-    score = number("--min-score", Fraction)
-    evaluate.add_argument(
-        "--min-score",
-        type=score,
-        default=0.0,
-        metavar="FRACTION",
-        help="exit with status 1 if the fraction of images that match their prompt is lower",
-    )
 
-
-def _checkpoint_arguments(command: Parser) -> None:
-    checkpoint = input_path("checkpoint")
-    command.add_argument("checkpoint", type=checkpoint, help="run folder (its newest checkpoint is used) or checkpoint")
+def checkpoint_arguments(
+    command: Parser, text: str = "run folder (its newest checkpoint is used) or checkpoint"
+) -> None:
+    """Add the arguments for a checkpoint and how images are generated with it."""
+    command.add_argument("checkpoint", type=input_path("checkpoint"), help=text)
     seed = number("--seed", Annotated[int, Interval("[0, 2^63)")])
     command.add_argument("--seed", type=seed, default=0, metavar="N", help="seed of the noise, with the prompt")
-    command.add_argument("--solver", metavar="NAME", help="euler, dpm++ or ddim; if omitted, the config's")
+    command.add_argument("--solver", metavar="NAME", help="euler, heun, dpm++, ddim or ddpm; if omitted, the config's")
     # Their ranges are checked by the config's sampling section.
     steps = number("--steps", int)
     command.add_argument("--steps", type=steps, metavar="N", help="number of solver steps; if omitted, the config's")
@@ -132,7 +109,7 @@ def _sample(arguments: argparse.Namespace) -> int:
         return launcher.run_ranks(arguments.argv, arguments.procs)
     from megatron_dit.parallel.startup import multi_rank_command
 
-    with multi_rank_command(), _explain_out_of_memory(arguments):
+    with multi_rank_command(), explain_out_of_memory(arguments):
         return _sample_on_this_rank(arguments, size)
 
 
@@ -150,9 +127,9 @@ def _sample_on_this_rank(arguments: argparse.Namespace, size: tuple[int, int] | 
     from megatron_dit.sampling.grid import save_grid
     from megatron_dit.sampling.prompts import requests
 
-    sampler = _sampler(arguments, arguments.tensor)
+    sampler = open_sampler(arguments, arguments.tensor)
     images = requests(_prompts(arguments, sampler.config.model.num_classes), arguments.per_prompt)
-    drawing = _drawing(arguments, sampler.config, size, arguments.negative_prompt)
+    drawing = drawing_of(arguments, sampler.config, size, arguments.negative_prompt)
     results = {"prompts": arguments.prompt, "count": len(images), "seed": arguments.seed}
     if arguments.folder is not None:
         written = write_images(sampler, images, drawing, arguments.folder, arguments.batch)
@@ -185,45 +162,8 @@ def _prompts(arguments: argparse.Namespace, classes: int) -> list[str]:
     return labels(arguments.labels, arguments.count, classes, arguments.seed)
 
 
-def _evaluate(arguments: argparse.Namespace) -> int:
-    from megatron_dit.data.index import SCENES
-    from megatron_dit.data.scenes import held_out_captions
-    from megatron_dit.evaluation.scenes import score_images
-    from megatron_dit.sampling.grid import save_grid
-    from megatron_dit.sampling.prompts import requests
-
-    try:
-        prompts = held_out_captions(arguments.prompts, seed=0)
-    except ValueError as error:
-        raise UserError(f"--prompts {arguments.prompts}: {error}") from None
-    out = arguments.out or _run_of(Path(arguments.checkpoint)) / "samples.png"
-    if not arguments.out and Path(arguments.checkpoint).exists():
-        check_output(out, "--out is not given:")
-    with _explain_out_of_memory(arguments):
-        sampler = _sampler(arguments)
-    index = sampler.index
-    if sampler.config.model.num_classes:
-        raise UserError(
-            f"{arguments.checkpoint} is conditioned on classes, but only models trained on captions of the toy dataset "
-            "can be scored; use 'megatron-dit sample'"
-        )
-    if index.source != SCENES:
-        raise UserError(
-            f"{index.folder} is not the toy dataset, and only models trained on that can be scored; "
-            "use 'megatron-dit sample'"
-        )
-    with _explain_out_of_memory(arguments):
-        images = sampler.draw(requests(prompts), _drawing(arguments, sampler.config), batch=arguments.batch)
-    score = score_images(images, prompts)
-    save_grid(score.images, prompts, out, ["darkgreen" if right else "firebrick" for right in score.right])
-    right, total = sum(score.right), len(score.right)
-    summary = f"{right} of {total} images match their held-out prompt ({100 * score.fraction:.1f}%)"
-    print(f"score: {summary}; images written to {printable(out)}")
-    write_json(arguments, {"right": right, "prompts": total, "score": score.fraction})
-    return 0 if score.fraction >= arguments.min_score else 1
-
-
-def _sampler(arguments: argparse.Namespace, tensor: int = 1) -> Sampler:
+def open_sampler(arguments: argparse.Namespace, tensor: int = 1) -> Sampler:
+    """Return the sampler of ``arguments.checkpoint``, whose model ``tensor`` ranks share."""
     from megatron_dit.config import ParallelConfig
     from megatron_dit.parallel.topology import SOLO, build_groups, connect
     from megatron_dit.sampling.sampler import Sampler
@@ -235,9 +175,10 @@ def _sampler(arguments: argparse.Namespace, tensor: int = 1) -> Sampler:
     return Sampler(arguments.checkpoint, data=arguments.data, ema=not arguments.no_ema, topology=topology)
 
 
-def _drawing(
+def drawing_of(
     arguments: argparse.Namespace, config: Config, size: tuple[int, int] | None = None, negative: str | None = None
 ) -> Drawing:
+    """Return how the arguments say that images are drawn."""
     from megatron_dit.sampling.sampler import Drawing, chosen
 
     names = ("solver", "steps", "guidance", "guidance_interval", "guidance_rescale")
@@ -245,7 +186,7 @@ def _drawing(
     return Drawing(sampling, arguments.seed, size, negative)
 
 
-def _explain_out_of_memory(arguments: argparse.Namespace) -> AbstractContextManager[None]:
+def explain_out_of_memory(arguments: argparse.Namespace) -> AbstractContextManager[None]:
     """Return a context that converts an out-of-memory error to a UserError with a remedy."""
     from megatron_dit.runtime.out_of_memory import out_of_memory_as
 
@@ -255,12 +196,6 @@ def _explain_out_of_memory(arguments: argparse.Namespace) -> AbstractContextMana
             "use a device with more memory, or 'sample' with more --tensor ranks"
         )
     )
-
-
-def _run_of(checkpoint: Path) -> Path:
-    from megatron_dit.checkpoint.listing import CHECKPOINTS
-
-    return checkpoint.parent.parent if checkpoint.parent.name == CHECKPOINTS else checkpoint
 
 
 def _size(text: str | None) -> tuple[int, int] | None:

@@ -49,6 +49,7 @@ T5 = Kind(
     "text encoder", "a T5", "model_type", "t5", "model", "pytorch_model",
     ("text_encoder", "text_encoder_2", "text_encoder_3"), ("decoder.", "lm_head."),
 )  # fmt: skip
+CLIP = Kind("CLIP model", "a CLIP", "model_type", "clip", "model", "pytorch_model")
 DINOV2 = Kind("vision encoder", "a DINOv2", "model_type", "dinov2", "model", "pytorch_model", others=("classifier.",))
 VAE = Kind("VAE", "an AutoencoderKL", "_class_name", "AutoencoderKL", STEM, STEM, ("vae",))
 

@@ -14,6 +14,7 @@ from megatron_dit.data.hub import DINOV2, load, locate
 
 # DINOv2's preprocessing (ImageNet's statistics).
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+SIDE = 224  # pixels of the images whose class token describes them
 
 
 class VisionEncoder:
@@ -38,7 +39,6 @@ class VisionEncoder:
         """SHA-256 of the weight files. The first access reads all of them."""
         return weights_sha256(self.name)
 
-    @torch.no_grad()
     def features(self, images: Tensor, rows: int, columns: int) -> Tensor:
         """Return the patch tokens (B, rows * columns, dim) fp32, row by row, of (B, 3, H, W) uint8 images.
 
@@ -46,8 +46,15 @@ class VisionEncoder:
         diffusion model (REPA, arXiv 2410.06940, section 3).
         """
         patch = self._model.config.patch_size
+        return self._tokens(images, rows * patch, columns * patch)[:, 1:]  # the first token is the class token
+
+    def class_token(self, images: Tensor) -> Tensor:
+        """Return the class token (B, dim) fp32 of (B, 3, H, W) uint8 images, resized to 224 x 224 pixels."""
+        return self._tokens(images, SIDE, SIDE)[:, 0]
+
+    @torch.no_grad()
+    def _tokens(self, images: Tensor, height: int, width: int) -> Tensor:
         x = images.to(self._device).float() / 255
-        x = F.interpolate(x, (rows * patch, columns * patch), mode="bicubic", antialias=True).clamp(0, 1)
+        x = F.interpolate(x, (height, width), mode="bicubic", antialias=True).clamp(0, 1)
         mean, std = (torch.tensor(values, device=self._device)[:, None, None] for values in (MEAN, STD))
-        tokens = self._model(pixel_values=(x - mean) / std).last_hidden_state
-        return tokens[:, 1:].float()  # the first token is the class token
+        return self._model(pixel_values=(x - mean) / std).last_hidden_state.float()

@@ -70,6 +70,11 @@ def cmmd(generated: Array, real: Array) -> float:
     return CMMD_SCALE * sum(factor * _mean_gaussian(x, y) for x, y, factor in pairs)
 
 
+def clip_score(images: Array, texts: Array) -> float:
+    """Return 100 times the mean cosine of the CLIP embeddings (N, D), of length 1, of images and of their prompts."""
+    return float(100 * (np.asarray(images, dtype=np.float64) * texts).sum(axis=1).mean())
+
+
 def _mean_gaussian(x: Array, y: Array) -> float:
     """Return the mean of exp(-|x - y|² / 2σ²) over all pairs."""
     x, y = (np.asarray(each, dtype=np.float64) for each in (x, y))

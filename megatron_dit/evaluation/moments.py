@@ -37,6 +37,7 @@ class StreamedMoments:
     """
 
     def __init__(self, dim: int) -> None:
+        self.dim = dim
         self._count = 0
         self._mean = np.zeros(dim)
         self._scatter = np.zeros((dim, dim))  # sum of the outer products of the deviations from the mean

@@ -1,0 +1,127 @@
+"""Evaluate images by a protocol."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch.distributed as dist
+
+from megatron_dit.data.encoder_hash import weights_sha256
+from megatron_dit.data.tar import sha256_of
+from megatron_dit.evaluation import metrics
+from megatron_dit.evaluation.collect import Collected, collect
+from megatron_dit.evaluation.features import EXTRACTORS, check_inception
+from megatron_dit.evaluation.images import Images, content_sha256
+from megatron_dit.evaluation.protocol import METRICS, Protocol, fingerprint
+from megatron_dit.evaluation.reference import check_reference, read_reference, write_reference
+from megatron_dit.parallel.collectives import gather, on_all_ranks
+from megatron_dit.parallel.topology import connect
+from megatron_dit.runtime.errors import UserError
+
+
+@dataclass(frozen=True)
+class Result:
+    """The metrics of a set of images by a protocol. Results are comparable if their fingerprints are equal."""
+
+    protocol: Protocol
+    fingerprint: str
+    hashes: dict[str, str]  # SHA-256 of the extractors' weights, the reference and the prompts
+    source: str  # what was evaluated
+    metrics: dict[str, float]
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def evaluate(images: Images, protocol: Protocol, source: str, batch: int = 32) -> Result:
+    """Return the metrics of images by a protocol. Collective.
+
+    Raises UserError if the number of images is not the protocol's, or a file that it names is missing.
+    """
+    connect()
+    if len(images) != protocol.images:
+        raise UserError(
+            f"{source} has {len(images)} images, but the protocol {protocol.name} is for {protocol.images}; generate "
+            f"{protocol.images}, or set images={len(images)}: such results are comparable only among themselves"
+        )
+    if "clip_score" in protocol.metrics and not images.prompts:
+        raise UserError(f"clip_score needs the prompts of the images, but {source} has no manifest.jsonl")
+    hashes = gather(on_all_ranks(lambda: hashes_of(protocol) if dist.get_rank() == 0 else {}))[0]
+    extractors = open_extractors(protocol)
+    reference = Collected(0)
+    if any(METRICS[metric].reference for metric in protocol.metrics):
+        reference = reference_of(protocol, extractors, hashes, batch)
+    names, kept = (protocol.features(moments=moments, of_reference=False) for moments in (True, False))
+    generated = collect(images, list(extractors.values()), names, kept, batch)
+    values = _values(protocol.metrics, generated, reference)
+    if "clip_score" in protocol.metrics:
+        groups = [images.prompts[i : i + batch] for i in range(0, len(images), batch)]
+        texts = np.concatenate([extractors["clip"].texts(group) for group in groups])
+        values["clip_score"] = metrics.clip_score(generated.features["clip"], texts)
+    return Result(protocol, fingerprint(protocol, hashes), hashes, source, values)
+
+
+def write_reference_of(images: Images, protocol: Protocol, path: Path, batch: int = 32) -> None:
+    """Write the statistics of real images that a protocol needs. Collective."""
+    connect()
+    names, kept = (protocol.features(moments=moments, of_reference=True) for moments in (True, False))
+    write_reference(path, collect(images, list(open_extractors(protocol).values()), names, kept, batch))
+
+
+def open_extractors(protocol: Protocol) -> dict[str, Any]:
+    """Load the extractors that a protocol needs. Collective."""
+    weights = {name: getattr(protocol.weights, name) for name in protocol.extractors}
+    return {name: on_all_ranks(lambda name=name: EXTRACTORS[name](weights[name])) for name in weights}
+
+
+def reference_of(protocol: Protocol, extractors: Mapping[str, Any], hashes: Mapping[str, str], batch: int) -> Collected:
+    """Return the statistics of real images that a protocol needs. Collective."""
+    assert protocol.reference is not None
+    names, kept = (protocol.features(moments=moments, of_reference=True) for moments in (True, False))
+    key = "".join(sha256 for name, sha256 in sorted(hashes.items()) if name != "prompts")
+    return read_reference(Path(protocol.reference), key, list(extractors.values()), names, kept, batch)
+
+
+def hashes_of(protocol: Protocol) -> dict[str, str]:
+    """Return the SHA-256 of the files that a protocol names. Raises UserError for the first that does not exist."""
+    found = {}
+    for name in protocol.extractors:
+        path = getattr(protocol.weights, name)
+        if name == "inception":
+            check_inception(path)
+        found[name] = sha256_of(Path(path)) if name == "inception" else weights_sha256(path)
+    if protocol.reference is not None:
+        check_reference(Path(protocol.reference))
+        found["reference"] = content_sha256(Path(protocol.reference))
+    if protocol.prompts is not None:
+        found["prompts"] = sha256_of(Path(protocol.prompts))
+    return found
+
+
+def _values(names: Sequence[str], generated: Collected, reference: Collected) -> dict[str, float]:
+    """Return the metrics of images, without their prompts."""
+
+    def distance(feature: str) -> float:
+        return metrics.frechet_distance(generated.moments[feature], reference.moments[feature])
+
+    def pair(feature: str) -> tuple[np.ndarray, np.ndarray]:
+        return generated.features[feature], reference.features[feature]
+
+    found: dict[str, float] = {}
+    for name in names:
+        if METRICS[name].moments:
+            found[name] = distance(METRICS[name].feature)
+    if "inception_score" in names:
+        found["inception_score"] = metrics.inception_score(generated.features["logits"])
+    if "precision" in names or "recall" in names:
+        both = dict(zip(("precision", "recall"), metrics.precision_recall(*pair("inception")), strict=True))
+        found |= {name: value for name, value in both.items() if name in names}
+    if "kid" in names:
+        found["kid"] = metrics.kernel_distance(*pair("inception"))
+    if "cmmd" in names:
+        found["cmmd"] = metrics.cmmd(*pair("clip"))
+    return found

@@ -1,0 +1,36 @@
+"""Generate the images of a protocol with a checkpoint."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from megatron_dit.evaluation.protocol import Protocol
+from megatron_dit.runtime.errors import UserError
+from megatron_dit.sampling.folder import write_images
+from megatron_dit.sampling.prompts import labels, read_prompts, requests
+from megatron_dit.sampling.sampler import Drawing, Sampler, chosen
+
+
+def generate(sampler: Sampler, protocol: Protocol, run: Path, batch: int) -> Path:
+    """Generate a protocol's images into ``run``/evaluation/NAME/step_N, and return that folder. Collective.
+
+    Images that are already there are kept. Raises UserError if the model cannot generate what the protocol asks for.
+    """
+    classes = sampler.config.model.num_classes
+    if bool(classes) != (protocol.source == "labels"):
+        kind = "classes" if classes else "text"
+        raise UserError(
+            f"the protocol {protocol.name} has source={protocol.source}, but {sampler.folder} is conditioned on {kind}"
+        )
+    if protocol.labels is not None:
+        prompts = labels(protocol.labels, protocol.images, classes, protocol.seed)
+    else:
+        assert protocol.prompts is not None
+        prompts = read_prompts(protocol.prompts)
+        if len(prompts) < protocol.images:
+            raise UserError(f"{protocol.prompts} has {len(prompts)} prompts, but the protocol needs {protocol.images}")
+    values = {"solver": protocol.solver, "steps": protocol.steps, "guidance": protocol.guidance}
+    drawing = Drawing(chosen(sampler.config, **values), protocol.seed)
+    folder = run / "evaluation" / protocol.name / f"step_{sampler.step:08d}"
+    write_images(sampler, requests(prompts[: protocol.images]), drawing, folder, batch)
+    return folder

@@ -1,0 +1,25 @@
+"""Print the result of an evaluation."""
+
+from __future__ import annotations
+
+from rich.console import Console
+
+from megatron_dit.evaluation.evaluate import Result
+from megatron_dit.runtime.table import Table
+
+
+def print_result(result: Result) -> None:
+    """Print a table of the metrics that names the protocol, and what the result can be compared with."""
+    protocol = result.protocol
+    table = Table(title=f"{result.source}: protocol {protocol.name} ({result.fingerprint})")
+    table.add_column("metric")
+    table.add_column("value", justify="right")
+    for name, value in result.metrics.items():
+        table.add_row(name, f"{value:.6g}")
+    Console().print(table)
+    how = f"labels: {protocol.labels}" if protocol.labels else f"prompts: {protocol.prompts}"
+    print(
+        f"{protocol.images} images, {how}, solver {protocol.solver}, {protocol.steps} steps, guidance "
+        f"{protocol.guidance:g}\ncomparable only to results with the fingerprint {result.fingerprint}, which covers "
+        "every key of the protocol and the content of its files"
+    )
