@@ -76,7 +76,7 @@ def write_reference(path: Path, collected: Collected) -> None:
     arrays |= {f"features_{name}": values for name, values in collected.features.items()}
     if dist.get_rank() == 0:
         with replacing(path, makes_folder=True) as part, part.open("wb") as file:
-            np.savez(file, **arrays)
+            np.savez(file, allow_pickle=False, **arrays)
     dist.barrier()
 
 

@@ -65,7 +65,8 @@ def solve(
     """
     scheduler.set_timesteps(steps)
     x = noise * scheduler.init_noise_sigma if hasattr(scheduler, "init_noise_sigma") else noise
-    options = {"generator": list(generators)} if isinstance(scheduler, DDPMScheduler) else {}
+    ancestral = type(scheduler) is DDPMScheduler
+    options = {"generator": list(generators)} if ancestral else {}
     for t in scheduler.timesteps:
         x = scheduler.step(model(x, t), t, x, **options, return_dict=False)[0]
         each_step()
