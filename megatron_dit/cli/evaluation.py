@@ -67,16 +67,15 @@ def add_commands(commands: Any) -> None:
 
 
 def _evaluate(arguments: argparse.Namespace) -> int:
+    _check_flags(arguments)
     if arguments.protocol is None:
         return _score_scenes(arguments)
+    if importlib.util.find_spec("torch_fidelity") is None:
+        raise UserError("--protocol needs torch-fidelity, which is not installed: run pip install 'megatron_dit[eval]'")
     from megatron_dit.config.load import load
     from megatron_dit.evaluation.protocol import Protocol
 
-    if importlib.util.find_spec("torch_fidelity") is None:
-        raise UserError("--protocol needs torch-fidelity, which is not installed: run pip install 'megatron_dit[eval]'")
-
     protocol = load(Protocol, arguments.protocol, arguments.overrides)
-    _check_flags(arguments)
     if starts_ranks(arguments):
         return launcher.run_ranks(arguments.argv, arguments.procs)
     from megatron_dit.parallel.startup import multi_rank_command
@@ -86,7 +85,14 @@ def _evaluate(arguments: argparse.Namespace) -> int:
 
 
 def _check_flags(arguments: argparse.Namespace) -> None:
-    """Raise UserError for flags whose values the protocol determines."""
+    """Raise UserError for flags that have no effect with, or without, ``--protocol``."""
+    if arguments.protocol is None:
+        unused = {"write_reference": None, "procs": 1, "tensor": 1, "overrides": []}
+        given = next((name for name, default in unused.items() if getattr(arguments, name) != default), None)
+        if given is not None:
+            what = arguments.overrides[0] if given == "overrides" else f"--{given.replace('_', '-')}"
+            raise UserError(f"{what} without --protocol has no effect; give --protocol, or remove it")
+        return
     names = ("solver", "steps", "guidance", "guidance_interval", "guidance_rescale", "out")
     given = next((name for name in names if getattr(arguments, name) is not None), None)
     if given is not None or arguments.seed:
@@ -100,11 +106,10 @@ def _evaluate_on_this_rank(arguments: argparse.Namespace, protocol: Protocol) ->
     from megatron_dit.evaluation.images import open_images
     from megatron_dit.evaluation.report import print_result
 
-    source = Path(arguments.checkpoint)
-    if _is_checkpoint(source):
+    folder = source = Path(arguments.checkpoint)
+    generated = _is_checkpoint(source)
+    if generated:
         folder = generate(open_sampler(arguments, arguments.tensor), protocol, _run_of(source), arguments.batch)
-    else:
-        folder = source
     images = open_images(folder)
     if arguments.write_reference is not None:
         write_reference_of(images, protocol, arguments.write_reference, arguments.batch)
@@ -114,7 +119,7 @@ def _evaluate_on_this_rank(arguments: argparse.Namespace, protocol: Protocol) ->
         return 0
     result = evaluate(images, protocol, str(folder), arguments.batch)
     if is_rank0():
-        print_result(result)
+        print_result(result, generated=generated)
     write_json(arguments, result.as_dict())
     return 0
 

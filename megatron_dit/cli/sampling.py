@@ -120,6 +120,8 @@ def _check_ranks(arguments: argparse.Namespace) -> None:
         raise UserError(f"{ranks} ranks are not divisible by --tensor {tensor}; start a multiple of {tensor}")
     if ranks > tensor and arguments.folder is None:
         raise UserError(f"{ranks} ranks with --tensor {tensor} need --folder: only --tensor ranks generate a grid")
+    if ranks > 1 and arguments.prompts == "-":
+        raise UserError(f"--prompts - with {ranks} ranks: only one process can read the standard input; give a file")
 
 
 def _sample_on_this_rank(arguments: argparse.Namespace, size: tuple[int, int] | None) -> int:
@@ -134,7 +136,8 @@ def _sample_on_this_rank(arguments: argparse.Namespace, size: tuple[int, int] | 
     if arguments.folder is not None:
         written = write_images(sampler, images, drawing, arguments.folder, arguments.batch)
         if is_rank0():
-            print(f"wrote {written} of {len(images)} images to {printable(arguments.folder)}; the others were there")
+            rest = f"; {len(images) - written} were there already" if written < len(images) else ""
+            print(f"wrote {written} images to {printable(arguments.folder)}{rest}")
         write_json(arguments, {**results, "folder": str(arguments.folder), "written": written})
         return 0
     drawn = sampler.draw(images, drawing, batch=arguments.batch, show=is_rank0())

@@ -22,7 +22,7 @@ from megatron_dit.config.objective import ObjectiveConfig
 from megatron_dit.config.optimizer import EmaConfig, OptimizerConfig
 from megatron_dit.config.parallel import LaunchConfig, ParallelConfig
 from megatron_dit.config.schema import Config
-from megatron_dit.config.training import SOLVERS_OF, CheckpointConfig, SamplingConfig, TrainConfig
+from megatron_dit.config.training import SOLVERS_OF, CheckpointConfig, SamplingConfig, Solver, TrainConfig
 
 __all__ = [
     "RESUMABLE",
@@ -40,6 +40,7 @@ __all__ = [
     "OptimizerConfig",
     "ParallelConfig",
     "SamplingConfig",
+    "Solver",
     "TrainConfig",
     "check_overrides",
     "config_from_dict",

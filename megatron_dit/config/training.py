@@ -8,6 +8,7 @@ from typing import Annotated, Literal
 from megatron_dit.config.keys import Count, Fraction, Interval, Section, check, key
 
 SOLVERS_OF = {"rectified_flow": ("euler", "heun", "dpm++"), "ddpm": ("dpm++", "ddim", "ddpm")}
+Solver = Literal["auto", "euler", "heun", "dpm++", "ddim", "ddpm"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,7 +92,7 @@ class SamplingConfig(Section):
 
     prefix = "sampling."
 
-    solver: Literal["auto", "euler", "heun", "dpm++", "ddim", "ddpm"] = key(
+    solver: Solver = key(
         "euler, heun or dpm++ (rectified_flow); dpm++, ddim or the ancestral ddpm (ddpm); auto: the first one for the "
         "objective",
         "auto",

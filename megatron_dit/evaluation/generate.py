@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
+from megatron_dit.config import SamplingConfig
 from megatron_dit.evaluation.protocol import Protocol
 from megatron_dit.runtime.errors import UserError
 from megatron_dit.sampling.folder import write_images
 from megatron_dit.sampling.prompts import labels, read_prompts, requests
-from megatron_dit.sampling.sampler import Drawing, Sampler, chosen
+from megatron_dit.sampling.sampler import Drawing, Sampler
 
 
 def generate(sampler: Sampler, protocol: Protocol, run: Path, batch: int) -> Path:
@@ -29,8 +31,8 @@ def generate(sampler: Sampler, protocol: Protocol, run: Path, batch: int) -> Pat
         prompts = read_prompts(protocol.prompts)
         if len(prompts) < protocol.images:
             raise UserError(f"{protocol.prompts} has {len(prompts)} prompts, but the protocol needs {protocol.images}")
-    values = {"solver": protocol.solver, "steps": protocol.steps, "guidance": protocol.guidance}
-    drawing = Drawing(chosen(sampler.config, **values), protocol.seed)
+    sampling = SamplingConfig(solver=protocol.solver, steps=protocol.steps, guidance=protocol.guidance)
+    drawing = Drawing(replace(sampler.config, sampling=sampling).sampling, protocol.seed)  # validates the solver
     folder = run / "evaluation" / protocol.name / f"step_{sampler.step:08d}"
     write_images(sampler, requests(prompts[: protocol.images]), drawing, folder, batch)
     return folder

@@ -7,6 +7,7 @@ import json
 from dataclasses import asdict, dataclass
 from typing import Annotated, Any, Literal
 
+from megatron_dit.config import Solver
 from megatron_dit.config.keys import Count, FilePath, Interval, Section, check, key
 
 
@@ -58,7 +59,7 @@ class Protocol(Section):
     labels: Literal["equal", "random"] | None = key("how classes are chosen; FID differs by about 0.1", None)
     prompts: FilePath | None = key("file of prompts, as for 'megatron-dit sample --prompts'", None)
     seed: Annotated[int, Interval("[0, 2^63)")] = key("seed of labels and noise", 0)
-    solver: str = key("solver", "auto")
+    solver: Solver = key("solver", "auto")
     steps: Annotated[int, Interval("[1, 10000]")] = key("solver steps")
     guidance: Annotated[float, Interval("[1, 1000]")] = key("classifier-free guidance scale; 1: no guidance")
     reference: FilePath | None = key("statistics of real images: ADM's .npz, or one written by --write-reference", None)

@@ -8,8 +8,11 @@ from megatron_dit.evaluation.evaluate import Result
 from megatron_dit.runtime.table import Table
 
 
-def print_result(result: Result) -> None:
-    """Print a table of the metrics that names the protocol, and what the result can be compared with."""
+def print_result(result: Result, *, generated: bool) -> None:
+    """Print a table of the metrics that names the protocol, and what the result can be compared with.
+
+    ``generated``: the images were generated as the protocol says; otherwise nothing is known about that.
+    """
     protocol = result.protocol
     table = Table(title=f"{result.source}: protocol {protocol.name} ({result.fingerprint})")
     table.add_column("metric")
@@ -17,9 +20,12 @@ def print_result(result: Result) -> None:
     for name, value in result.metrics.items():
         table.add_row(name, f"{value:.6g}")
     Console().print(table)
-    how = f"labels: {protocol.labels}" if protocol.labels else f"prompts: {protocol.prompts}"
+    how = (
+        f"{'labels: ' + protocol.labels if protocol.labels else 'prompts: ' + str(protocol.prompts)}, solver "
+        f"{protocol.solver}, {protocol.steps} steps, guidance {protocol.guidance:g}"
+    )
+    origin = f"generated with {how}" if generated else f"not generated here; the protocol asks for {how}"
     print(
-        f"{protocol.images} images, {how}, solver {protocol.solver}, {protocol.steps} steps, guidance "
-        f"{protocol.guidance:g}\ncomparable only to results with the fingerprint {result.fingerprint}, which covers "
-        "every key of the protocol and the content of its files"
+        f"{protocol.images} images, {origin}\ncomparable only to results with the fingerprint {result.fingerprint}, "
+        "which covers every key of the protocol and the content of its files"
     )

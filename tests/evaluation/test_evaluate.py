@@ -191,6 +191,7 @@ def test_the_command_evaluates_a_run_and_a_folder_by_a_protocol(folders, protoco
     values["weights"] = {key: value for key, value in values["weights"].items() if value}
     (tmp_path / "protocol.yaml").write_text(yaml.safe_dump(values))
     config = small_dict("mmdit", **{"data.path": str(dataset), "run_dir": str(tmp_path / "run")})
+    config["sampling"] = {"guidance_rescale": 0.5, "steps": 7}
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
     assert run(["train", str(tmp_path / "config.yaml")]) == 0
     words = ["--protocol", str(tmp_path / "protocol.yaml"), "--json", str(tmp_path / "result.json")]
@@ -199,8 +200,12 @@ def test_the_command_evaluates_a_run_and_a_folder_by_a_protocol(folders, protoco
     assert set(result["metrics"]) == {"fdd", "cmmd", "clip_score"}
     out = capsys.readouterr().out
     assert f"protocol test ({result['fingerprint']})" in out
+    assert "21 images, generated with prompts: " in out
     (folder,) = (tmp_path / "run" / "evaluation" / "test").iterdir()
+    drawn = json.loads((folder / "sample.json").read_text())["sampling"]
+    assert (drawn["steps"], drawn["guidance"], drawn["guidance_rescale"]) == (1, 1.0, 0.0)  # not those of the run
     assert run(["evaluate", str(folder), *words]) == 0
+    assert "not generated here; the protocol asks for prompts: " in capsys.readouterr().out
     again = json.loads((tmp_path / "result.json").read_text())
     assert again["metrics"] == pytest.approx(result["metrics"], abs=1e-9)
     assert again["fingerprint"] == result["fingerprint"]
@@ -209,5 +214,8 @@ def test_the_command_evaluates_a_run_and_a_folder_by_a_protocol(folders, protoco
     capsys.readouterr()
     assert run(["evaluate", str(folder), *words, "--steps", "3"]) == 2
     assert "the protocol determines it" in capsys.readouterr().err
+    for flags in (["images=3"], ["--procs", "2"], ["--write-reference", str(tmp_path / "r.npz")]):
+        assert run(["evaluate", str(tmp_path / "run"), *flags]) == 2
+        assert f"{flags[0]} without --protocol" in capsys.readouterr().err
     assert run(["evaluate", str(tmp_path / "run"), *words, "source=labels", "prompts=null", "labels=equal"]) == 2
     assert "clip_score needs source=prompts" in capsys.readouterr().err

@@ -116,7 +116,7 @@ def test_the_command_writes_a_folder_and_refuses_contradictions(trained, tmp_pat
     (tmp_path / "p.jsonl").write_text("".join(json.dumps({"prompt": prompt}) + "\n" for prompt in PROMPTS))
     words = ["sample", str(trained), "--prompts", str(tmp_path / "p.jsonl"), "--folder", str(tmp_path / "out")]
     assert run([*words, "--per-prompt", "2", "--solver", "heun", "--negative-prompt", "a green cross"]) == 0
-    assert "wrote 14 of 14 images" in capsys.readouterr().out
+    assert "wrote 14 images" in capsys.readouterr().out
     assert [entry.copy for entry in read_manifest(tmp_path / "out")] == [0, 1] * 7
     for flags, expected in {
         ("--procs", "3", "--tensor", "2"): "3 ranks are not divisible by --tensor 2",
@@ -131,5 +131,7 @@ def test_the_command_writes_a_folder_and_refuses_contradictions(trained, tmp_pat
         assert "\n" not in line
     assert run(["sample", str(trained), "--prompt", "x", "--procs", "2"]) == 2
     assert "need --folder" in capsys.readouterr().err
+    assert run(["sample", str(trained), "--prompts", "-", "--procs", "2", "--folder", str(tmp_path / "stdin")]) == 2
+    assert "only one process can read the standard input" in capsys.readouterr().err
     assert run(["sample", str(trained), "--labels", "random", "--count", "2"]) == 2
     assert "is not conditioned on classes" in capsys.readouterr().err
