@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
+import torch.distributed as dist
 
 from megatron_dit.evaluation.features import Features, by_shape
 from megatron_dit.evaluation.images import Images
@@ -34,8 +35,6 @@ def collect(
 
     Each rank extracts the features of every n-th batch. Only the kept features, and one batch of images, are in memory.
     """
-    import torch.distributed as dist
-
     connect()
     rank, world = dist.get_rank(), dist.get_world_size()
     streamed: dict[str, StreamedMoments] = {}

@@ -9,11 +9,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+import torch.distributed as dist
 
 from megatron_dit.evaluation.collect import Collected, Extract, collect
 from megatron_dit.evaluation.images import open_images
 from megatron_dit.evaluation.moments import Moments
-from megatron_dit.parallel.collectives import on_all_ranks
+from megatron_dit.parallel.collectives import gather, on_all_ranks
 from megatron_dit.parallel.topology import connect
 from megatron_dit.runtime.errors import UserError
 from megatron_dit.runtime.io import replacing
@@ -45,34 +46,33 @@ def read_reference(
     """
     connect()
     found = on_all_ranks(lambda: _stored(path))
-    if not _lacks(found, names, kept):
+    names = [name for name in names if name not in found.moments]
+    kept = [name for name in kept if name not in found.features]
+    if not names and not kept:
         return found
-    cache = (
-        CACHE.expanduser() / f"{hashlib.sha256(repr((sha256, sorted(names), sorted(kept))).encode()).hexdigest()}.npz"
-    )
-    cached = on_all_ranks(lambda: _stored(cache) if cache.exists() else None)
-    if cached is None or _lacks(cached, names, kept):
+    content = repr((sha256, sorted(names), sorted(kept)))
+    cache = CACHE.expanduser() / f"{hashlib.sha256(content.encode()).hexdigest()}.npz"
+    if all(gather(cache.exists())):  # the folder may not be shared by all hosts
+        cached = on_all_ranks(lambda: _stored(cache))
+    else:
         try:
             images = on_all_ranks(lambda: open_images(path))
         except UserError:
             raise UserError(
-                f"{path} lacks {', '.join(_lacks(found, names, kept))} and has no images to extract them from; make "
+                f"{path} lacks statistics of {', '.join([*names, *kept])} and has no images to extract them from; make "
                 "reference statistics with 'megatron-dit evaluate --write-reference'"
             ) from None
         cached = collect(images, extractors, names, kept, batch)
         write_reference(cache, cached)
-    # The file's own statistics go first: ADM's evaluator uses them, whatever its images are.
+    # ADM's statistics are those of all images, of which its file has a part.
     return Collected(cached.count, {**cached.moments, **found.moments}, {**cached.features, **found.features})
 
 
 def write_reference(path: Path, collected: Collected) -> None:
-    """Write statistics to an .npz file, on rank 0."""
-    import torch.distributed as dist
-
+    """Write statistics to an .npz file, on rank 0. Collective."""
     arrays: dict[str, np.ndarray] = {"count": np.array(collected.count)}
     for name, moments in collected.moments.items():
-        if name in KEYS:
-            arrays |= dict(zip(KEYS[name], (moments.mean, moments.covariance), strict=True))
+        arrays |= dict(zip(KEYS[name], (moments.mean, moments.covariance), strict=True))
     arrays |= {f"features_{name}": values for name, values in collected.features.items()}
     if dist.get_rank() == 0:
         with replacing(path, makes_folder=True) as part, part.open("wb") as file:
@@ -96,8 +96,3 @@ def _stored(path: Path) -> Collected:
     except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile) as error:
         raise UserError(f"the reference {path} cannot be read ({error}); download or make it again") from None
     return Collected(count, moments, features)
-
-
-def _lacks(found: Collected, names: Sequence[str], kept: Sequence[str]) -> list[str]:
-    """Return what is missing: moments in ``names`` that have a place in a file, and features in ``kept``."""
-    return [n for n in names if n in KEYS and n not in found.moments] + [n for n in kept if n not in found.features]

@@ -62,8 +62,7 @@ def write_images(
                 if writes:
                     with replacing(folder / file_of(request), makes_folder=True) as part:
                         Image.fromarray(image).save(part)
-    if dist.is_initialized():
-        dist.barrier()
+    dist.barrier()
     return sum(len(batches[number]) for number in todo[0])
 
 
