@@ -6,6 +6,7 @@ from rich.console import Console
 
 from megatron_dit.evaluation.evaluate import Result
 from megatron_dit.runtime.table import Table
+from megatron_dit.runtime.text import printable
 
 
 def print_result(result: Result, *, generated: bool) -> None:
@@ -14,7 +15,8 @@ def print_result(result: Result, *, generated: bool) -> None:
     ``generated``: the images were generated as the protocol says; otherwise nothing is known about that.
     """
     protocol = result.protocol
-    table = Table(title=f"{result.source}: protocol {protocol.name} ({result.fingerprint})")
+    print(f"{printable(result.source)}: protocol {protocol.name} ({result.fingerprint})")
+    table = Table()
     table.add_column("metric")
     table.add_column("value", justify="right")
     for name, value in result.metrics.items():

@@ -37,7 +37,8 @@ TRIALS = {"quickstart-sweep": 2 * 6, "dit/sweep": 15, "pixart/sweep": 5, "mmdit/
 
 def files(kind):
     names = sorted(str(path.relative_to(CONFIGS).with_suffix("")) for path in CONFIGS.rglob("*.yaml"))
-    return [name for name in names if ("sweep" in name) == (kind == "sweep")]
+    kinds = {name: "sweep" if "sweep" in name else "protocol" if "evaluation" in name else "run" for name in names}
+    return [name for name in names if kinds[name] == kind]
 
 
 def test_every_config_has_an_expected_size():
@@ -45,16 +46,19 @@ def test_every_config_has_an_expected_size():
 
 
 @pytest.mark.parametrize("name", files("run"))
-def test_config_loads_has_its_published_size_and_a_complete_header(name):
-    path = CONFIGS / f"{name}.yaml"
-    config = load_config(path)
+def test_config_loads_and_has_its_published_size(name):
+    config = load_config(CONFIGS / f"{name}.yaml")
     size = sum(math.prod(param.shape) for param in param_specs(config).values())
     if name in SIZES:
         exact, published = SIZES[name]
         assert size == exact
         learned_null = config.model.text_tokens * config.model.text_dim if config.model.arch == "pixart" else 0
         assert size - learned_null == pytest.approx(published, rel=0.01)
-    head = [line for line in path.read_text().splitlines() if line.startswith("#")]
+
+
+@pytest.mark.parametrize("name", files("run") + files("protocol"))
+def test_the_head_says_what_to_run_and_what_to_expect(name):
+    head = [line for line in (CONFIGS / f"{name}.yaml").read_text().splitlines() if line.startswith("#")]
     for word in ("Command:", "Cost:", "Expect:"):
         assert any(word in line for line in head), f"{name} has no {word}"
 
