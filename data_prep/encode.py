@@ -15,14 +15,15 @@ from dataclasses import asdict
 
 import numpy as np
 
+from data_prep.buckets import fit
 from data_prep.encoders import Encoders, Example
-from data_prep.images import Unusable, decode, fit
 from data_prep.job import Claim, Job
 from data_prep.pipelined import chunks, pipelined
 from data_prep.plan import PlannedShard
 from data_prep.recipe import Recipe
 from data_prep.scan import read_records
 from data_prep.sources import Record, Source
+from megatron_dit.data.images import Unusable, decode
 from megatron_dit.data.tar import write_shard
 from megatron_dit.runtime.errors import UserError
 

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from data_prep.images import Buckets
+from data_prep.buckets import Buckets
 from data_prep.recipe import PIXELS, TINY, Recipe
 from data_prep.sources import Record
 from megatron_dit.data.codec import VaeCodec, open_codec

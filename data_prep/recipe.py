@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from data_prep.images import Limits
+from megatron_dit.data.images import Limits
 from megatron_dit.data.text import DTYPES
 from megatron_dit.runtime.errors import UserError
 

@@ -11,11 +11,12 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TextIO
 
-from data_prep.images import Buckets, Limits, Unusable, decode
+from data_prep.buckets import Buckets
 from data_prep.job import Claim, Job
 from data_prep.pipelined import pipelined
 from data_prep.plan import Part, bucket_name
 from data_prep.sources import Record, Rejected, Scanned, Source
+from megatron_dit.data.images import Limits, Unusable, decode
 from megatron_dit.runtime.errors import UserError
 
 PHASE = "scan"

@@ -16,8 +16,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from data_prep.images import Limits, decode
 from data_prep.sources import Record, open_source
+from megatron_dit.data.images import Limits, decode
 from megatron_dit.runtime.io import replacing
 
 COUNT = 40000

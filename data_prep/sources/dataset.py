@@ -7,7 +7,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from data_prep.images import Unusable
 from data_prep.sources.record import (
     IMAGE_BYTES,
     PER_UNIT,
@@ -21,6 +20,7 @@ from data_prep.sources.record import (
     scanned,
 )
 from data_prep.sources.rows import import_prep
+from megatron_dit.data.images import Unusable
 from megatron_dit.runtime.errors import UserError
 
 

@@ -7,7 +7,6 @@ from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
-from data_prep.images import Unusable
 from data_prep.sources.record import (
     IMAGE_BYTES,
     IMAGES,
@@ -24,6 +23,7 @@ from data_prep.sources.record import (
     scanned,
     shown,
 )
+from megatron_dit.data.images import Unusable
 from megatron_dit.runtime.errors import UserError
 
 

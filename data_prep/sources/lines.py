@@ -7,8 +7,8 @@ from collections import deque
 from collections.abc import Iterator
 from pathlib import Path
 
-from data_prep.images import Unusable
 from data_prep.sources.record import TEXT_BYTES
+from megatron_dit.data.images import Unusable
 
 BLOCK = 2**20  # bytes read at a time
 

@@ -11,7 +11,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from data_prep.images import Unusable
+from megatron_dit.data.images import Unusable
 
 IMAGES = frozenset({"jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "avif"})  # extensions
 PER_UNIT = 1000  # images per unit, if the source has no natural parts

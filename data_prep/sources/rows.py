@@ -12,9 +12,9 @@ from itertools import accumulate, islice
 from pathlib import Path
 from typing import Any, Protocol
 
-from data_prep.images import Unusable
 from data_prep.sources.lines import csv_records, lines
 from data_prep.sources.record import PER_UNIT, TEXT_BYTES, json_object
+from megatron_dit.data.images import Unusable
 from megatron_dit.runtime.content import content_of
 from megatron_dit.runtime.errors import UserError
 

@@ -9,7 +9,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from data_prep.images import Unusable
 from data_prep.sources.record import (
     IMAGE_BYTES,
     IMAGES,
@@ -23,6 +22,7 @@ from data_prep.sources.record import (
     shown,
 )
 from data_prep.sources.rows import Row, open_rows
+from megatron_dit.data.images import Unusable
 from megatron_dit.runtime.errors import UserError
 
 

@@ -10,7 +10,6 @@ from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
-from data_prep.images import Unusable
 from data_prep.sources.record import (
     IMAGE_BYTES,
     IMAGES,
@@ -27,6 +26,7 @@ from data_prep.sources.record import (
     scanned,
     shown,
 )
+from megatron_dit.data.images import Unusable
 from megatron_dit.runtime.content import content_of
 
 REFUSED = frozenset({"pickle", "pkl", "pyd", "pth", "pt"})  # extensions of files that can run code when opened

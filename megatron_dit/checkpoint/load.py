@@ -16,7 +16,7 @@ from megatron_dit.checkpoint.manifest import MANIFEST, STATE, Incomplete, unread
 from megatron_dit.checkpoint.reader import CheckpointReader
 from megatron_dit.models.build import build_unsharded
 from megatron_dit.optimizer import state_keys
-from megatron_dit.parallel.collectives import gather, on_all_ranks
+from megatron_dit.parallel.collectives import gather, on_all_ranks, on_rank0
 from megatron_dit.runtime.errors import UserError
 
 if TYPE_CHECKING:
@@ -66,8 +66,7 @@ def newest_intact(folder: Path, rank: int, world: int) -> CheckpointReader | Non
 
     Raises UserError if there are checkpoints but none is intact: starting from step 0 would discard the run.
     """
-    listing = gather(on_all_ranks(lambda: list_checkpoints(folder) if rank == 0 else None))[0]
-    assert listing is not None
+    listing = on_rank0(lambda: list_checkpoints(folder))
     found = Newest(None, listing, {})
     for path in reversed(listing.checkpoints):
         reader, reason = on_all_ranks(lambda path=path: _opened(path, slice(rank, None, world)))

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from megatron_dit.cli.arguments import input_path, number, output_file, output_image
 from megatron_dit.cli.command import add_command, write_json
 from megatron_dit.cli.ranks import ranks_argument, starts_ranks
-from megatron_dit.cli.sampling import checkpoint_arguments, drawing_of, explain_out_of_memory, open_sampler
+from megatron_dit.cli.sampling import check_ranks, checkpoint_arguments, drawing_of, explain_out_of_memory, open_sampler
 from megatron_dit.config.keys import Count, Fraction
 from megatron_dit.runtime import launcher
 from megatron_dit.runtime.errors import UserError
@@ -45,8 +45,6 @@ def add_commands(commands: Any) -> None:
         "a protocol to its path",
     )
     ranks_argument(evaluate, "number of ranks to start on this host, with --protocol")
-    tensor = number("--tensor", Count)
-    evaluate.add_argument("--tensor", type=tensor, default=1, metavar="N", help="number of ranks that share the model")
     prompts = number("--prompts", Count)
     evaluate.add_argument("--prompts", type=prompts, default=64, metavar="N", help="toy dataset: number of prompts")
     samples = output_image("--out", "samples.png")
@@ -76,6 +74,7 @@ def _evaluate(arguments: argparse.Namespace) -> int:
     from megatron_dit.evaluation.protocol import Protocol
 
     protocol = load(Protocol, arguments.protocol, arguments.overrides)
+    check_ranks(arguments)
     if starts_ranks(arguments):
         return launcher.run_ranks(arguments.argv, arguments.procs)
     from megatron_dit.parallel.startup import multi_rank_command
@@ -101,15 +100,16 @@ def _check_flags(arguments: argparse.Namespace) -> None:
 
 
 def _evaluate_on_this_rank(arguments: argparse.Namespace, protocol: Protocol) -> int:
-    from megatron_dit.evaluation.evaluate import evaluate, write_reference_of
+    from megatron_dit.evaluation.evaluate import check_files, evaluate, write_reference_of
     from megatron_dit.evaluation.generate import generate
     from megatron_dit.evaluation.images import open_images
     from megatron_dit.evaluation.report import print_result
 
     folder = source = Path(arguments.checkpoint)
+    check_files(protocol, reference=arguments.write_reference is None)  # before images are generated for hours
     generated = _is_checkpoint(source)
     if generated:
-        folder = generate(open_sampler(arguments, arguments.tensor), protocol, _run_of(source), arguments.batch)
+        folder = generate(open_sampler(arguments), protocol, _run_of(source), arguments.batch)
     images = open_images(folder)
     if arguments.write_reference is not None:
         write_reference_of(images, protocol, arguments.write_reference, arguments.batch)

@@ -58,8 +58,6 @@ def add_commands(commands: Any) -> None:
     )
     sample.add_argument("--size", metavar="HxW", help="height and width in pixels; if omitted, the training size")
     ranks_argument(sample, "number of ranks to start on this host; more than --tensor need --folder")
-    tensor = number("--tensor", Count)
-    sample.add_argument("--tensor", type=tensor, default=1, metavar="N", help="number of ranks that share the model")
 
 
 def checkpoint_arguments(
@@ -94,6 +92,8 @@ def checkpoint_arguments(
     command.add_argument("--no-ema", action="store_true", help="use the trained weights instead of their EMA")
     batch = number("--batch", Count)
     command.add_argument("--batch", type=batch, default=64, metavar="N", help="number of images to generate at a time")
+    tensor = number("--tensor", Count)
+    command.add_argument("--tensor", type=tensor, default=1, metavar="N", help="number of ranks that share the model")
     command.add_argument(
         "--data",
         type=input_path("--data"),
@@ -103,7 +103,13 @@ def checkpoint_arguments(
 
 
 def _sample(arguments: argparse.Namespace) -> int:
-    _check_ranks(arguments)
+    ranks = check_ranks(arguments)
+    if ranks > arguments.tensor and arguments.folder is None:
+        raise UserError(
+            f"{ranks} ranks need --folder: only the --tensor {arguments.tensor} that share a model make a grid"
+        )
+    if ranks > 1 and arguments.prompts == "-":
+        raise UserError(f"--prompts - with {ranks} ranks: only one process can read the standard input; give a file")
     size = _size(arguments.size)
     if starts_ranks(arguments):
         return launcher.run_ranks(arguments.argv, arguments.procs)
@@ -113,15 +119,12 @@ def _sample(arguments: argparse.Namespace) -> int:
         return _sample_on_this_rank(arguments, size)
 
 
-def _check_ranks(arguments: argparse.Namespace) -> None:
-    """Raise UserError unless the ranks, of ``--procs`` or of another launcher, can share the work."""
+def check_ranks(arguments: argparse.Namespace) -> int:
+    """Return the number of ranks, of ``--procs`` or of another launcher. Raises UserError if --tensor does not fit."""
     ranks, tensor = max(arguments.procs, launch_environment().world), arguments.tensor
     if ranks % tensor:
         raise UserError(f"{ranks} ranks are not divisible by --tensor {tensor}; start a multiple of {tensor}")
-    if ranks > tensor and arguments.folder is None:
-        raise UserError(f"{ranks} ranks with --tensor {tensor} need --folder: only --tensor ranks generate a grid")
-    if ranks > 1 and arguments.prompts == "-":
-        raise UserError(f"--prompts - with {ranks} ranks: only one process can read the standard input; give a file")
+    return ranks
 
 
 def _sample_on_this_rank(arguments: argparse.Namespace, size: tuple[int, int] | None) -> int:
@@ -129,7 +132,7 @@ def _sample_on_this_rank(arguments: argparse.Namespace, size: tuple[int, int] | 
     from megatron_dit.sampling.grid import save_grid
     from megatron_dit.sampling.prompts import requests
 
-    sampler = open_sampler(arguments, arguments.tensor)
+    sampler = open_sampler(arguments)
     images = requests(_prompts(arguments, sampler.config.model.num_classes), arguments.per_prompt)
     drawing = drawing_of(arguments, sampler.config, size, arguments.negative_prompt)
     results = {"prompts": arguments.prompt, "count": len(images), "seed": arguments.seed}
@@ -165,8 +168,8 @@ def _prompts(arguments: argparse.Namespace, classes: int) -> list[str]:
     return labels(arguments.labels, arguments.count, classes, arguments.seed)
 
 
-def open_sampler(arguments: argparse.Namespace, tensor: int = 1) -> Sampler:
-    """Return the sampler of ``arguments.checkpoint``, whose model ``tensor`` ranks share."""
+def open_sampler(arguments: argparse.Namespace) -> Sampler:
+    """Return the sampler of the arguments' checkpoint on this rank."""
     from megatron_dit.config import ParallelConfig
     from megatron_dit.parallel.topology import SOLO, build_groups, connect
     from megatron_dit.sampling.sampler import Sampler
@@ -174,7 +177,7 @@ def open_sampler(arguments: argparse.Namespace, tensor: int = 1) -> Sampler:
     topology = SOLO
     if launch_environment().world > 1:
         connect()
-        topology = build_groups(ParallelConfig(tensor=tensor))
+        topology = build_groups(ParallelConfig(tensor=arguments.tensor))
     return Sampler(arguments.checkpoint, data=arguments.data, ema=not arguments.no_ema, topology=topology)
 
 

@@ -29,6 +29,7 @@ import zlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import IO
 
 import numpy as np
 
@@ -214,7 +215,11 @@ def parse_array(data: bytes, where: str) -> np.ndarray:
 @functools.lru_cache(maxsize=256)
 def _parse_header(header: bytes) -> tuple[tuple[int, ...], bool, np.dtype]:
     """Return shape, Fortran order and dtype. Cached: the arrays of a dataset have few headers, and parsing is slow."""
-    file = io.BytesIO(header)
+    return read_header(io.BytesIO(header))
+
+
+def read_header(file: IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtype]:
+    """Return shape, Fortran order and dtype of an ``.npy`` file, and leave ``file`` at its data."""
     major, _ = np.lib.format.read_magic(file)
     read = {1: np.lib.format.read_array_header_1_0, 2: np.lib.format.read_array_header_2_0}[major]
     return read(file)

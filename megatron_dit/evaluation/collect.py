@@ -11,7 +11,7 @@ import torch.distributed as dist
 from megatron_dit.evaluation.features import Features, by_shape
 from megatron_dit.evaluation.images import Images
 from megatron_dit.evaluation.moments import Moments, StreamedMoments
-from megatron_dit.parallel.collectives import gather, raise_on_all_ranks
+from megatron_dit.parallel.collectives import gather, gather_to_rank0, raise_on_all_ranks
 from megatron_dit.parallel.topology import connect
 from megatron_dit.runtime.errors import UserError
 from megatron_dit.runtime.progress import ProgressBar
@@ -21,9 +21,11 @@ Extract = Callable[[Sequence[np.ndarray]], Features]
 
 @dataclass(frozen=True)
 class Collected:
-    """What is known of a set of images: moments by feature, and features (N, D) in the order of the images."""
+    """What is known of a set of images: moments by feature, and features (N, D) in the order of the images.
 
-    count: int
+    Only rank 0 has the features.
+    """
+
     moments: dict[str, Moments] = field(default_factory=dict)
     features: Features = field(default_factory=dict)
 
@@ -58,6 +60,6 @@ def collect(
         each = streamed.get(name) or StreamedMoments(sizes[name])  # more ranks than batches
         each.sum_over_ranks()
         moments[name] = each.result()
-    parts = sorted((part for rank_parts in gather(own) for part in rank_parts), key=lambda part: part[0])
-    features = {name: np.concatenate([part[name] for _, part in parts]) for name in kept}
-    return Collected(len(images), moments, features)
+    parts = sorted((part for rank_parts in gather_to_rank0(own) for part in rank_parts), key=lambda part: part[0])
+    features = {name: np.concatenate([part[name] for _, part in parts]) for name in kept if parts}
+    return Collected(moments, features)

@@ -2,23 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch.distributed as dist
 
 from megatron_dit.data.encoder_hash import weights_sha256
 from megatron_dit.data.tar import sha256_of
 from megatron_dit.evaluation import metrics
 from megatron_dit.evaluation.collect import Collected, collect
-from megatron_dit.evaluation.features import EXTRACTORS, check_inception
+from megatron_dit.evaluation.features import EXTRACTORS, check_weights
 from megatron_dit.evaluation.images import Images, content_sha256
 from megatron_dit.evaluation.protocol import METRICS, Protocol, fingerprint
-from megatron_dit.evaluation.reference import check_reference, read_reference, write_reference
-from megatron_dit.parallel.collectives import gather, on_all_ranks
+from megatron_dit.evaluation.reference import check_reference, load_reference, reference_files, write_reference
+from megatron_dit.parallel.collectives import on_all_ranks, on_rank0
 from megatron_dit.parallel.topology import connect
 from megatron_dit.runtime.errors import UserError
 
@@ -43,6 +42,7 @@ def evaluate(images: Images, protocol: Protocol, source: str, batch: int = 32) -
     Raises UserError if the number of images is not the protocol's, or a file that it names is missing.
     """
     connect()
+    check_files(protocol)
     if len(images) != protocol.images:
         raise UserError(
             f"{source} has {len(images)} images, but the protocol {protocol.name} is for {protocol.images}; generate "
@@ -50,19 +50,25 @@ def evaluate(images: Images, protocol: Protocol, source: str, batch: int = 32) -
         )
     if "clip_score" in protocol.metrics and not images.prompts:
         raise UserError(f"clip_score needs the prompts of the images, but {source} has no manifest.jsonl")
-    hashes = gather(on_all_ranks(lambda: hashes_of(protocol) if dist.get_rank() == 0 else {}))[0]
+    hashes = on_rank0(lambda: hashes_of(protocol))
     extractors = open_extractors(protocol)
-    reference = Collected(0)
-    if any(METRICS[metric].reference for metric in protocol.metrics):
-        reference = reference_of(protocol, extractors, hashes, batch)
+    reference: list[Path] = []
+    if protocol.reference is not None:
+        names, kept = (protocol.features(moments=moments, of_reference=True) for moments in (True, False))
+        content = "".join(sha256 for name, sha256 in sorted(hashes.items()) if name != "prompts")
+        reference = reference_files(Path(protocol.reference), content, list(extractors.values()), names, kept, batch)
     names, kept = (protocol.features(moments=moments, of_reference=False) for moments in (True, False))
     generated = collect(images, list(extractors.values()), names, kept, batch)
-    values = _values(protocol.metrics, generated, reference)
-    if "clip_score" in protocol.metrics:
-        groups = [images.prompts[i : i + batch] for i in range(0, len(images), batch)]
-        texts = np.concatenate([extractors["clip"].texts(group) for group in groups])
-        values["clip_score"] = metrics.clip_score(generated.features["clip"], texts)
-    return Result(protocol, fingerprint(protocol, hashes), hashes, source, values)
+
+    def values() -> dict[str, float]:
+        found = _values(protocol.metrics, generated, load_reference(reference))
+        if "clip_score" in protocol.metrics:
+            groups = [images.prompts[i : i + batch] for i in range(0, len(images), batch)]
+            texts = np.concatenate([extractors["clip"].texts(group) for group in groups])
+            found["clip_score"] = metrics.clip_score(generated.features["clip"], texts)
+        return found
+
+    return Result(protocol, fingerprint(protocol, hashes), hashes, source, on_rank0(values))
 
 
 def write_reference_of(images: Images, protocol: Protocol, path: Path, batch: int = 32) -> None:
@@ -72,30 +78,32 @@ def write_reference_of(images: Images, protocol: Protocol, path: Path, batch: in
     write_reference(path, collect(images, list(open_extractors(protocol).values()), names, kept, batch))
 
 
+def check_files(protocol: Protocol, *, reference: bool = True) -> None:
+    """Raise UserError, which says where to get it, for the first file that a protocol names and that does not exist.
+
+    ``reference``: the reference has to exist.
+    """
+    for name in protocol.extractors:
+        check_weights(name, getattr(protocol.weights, name))
+    if protocol.reference is not None and reference:
+        check_reference(Path(protocol.reference))
+    if protocol.prompts is not None and not Path(protocol.prompts).is_file():
+        raise UserError(f"the prompts {protocol.prompts} do not exist; set prompts in the protocol to their path")
+
+
 def open_extractors(protocol: Protocol) -> dict[str, Any]:
     """Load the extractors that a protocol needs. Collective."""
     weights = {name: getattr(protocol.weights, name) for name in protocol.extractors}
     return {name: on_all_ranks(lambda name=name: EXTRACTORS[name](weights[name])) for name in weights}
 
 
-def reference_of(protocol: Protocol, extractors: Mapping[str, Any], hashes: Mapping[str, str], batch: int) -> Collected:
-    """Return the statistics of real images that a protocol needs. Collective."""
-    assert protocol.reference is not None
-    names, kept = (protocol.features(moments=moments, of_reference=True) for moments in (True, False))
-    key = "".join(sha256 for name, sha256 in sorted(hashes.items()) if name != "prompts")
-    return read_reference(Path(protocol.reference), key, list(extractors.values()), names, kept, batch)
-
-
 def hashes_of(protocol: Protocol) -> dict[str, str]:
-    """Return the SHA-256 of the files that a protocol names. Raises UserError for the first that does not exist."""
-    found = {}
-    for name in protocol.extractors:
-        path = getattr(protocol.weights, name)
-        if name == "inception":
-            check_inception(path)
-        found[name] = sha256_of(Path(path)) if name == "inception" else weights_sha256(path)
+    """Return the SHA-256 of the files that a protocol names."""
+    weights = {name: getattr(protocol.weights, name) for name in protocol.extractors}
+    found = {
+        name: sha256_of(Path(path)) if name == "inception" else weights_sha256(path) for name, path in weights.items()
+    }
     if protocol.reference is not None:
-        check_reference(Path(protocol.reference))
         found["reference"] = content_sha256(Path(protocol.reference))
     if protocol.prompts is not None:
         found["prompts"] = sha256_of(Path(protocol.prompts))

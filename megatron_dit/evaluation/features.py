@@ -11,8 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from megatron_dit.data.hub import CLIP, load, locate, reason_of
-from megatron_dit.data.tar import sha256_of
+from megatron_dit.data.hub import CLIP, DINOV2, load, locate, reason_of
 from megatron_dit.data.vision import VisionEncoder
 from megatron_dit.runtime.device import device
 from megatron_dit.runtime.errors import UserError
@@ -33,13 +32,10 @@ class Inception:
     in ADM's evaluator, and ``logits`` (N, 1008), without the bias.
     """
 
-    names = ("inception", "spatial", "logits")
-
     def __init__(self, path: str) -> None:
-        """Load the weights. Raises UserError if the file is missing or contains anything but these weights."""
+        """Load the weights, a file that exists. Raises UserError if it contains anything but these weights."""
         from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
-        check_inception(path)
         try:
             # torch-fidelity unpickles its file, so only files without code are given to it.
             torch.load(path, map_location="cpu", weights_only=True)
@@ -47,7 +43,7 @@ class Inception:
             self._model: Any = FeatureExtractorInceptionV3(
                 "inception-v3-compat", ["2048", "logits_unbiased"], **options
             )
-        except (UserError, MemoryError):
+        except MemoryError:
             raise
         except Exception as error:  # a damaged file can raise anything
             raise UserError(
@@ -69,9 +65,11 @@ class Inception:
         self._spatial = output
 
 
-def check_inception(path: str) -> None:
-    """Raise UserError, which says where to get the weights, if the file does not exist."""
-    if not Path(path).is_file():
+def check_weights(extractor: str, path: str) -> None:
+    """Raise UserError, which says where to get the weights, if an extractor's do not exist."""
+    if extractor != "inception":
+        locate({"clip": CLIP, "dinov2": DINOV2}[extractor], path)
+    elif not Path(path).is_file():
         raise UserError(
             f"the Inception weights {path} do not exist; download {INCEPTION_URL} (SHA-256 {INCEPTION_SHA256}…) and "
             "set weights.inception in the protocol to its path"
@@ -80,8 +78,6 @@ def check_inception(path: str) -> None:
 
 class Dino:
     """DINOv2's class token for images of 224 x 224 pixels (FDD, arXiv 2306.04675). Feature: ``dinov2`` (N, D)."""
-
-    names = ("dinov2",)
 
     def __init__(self, name: str) -> None:
         self._encoder = VisionEncoder(name, device())
@@ -92,8 +88,6 @@ class Dino:
 
 class Clip:
     """CLIP from a local folder or hub name. Feature: ``clip`` (N, D), image embeddings of length 1."""
-
-    names = ("clip",)
 
     def __init__(self, name: str) -> None:
         from transformers import AutoTokenizer, CLIPModel
@@ -140,11 +134,6 @@ def by_shape(extract: Callable[[Sequence[np.ndarray]], Features], images: Sequen
     order = np.argsort(np.concatenate(list(places.values())))
     found = [extract([images[place] for place in group]) for group in places.values()]
     return {name: np.concatenate([each[name] for each in found])[order] for name in found[0]}
-
-
-def inception_sha256(path: str) -> str:
-    """Return the SHA-256 of the weights file, which a result states."""
-    return sha256_of(Path(path))
 
 
 def _stack(images: Sequence[np.ndarray]) -> Tensor:

@@ -19,10 +19,10 @@ def generate(sampler: Sampler, protocol: Protocol, run: Path, batch: int) -> Pat
     Images that are already there are kept. Raises UserError if the model cannot generate what the protocol asks for.
     """
     classes = sampler.config.model.num_classes
-    if bool(classes) != (protocol.source == "labels"):
-        kind = "classes" if classes else "text"
+    if bool(classes) != (protocol.labels is not None):
+        kind, given = ("classes", "prompts") if classes else ("text", "labels")
         raise UserError(
-            f"the protocol {protocol.name} has source={protocol.source}, but {sampler.folder} is conditioned on {kind}"
+            f"the protocol {protocol.name} generates images of {given}, but {sampler.folder} is conditioned on {kind}"
         )
     if protocol.labels is not None:
         prompts = labels(protocol.labels, protocol.images, classes, protocol.seed)

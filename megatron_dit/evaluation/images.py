@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import zipfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
-from PIL import Image
 
-from megatron_dit.data.tar import sha256_of
+from megatron_dit.data.images import Limits, Unusable, decode
+from megatron_dit.data.tar import read_header, sha256_of
 from megatron_dit.runtime.errors import UserError
 from megatron_dit.sampling.folder import MANIFEST, read_manifest
 
 SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp"})
 ARRAY = "arr_0.npy"  # member of ADM's files with the images
+LIMITS = Limits(min_side=1, max_aspect=math.inf, max_pixels=178_956_970)
 SHOWN = 5  # files that a message lists
 
 Part = tuple[int, list[np.ndarray]]  # index of the first image, and images (H, W, 3) uint8
@@ -44,8 +46,8 @@ class ImageFolder:
             images = []
             for name in self.files[start : start + size]:
                 try:
-                    images.append(read_image(self.folder / name))
-                except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+                    images.append(np.asarray(decode((self.folder / name).read_bytes(), LIMITS)))
+                except (OSError, Unusable) as error:
                     wrong.append(f"{name} ({error})")
             if not wrong:
                 yield start, images
@@ -63,7 +65,7 @@ class ImageArray:
 
     path: Path
     shape: tuple[int, ...]
-    prompts: tuple[str, ...] = ()
+    prompts: ClassVar[tuple[str, ...]] = ()  # the file has none
 
     def __len__(self) -> int:
         return self.shape[0]
@@ -72,7 +74,7 @@ class ImageArray:
         """Yield every ``world``-th part of ``size`` images, from part ``rank`` on."""
         each = int(np.prod(self.shape[1:]))
         with zipfile.ZipFile(self.path) as archive, archive.open(ARRAY) as file:
-            _read_header(file)
+            read_header(file)
             for number, start in enumerate(range(0, len(self), size)):
                 count = min(size, len(self) - start)
                 data = _read_exactly(file, count * each, self.path)
@@ -99,23 +101,12 @@ def open_images(path: Path) -> Images:
         raise UserError(f"{path} is neither a folder of images nor an .npz file")
     try:
         with zipfile.ZipFile(path) as archive, archive.open(ARRAY) as file:
-            shape, dtype = _read_header(file)
+            shape, fortran_order, dtype = read_header(file)
     except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
         raise UserError(f"{path} has no readable array arr_0 ({error}); expected images as in ADM's files") from None
-    if dtype != np.uint8 or len(shape) != 4 or shape[3] != 3 or not shape[0]:
+    if dtype != np.uint8 or fortran_order or len(shape) != 4 or shape[3] != 3 or not shape[0]:
         raise UserError(f"{path} has an array arr_0 of {dtype} with shape {shape}; expected uint8 of (N, H, W, 3)")
     return ImageArray(path, shape)
-
-
-def read_image(path: Path) -> np.ndarray:
-    """Return an image (H, W, 3) uint8; transparency is composited on white."""
-    with Image.open(path) as image:
-        if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
-            rgba = image.convert("RGBA")
-            white = Image.new("RGBA", rgba.size, "white")
-            white.alpha_composite(rgba)
-            return np.asarray(white.convert("RGB"))
-        return np.asarray(image.convert("RGB"))
 
 
 def content_sha256(path: Path) -> str:
@@ -128,18 +119,6 @@ def content_sha256(path: Path) -> str:
     for name in images.files:
         digest.update(f"{name} {sha256_of(path / name)}\n".encode(errors="surrogateescape"))
     return digest.hexdigest()
-
-
-def _read_header(file: Any) -> tuple[tuple[int, ...], np.dtype]:
-    """Return the shape and type of an .npy file, and leave ``file`` at its data."""
-    version = np.lib.format.read_magic(file)
-    read = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}.get(version)
-    if read is None:
-        raise ValueError(f"version {version} of .npy")
-    shape, fortran, dtype = read(file)
-    if fortran:
-        raise ValueError("columns first")
-    return shape, dtype
 
 
 def _read_exactly(file: Any, count: int, path: Path) -> bytes:

@@ -15,9 +15,8 @@ Array = np.ndarray
 
 @dataclass(frozen=True)
 class Moments:
-    """Mean (D,) and covariance (D, D), with divisor ``count - 1``, of ``count`` feature vectors; float64."""
+    """Mean (D,) and covariance (D, D), with divisor N - 1, of N feature vectors; float64."""
 
-    count: int
     mean: Array
     covariance: Array
 
@@ -70,4 +69,4 @@ class StreamedMoments:
     def result(self) -> Moments:
         """Return the moments of all features added so far, at least two."""
         assert self._count > 1, self._count
-        return Moments(self._count, self._mean.copy(), self._scatter / (self._count - 1))
+        return Moments(self._mean.copy(), self._scatter / (self._count - 1))

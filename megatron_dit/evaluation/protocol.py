@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from typing import Annotated, Any, Literal
 
 from megatron_dit.config import Solver
-from megatron_dit.config.keys import Count, FilePath, Interval, Section, check, key
+from megatron_dit.config.keys import Count, FilePath, Interval, Section, check, check_choice, key
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,6 @@ METRICS = {
 EXTRACTOR_OF = {
     "inception": "inception", "spatial": "inception", "logits": "inception", "dinov2": "dinov2", "clip": "clip",
 }  # fmt: skip
-Metric = Literal["fid", "sfid", "inception_score", "precision", "recall", "kid", "fdd", "cmmd", "clip_score"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,11 +52,12 @@ class Protocol(Section):
     """A protocol. The numbers that it gives depend on every key."""
 
     name: str = key("name, printed with each result")
-    metrics: list[Metric] = key("metrics to compute")
+    metrics: list[str] = key(f"metrics to compute: {', '.join(METRICS)}")
     images: Count = key("number of generated images")
-    source: Literal["labels", "prompts"] = key("whether images are generated for classes or for prompts")
-    labels: Literal["equal", "random"] | None = key("how classes are chosen; FID differs by about 0.1", None)
-    prompts: FilePath | None = key("file of prompts, as for 'megatron-dit sample --prompts'", None)
+    labels: Literal["equal", "random"] | None = key(
+        "images of classes: as many of each, or drawn at random; FID differs by about 0.1", None
+    )
+    prompts: FilePath | None = key("images of prompts: a file as for 'megatron-dit sample --prompts'", None)
     seed: Annotated[int, Interval("[0, 2^63)")] = key("seed of labels and noise", 0)
     solver: Solver = key("solver", "auto")
     steps: Annotated[int, Interval("[1, 10000]")] = key("solver steps")
@@ -67,17 +67,19 @@ class Protocol(Section):
 
     def check(self) -> None:
         check(bool(self.metrics), f"metrics is empty: expected some of {', '.join(METRICS)}")
+        for metric in self.metrics:
+            check_choice("metrics", metric, tuple(METRICS))
         twice = next((each for each in self.metrics if self.metrics.count(each) > 1), None)
         check(twice is None, f"metrics has {twice} twice; remove one")
         missing = next((each for each in self.extractors if getattr(self.weights, each) is None), None)
         check(missing is None, f"weights.{missing} is not set, but the metrics {', '.join(self.metrics)} need it")
         needs = [metric for metric in self.metrics if METRICS[metric].reference]
         check(self.reference is not None or not needs, f"reference is not set, but {', '.join(needs)} need it")
-        given = {"labels": self.labels, "prompts": self.prompts}
-        check(given[self.source] is not None, f"{self.source} is not set, but source={self.source}")
-        other = "prompts" if self.source == "labels" else "labels"
-        check(given[other] is None, f"{other}={given[other]} with source={self.source}; remove one of them")
-        check("clip_score" not in self.metrics or self.source == "prompts", "clip_score needs source=prompts")
+        check(
+            (self.labels is None) != (self.prompts is None),
+            f"labels={self.labels} and prompts={self.prompts}: expected exactly one of them",
+        )
+        check("clip_score" not in self.metrics or self.labels is None, "clip_score needs prompts, not labels")
 
     @property
     def extractors(self) -> list[str]:

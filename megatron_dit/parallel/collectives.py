@@ -42,10 +42,28 @@ def on_all_ranks(function: Callable[[], T]) -> T:
     return cast(T, result)
 
 
+def on_rank0(function: Callable[[], T]) -> T:
+    """Return on all ranks what ``function()`` returns on rank 0, or raise its exception on all of them. Collective.
+
+    For values of rank 0's host, such as what a folder contains at this moment.
+    """
+    result: list[Any] = [on_all_ranks(lambda: function() if dist.get_rank() == 0 else None)]
+    if dist.get_world_size() > 1:
+        dist.broadcast_object_list(result, src=0)
+    return result[0]
+
+
 def gather(value: T) -> list[T]:
     """Return the values of all ranks, in rank order. Collective."""
     values: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(values, value)
+    return values
+
+
+def gather_to_rank0(value: T) -> list[T]:
+    """Return the values of all ranks on rank 0, in rank order, and nothing on the others. Collective."""
+    values: list[Any] = [None] * dist.get_world_size() if dist.get_rank() == 0 else []
+    dist.gather_object(value, values or None, dst=0)
     return values
 
 

@@ -17,7 +17,7 @@ import torch.distributed as dist
 from PIL import Image
 
 from megatron_dit.data.tar import sha256_of
-from megatron_dit.parallel.collectives import gather, on_all_ranks
+from megatron_dit.parallel.collectives import on_rank0
 from megatron_dit.runtime.errors import UserError, writing
 from megatron_dit.runtime.io import replacing
 from megatron_dit.runtime.progress import ProgressBar
@@ -52,18 +52,18 @@ def write_images(
     sampler.check(drawing, [request.prompt for request in requests])
     topology = sampler.topology
     batches = [requests[i : i + batch] for i in range(0, len(requests), batch)]
-    todo = gather(on_all_ranks(lambda: _start(sampler, batches, drawing, folder, batch) if topology.rank == 0 else []))
-    own = todo[0][topology.data_rank :: topology.data_size]
-    writes = topology.tensor_rank == 0
+    todo = on_rank0(lambda: _start(sampler, batches, drawing, folder, batch))
+    own = todo[topology.data_rank :: topology.data_size]
     with ProgressBar("sample", len(own) * sampler.evaluations(drawing), show=show and topology.rank == 0) as bar:
         for number in own:
-            images = sampler.images(batches[number], drawing, bar.advance)
-            for request, image in zip(batches[number], images, strict=True):
-                if writes:
-                    with replacing(folder / file_of(request), makes_folder=True) as part:
-                        Image.fromarray(image).save(part)
+            latents = sampler.latents(batches[number], drawing, bar.advance)
+            if topology.tensor_rank != 0:  # the others have the same latents
+                continue
+            for request, image in zip(batches[number], sampler.decode(latents), strict=True):
+                with replacing(folder / file_of(request), makes_folder=True) as part:
+                    Image.fromarray(image).save(part)
     dist.barrier()
-    return sum(len(batches[number]) for number in todo[0])
+    return sum(len(batches[number]) for number in todo)
 
 
 def read_manifest(folder: Path) -> list[Entry]:

@@ -78,9 +78,10 @@ class Sampler:
 
     def draw(self, images: Sequence[Request], drawing: Drawing, *, batch: int = 64, show: bool = True) -> np.ndarray:
         """Return the images (N, H, W, 3) uint8, generated ``batch`` at a time."""
+        self.check(drawing, [image.prompt for image in images])
         groups = [images[i : i + batch] for i in range(0, len(images), batch)]
         with ProgressBar("sample", len(groups) * self.evaluations(drawing), show=show) as bar:
-            return np.concatenate([self.images(group, drawing, bar.advance) for group in groups])
+            return np.concatenate([self.decode(self.latents(group, drawing, bar.advance)) for group in groups])
 
     def check(self, drawing: Drawing, prompts: Sequence[str]) -> None:
         """Raise UserError if the model cannot generate images of these prompts, or of the drawing's size.
@@ -99,14 +100,12 @@ class Sampler:
         """Return how many times the model is evaluated for a batch."""
         return evaluations(scheduler_for(self.config, drawing.sampling.solver), drawing.sampling.steps)
 
-    def images(self, batch: Sequence[Request], drawing: Drawing, each_step: Callable[[], None]) -> np.ndarray:
-        """Return the images (N, H, W, 3) uint8 of a batch."""
-        latents = self.latents(batch, drawing, each_step)
+    def decode(self, latents: Tensor) -> np.ndarray:
+        """Return the images (N, H, W, 3) uint8 of latents (N, C, h, w)."""
         return self.codec.decode(latents).cpu().permute(0, 2, 3, 1).numpy()
 
     def latents(self, batch: Sequence[Request], drawing: Drawing, each_step: Callable[[], None]) -> Tensor:
-        """Return the latents (N, C, h, w) of a batch."""
-        self.check(drawing, [request.prompt for request in batch])
+        """Return the latents (N, C, h, w) of a batch, whose prompts and drawing have passed :meth:`check`."""
         model = self.config.model
         shape = (model.in_channels, *self._latent_size(drawing.size))
         generators = [generator_of(request, drawing.seed) for request in batch]

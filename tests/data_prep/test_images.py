@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 from PIL import Image, ImageFile
 
-from data_prep.images import Buckets, Limits, Unusable, decode, fit
+from data_prep.buckets import Buckets, fit
+from megatron_dit.data.images import Limits, Unusable, decode
 from megatron_dit.runtime.errors import UserError
 from tests.helpers.image_files import photo, png, written
 from tests.helpers.unusual_images import LIMITS, cases
@@ -65,7 +66,7 @@ def test_image_exactly_at_the_limits_is_accepted():
 def test_decoding_does_not_change_pil_settings_or_print_warnings():
     code = (
         "from tests.helpers.unusual_images import LIMITS, cases\n"
-        "from data_prep.images import Limits, Unusable, decode\n"
+        "from megatron_dit.data.images import Limits, Unusable, decode\n"
         "from PIL import Image\n"
         "most = Image.MAX_IMAGE_PIXELS\n"
         "for case in cases().values():\n"

@@ -22,9 +22,9 @@ from megatron_dit.evaluation.moments import Moments
 from megatron_dit.evaluation.protocol import Protocol, WeightsConfig
 from megatron_dit.runtime.errors import UserError
 from megatron_dit.sampling.folder import MANIFEST
-from tests.evaluation.test_features import pictures, write
 from tests.helpers.configs import small_dict
 from tests.helpers.feature_models import save_clip, save_dino
+from tests.helpers.pictures import pictures, write
 
 PROTOCOLS = Path(__file__).parents[2] / "configs" / "evaluation"
 COUNT = 21
@@ -49,7 +49,7 @@ def folders(tmp_path_factory):
 def protocol(folders, monkeypatch, tmp_path):
     monkeypatch.setattr(reference, "CACHE", tmp_path / "cache")
     return Protocol(
-        name="test", metrics=["fdd", "cmmd", "clip_score"], images=COUNT, source="prompts", steps=1, guidance=1.0,
+        name="test", metrics=["fdd", "cmmd", "clip_score"], images=COUNT, steps=1, guidance=1.0,
         prompts=str(folders / "prompts.txt"), reference=str(folders / "real"),
         weights=WeightsConfig(clip=str(folders / "clip"), dinov2=str(folders / "dino")),
     )  # fmt: skip
@@ -176,9 +176,11 @@ def test_adm_samples_have_their_published_values():
     [
         ({"metrics": ["fid"]}, "weights.inception is not set"),
         ({"reference": None}, "reference is not set, but fdd, cmmd need it"),
-        ({"source": "labels"}, "labels is not set"),
+        ({"prompts": None}, "labels=None and prompts=None: expected exactly one"),
+        ({"metrics": ["fdd", "psnr"]}, "metrics='psnr': expected one of fid, sfid"),
         ({"metrics": ["fdd", "fdd"]}, "metrics has fdd twice"),
-        ({"metrics": ["fdd"], "labels": "equal"}, "labels=equal with source=prompts"),
+        ({"labels": "equal"}, "expected exactly one"),
+        ({"labels": "equal", "prompts": None}, "clip_score needs prompts"),
     ],
 )
 def test_contradictory_protocols_are_refused(protocol, changes, words):
@@ -214,8 +216,14 @@ def test_the_command_evaluates_a_run_and_a_folder_by_a_protocol(folders, protoco
     capsys.readouterr()
     assert run(["evaluate", str(folder), *words, "--steps", "3"]) == 2
     assert "the protocol determines it" in capsys.readouterr().err
-    for flags in (["images=3"], ["--procs", "2"], ["--write-reference", str(tmp_path / "r.npz")]):
+    for flags in (["images=3"], ["--procs", "2"], ["--tensor", "2"], ["--write-reference", str(tmp_path / "r.npz")]):
         assert run(["evaluate", str(tmp_path / "run"), *flags]) == 2
         assert f"{flags[0]} without --protocol" in capsys.readouterr().err
-    assert run(["evaluate", str(tmp_path / "run"), *words, "source=labels", "prompts=null", "labels=equal"]) == 2
-    assert "clip_score needs source=prompts" in capsys.readouterr().err
+    labels = ["metrics=[fdd]", "prompts=null", "labels=equal"]
+    assert run(["evaluate", str(tmp_path / "run"), *words, *labels]) == 2
+    assert "generates images of labels, but" in capsys.readouterr().err
+    assert run(["evaluate", str(tmp_path / "run"), *words, "name=other", "reference=none.npz"]) == 2
+    assert "the reference none.npz does not exist" in capsys.readouterr().err
+    assert not (tmp_path / "run" / "evaluation" / "other").exists()  # found before images are generated
+    assert run(["evaluate", str(tmp_path / "run"), *words, "--procs", "3", "--tensor", "2"]) == 2
+    assert "3 ranks are not divisible by --tensor 2" in capsys.readouterr().err

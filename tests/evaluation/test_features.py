@@ -3,29 +3,16 @@
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 
 from megatron_dit.evaluation.evaluate import evaluate
-from megatron_dit.evaluation.features import Clip, Dino, Inception, by_shape
+from megatron_dit.evaluation.features import Clip, Dino, Inception, by_shape, check_weights
 from megatron_dit.evaluation.images import open_images
 from megatron_dit.evaluation.protocol import Protocol, WeightsConfig
 from megatron_dit.runtime.errors import UserError
 from tests.helpers.feature_models import save_clip, save_dino, save_inception
+from tests.helpers.pictures import pictures, write
 
 COUNT = 12
-
-
-def pictures(count, seed, side=(40, 48)):
-    rng = np.random.default_rng(seed)
-    coarse = rng.integers(0, 256, (count, 5, 6, 3), dtype=np.uint8)
-    return [np.asarray(Image.fromarray(each).resize(side[::-1], Image.Resampling.BICUBIC)) for each in coarse]
-
-
-def write(folder, images):
-    folder.mkdir()
-    for number, image in enumerate(images):
-        Image.fromarray(image).save(folder / f"{number:03d}.png")
-    return folder
 
 
 @pytest.fixture(scope="module")
@@ -43,8 +30,8 @@ def test_metrics_of_folders_equal_those_of_torch_fidelity(weights, tmp_path):
         fid=True, isc=True, kid=True, prc=True, isc_splits=1, samples_shuffle=False, kid_subset_size=COUNT,
     )  # fmt: skip
     protocol = Protocol(
-        name="test", metrics=["fid", "inception_score", "kid", "precision", "recall"], images=COUNT, source="labels",
-        labels="equal", steps=1, guidance=1.0, reference=str(real), weights=WeightsConfig(inception=weights),
+        name="test", metrics=["fid", "inception_score", "kid", "precision", "recall"], images=COUNT, labels="equal",
+        steps=1, guidance=1.0, reference=str(real), weights=WeightsConfig(inception=weights),
     )  # fmt: skip
     found = evaluate(open_images(generated), protocol, "test", batch=7).metrics
     names = {
@@ -104,7 +91,9 @@ def test_dino_feature_is_the_class_token(tmp_path):
 
 def test_missing_or_unsafe_weights_are_refused(tmp_path):
     with pytest.raises(UserError, match=r"do not exist; download https://.* \(SHA-256 6726825d…\)"):
-        Inception(str(tmp_path / "none.pth"))
+        check_weights("inception", str(tmp_path / "none.pth"))
+    with pytest.raises(UserError, match="the folder or hub name of a CLIP"):
+        check_weights("clip", str(tmp_path))
     torch.save({"x": pytest.raises}, tmp_path / "code.pth")
     with pytest.raises(UserError, match="pickled objects, which are not loaded for safety"):
         Inception(str(tmp_path / "code.pth"))

@@ -46,7 +46,6 @@ def test_moments_in_batches_equal_those_of_all_features():
     for part in np.split(values, [0, 1, 7, 500, 999]):
         streamed.add(part)
     found = streamed.result()
-    assert found.count == 1000
     np.testing.assert_allclose(found.mean, values.mean(axis=0), rtol=1e-13)
     np.testing.assert_allclose(found.covariance, np.cov(values, rowvar=False), rtol=1e-10, atol=1e-10)
 
@@ -56,14 +55,13 @@ def summed_moments():
     streamed.add(features(1001, 16, 5, shift=100.0)[dist.get_rank() :: dist.get_world_size()])
     streamed.sum_over_ranks()
     found = streamed.result()
-    return found.count, found.mean, found.covariance
+    return found.mean, found.covariance
 
 
 @pytest.mark.parametrize("world", [1, 2, 4])
 def test_moments_summed_over_ranks(pool, world):
     values = features(1001, 16, 5, shift=100.0)
-    for count, mean, covariance in pool.run(world, summed_moments):
-        assert count == 1001
+    for mean, covariance in pool.run(world, summed_moments):
         np.testing.assert_allclose(mean, values.mean(axis=0), rtol=0, atol=1e-10)
         np.testing.assert_allclose(covariance, np.cov(values, rowvar=False), rtol=0, atol=1e-10)
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image, ImageCms, PngImagePlugin, features
 
-from data_prep.images import Limits
+from megatron_dit.data.images import Limits
 from tests.helpers.image_files import packed_tiff, photo, png, tiff, written
 
 LIMITS = Limits(min_side=8, max_aspect=4.0, max_pixels=4_000_000)

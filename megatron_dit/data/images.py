@@ -1,25 +1,23 @@
-"""Decode image files to upright RGB and resize them to a bucket's size; unusable images are rejected with a reason."""
+"""Decode image files to upright RGB; unusable images are rejected with a reason."""
 
 from __future__ import annotations
 
 import io
 import logging
 import math
-import re
 import struct
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from PIL import ExifTags, Image, ImageOps, PngImagePlugin, TiffImagePlugin, UnidentifiedImageError
+from PIL import ExifTags, Image, PngImagePlugin, TiffImagePlugin, UnidentifiedImageError
 from PIL.Image import Transpose
 
 from megatron_dit.runtime.content import is_lfs_pointer
-from megatron_dit.runtime.errors import UserError
 
-# The job reports rejected images itself; PIL would print thousands of warnings about unusual files. The filter is
+# Callers report rejected images themselves; PIL would print thousands of warnings about unusual files. The filter is
 # global because warnings.catch_warnings is not thread-safe.
 warnings.filterwarnings("ignore", module=r"PIL\.")
 logging.getLogger("PIL").setLevel(logging.CRITICAL)
@@ -67,48 +65,6 @@ class Limits:
     max_pixels: int  # maximum of width x height
 
 
-@dataclass(frozen=True)
-class Buckets:
-    """The sizes that images are resized to: (height, width) in pixels."""
-
-    sides: tuple[tuple[int, int], ...]
-
-    @staticmethod
-    def of(size: int, ratios: Sequence[str], multiple: int) -> Buckets:
-        """Return one bucket per "width:height" ratio, of about ``size`` ** 2 pixels, sides rounded to ``multiple``.
-
-        Ratios that round to the same sides share a bucket. Raise UserError for invalid sizes or ratios.
-        """
-        if multiple < 1 or size < multiple:
-            raise UserError(f"size {size}: expected at least {max(multiple, 1)}, because sides are multiples of it")
-        if not ratios:
-            raise UserError("no aspect ratio given; expected at least one width:height, such as 1:1")
-        sides: dict[tuple[int, int], None] = {}
-        for ratio in ratios:
-            match = re.fullmatch(r"([1-9]\d{0,5}):([1-9]\d{0,5})", ratio, re.ASCII)
-            if match is None:
-                raise UserError(f"aspect ratio {ratio!r}: expected width:height as integers, such as 3:2")
-            root = math.sqrt(int(match[1]) / int(match[2]))
-            height, width = (multiple * round(side / multiple) for side in (size / root, size * root))
-            if not height or not width:
-                raise UserError(
-                    f"aspect ratio {ratio} at size {size}: the shorter side rounds to 0, expected at least {multiple};"
-                    " use a less extreme ratio or a larger size"
-                )
-            sides[height, width] = None
-        return Buckets(tuple(sides))
-
-    def nearest(self, width: int, height: int) -> tuple[int, int]:
-        """Return the (height, width) of the bucket with the smallest |log ratio| to the image; the first if tied."""
-
-        def distance(side: tuple[int, int]) -> float:
-            # This is exp |log(a / b)|. Integer quotients are correctly rounded, so mirrored ratios tie exactly.
-            a, b = width * side[0], height * side[1]
-            return max(a, b) / min(a, b)
-
-        return min(self.sides, key=distance)
-
-
 def decode(data: bytes, limits: Limits) -> Image.Image:
     """Return the first frame as upright RGB, composited on white if transparent. Raise Unusable if not possible.
 
@@ -140,12 +96,6 @@ def decode(data: bytes, limits: Limits) -> Image.Image:
         if isinstance(error, EOFError) or "truncated" in str(error).lower():
             raise Unusable("truncated") from None
         raise Unusable(f"cannot be decoded: {type(error).__name__}") from None
-
-
-def fit(image: Image.Image, side: tuple[int, int]) -> np.ndarray:
-    """Resize to cover ``side`` (height, width) and crop the center. Return (height, width, 3) uint8."""
-    height, width = side
-    return np.array(ImageOps.fit(image, (width, height), Image.Resampling.LANCZOS))
 
 
 def _check(size: tuple[int, int], limits: Limits) -> None:
