@@ -132,14 +132,18 @@ def run_widths(study: Study, arch: str) -> list[Result]:
     base, transferred, own = study.sweeps
     proxies = run(study, sized(study, base, arch))
     chosen = dict(settings(proxies)[0].hyperparameters)
-    results = proxies + run(study, sized(study, transferred, arch, {key: chosen[key] for key in ROLES}))
+    roles = {key: chosen[key] for key in ROLES}
+    names = [transferred, *(name for only, name in study.more if only == arch)]
+    results = proxies + [result for name in names for result in run(study, sized(study, name, arch, roles))]
     standard = run(study, sized(study, own, arch))
     for number, setting in enumerate(promising(standard)):
         values = {study.scale: dict(setting.model)[study.scale], **dict(setting.hyperparameters)}
         seeds = {"seed": Dimension(choice=[1, 2])}
         standard += run(study, sweep_config(own, arch, values, f"-seeds-{number}", space=seeds))
     # At the base width both parametrizations are the same.
-    return results + standard + [replace(r, params={**r.params, "mup.enabled": False}, seconds=0.0) for r in proxies]
+    base_size = proxies[0].params[study.scale]
+    same = [result for result in results if result.params[study.scale] == base_size]
+    return results + standard + [replace(r, params={**r.params, "mup.enabled": False}, seconds=0.0) for r in same]
 
 
 def promising(results: Sequence[Result]) -> list[Setting]:

@@ -49,6 +49,7 @@ STUDIES = {
         architectures=("dit", "pixart", "uvit"),
         fewest_seeds=3,
         against_standard=True,
+        more=(("uvit", "linear-lower"),),
         largest=(("pixart", 8), ("uvit", 8)),
     ),
     "seeds": Study(

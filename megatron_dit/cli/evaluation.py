@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import argparse
-import importlib.util
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megatron_dit.cli.arguments import input_path, number, output_file, output_image
 from megatron_dit.cli.command import add_command, write_json
 from megatron_dit.cli.ranks import ranks_argument, starts_ranks
-from megatron_dit.cli.sampling import check_ranks, checkpoint_arguments, drawing_of, explain_out_of_memory, open_sampler
+from megatron_dit.cli.sampling import (
+    check_ranks,
+    checkpoint_arguments,
+    drawing_of,
+    explain_out_of_memory,
+    open_sampler,
+    open_topology,
+)
 from megatron_dit.config.keys import Count, Fraction
 from megatron_dit.runtime import launcher
 from megatron_dit.runtime.errors import UserError
@@ -19,14 +25,17 @@ from megatron_dit.runtime.launch_environment import is_rank0
 from megatron_dit.runtime.text import printable
 
 if TYPE_CHECKING:
-    from megatron_dit.evaluation.protocol import Protocol
+    from megatron_dit.checkpoint.reader import CheckpointReader
+    from megatron_dit.evaluation.evaluate import Result
+    from megatron_dit.evaluation.protocol import LossProtocol, Protocol
 
+CONFIG = "config.yaml"  # of a run
 EXAMPLE = "megatron-dit evaluate runs/xl2 --protocol configs/evaluation/dit-fid50k.yaml --procs 8"
 
 
 def add_commands(commands: Any) -> None:
     """Add the command of this module."""
-    text = "Evaluate images, or images that a checkpoint generates, by a protocol; or score a model of the toy dataset."
+    text = "Evaluate images or a checkpoint by a protocol; or score a model of the toy dataset."
     evaluate = add_command(commands, "evaluate", text, EXAMPLE, _evaluate)
     checkpoint_arguments(evaluate, "run folder, checkpoint, folder of images, or .npz file of images")
     evaluate.add_argument(
@@ -43,6 +52,12 @@ def add_commands(commands: Any) -> None:
         metavar="FILE",
         help="write the statistics of these images, for the metrics of --protocol, to this .npz file; set reference in "
         "a protocol to its path",
+    )
+    evaluate.add_argument(
+        "--follow",
+        action="store_true",
+        help="evaluate each checkpoint of a run by --protocol as it appears, until the run is finished; training does "
+        "not wait",
     )
     ranks_argument(evaluate, "number of ranks to start on this host, with --protocol")
     prompts = number("--prompts", Count)
@@ -68,12 +83,10 @@ def _evaluate(arguments: argparse.Namespace) -> int:
     _check_flags(arguments)
     if arguments.protocol is None:
         return _score_scenes(arguments)
-    if importlib.util.find_spec("torch_fidelity") is None:
-        raise UserError("--protocol needs torch-fidelity, which is not installed: run pip install 'megatron_dit[eval]'")
-    from megatron_dit.config.load import load
-    from megatron_dit.evaluation.protocol import Protocol
+    from megatron_dit.evaluation.protocol import load_protocol
 
-    protocol = load(Protocol, arguments.protocol, arguments.overrides)
+    protocol = load_protocol(arguments.protocol, arguments.overrides)
+    _check_kind(arguments, protocol)
     check_ranks(arguments)
     if starts_ranks(arguments):
         return launcher.run_ranks(arguments.argv, arguments.procs)
@@ -86,7 +99,7 @@ def _evaluate(arguments: argparse.Namespace) -> int:
 def _check_flags(arguments: argparse.Namespace) -> None:
     """Raise UserError for flags that have no effect with, or without, ``--protocol``."""
     if arguments.protocol is None:
-        unused = {"write_reference": None, "procs": 1, "tensor": 1, "overrides": []}
+        unused = {"write_reference": None, "follow": False, "procs": 1, "tensor": 1, "overrides": []}
         given = next((name for name, default in unused.items() if getattr(arguments, name) != default), None)
         if given is not None:
             what = arguments.overrides[0] if given == "overrides" else f"--{given.replace('_', '-')}"
@@ -99,28 +112,95 @@ def _check_flags(arguments: argparse.Namespace) -> None:
         raise UserError(f"--{flag} with --protocol: the protocol determines it; change the protocol, such as steps=100")
 
 
-def _evaluate_on_this_rank(arguments: argparse.Namespace, protocol: Protocol) -> int:
-    from megatron_dit.evaluation.evaluate import check_files, evaluate, write_reference_of
-    from megatron_dit.evaluation.generate import generate
-    from megatron_dit.evaluation.images import open_images
+def _check_kind(arguments: argparse.Namespace, protocol: Protocol | LossProtocol) -> None:
+    """Raise UserError for flags that do not fit the kind of protocol, or what is evaluated."""
+    source = Path(arguments.checkpoint)
+    if arguments.follow and not (source / CONFIG).is_file():
+        raise UserError(f"--follow: {source} is not the folder of a run, which has a {CONFIG}")
+    if arguments.follow and (arguments.no_ema or arguments.write_reference):
+        raise UserError("--follow evaluates EMA weights only; remove --no-ema and --write-reference")
+    if protocol.kind == "validation_loss":
+        unused = {"write_reference": None, "no_ema": False, "data": None}
+        given = next((name for name, default in unused.items() if getattr(arguments, name) != default), None)
+        if given is not None:
+            raise UserError(
+                f"--{given.replace('_', '-')} has no effect on a validation loss, which is measured for both weights "
+                "on the protocol's data; remove it"
+            )
+        if not _is_checkpoint(source):
+            raise UserError(f"{source} is not a checkpoint, and a validation loss is of a checkpoint")
+
+
+def _evaluate_on_this_rank(arguments: argparse.Namespace, protocol: Protocol | LossProtocol) -> int:
+    from megatron_dit.evaluation.checkpoint import check_protocols
     from megatron_dit.evaluation.report import print_result
 
-    folder = source = Path(arguments.checkpoint)
-    check_files(protocol, reference=arguments.write_reference is None)  # before images are generated for hours
-    generated = _is_checkpoint(source)
-    if generated:
-        folder = generate(open_sampler(arguments), protocol, _run_of(source), arguments.batch)
-    images = open_images(folder)
+    source = Path(arguments.checkpoint)
     if arguments.write_reference is not None:
-        write_reference_of(images, protocol, arguments.write_reference, arguments.batch)
-        if is_rank0():
-            print(f"wrote statistics of {len(images)} images to {printable(arguments.write_reference)}")
-        write_json(arguments, {"images": len(images), "reference": str(arguments.write_reference)})
-        return 0
-    result = evaluate(images, protocol, str(folder), arguments.batch)
+        assert protocol.kind == "images"
+        return _write_reference(arguments, protocol)
+    check_protocols([protocol])  # before images are generated for hours
+    if arguments.follow:
+        return _follow(arguments, protocol)
+    if _is_checkpoint(source):
+        from megatron_dit.checkpoint.load import open_checkpoint
+
+        result = _evaluate_checkpoint(arguments, protocol, open_checkpoint(source), keep_images=True)
+    else:
+        from megatron_dit.evaluation.evaluate import evaluate
+        from megatron_dit.evaluation.images import open_images
+
+        assert protocol.kind == "images"
+        result = evaluate(open_images(source), protocol, str(source), arguments.batch)
     if is_rank0():
-        print_result(result, generated=generated)
+        print_result(result)
     write_json(arguments, result.as_dict())
+    return 0
+
+
+def _write_reference(arguments: argparse.Namespace, protocol: Protocol) -> int:
+    from megatron_dit.evaluation.evaluate import check_files, write_reference_of
+    from megatron_dit.evaluation.images import open_images
+
+    check_files(protocol, reference=False)
+    images = open_images(Path(arguments.checkpoint))
+    write_reference_of(images, protocol, arguments.write_reference, arguments.batch)
+    if is_rank0():
+        print(f"wrote statistics of {len(images)} images to {printable(arguments.write_reference)}")
+    write_json(arguments, {"images": len(images), "reference": str(arguments.write_reference)})
+    return 0
+
+
+def _evaluate_checkpoint(
+    arguments: argparse.Namespace, protocol: Protocol | LossProtocol, reader: CheckpointReader, *, keep_images: bool
+) -> Result:
+    from megatron_dit.evaluation.checkpoint import evaluate_checkpoint
+    from megatron_dit.sampling.sampler import Sampler
+
+    topology = open_topology(arguments.tensor)
+
+    def sampler() -> Sampler:
+        return Sampler(reader.folder, data=arguments.data, ema=not arguments.no_ema, topology=topology)
+
+    run, batch = _run_of(reader.folder), arguments.batch
+    return evaluate_checkpoint(reader, [protocol], sampler, run, topology, batch, keep_images=keep_images)[0]
+
+
+def _follow(arguments: argparse.Namespace, protocol: Protocol | LossProtocol) -> int:
+    from megatron_dit.evaluation.follow import follow
+    from megatron_dit.evaluation.report import print_result
+
+    results = []
+
+    def evaluate(reader: CheckpointReader) -> None:
+        results.append(_evaluate_checkpoint(arguments, protocol, reader, keep_images=False))
+        if is_rank0():
+            print_result(results[-1])
+
+    count = follow(Path(arguments.checkpoint), protocol, evaluate)
+    if is_rank0():
+        print(f"evaluated {count} checkpoints of {printable(arguments.checkpoint)}, whose training is finished")
+    write_json(arguments, [result.as_dict() for result in results])
     return 0
 
 

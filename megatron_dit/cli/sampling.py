@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import re
 from contextlib import AbstractContextManager
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 from megatron_dit.cli.arguments import file_path, input_path, number, output_image
@@ -18,7 +19,11 @@ from megatron_dit.runtime.text import printable
 
 if TYPE_CHECKING:  # imports of torch take seconds: each command imports what it needs
     from megatron_dit.config import Config
-    from megatron_dit.sampling.sampler import Drawing, Sampler
+    from megatron_dit.parallel.topology import Topology
+    from megatron_dit.sampling.image_sampler import Drawing, ImageSampler
+    from megatron_dit.sampling.sampler import Sampler
+
+SAMPLING = ("solver", "steps", "guidance", "guidance_interval", "guidance_rescale")  # keys of the config's section
 
 
 def add_commands(commands: Any) -> None:
@@ -26,11 +31,17 @@ def add_commands(commands: Any) -> None:
     sample = add_command(
         commands,
         "sample",
-        "Generate images with a checkpoint.",
+        "Generate images with a checkpoint or a diffusers pipeline.",
         'megatron-dit sample runs/quickstart --prompt "a red circle at the top left" --out grid.png',
         _sample,
     )
-    checkpoint_arguments(sample)
+    text = "run folder (its newest checkpoint is used), checkpoint, or folder of a diffusers pipeline"
+    checkpoint_arguments(sample, text)
+    sample.add_argument(
+        "--trust-remote-code",
+        action="store_true",
+        help="run the Python code in the folder of a pipeline, such as one that checkpoints_tools convert exported",
+    )
     source = sample.add_mutually_exclusive_group(required=True)
     source.add_argument("--prompt", action="append", help="caption or class number; may be given several times")
     source.add_argument(
@@ -60,9 +71,7 @@ def add_commands(commands: Any) -> None:
     ranks_argument(sample, "number of ranks to start on this host; more than --tensor need --folder")
 
 
-def checkpoint_arguments(
-    command: Parser, text: str = "run folder (its newest checkpoint is used) or checkpoint"
-) -> None:
+def checkpoint_arguments(command: Parser, text: str) -> None:
     """Add the arguments for a checkpoint and how images are generated with it."""
     command.add_argument("checkpoint", type=input_path("checkpoint"), help=text)
     seed = number("--seed", Annotated[int, Interval("[0, 2^63)")])
@@ -103,6 +112,7 @@ def checkpoint_arguments(
 
 
 def _sample(arguments: argparse.Namespace) -> int:
+    _check_flags(arguments)
     ranks = check_ranks(arguments)
     if ranks > arguments.tensor and arguments.folder is None:
         raise UserError(
@@ -119,6 +129,24 @@ def _sample(arguments: argparse.Namespace) -> int:
         return _sample_on_this_rank(arguments, size)
 
 
+def _check_flags(arguments: argparse.Namespace) -> None:
+    """Raise UserError for flags that have no effect on what is sampled from: a checkpoint or a pipeline."""
+    if not _is_pipeline(arguments):
+        if arguments.trust_remote_code:
+            raise UserError(f"--trust-remote-code: {arguments.checkpoint} is not a diffusers pipeline; omit it")
+        return
+    unused = {"tensor": 1, "no_ema": False, "data": None}
+    unused |= dict.fromkeys(("solver", "guidance_interval", "guidance_rescale"))
+    given = next((name for name, default in unused.items() if getattr(arguments, name) != default), None)
+    if given is not None:
+        flag = given.replace("_", "-")
+        raise UserError(f"--{flag} has no effect on {arguments.checkpoint}, a diffusers pipeline; omit it")
+
+
+def _is_pipeline(arguments: argparse.Namespace) -> bool:
+    return Path(arguments.checkpoint, "model_index.json").is_file()
+
+
 def check_ranks(arguments: argparse.Namespace) -> int:
     """Return the number of ranks, of ``--procs`` or of another launcher. Raises UserError if --tensor does not fit."""
     ranks, tensor = max(arguments.procs, launch_environment().world), arguments.tensor
@@ -130,11 +158,13 @@ def check_ranks(arguments: argparse.Namespace) -> int:
 def _sample_on_this_rank(arguments: argparse.Namespace, size: tuple[int, int] | None) -> int:
     from megatron_dit.sampling.folder import write_images
     from megatron_dit.sampling.grid import save_grid
+    from megatron_dit.sampling.image_sampler import Drawing
     from megatron_dit.sampling.prompts import requests
 
-    sampler = open_sampler(arguments)
-    images = requests(_prompts(arguments, sampler.config.model.num_classes), arguments.per_prompt)
-    drawing = drawing_of(arguments, sampler.config, size, arguments.negative_prompt)
+    sampler = _open_pipeline(arguments) if _is_pipeline(arguments) else open_sampler(arguments)
+    images = requests(_prompts(arguments, sampler.classes), arguments.per_prompt)
+    settings = sampler.settings(**{name: getattr(arguments, name) for name in SAMPLING})
+    drawing = Drawing(settings, arguments.seed, size, arguments.negative_prompt)
     results = {"prompts": arguments.prompt, "count": len(images), "seed": arguments.seed}
     if arguments.folder is not None:
         written = write_images(sampler, images, drawing, arguments.folder, arguments.batch)
@@ -170,26 +200,36 @@ def _prompts(arguments: argparse.Namespace, classes: int) -> list[str]:
 
 def open_sampler(arguments: argparse.Namespace) -> Sampler:
     """Return the sampler of the arguments' checkpoint on this rank."""
-    from megatron_dit.config import ParallelConfig
-    from megatron_dit.parallel.topology import SOLO, build_groups, connect
     from megatron_dit.sampling.sampler import Sampler
 
-    topology = SOLO
-    if launch_environment().world > 1:
-        connect()
-        topology = build_groups(ParallelConfig(tensor=arguments.tensor))
+    topology = open_topology(arguments.tensor)
     return Sampler(arguments.checkpoint, data=arguments.data, ema=not arguments.no_ema, topology=topology)
 
 
-def drawing_of(
-    arguments: argparse.Namespace, config: Config, size: tuple[int, int] | None = None, negative: str | None = None
-) -> Drawing:
-    """Return how the arguments say that images are drawn."""
-    from megatron_dit.sampling.sampler import Drawing, chosen
+def _open_pipeline(arguments: argparse.Namespace) -> ImageSampler:
+    """Return the sampler of the arguments' pipeline on this rank."""
+    from megatron_dit.sampling.pipeline import PipelineSampler
 
-    names = ("solver", "steps", "guidance", "guidance_interval", "guidance_rescale")
-    sampling = chosen(config, **{name: getattr(arguments, name) for name in names})
-    return Drawing(sampling, arguments.seed, size, negative)
+    topology = open_topology(tensor=1)
+    return PipelineSampler(arguments.checkpoint, trust_remote_code=arguments.trust_remote_code, topology=topology)
+
+
+def open_topology(tensor: int) -> Topology:
+    from megatron_dit.config import ParallelConfig
+    from megatron_dit.parallel.topology import SOLO, build_groups, connect
+
+    if launch_environment().world == 1:
+        return SOLO
+    connect()
+    return build_groups(ParallelConfig(tensor=tensor))
+
+
+def drawing_of(arguments: argparse.Namespace, config: Config) -> Drawing:
+    """Return how the arguments say that images of a run with this config are drawn."""
+    from megatron_dit.sampling.image_sampler import Drawing
+    from megatron_dit.sampling.sampler import chosen
+
+    return Drawing(chosen(config, **{name: getattr(arguments, name) for name in SAMPLING}), arguments.seed)
 
 
 def explain_out_of_memory(arguments: argparse.Namespace) -> AbstractContextManager[None]:

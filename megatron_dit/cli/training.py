@@ -72,7 +72,12 @@ def _train(arguments: argparse.Namespace) -> int:
         from megatron_dit.training.trainer import train
 
         with multi_rank_command():
-            write_json(arguments, train(config))
+            evaluate = None
+            if config.evaluation.every is not None:
+                from megatron_dit.evaluation.during_training import TrainingEvaluation
+
+                evaluate = TrainingEvaluation(config)
+            write_json(arguments, train(config, evaluate))
     return 0
 
 

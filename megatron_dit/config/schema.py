@@ -14,7 +14,7 @@ from megatron_dit.config.mup import InitConfig, MupConfig
 from megatron_dit.config.objective import ObjectiveConfig
 from megatron_dit.config.optimizer import EmaConfig, OptimizerConfig
 from megatron_dit.config.parallel import LaunchConfig, ParallelConfig
-from megatron_dit.config.training import SOLVERS_OF, CheckpointConfig, SamplingConfig, TrainConfig
+from megatron_dit.config.training import SOLVERS_OF, CheckpointConfig, EvaluationConfig, SamplingConfig, TrainConfig
 
 
 def fp8_multiple(fp8: str) -> int:
@@ -40,6 +40,7 @@ class Config(Section):
     launch: LaunchConfig = key("timeouts of a job", factory=LaunchConfig)
     checkpoint: CheckpointConfig = key("checkpoints", factory=CheckpointConfig)
     sampling: SamplingConfig = key("defaults of sampling", factory=SamplingConfig)
+    evaluation: EvaluationConfig = key("evaluation during training", factory=EvaluationConfig)
 
     def __post_init__(self) -> None:
         if self.objective.name is None:
@@ -49,6 +50,12 @@ class Config(Section):
 
     def check(self) -> None:
         check(bool(self.run_dir), "run_dir is empty: expected a folder")
+        evaluation, checkpoint = self.evaluation, self.checkpoint
+        check(
+            evaluation.every is None or evaluation.every % checkpoint.every == 0,
+            f"evaluation.every={evaluation.every}: expected a multiple of checkpoint.every={checkpoint.every}, because "
+            "checkpoints are evaluated",
+        )
         check_choice("init.preset", self.init.preset, ("default", *self.model.spec.init_presets))
         self._check_objective()
         self._check_schedule()

@@ -1,11 +1,11 @@
-"""Config sections ``train``, ``checkpoint`` and ``sampling``."""
+"""Config sections ``train``, ``checkpoint``, ``sampling`` and ``evaluation``."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
-from megatron_dit.config.keys import Count, Fraction, Interval, Section, check, key
+from megatron_dit.config.keys import Count, FilePath, Fraction, Interval, Section, check, key
 
 SOLVERS_OF = {"rectified_flow": ("euler", "heun", "dpm++"), "ddpm": ("dpm++", "ddim", "ddpm")}
 Solver = Literal["auto", "euler", "heun", "dpm++", "ddim", "ddpm"]
@@ -116,4 +116,28 @@ class SamplingConfig(Section):
         check(
             len(interval) == 2 and interval[0] < interval[1],
             f"sampling.guidance_interval={interval}: expected [low, high] with low < high",
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluationConfig(Section):
+    """Evaluation during training."""
+
+    prefix = "evaluation."
+
+    every: Count | None = key(
+        "steps between evaluations of a checkpoint, for which training waits; null: never",
+        None,
+        unit="steps",
+        resumable=True,
+    )
+    protocols: list[FilePath] = key(
+        "files of protocols, such as those in configs/evaluation", factory=list, resumable=True
+    )
+    batch: Count = key("number of images or samples per rank at a time", 64, resumable=True)
+
+    def check(self) -> None:
+        check(
+            (self.every is None) == (not self.protocols),
+            f"evaluation.every={self.every} and evaluation.protocols={self.protocols}: set both or neither",
         )

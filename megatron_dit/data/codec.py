@@ -14,6 +14,10 @@ from megatron_dit.data.encoder_hash import weights_sha256
 from megatron_dit.data.hub import VAE, load, locate
 from megatron_dit.runtime.errors import UserError
 
+# Least side of a tile in pixels. SD 1's VAE says 256 and a config.json without sample_size 32, but images of 512 and
+# 1024 pixels are decoded as a whole in published results, and a small tile's group norms differ more from the image's.
+LEAST_TILE = 1024
+
 
 class Codec(Protocol):
     channels: int
@@ -53,7 +57,9 @@ class VaeCodec:
     """AutoencoderKL from a local folder, a hub name or a pipeline that contains one; it runs in ``dtype``.
 
     Latents are (x - shift) * scale, with the shift and scaling factor, or the per-channel mean and standard deviation,
-    of the VAE's own config.json.
+    of the VAE's own config.json. Images with a side longer than the VAE's ``sample_size``, and than 1,024 pixels, are
+    decoded one at a time in overlapping tiles of that size (:func:`set_tile_size`), so that the memory does not grow
+    with the image; all others as a whole. Encoding is never tiled.
     """
 
     def __init__(self, path: str, device: torch.device | None = None, dtype: torch.dtype = torch.float32) -> None:
@@ -72,6 +78,7 @@ class VaeCodec:
         config = self._vae.config
         self.channels: int = config.latent_channels
         self.scale: int = 2 ** (len(config.block_out_channels) - 1)
+        set_tile_size(self._vae)
         self.shift_factor, self.scaling_factor = vae_factors(config, self.path)
 
     @property
@@ -94,7 +101,23 @@ class VaeCodec:
     def decode(self, latents: Tensor) -> Tensor:
         shift, scale = (each.to(latents.device, torch.float32) for each in (self.shift_factor, self.scaling_factor))
         x = (latents / scale + shift).to(self._device, self._dtype)
-        return PixelCodec().decode(self._vae.decode(x).sample)
+        if max(x.shape[-2:]) <= self._vae.tile_latent_min_size:
+            return PixelCodec().decode(self._vae.decode(x).sample)
+        return torch.cat([PixelCodec().decode(self._vae.tiled_decode(each).sample) for each in x.split(1)])
+
+
+def set_tile_size(vae: Any) -> None:
+    """Set the side of an AutoencoderKL's tiles, in pixels, to that of the images that it was trained on.
+
+    It is ``sample_size`` in the VAE's config.json, but at least 1,024, rounded down so that the overlap of a quarter is
+    a whole number of latent pixels. diffusers blends the tiles linearly in their overlap. The result is close to the
+    image decoded as a whole, but not equal: each tile has its own statistics in the group norms, and its own attention.
+    """
+    size = vae.config.sample_size
+    longest = max(size) if isinstance(size, list | tuple) else size
+    scale = 2 ** (len(vae.config.block_out_channels) - 1)
+    vae.tile_latent_min_size = max(longest, LEAST_TILE) // (4 * scale) * 4
+    vae.tile_sample_min_size = vae.tile_latent_min_size * scale
 
 
 def vae_factors(config: Mapping[str, Any], path: str) -> tuple[Tensor, Tensor]:

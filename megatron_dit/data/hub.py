@@ -51,6 +51,7 @@ T5 = Kind(
 )  # fmt: skip
 CLIP = Kind("CLIP model", "a CLIP", "model_type", "clip", "model", "pytorch_model")
 DINOV2 = Kind("vision encoder", "a DINOv2", "model_type", "dinov2", "model", "pytorch_model", others=("classifier.",))
+MASK2FORMER = Kind("detector", "a Mask2Former", "model_type", "mask2former", "model", "pytorch_model")
 VAE = Kind("VAE", "an AutoencoderKL", "_class_name", "AutoencoderKL", STEM, STEM, ("vae",))
 
 

@@ -79,7 +79,7 @@ def batches(data: Sequence[Index], config: Config, start: int, data_rank: int, d
     if not all(index.local for index in data):
         stream = _fetching_ahead(stream, data, config, start, part)
     if config.data.text_encoder and not config.model.num_classes:
-        stream = map(_online_text(data[0], config), stream)
+        stream = map(online_text(data[0], config), stream)
     return map(OnlineFeatures(data[0], config), stream) if config.data.repa_encoder else stream
 
 
@@ -119,7 +119,7 @@ def _fetching_ahead(
         allowed.release()
 
 
-def _online_text(index: Index, config: Config) -> Callable[[Batch], Batch]:
+def online_text(index: Index, config: Config) -> Callable[[Batch], Batch]:
     """Return a function that adds the text encoder's features to a batch of token ids."""
     assert config.data.text_encoder is not None
     encoder = OnlineText(index.text, config.data.text_encoder, sharded=config.data.shard_text_encoder)

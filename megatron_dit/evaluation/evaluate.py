@@ -14,9 +14,13 @@ from megatron_dit.data.tar import sha256_of
 from megatron_dit.evaluation import metrics
 from megatron_dit.evaluation.collect import Collected, collect
 from megatron_dit.evaluation.features import EXTRACTORS, check_weights
+from megatron_dit.evaluation.geneval.colors import ColorClassifier
+from megatron_dit.evaluation.geneval.detector import Detector
+from megatron_dit.evaluation.geneval.score import geneval, read_metadata
 from megatron_dit.evaluation.images import Images, content_sha256
-from megatron_dit.evaluation.protocol import METRICS, Protocol, fingerprint
+from megatron_dit.evaluation.protocol import METRICS, LossProtocol, Protocol, fingerprint
 from megatron_dit.evaluation.reference import check_reference, load_reference, reference_files, write_reference
+from megatron_dit.evaluation.scenes import scene_score
 from megatron_dit.parallel.collectives import on_all_ranks, on_rank0
 from megatron_dit.parallel.topology import connect
 from megatron_dit.runtime.errors import UserError
@@ -24,13 +28,15 @@ from megatron_dit.runtime.errors import UserError
 
 @dataclass(frozen=True)
 class Result:
-    """The metrics of a set of images by a protocol. Results are comparable if their fingerprints are equal."""
+    """The metrics of images, or of a checkpoint, by a protocol. They are comparable if the fingerprints are equal."""
 
-    protocol: Protocol
+    protocol: Protocol | LossProtocol
     fingerprint: str
-    hashes: dict[str, str]  # SHA-256 of the extractors' weights, the reference and the prompts
+    hashes: dict[str, str]  # SHA-256 of the models' weights, the reference, the prompts and the dataset
     source: str  # what was evaluated
     metrics: dict[str, float]
+    step: int | None = None  # of the checkpoint
+    checkpoint: str | None = None  # SHA-256 of the checkpoint's manifest
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -48,8 +54,9 @@ def evaluate(images: Images, protocol: Protocol, source: str, batch: int = 32) -
             f"{source} has {len(images)} images, but the protocol {protocol.name} is for {protocol.images}; generate "
             f"{protocol.images}, or set images={len(images)}: such results are comparable only among themselves"
         )
-    if "clip_score" in protocol.metrics and not images.prompts:
-        raise UserError(f"clip_score needs the prompts of the images, but {source} has no manifest.jsonl")
+    for metric in ("clip_score", "geneval", "scene_score"):
+        if metric in protocol.metrics and not images.prompts:
+            raise UserError(f"{metric} needs the prompts of the images, but {source} has no manifest.jsonl")
     hashes = on_rank0(lambda: hashes_of(protocol))
     extractors = open_extractors(protocol)
     reference: list[Path] = []
@@ -58,7 +65,8 @@ def evaluate(images: Images, protocol: Protocol, source: str, batch: int = 32) -
         content = "".join(sha256 for name, sha256 in sorted(hashes.items()) if name != "prompts")
         reference = reference_files(Path(protocol.reference), content, list(extractors.values()), names, kept, batch)
     names, kept = (protocol.features(moments=moments, of_reference=False) for moments in (True, False))
-    generated = collect(images, list(extractors.values()), names, kept, batch)
+    generated = collect(images, list(extractors.values()), names, kept, batch) if extractors else Collected()
+    of_geneval = _geneval(images, protocol, batch) if "geneval" in protocol.metrics else {}
 
     def values() -> dict[str, float]:
         found = _values(protocol.metrics, generated, load_reference(reference))
@@ -66,9 +74,23 @@ def evaluate(images: Images, protocol: Protocol, source: str, batch: int = 32) -
             groups = [images.prompts[i : i + batch] for i in range(0, len(images), batch)]
             texts = np.concatenate([extractors["clip"].texts(group) for group in groups])
             found["clip_score"] = metrics.clip_score(generated.features["clip"], texts)
-        return found
+        if "scene_score" in protocol.metrics:
+            found["scene_score"] = scene_score(images, source)
+        return found | of_geneval
 
     return Result(protocol, fingerprint(protocol, hashes), hashes, source, on_rank0(values))
+
+
+def _geneval(images: Images, protocol: Protocol, batch: int) -> dict[str, float]:
+    """Return GenEval's scores, whose metadata are in the file of prompts. Collective."""
+    prompts, mask2former, clip = protocol.prompts, protocol.weights.mask2former, protocol.weights.clip
+    assert prompts is not None
+    assert mask2former is not None
+    assert clip is not None
+    specs, detector, colors = on_all_ranks(
+        lambda: (read_metadata(prompts), Detector(mask2former), ColorClassifier(clip))
+    )
+    return geneval(images, specs, detector, colors, batch)
 
 
 def write_reference_of(images: Images, protocol: Protocol, path: Path, batch: int = 32) -> None:
@@ -83,12 +105,14 @@ def check_files(protocol: Protocol, *, reference: bool = True) -> None:
 
     ``reference``: the reference has to exist.
     """
-    for name in protocol.extractors:
+    for name in protocol.models:
         check_weights(name, getattr(protocol.weights, name))
     if protocol.reference is not None and reference:
         check_reference(Path(protocol.reference))
     if protocol.prompts is not None and not Path(protocol.prompts).is_file():
         raise UserError(f"the prompts {protocol.prompts} do not exist; set prompts in the protocol to their path")
+    if protocol.prompts is not None and "geneval" in protocol.metrics:
+        read_metadata(protocol.prompts)
 
 
 def open_extractors(protocol: Protocol) -> dict[str, Any]:
@@ -99,7 +123,7 @@ def open_extractors(protocol: Protocol) -> dict[str, Any]:
 
 def hashes_of(protocol: Protocol) -> dict[str, str]:
     """Return the SHA-256 of the files that a protocol names."""
-    weights = {name: getattr(protocol.weights, name) for name in protocol.extractors}
+    weights = {name: getattr(protocol.weights, name) for name in protocol.models}
     found = {
         name: sha256_of(Path(path)) if name == "inception" else weights_sha256(path) for name, path in weights.items()
     }
@@ -121,8 +145,9 @@ def _values(names: Sequence[str], generated: Collected, reference: Collected) ->
 
     found: dict[str, float] = {}
     for name in names:
-        if METRICS[name].moments:
-            found[name] = distance(METRICS[name].feature)
+        feature = METRICS[name].feature
+        if METRICS[name].moments and feature is not None:
+            found[name] = distance(feature)
     if "inception_score" in names:
         found["inception_score"] = metrics.inception_score(generated.features["logits"])
     if "precision" in names or "recall" in names:

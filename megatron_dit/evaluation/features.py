@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from megatron_dit.data.hub import CLIP, DINOV2, load, locate, reason_of
+from megatron_dit.data.hub import CLIP, DINOV2, MASK2FORMER, load, locate, reason_of
 from megatron_dit.data.vision import VisionEncoder
 from megatron_dit.runtime.device import device
 from megatron_dit.runtime.errors import UserError
@@ -65,11 +66,14 @@ class Inception:
         self._spatial = output
 
 
-def check_weights(extractor: str, path: str) -> None:
-    """Raise UserError, which says where to get the weights, if an extractor's do not exist."""
-    if extractor != "inception":
-        locate({"clip": CLIP, "dinov2": DINOV2}[extractor], path)
-    elif not Path(path).is_file():
+def check_weights(model: str, path: str) -> None:
+    """Raise UserError, which says where to get the weights, if those of a model in a protocol do not exist."""
+    if model != "inception":
+        locate({"clip": CLIP, "dinov2": DINOV2, "mask2former": MASK2FORMER}[model], path)
+        return
+    if find_spec("torch_fidelity") is None:
+        raise UserError("FID needs torch-fidelity, which is not installed: run pip install 'megatron_dit[eval]'")
+    if not Path(path).is_file():
         raise UserError(
             f"the Inception weights {path} do not exist; download {INCEPTION_URL} (SHA-256 {INCEPTION_SHA256}…) and "
             "set weights.inception in the protocol to its path"

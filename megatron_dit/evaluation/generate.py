@@ -11,10 +11,11 @@ from megatron_dit.runtime.errors import UserError
 from megatron_dit.sampling.folder import write_images
 from megatron_dit.sampling.prompts import labels, read_prompts, requests
 from megatron_dit.sampling.sampler import Drawing, Sampler
+from megatron_dit.training.evaluations import result_file
 
 
 def generate(sampler: Sampler, protocol: Protocol, run: Path, batch: int) -> Path:
-    """Generate a protocol's images into ``run``/evaluation/NAME/step_N, and return that folder. Collective.
+    """Generate a protocol's images into the folder beside its result, and return that folder. Collective.
 
     Images that are already there are kept. Raises UserError if the model cannot generate what the protocol asks for.
     """
@@ -29,10 +30,12 @@ def generate(sampler: Sampler, protocol: Protocol, run: Path, batch: int) -> Pat
     else:
         assert protocol.prompts is not None
         prompts = read_prompts(protocol.prompts)
-        if len(prompts) < protocol.images:
-            raise UserError(f"{protocol.prompts} has {len(prompts)} prompts, but the protocol needs {protocol.images}")
+        needed = protocol.images // protocol.per_prompt
+        if len(prompts) < needed:
+            raise UserError(f"{protocol.prompts} has {len(prompts)} prompts, but the protocol needs {needed}")
     sampling = SamplingConfig(solver=protocol.solver, steps=protocol.steps, guidance=protocol.guidance)
     drawing = Drawing(replace(sampler.config, sampling=sampling).sampling, protocol.seed)  # validates the solver
-    folder = run / "evaluation" / protocol.name / f"step_{sampler.step:08d}"
-    write_images(sampler, requests(prompts[: protocol.images]), drawing, folder, batch)
+    folder = result_file(run, protocol.name, sampler.step, ema=sampler.ema).with_suffix("")
+    wanted = requests(prompts, protocol.per_prompt)[: protocol.images]
+    write_images(sampler, wanted, drawing, folder, batch)
     return folder

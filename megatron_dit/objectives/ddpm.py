@@ -57,16 +57,20 @@ def tables(schedule: str, device: torch.device) -> dict[str, Tensor]:
     return {name: value.to(device) for name, value in coefficients.items()}
 
 
-def sample_t(u: Tensor) -> Tensor:
-    """Map uniform quantiles (B,) in (0, 1) to integer timesteps (B,) in [0, 1000)."""
-    return (u * STEPS).long().clamp_(max=STEPS - 1)
+def sample_t(u: Tensor, config: ObjectiveConfig) -> Tensor:
+    """Map uniform quantiles (B,) in (0, 1) to integer timesteps (B,) in [0, 1000), all equally likely."""
+    return t_at(u)
+
+
+def t_at(fraction: Tensor) -> Tensor:
+    """Return the integer timesteps (B,) in [0, 1000) at fractions in [0, 1) of the way from data to noise."""
+    return (fraction * STEPS).long().clamp_(max=STEPS - 1)
 
 
 def perturb(x: Tensor, draw: NoiseDraw, config: ObjectiveConfig) -> tuple[Tensor, Tensor]:
     """Return x_t (B, C, H, W) of the forward process (DDPM, eq. 4) and integer t (B,)."""
-    t = sample_t(draw.u)
-    at = _lookup(t, config, x.dtype)
-    return at["sqrt_alpha_bar"] * x + at["sqrt_one_minus_alpha_bar"] * draw.noise, t
+    at = _lookup(draw.t, config, x.dtype)
+    return at["sqrt_alpha_bar"] * x + at["sqrt_one_minus_alpha_bar"] * draw.noise, draw.t
 
 
 def loss(prediction: Tensor, x: Tensor, draw: NoiseDraw, config: ObjectiveConfig) -> Tensor:
@@ -80,7 +84,7 @@ def loss(prediction: Tensor, x: Tensor, draw: NoiseDraw, config: ObjectiveConfig
     mse = (epsilon - draw.noise).square().flatten(1).mean(1)
     if v.shape[1] == 0:
         return mse
-    return mse + variational_term(x, draw.noise, sample_t(draw.u), epsilon.detach(), v, config)
+    return mse + variational_term(x, draw.noise, draw.t, epsilon.detach(), v, config)
 
 
 def _lookup(t: Tensor, config: ObjectiveConfig, dtype: torch.dtype) -> dict[str, Tensor]:

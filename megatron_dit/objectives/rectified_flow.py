@@ -10,9 +10,14 @@ from megatron_dit.objectives.base import NoiseDraw
 
 
 def sample_t(u: Tensor, config: ObjectiveConfig) -> Tensor:
-    """Map uniform quantiles (B,) in (0, 1) to t (B,) in (0, 1): logit-normal (eq. 19), then shifted (eq. 23)."""
+    """Map uniform quantiles (B,) in (0, 1) to t (B,) fp32 in (0, 1): logit-normal (eq. 19), shifted (eq. 23)."""
     t = torch.sigmoid(config.logit_mean + config.logit_std * torch.special.ndtri(u))
-    return shift_t(t, config.shift)
+    return shift_t(t, config.shift).float()
+
+
+def t_at(fraction: Tensor) -> Tensor:
+    """Return t (B,) fp32 at fractions of the path from data to noise: the same numbers."""
+    return fraction.float()
 
 
 def shift_t(t: Tensor, shift: float) -> Tensor:
@@ -22,9 +27,8 @@ def shift_t(t: Tensor, shift: float) -> Tensor:
 
 def perturb(x: Tensor, draw: NoiseDraw, config: ObjectiveConfig) -> tuple[Tensor, Tensor]:
     """Return x_t (B, C, H, W) on the straight path from data to noise (eq. 13), and 1000 t (B,)."""
-    t = sample_t(draw.u, config).to(torch.float32)
-    expanded = t[:, None, None, None]
-    return (1 - expanded) * x + expanded * draw.noise, 1000 * t
+    expanded = draw.t[:, None, None, None]
+    return (1 - expanded) * x + expanded * draw.noise, 1000 * draw.t
 
 
 def loss(velocity: Tensor, x: Tensor, draw: NoiseDraw, config: ObjectiveConfig) -> Tensor:

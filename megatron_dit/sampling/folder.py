@@ -16,13 +16,12 @@ from typing import Any
 import torch.distributed as dist
 from PIL import Image
 
-from megatron_dit.data.tar import sha256_of
 from megatron_dit.parallel.collectives import on_rank0
 from megatron_dit.runtime.errors import UserError, writing
 from megatron_dit.runtime.io import replacing
 from megatron_dit.runtime.progress import ProgressBar
+from megatron_dit.sampling.image_sampler import Drawing, ImageSampler
 from megatron_dit.sampling.prompts import Request
-from megatron_dit.sampling.sampler import Drawing, Sampler
 
 SETTINGS, MANIFEST = "sample.json", "manifest.jsonl"
 PER_FOLDER = 1000  # images per folder: file systems and people are slow with more
@@ -42,7 +41,7 @@ def file_of(request: Request) -> str:
 
 
 def write_images(
-    sampler: Sampler, requests: Sequence[Request], drawing: Drawing, folder: Path, batch: int, *, show: bool = True
+    sampler: ImageSampler, requests: Sequence[Request], drawing: Drawing, folder: Path, batch: int, *, show: bool = True
 ) -> int:
     """Generate the images that ``folder`` does not have yet, and return their number. Collective.
 
@@ -56,10 +55,10 @@ def write_images(
     own = todo[topology.data_rank :: topology.data_size]
     with ProgressBar("sample", len(own) * sampler.evaluations(drawing), show=show and topology.rank == 0) as bar:
         for number in own:
-            latents = sampler.latents(batches[number], drawing, bar.advance)
-            if topology.tensor_rank != 0:  # the others have the same latents
+            images = sampler.images(batches[number], drawing, bar.advance)
+            if topology.tensor_rank != 0:  # the others have the same images
                 continue
-            for request, image in zip(batches[number], sampler.decode(latents), strict=True):
+            for request, image in zip(batches[number], images, strict=True):
                 with replacing(folder / file_of(request), makes_folder=True) as part:
                     Image.fromarray(image).save(part)
     dist.barrier()
@@ -85,7 +84,7 @@ def read_manifest(folder: Path) -> list[Entry]:
 
 
 def _start(
-    sampler: Sampler, batches: Sequence[Sequence[Request]], drawing: Drawing, folder: Path, batch: int
+    sampler: ImageSampler, batches: Sequence[Sequence[Request]], drawing: Drawing, folder: Path, batch: int
 ) -> list[int]:
     """Write the settings and the manifest, or compare them, and return the numbers of the batches to generate."""
     lines = [
@@ -111,12 +110,9 @@ def _start(
     ]
 
 
-def _settings(sampler: Sampler, drawing: Drawing, batch: int) -> dict[str, Any]:
-    manifest = sampler.folder / "manifest.json"
-    checkpoint = {"folder": str(sampler.folder), "step": sampler.step, "sha256": sha256_of(manifest)}
-    dtype = sampler.config.train.dtype
+def _settings(sampler: ImageSampler, drawing: Drawing, batch: int) -> dict[str, Any]:
     drawn = json.loads(json.dumps(asdict(drawing)))  # lists instead of tuples, as read back
-    return {"checkpoint": checkpoint, "ema": sampler.ema, "dtype": dtype, "batch": batch, **drawn}
+    return {**sampler.identity(), "batch": batch, **drawn}
 
 
 def _check_same(folder: Path, settings: dict[str, Any], manifest: str) -> None:

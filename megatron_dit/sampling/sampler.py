@@ -2,48 +2,34 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from megatron_dit.checkpoint.load import open_checkpoint
+from megatron_dit.checkpoint.manifest import MANIFEST
 from megatron_dit.config import Config, SamplingConfig
 from megatron_dit.data.codec import open_codec
 from megatron_dit.data.index import Index, read_index
+from megatron_dit.data.tar import sha256_of
 from megatron_dit.data.text import DTYPES, TextEncoder, pad
 from megatron_dit.models.common.condition import Condition
 from megatron_dit.parallel.topology import SOLO, Topology
 from megatron_dit.runtime.device import device
 from megatron_dit.runtime.errors import UserError
-from megatron_dit.runtime.progress import ProgressBar
 from megatron_dit.sampling.guidance import guide
+from megatron_dit.sampling.image_sampler import Drawing, ImageSampler, generator_of
 from megatron_dit.sampling.model import load_model
 from megatron_dit.sampling.prompts import Request
 from megatron_dit.sampling.solvers import evaluations, scheduler_for, solve, uses_variance
 
 
-def generator_of(request: Request, seed: int) -> torch.Generator:
-    """Return the generator of an image's initial noise, and then of the noise that an ancestral solver adds."""
-    digest = hashlib.sha256(f"{seed}/{request.copy}/{request.prompt}".encode()).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
-
-
-@dataclass(frozen=True)
-class Drawing:
-    """How images are drawn. Together with a request, it determines an image."""
-
-    sampling: SamplingConfig
-    seed: int = 0
-    size: tuple[int, int] | None = None  # height and width in pixels; None: the training size
-    negative: str | None = None  # prompt to move away from, instead of the empty condition
-
-
-class Sampler:
+class Sampler(ImageSampler):
     """Generator of images from one checkpoint, in the type that the run trained in (``train.dtype``).
 
     The dataset's index names the codec and text encoder; ``data`` overrides the dataset in the run's config. With a
@@ -59,6 +45,7 @@ class Sampler:
         self.step = reader.step
         self.ema = ema
         self.topology = topology
+        self.classes = self.config.model.num_classes
         self.index = index = read_index(data or self.config.data.path)
         model = self.config.model
         if index.channels != model.in_channels:
@@ -76,36 +63,26 @@ class Sampler:
         self._dtype = DTYPES[self.config.train.dtype]
         self.model = load_model(reader, self.config, ema=ema, dtype=self._dtype, topology=topology)
 
-    def draw(self, images: Sequence[Request], drawing: Drawing, *, batch: int = 64, show: bool = True) -> np.ndarray:
-        """Return the images (N, H, W, 3) uint8, generated ``batch`` at a time."""
-        self.check(drawing, [image.prompt for image in images])
-        groups = [images[i : i + batch] for i in range(0, len(images), batch)]
-        with ProgressBar("sample", len(groups) * self.evaluations(drawing), show=show) as bar:
-            return np.concatenate([self.decode(self.latents(group, drawing, bar.advance)) for group in groups])
+    def settings(self, **values: object) -> SamplingConfig:
+        return chosen(self.config, **values)
 
-    def check(self, drawing: Drawing, prompts: Sequence[str]) -> None:
-        """Raise UserError if the model cannot generate images of these prompts, or of the drawing's size.
+    def identity(self) -> dict[str, Any]:
+        sha256 = sha256_of(self.folder / MANIFEST)
+        checkpoint = {"folder": str(self.folder), "step": self.step, "sha256": sha256}
+        return {"checkpoint": checkpoint, "ema": self.ema, "dtype": self.config.train.dtype}
 
-        A prompt is a caption, or the number of a class if the model has classes.
-        """
-        self._latent_size(drawing.size)
-        classes = self.config.model.num_classes
-        wrong = next((p for p in prompts if not (p.isdecimal() and int(p) < classes)), None) if classes else None
-        if wrong is not None:
-            raise UserError(f"prompt {wrong!r} is invalid; expected the number of a class, 0 to {classes - 1}")
-        if classes and drawing.negative is not None:
-            raise UserError("--negative-prompt: the checkpoint's model is conditioned on classes, not on text; omit it")
+    def check_size(self, size: tuple[int, int] | None) -> None:
+        self._latent_size(size)
 
     def evaluations(self, drawing: Drawing) -> int:
-        """Return how many times the model is evaluated for a batch."""
         return evaluations(scheduler_for(self.config, drawing.sampling.solver), drawing.sampling.steps)
 
-    def decode(self, latents: Tensor) -> np.ndarray:
-        """Return the images (N, H, W, 3) uint8 of latents (N, C, h, w)."""
-        return self.codec.decode(latents).cpu().permute(0, 2, 3, 1).numpy()
+    def images(self, batch: Sequence[Request], drawing: Drawing, each_step: Callable[[], None]) -> np.ndarray:
+        images = self.codec.decode(self.latents(batch, drawing, each_step))
+        return images.cpu().permute(0, 2, 3, 1).numpy()
 
     def latents(self, batch: Sequence[Request], drawing: Drawing, each_step: Callable[[], None]) -> Tensor:
-        """Return the latents (N, C, h, w) of a batch, whose prompts and drawing have passed :meth:`check`."""
+        """Return the latents (N, C, h, w) of a batch."""
         model = self.config.model
         shape = (model.in_channels, *self._latent_size(drawing.size))
         generators = [generator_of(request, drawing.seed) for request in batch]

@@ -105,5 +105,5 @@ class CheckpointSchedule:
             if must or time.monotonic() - self._plotted > SECONDS_BETWEEN_PLOTS:
                 self._run.plot()
                 self._plotted = time.monotonic()
-        except OSError as error:
+        except (OSError, UserError) as error:
             logger.info("old checkpoints or loss.png cannot be replaced (%s); continuing to train", error)

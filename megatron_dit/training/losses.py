@@ -47,7 +47,7 @@ class MicroBatchLoss:
         repa, config = bool(self._config.model.repa_block), self._config.objective
         seen: Intermediates | None = ActivationSizes() if activations else {} if repa else None
         batch = micro_batch.to(device())
-        draw = NoiseDraw(u=batch.u, noise=batch.noise)
+        draw = NoiseDraw(t=self._objective.sample_t(batch.u, config), noise=batch.noise)
         x_t, t = self._objective.perturb(batch.latents, draw, config)
         condition = batch.condition.map(lambda x: x.to(self._dtype) if x.is_floating_point() else x)
         with self._backend.precision():

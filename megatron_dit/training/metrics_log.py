@@ -42,6 +42,10 @@ class MetricsLog:
         skipped = f" skipped {self._skipped}" if self._skipped else ""
         return f"loss {metrics.loss:.4f} {self._rate:.0f} samples/s{skipped}"
 
+    def exclude(self, seconds: float) -> None:
+        """Exclude time that was not spent on training from the rate of the next line."""
+        self._since += seconds
+
     def _write(self, step: int, metrics: StepMetrics) -> None:
         now = time.monotonic()
         steps = len(self._losses) + metrics.skipped

@@ -12,8 +12,10 @@ from typing import TYPE_CHECKING, Any
 
 from megatron_dit.config import Config, first_difference, load_config, save_config
 from megatron_dit.runtime.errors import UserError, writing
+from megatron_dit.runtime.io import replacing
 from megatron_dit.runtime.locks import RunLock
 from megatron_dit.runtime.text import printable
+from megatron_dit.training.evaluations import read_curves
 from megatron_dit.training.prediction import PREDICTION, read_prediction
 
 if TYPE_CHECKING:
@@ -195,13 +197,19 @@ class RunFolder:
         return read_metrics(self.path)
 
     def plot(self) -> None:
-        """Write loss.png, a plot of the loss and gradient norm over steps, with the predicted loss if there is one."""
+        """Write loss.png, a plot of the loss and gradient norm over steps.
+
+        With the predicted loss, if there is one, and a curve of each metric of the run's evaluations.
+        """
         from matplotlib.figure import Figure
 
         lines = [line for line in self.metrics() if line["loss"] is not None and line.get("grad_norm") is not None]
         steps = [line["step"] for line in lines]
-        figure = Figure(figsize=(8, 5), layout="constrained")
-        upper, lower = figure.subplots(2, sharex=True, height_ratios=(2, 1))
+        curves = read_curves(self.path)
+        figure = Figure(figsize=(8, 5 + 1.5 * len(curves)), layout="constrained")
+        upper, lower, *others = figure.subplots(
+            2 + len(curves), sharex=True, height_ratios=(2, *[1] * (1 + len(curves)))
+        )
         upper.plot(steps, [line["loss"] for line in lines], linewidth=1, label="measured")
         try:
             prediction = read_prediction(self.path)
@@ -215,10 +223,16 @@ class RunFolder:
         upper.set_title(printable(self.path), parse_math=False)  # a $ in the path must not start a formula
         lower.plot(steps, [line["grad_norm"] for line in lines], linewidth=1, color="tab:orange")
         lower.set_yscale("log")
-        lower.set(xlabel="step", ylabel="gradient norm")
-        for axes in (upper, lower):
+        lower.set(ylabel="gradient norm")
+        for axes, (name, points) in zip(others, curves.items(), strict=True):
+            axes.plot(*zip(*points, strict=True), linewidth=1, marker=".", color="tab:green")
+            axes.set_ylabel(name.replace(" ", "\n"))
+        for axes in (upper, lower, *others):
             axes.grid(alpha=0.3)
-        figure.savefig(self.path / "loss.png", dpi=120)
+        (*_, lowest) = (upper, lower, *others)
+        lowest.set_xlabel("step")
+        with replacing(self.path / "loss.png") as part:  # 'evaluate --follow' writes it too
+            figure.savefig(part, dpi=120)
 
     def close(self) -> None:
         """Write the remaining metrics and close the files. Raises UserError if they cannot be written."""

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
+from megatron_dit.checkpoint.listing import step_folder
 from megatron_dit.checkpoint.load import newest_intact, restore
 from megatron_dit.checkpoint.reader import CheckpointReader
 from megatron_dit.config import Config
@@ -28,10 +31,13 @@ from megatron_dit.training.run_folder import RunFolder
 
 logger = logging.getLogger(__name__)
 
+Evaluate = Callable[[Path, Topology], None]  # evaluates a checkpoint
 
-def train(config: Config) -> dict[str, Any]:
+
+def train(config: Config, evaluate: Evaluate | None = None) -> dict[str, Any]:
     """Train to ``config.train.steps``, resuming from the newest checkpoint in the run's folder. Collective.
 
+    ``evaluate`` is called on all ranks with the checkpoint of every ``evaluation.every``-th step.
     Returns the run's results: the step reached, the last logged metrics, and whether training is finished. SIGTERM and
     Ctrl-C save a checkpoint and stop; before the first step they end the process at once.
     Raises UserError if a device or host runs out of memory, or if another process trains in the folder.
@@ -40,13 +46,18 @@ def train(config: Config) -> dict[str, Any]:
         topology = start_up(config)
         run, data = on_all_ranks(lambda: (RunFolder(config), read_data(config.data)))
         try:
-            return _train(config, topology, run, data, stop_signal)
+            return _train(config, topology, run, data, stop_signal, evaluate)
         finally:
             run.unlock()
 
 
 def _train(
-    config: Config, topology: Topology, run: RunFolder, data: Sequence[Index], stop_signal: StopSignal
+    config: Config,
+    topology: Topology,
+    run: RunFolder,
+    data: Sequence[Index],
+    stop_signal: StopSignal,
+    evaluate: Evaluate | None,
 ) -> dict[str, Any]:
     rank0 = topology.rank == 0
     check_shards(data, config.data, topology.rank, topology.world)
@@ -60,6 +71,8 @@ def _train(
     guards = _Guards(config, schedule)
     logger.info("optimizer: %s", engine.optimizer.title)
     stop_signal.listen()
+    evaluation = _Evaluation(evaluate, engine, run, schedule, log)
+    evaluation.run_if_due()  # if the previous process was stopped before it had evaluated this step
     with ProgressBar("train", config.train.steps, engine.step, show=rank0) as bar:
         for batch in stream:
             monitor = bool(config.train.monitor_every) and (engine.step + 1) % config.train.monitor_every == 0
@@ -75,6 +88,7 @@ def _train(
                     "stopped by a signal and saved at step %d; run the same command again to resume", engine.step
                 )
                 break
+            evaluation.run_if_due()
     lines = []
     if rank0:
         run.close()
@@ -125,3 +139,28 @@ class _Guards:
         except UserError:
             self._schedule.finish()  # a save in progress is still valid
             raise
+
+
+class _Evaluation:
+    """Calls ``evaluate`` with the checkpoint of every ``evaluation.every``-th step, for which training waits."""
+
+    def __init__(
+        self,
+        evaluate: Evaluate | None,
+        engine: Engine,
+        run: RunFolder,
+        schedule: CheckpointSchedule,
+        log: MetricsLog | None,
+    ) -> None:
+        self._evaluate, self._engine, self._run, self._schedule, self._log = evaluate, engine, run, schedule, log
+
+    def run_if_due(self) -> None:
+        """Evaluate the checkpoint of the engine's step, if it is due. Collective."""
+        step, every = self._engine.step, self._engine.config.evaluation.every
+        if self._evaluate is None or every is None or step == 0 or step % every:
+            return
+        self._schedule.finish()
+        started = time.monotonic()
+        self._evaluate(step_folder(self._run.checkpoints, step), self._engine.topology)
+        if self._log is not None:
+            self._log.exclude(time.monotonic() - started)

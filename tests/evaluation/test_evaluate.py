@@ -12,14 +12,15 @@ import yaml
 from PIL import Image
 
 from megatron_dit.cli import run
-from megatron_dit.config.load import load
+from megatron_dit.data.scenes import draw_scene, held_out_captions, render
 from megatron_dit.evaluation import reference
 from megatron_dit.evaluation.evaluate import evaluate, write_reference_of
 from megatron_dit.evaluation.features import INCEPTION_FILE, Clip, Dino
 from megatron_dit.evaluation.images import open_images
 from megatron_dit.evaluation.metrics import clip_score, cmmd, frechet_distance
 from megatron_dit.evaluation.moments import Moments
-from megatron_dit.evaluation.protocol import Protocol, WeightsConfig
+from megatron_dit.evaluation.protocol import Protocol, WeightsConfig, load_protocol
+from megatron_dit.evaluation.scenes import scene_score
 from megatron_dit.runtime.errors import UserError
 from megatron_dit.sampling.folder import MANIFEST
 from tests.helpers.configs import small_dict
@@ -151,16 +152,41 @@ def test_a_truncated_file_is_an_error(tmp_path):
         list(open_images(tmp_path / "b.npz").parts(2, 0, 1))
 
 
-@pytest.mark.parametrize("path", sorted(PROTOCOLS.iterdir()), ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", sorted(PROTOCOLS.glob("*.yaml")), ids=lambda path: path.stem)
 def test_the_protocols_are_valid(path):
-    assert load(Protocol, path).name == path.stem
+    assert load_protocol(path).name == path.stem
+
+
+def test_the_toy_protocol_has_the_held_out_captions():
+    assert (PROTOCOLS / "toy.txt").read_text().splitlines() == held_out_captions(64, seed=0)
+
+
+def test_scene_score_is_the_fraction_of_images_that_show_their_caption(tmp_path):
+    rng = np.random.default_rng(0)
+    drawn = [draw_scene(rng) for _ in range(4)]
+    captions, images = [scene.caption for scene in drawn], [render(scene, rng) for scene in drawn]
+    folder = write(tmp_path / "images", [*images[:3], images[0]])  # the last one shows another scene
+    lines = [{"file": f"{i:03d}.png", "prompt": caption, "copy": 0} for i, caption in enumerate(captions)]
+    (folder / MANIFEST).write_text("".join(json.dumps(line) + "\n" for line in lines))
+    protocol = Protocol(name="toy", metrics=["scene_score"], images=4, prompts="unused", steps=1, guidance=1.0)
+    assert scene_score(open_images(folder), "it") == 0.75
+    (folder / MANIFEST).write_text((folder / MANIFEST).read_text().replace(captions[0], "a dog"))
+    with pytest.raises(UserError, match="not a scene caption: 'a dog'; it is for images of the toy dataset only"):
+        scene_score(open_images(folder), "it")
+    with pytest.raises(UserError, match="scene_score needs prompts, not labels"):
+        replace(protocol, prompts=None, labels="equal")
+    with pytest.raises(UserError, match="images=4: expected a multiple of per_prompt=3"):
+        replace(protocol, per_prompt=3)
+    with pytest.raises(UserError, match="name='a/b': expected letters"):
+        replace(protocol, name="a/b")
 
 
 @pytest.mark.skipif("ADM_FOLDER" not in os.environ, reason="ADM_FOLDER does not name a folder with ADM's two files")
 def test_adm_samples_have_their_published_values():
     """ADM-G, ADM-U on ImageNet 256 x 256, from the README of guided-diffusion's evaluations."""
     folder = Path(os.environ["ADM_FOLDER"])
-    protocol = load(Protocol, PROTOCOLS / "dit-fid50k.yaml")
+    protocol = load_protocol(PROTOCOLS / "dit-fid50k.yaml")
+    assert isinstance(protocol, Protocol)
     protocol = replace(
         protocol,
         reference=str(folder / "VIRTUAL_imagenet256_labeled.npz"),
@@ -203,7 +229,10 @@ def test_the_command_evaluates_a_run_and_a_folder_by_a_protocol(folders, protoco
     out = capsys.readouterr().out
     assert f"protocol test ({result['fingerprint']})" in out
     assert "21 images, generated with prompts: " in out
-    (folder,) = (tmp_path / "run" / "evaluation" / "test").iterdir()
+    folder = tmp_path / "run" / "evaluation" / "test" / "step_00000010"
+    assert json.loads(folder.with_suffix(".json").read_text()) == result
+    assert result["step"] == 10
+    assert folder.with_suffix(".png").exists()
     drawn = json.loads((folder / "sample.json").read_text())["sampling"]
     assert (drawn["steps"], drawn["guidance"], drawn["guidance_rescale"]) == (1, 1.0, 0.0)  # not those of the run
     assert run(["evaluate", str(folder), *words]) == 0

@@ -41,8 +41,9 @@ class Plain:
     def backward(self, batch):
         """Accumulate gradients of the mean loss over ``batch``; return the intermediate outputs of the forward pass."""
         intermediates = {}
-        options, draw = self.config.objective, NoiseDraw(batch.u, batch.noise)
+        options = self.config.objective
         objective = OBJECTIVES[options.name]
+        draw = NoiseDraw(objective.sample_t(batch.u, options), batch.noise)
         prediction = self.model(*objective.perturb(batch.latents, draw, options), batch.condition, intermediates)
         objective.loss(prediction, batch.latents, draw, options).mean().backward()
         return intermediates

@@ -15,11 +15,10 @@ FLOW = ObjectiveConfig(name="rectified_flow")
 DDPM = ObjectiveConfig(name="ddpm")
 
 
-def draw(batch, seed=0):
+def draw(batch, objective, config, seed=0):
     g = torch.Generator().manual_seed(seed)
-    return NoiseDraw(
-        u=torch.rand(batch, generator=g, dtype=torch.float64), noise=torch.randn(batch, 3, 8, 8, generator=g)
-    )
+    t = objective.sample_t(torch.rand(batch, generator=g, dtype=torch.float64), config)
+    return NoiseDraw(t=t, noise=torch.randn(batch, 3, 8, 8, generator=g))
 
 
 def test_logit_of_t_has_the_configured_mean_and_std():
@@ -38,7 +37,7 @@ def test_shift_equals_diffusers():
 
 
 def test_flow_loss_of_true_velocity_is_zero_and_noising_equals_diffusers():
-    x, n = torch.randn(4, 3, 8, 8), draw(4)
+    x, n = torch.randn(4, 3, 8, 8), draw(4, rectified_flow, FLOW)
     assert rectified_flow.loss(n.noise - x, x, n, FLOW).max() == 0
     x_t, t = rectified_flow.perturb(x, n, FLOW)
     sigma = (t / 1000)[:, None, None, None]
@@ -48,7 +47,7 @@ def test_flow_loss_of_true_velocity_is_zero_and_noising_equals_diffusers():
 
 
 def test_ddpm_noising_equals_diffusers():
-    x, n = torch.randn(4, 3, 8, 8), draw(4)
+    x, n = torch.randn(4, 3, 8, 8), draw(4, ddpm, DDPM)
     x_t, t = ddpm.perturb(x, n, DDPM)
     scheduler = DDPMScheduler(**ddpm.SCHEDULES["linear"])
     torch.testing.assert_close(x_t, scheduler.add_noise(x, n.noise, t), rtol=1e-5, atol=1e-5)
@@ -56,8 +55,17 @@ def test_ddpm_noising_equals_diffusers():
 
 def test_timesteps_cover_all_steps_evenly():
     u = (torch.arange(100000, dtype=torch.float64) + 0.5) / 100000
-    assert torch.equal(torch.bincount(ddpm.sample_t(u)), torch.full((1000,), 100))
-    assert ddpm.sample_t(torch.tensor([1.0], dtype=torch.float64)).item() == 999
+    assert torch.equal(torch.bincount(ddpm.sample_t(u, DDPM)), torch.full((1000,), 100))
+    assert ddpm.sample_t(torch.tensor([1.0], dtype=torch.float64), DDPM).item() == 999
+
+
+@pytest.mark.parametrize("objective", [rectified_flow, ddpm])
+def test_t_at_a_fraction_is_that_fraction_of_the_model_s_time(objective):
+    """MLPerf's validation timesteps, i / 8."""
+    x = torch.randn(8, 3, 8, 8)
+    config = FLOW if objective is rectified_flow else DDPM
+    _, t = objective.perturb(x, NoiseDraw(objective.t_at(torch.arange(8) / 8), torch.randn(x.shape)), config)
+    assert t.tolist() == [0, 125, 250, 375, 500, 625, 750, 875]
 
 
 @pytest.mark.parametrize("step", [1, 2, 500, 999])
@@ -123,9 +131,8 @@ def test_losses_at_small_t_equal_fp64(schedule):
     g = torch.Generator().manual_seed(3)
     for step in range(10):
         x, out = torch.rand(2, 3, 8, 8, generator=g) * 2 - 1, torch.randn(2, 6, 8, 8, generator=g) * 0.5
-        n = NoiseDraw(
-            u=torch.full((2,), (step + 0.5) / 1000, dtype=torch.float64), noise=torch.randn(x.shape, generator=g)
-        )
+        quantiles = torch.full((2,), (step + 0.5) / 1000, dtype=torch.float64)
+        n = NoiseDraw(t=ddpm.sample_t(quantiles, config), noise=torch.randn(x.shape, generator=g))
         x_t, t = ddpm.perturb(x, n, config)
         assert t.tolist() == [step, step]
         expected = bar[step].sqrt() * x.double() + (1 - bar[step]).sqrt() * n.noise.double()
@@ -163,7 +170,7 @@ def _loss_in_fp64(out, x, noise, betas, bar, step):
 
 
 def test_variational_term_has_no_gradient_for_epsilon():
-    x, n = torch.randn(4, 3, 8, 8), draw(4)
+    x, n = torch.randn(4, 3, 8, 8), draw(4, ddpm, DDPM)
     out = torch.randn(4, 6, 8, 8, requires_grad=True)
     ddpm.loss(out, x, n, DDPM).sum().backward()
     epsilon, v = out.grad.chunk(2, 1)
