@@ -16,12 +16,11 @@ from transformers import AutoTokenizer, T5EncoderModel
 from checkpoints_tools.__main__ import main
 from data_prep.tiny_t5 import build_tiny_t5
 from megatron_dit.config import load_config
-from megatron_dit.data.encoder_hash import weights_sha256
 from megatron_dit.data.index import read_index, write_index
 from megatron_dit.sampling.prompts import Request
 from megatron_dit.sampling.sampler import Sampler, generator_of
 from tests.helpers.conversion import convert, write_alone
-from tests.helpers.datasets import TEXT, make_folder
+from tests.helpers.pipeline_parts import OPTIONS, save_parts
 from tests.helpers.samples import draw
 
 PROMPTS = ["a red circle", "two blue squares and one green triangle"]
@@ -29,36 +28,11 @@ LABELS = [3, 17]
 KINDS = ["dit", "sit", "mmdit", "pixart", "uvit", "uvit-class"]
 WITH_LABELS = ("dit", "sit", "uvit-class")
 SIT = {"objective.name": "rectified_flow", "objective.shift": 2.0, "model.learn_sigma": False}
-OPTIONS = {
-    "model.base_head_dim": 4,
-    "model.sample_size": 8,
-    "model.patch_size": 2,
-    "sampling.steps": 4,
-    "sampling.guidance": 2.0,
-}
 
 
 @pytest.fixture(scope="module")
 def parts(tmp_path_factory):
-    """A folder with two VAEs (two pixels per latent), a T5, datasets that refer to them, and a dataset of pixels."""
-    folder = tmp_path_factory.mktemp("parts")
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        vae = AutoencoderKL(
-            block_out_channels=(8, 8), down_block_types=("DownEncoderBlock2D",) * 2,
-            up_block_types=("UpDecoderBlock2D",) * 2, latent_channels=3, norm_num_groups=4, scaling_factor=0.7,
-        )  # fmt: skip
-        vae.save_pretrained(folder / "vae")
-        vae.register_to_config(shift_factor=0.1)
-        vae.save_pretrained(folder / "shifted")
-    build_tiny_t5(folder / "t5", PROMPTS, seed=0)
-    text = {**TEXT, "encoder": str(folder / "t5"), "sha256": weights_sha256(str(folder / "t5"))}
-    index = make_folder(folder / "pixels", [((8, 8), 4)], text=text)
-    for name in ("vae", "shifted"):
-        codec = {"kind": "vae", "path": str(folder / name), "sha256": "v", "dtype": "fp32"}
-        (folder / f"data-{name}").mkdir()
-        write_index(replace(index, folder=str(folder / f"data-{name}"), codec=codec))
-    return folder
+    return save_parts(tmp_path_factory.mktemp("parts"), PROMPTS)
 
 
 def noise_of(prompt):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import pickle
 import shutil
-from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -23,56 +22,32 @@ from diffusers import (
 from PIL import Image
 from transformers import AutoTokenizer, T5EncoderModel
 
-from data_prep.tiny_t5 import build_tiny_t5
 from megatron_dit.cli import run
 from megatron_dit.data import codec
-from megatron_dit.data.encoder_hash import weights_sha256
-from megatron_dit.data.index import write_index
 from megatron_dit.runtime.errors import UserError
 from megatron_dit.sampling.folder import read_manifest
 from megatron_dit.sampling.image_sampler import Drawing, generator_of
 from megatron_dit.sampling.pipeline import PipelineSampler
 from megatron_dit.sampling.prompts import requests
 from tests.helpers.conversion import convert, write_alone
-from tests.helpers.datasets import TEXT, make_folder
+from tests.helpers.pipeline_parts import OPTIONS, save_parts
 
 PROMPTS = ["a red circle", "two blue squares and one green triangle", "a red circle"]
 LABELS = ["3", "17", "3"]
 KINDS = ["dit", "mmdit", "pixart", "uvit", "uvit-class"]
 WITH_LABELS = ("dit", "uvit-class")
-OPTIONS = {
-    "model.base_head_dim": 4,
-    "model.sample_size": 8,
-    "model.patch_size": 2,
-    "sampling.steps": 4,
-    "sampling.guidance": 2.0,
-}
 
 
 @pytest.fixture(scope="module")
 def parts(tmp_path_factory):
-    """A folder with a VAE (two pixels per latent), a T5, and a dataset that refers to them."""
-    folder = tmp_path_factory.mktemp("parts")
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        AutoencoderKL(
-            block_out_channels=(8, 8), down_block_types=("DownEncoderBlock2D",) * 2,
-            up_block_types=("UpDecoderBlock2D",) * 2, latent_channels=3, norm_num_groups=4, scaling_factor=0.7,
-        ).save_pretrained(folder / "vae")  # fmt: skip
-    build_tiny_t5(folder / "t5", PROMPTS, seed=0)
-    text = {**TEXT, "encoder": str(folder / "t5"), "sha256": weights_sha256(str(folder / "t5"))}
-    index = make_folder(folder / "pixels", [((8, 8), 4)], text=text)
-    (folder / "data").mkdir()
-    vae = {"kind": "vae", "path": str(folder / "vae"), "sha256": "v", "dtype": "fp32"}
-    write_index(replace(index, folder=str(folder / "data"), codec=vae))
-    return folder
+    return save_parts(tmp_path_factory.mktemp("parts"), PROMPTS)
 
 
 @pytest.fixture(scope="module", params=KINDS)
 def exported(request, parts, tmp_path_factory):
     """A run, its exported pipeline, and prompts for it."""
     folder = tmp_path_factory.mktemp(request.param)
-    write_alone(folder / "run", request.param, {**OPTIONS, "data.path": str(parts / "data")})
+    write_alone(folder / "run", request.param, {**OPTIONS, "data.path": str(parts / "data-vae")})
     convert(folder / "run", folder / "pipe", "--to", "diffusers", "--pipeline")
     return folder / "run", folder / "pipe", LABELS if request.param in WITH_LABELS else PROMPTS
 
