@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 # A worker runs all tests of a file, so that a module's fixtures exist once. Many tests wait for processes that they start:
 # three workers are faster than two even on two cores. Each needs up to 5 GB of memory.
-PYTEST := $(BIN)/python -m pytest --numprocesses=3 --dist=loadfile --no-loadscope-reorder
+PYTEST := $(BIN)/python -m pytest --numprocesses=3 --dist=loadfile --no-loadscope-reorder --durations=25
 
 .PHONY: train test test-slow check clean
 

@@ -16,12 +16,13 @@ from megatron_dit.data.fingerprint import dataset_fingerprint
 from megatron_dit.data.index import read_index
 from megatron_dit.data.tar import sha256_of
 from megatron_dit.evaluation.evaluate import Result, check_files, evaluate
-from megatron_dit.evaluation.generate import generate
+from megatron_dit.evaluation.generate import generate, images_folder
 from megatron_dit.evaluation.images import open_images
 from megatron_dit.evaluation.protocol import LossProtocol, Protocol, fingerprint
 from megatron_dit.evaluation.validation import validation_loss
 from megatron_dit.parallel.collectives import on_all_ranks, on_rank0
 from megatron_dit.parallel.topology import Topology, connect
+from megatron_dit.sampling.folder import SETTINGS
 from megatron_dit.sampling.grid import save_grid
 from megatron_dit.sampling.sampler import Sampler
 from megatron_dit.training.evaluations import read_result, result_file, write_result
@@ -81,6 +82,8 @@ def is_evaluated(checkpoint: Path, step: int, protocol: Protocol | LossProtocol,
 
 
 def _images(sampler: Sampler, protocol: Protocol, run: Path, batch: int, *, keep_images: bool) -> Result:
+    if not keep_images:
+        on_rank0(lambda: _delete_others(images_folder(run, protocol, sampler), sampler))
     folder = generate(sampler, protocol, run, batch)
     images = open_images(folder)
     result = evaluate(images, protocol, str(folder), batch)
@@ -93,6 +96,16 @@ def _images(sampler: Sampler, protocol: Protocol, run: Path, batch: int, *, keep
 
     on_rank0(finish)
     return result
+
+
+def _delete_others(folder: Path, sampler: Sampler) -> None:
+    """Delete what an interrupted evaluation left of the images of another checkpoint of this step."""
+    try:
+        left = json.loads((folder / SETTINGS).read_text())["checkpoint"]["sha256"]
+    except (OSError, ValueError, KeyError, TypeError):
+        left = None
+    if left != sampler.identity()["checkpoint"]["sha256"] and folder.exists():
+        shutil.rmtree(folder)
 
 
 def _loss(reader: CheckpointReader, protocol: LossProtocol, topology: Topology, batch: int) -> Result:

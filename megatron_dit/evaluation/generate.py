@@ -14,6 +14,11 @@ from megatron_dit.sampling.sampler import Drawing, Sampler
 from megatron_dit.training.evaluations import result_file
 
 
+def images_folder(run: Path, protocol: Protocol, sampler: Sampler) -> Path:
+    """Return the folder for a protocol's images, beside the file of the result."""
+    return result_file(run, protocol.name, sampler.step, ema=sampler.ema).with_suffix("")
+
+
 def generate(sampler: Sampler, protocol: Protocol, run: Path, batch: int) -> Path:
     """Generate a protocol's images into the folder beside its result, and return that folder. Collective.
 
@@ -35,7 +40,7 @@ def generate(sampler: Sampler, protocol: Protocol, run: Path, batch: int) -> Pat
             raise UserError(f"{protocol.prompts} has {len(prompts)} prompts, but the protocol needs {needed}")
     sampling = SamplingConfig(solver=protocol.solver, steps=protocol.steps, guidance=protocol.guidance)
     drawing = Drawing(replace(sampler.config, sampling=sampling).sampling, protocol.seed)  # validates the solver
-    folder = result_file(run, protocol.name, sampler.step, ema=sampler.ema).with_suffix("")
+    folder = images_folder(run, protocol, sampler)
     wanted = requests(prompts, protocol.per_prompt)[: protocol.images]
     write_images(sampler, wanted, drawing, folder, batch)
     return folder

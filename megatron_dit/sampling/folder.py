@@ -99,7 +99,7 @@ def _start(
         _check_same(folder, settings, "".join(lines))
     else:
         if any(folder.iterdir()):
-            raise UserError(f"--folder {folder} is not empty and has no {SETTINGS}; choose a new folder")
+            raise UserError(f"{folder} is not empty and has no {SETTINGS}; use another folder")
         for name, text in ((MANIFEST, "".join(lines)), (SETTINGS, json.dumps(settings, indent=1) + "\n")):
             with replacing(folder / name) as part:
                 part.write_text(text, encoding="utf-8")
@@ -122,11 +122,11 @@ def _check_same(folder: Path, settings: dict[str, Any], manifest: str) -> None:
         found["checkpoint"]["folder"] = settings["checkpoint"]["folder"]  # a run may have moved
         differs = next((key for key in settings if found.get(key) != settings[key]), None)
     except (OSError, ValueError, TypeError, KeyError) as error:
-        raise UserError(f"{folder} has a corrupt {SETTINGS} ({error!r}); choose a new folder") from None
+        raise UserError(f"{folder} has a corrupt {SETTINGS} ({error!r}); delete it, or use another folder") from None
     if differs is not None:
         raise UserError(
-            f"--folder {folder} has images with {differs}={found.get(differs)}, not {settings[differs]}; "
-            "choose a new folder"
+            f"{folder} has images with {differs}={found.get(differs)}, not {settings[differs]}; "
+            "delete it, or use another folder"
         )
     if not same_prompts:
-        raise UserError(f"--folder {folder} has images of other prompts; choose a new folder")
+        raise UserError(f"{folder} has images of other prompts; delete it, or use another folder")

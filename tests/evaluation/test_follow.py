@@ -14,12 +14,14 @@ import yaml
 from megatron_dit.checkpoint.listing import delete, list_checkpoints
 from megatron_dit.checkpoint.load import open_checkpoint
 from megatron_dit.cli import run
+from megatron_dit.data.scenes import held_out_captions
 from megatron_dit.evaluation import validation
 from megatron_dit.evaluation.checkpoint import evaluate_checkpoint
 from megatron_dit.evaluation.follow import follow
 from megatron_dit.evaluation.protocol import load_protocol
 from megatron_dit.parallel.topology import SOLO, connect
 from megatron_dit.sampling.model import load_model
+from megatron_dit.sampling.sampler import Sampler
 from tests.helpers.configs import small_dict
 
 MAIN = [sys.executable, "-m", "megatron_dit"]
@@ -45,6 +47,36 @@ def trained(dataset, tmp_path_factory):
 
 def results_of(folder):
     return sorted(path.stem for path in (folder / "evaluation" / "loss").glob("*.json"))
+
+
+def toy_protocol(folder):
+    (folder / "prompts.txt").write_text("\n".join(held_out_captions(4, seed=0)))
+    values = {"name": "toy", "metrics": ["scene_score"], "images": 4, "prompts": str(folder / "prompts.txt")}
+    (folder / "toy.yaml").write_text(yaml.safe_dump({**values, "steps": 1, "guidance": 1.0}))
+    return load_protocol(folder / "toy.yaml")
+
+
+def test_images_that_an_interrupted_evaluation_left_are_used_or_replaced(copied):
+    protocol = toy_protocol(copied.parent)
+    reader = open_checkpoint(copied)
+    folder = copied / "evaluation" / "toy" / "step_00000020"
+
+    def evaluate(keep):
+        connect()
+        sampler = lambda: Sampler(reader.folder)  # noqa: E731
+        return evaluate_checkpoint(reader, [protocol], sampler, copied, SOLO, 4, keep_images=keep)[0].metrics
+
+    expected = evaluate(keep=True)
+    kept = folder / "images" / "000" / "000000.png"
+    time_of = kept.stat().st_mtime_ns
+    (folder / "images" / "000" / "000003.png").unlink()
+    assert evaluate(keep=True) == expected
+    assert kept.stat().st_mtime_ns != time_of  # its batch was generated again
+    settings = folder / "sample.json"
+    settings.write_text(settings.read_text().replace('"sha256": "', '"sha256": "0'))
+    assert evaluate(keep=False) == expected
+    assert not folder.exists()
+    assert folder.with_suffix(".png").exists()
 
 
 class Recorder:
