@@ -3,18 +3,18 @@
     python -m benchmarks.sample_memory               # 0.5B parameters, 4 GB of disk, 2 minutes
     python -m benchmarks.sample_memory --heads 8     # smaller
 
-A checkpoint with random master and EMA weights in fp32 is written as by one rank, so two ranks have to read each tensor
-as a whole to cut their shard of it. Each rank loads the EMA into a bf16 model in a process of its own, after it has
-loaded a tiny model.
+A checkpoint with random master and EMA weights in fp32 is written with tensor-parallel size 1, so that each of two
+ranks has to read whole tensors to get its shards. Each rank is a separate process, which loads a tiny model first and
+then the EMA weights into a bf16 model.
 
 The memory is RssAnon of /proc/PID/status, read by the parent process about every millisecond, minus its value before
 loading. It does not include the file's memory-mapped pages: they are in the page cache, which the kernel frees when
-other processes need memory, although a process's resident memory counts them. The growth of the resident memory is also
-reported. A rank must not exceed its share of the parameters in bf16 + one whole fp32 tensor + 32 MiB; otherwise the
-exit status is 1.
+other processes need memory, although a process's resident memory counts them. The growth of the resident memory is
+also reported. A rank may use the size of its shards in bf16 + that of one whole tensor in fp32 + 32 MiB; if it uses
+more, the exit status is 1.
 
-In addition, the share of a rank and the largest tensor are computed for the config with 18B parameters on eight ranks,
-from a model on the meta device.
+The sizes of a rank's shards and of the largest tensor are also computed for the 18B config on eight tensor-parallel
+ranks, from a model on the meta device.
 """
 
 from __future__ import annotations
@@ -93,7 +93,7 @@ def rank(number: int, ranks: int, port: int, tiny: str, folder: str, pipe: Any) 
 
 
 def measure(tiny: Path, folder: Path, ranks: int) -> dict[str, Any]:
-    """Return each rank's share and growth of memory in bytes."""
+    """Return the size of each rank's shards and the growth of its memory, in bytes."""
     context = multiprocessing.get_context("spawn")
     with socket.socket() as sock:
         sock.bind(("127.0.0.1", 0))
@@ -119,7 +119,7 @@ def measure(tiny: Path, folder: Path, ranks: int) -> dict[str, Any]:
             time.sleep(0.001)
         seconds = time.monotonic() - started
         rows = [
-            {"share": end.recv(), "anonymous": peak[0] - start[0], "resident": peak[1] - start[1]}
+            {"shards": end.recv(), "anonymous": peak[0] - start[0], "resident": peak[1] - start[1]}
             for end, start, peak in zip(ends, before, peaks, strict=True)
         ]
         for end in ends:
@@ -130,7 +130,7 @@ def measure(tiny: Path, folder: Path, ranks: int) -> dict[str, Any]:
 
 
 def large(queue: Any) -> None:
-    """Put the number of parameters, a rank's share and the largest tensor of the 18B config in a queue, in bytes."""
+    """Put the sizes of the 18B config, of a rank's shards of it and of its largest tensor in a queue."""
     import torch.distributed as dist
     from torch.testing._internal.distributed import fake_pg
 
@@ -146,7 +146,7 @@ def large(queue: Any) -> None:
     queue.put(
         {
             "parameters": sum(math.prod(param.shape) for param in params.values()),
-            "share": sum(p.numel() * p.element_size() for p in model.parameters()),
+            "shards": sum(p.numel() * p.element_size() for p in model.parameters()),
             "largest": 4 * math.prod(params[name].shape),
             "name": name,
             "shape": list(params[name].shape),
@@ -177,20 +177,21 @@ def markdown(results: dict[str, Any]) -> str:
         f"(written by one rank), bf16 in memory. Its largest tensor has {largest / MIB:,.0f} MiB in fp32. The memory "
         "is the peak while loading minus the memory before; pages of the mapped file count only as resident.",
         "",
-        "| ranks | rank | share in bf16, MiB | share + one fp32 tensor, MiB | peak, anonymous, MiB | "
+        "| ranks | rank | shards in bf16, MiB | shards + one fp32 tensor, MiB | peak, anonymous, MiB | "
         "difference, MiB | peak, resident, MiB |",
         "|---|---|---|---|---|---|---|",
     ]
     for run in results["runs"]:
         for number, row in enumerate(run["rows"]):
-            allowed = row["share"] + largest
-            sizes = (row["share"], allowed, row["anonymous"], row["anonymous"] - allowed, row["resident"])
+            allowed = row["shards"] + largest
+            sizes = (row["shards"], allowed, row["anonymous"], row["anonymous"] - allowed, row["resident"])
             lines.append(f"| {run['ranks']} | {number} | {' | '.join(f'{each / MIB:,.0f}' for each in sizes)} |")
     lines += [
         "",
         f"`{LARGE.relative_to(LARGE.parents[2])}`, {found['parameters'] / 1e9:.1f}B parameters, on {LARGE_RANKS} "
-        f"tensor-parallel ranks (computed, not measured): a rank's share is {found['share'] / 2**30:.2f} GiB in bf16; "
-        f"the largest tensor, {found['name']} {tuple(found['shape'])}, has {found['largest'] / 2**30:.2f} GiB in fp32.",
+        f"tensor-parallel ranks (computed, not measured): a rank's shards have {found['shards'] / 2**30:.2f} GiB in "
+        f"bf16; the largest tensor, {found['name']} {tuple(found['shape'])}, has {found['largest'] / 2**30:.2f} GiB in "
+        "fp32.",
     ]
     return "\n".join(lines) + "\n"
 
@@ -218,7 +219,7 @@ def main(argv: list[str] | None = None) -> int:
     (arguments.out / "sample-memory.md").write_text(markdown(results))
     print(markdown(results))
     rows = [row for run in runs for row in run["rows"]]
-    return 0 if all(row["anonymous"] <= row["share"] + results["largest"] + OVERHEAD for row in rows) else 1
+    return 0 if all(row["anonymous"] <= row["shards"] + results["largest"] + OVERHEAD for row in rows) else 1
 
 
 if __name__ == "__main__":

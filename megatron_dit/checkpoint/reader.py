@@ -32,7 +32,7 @@ from megatron_dit.config import Config, config_from_dict
 from megatron_dit.data.tar import sha256_of
 from megatron_dit.mup.rules import Param
 from megatron_dit.optimizer import has_state
-from megatron_dit.parallel.sharding import cut, unshard
+from megatron_dit.parallel.sharding import cut, pieces, unshard
 from megatron_dit.runtime.errors import UserError
 from megatron_dit.runtime.progress import ProgressBar
 
@@ -156,18 +156,31 @@ class CheckpointReader:
 
     def weights(self, key: str, name: str) -> Tensor:
         """Return :meth:`full` for use in a model. Raises UserError if a value is not finite: training has diverged."""
-        return self.shard(key, name, 0, 1)
+        values = self.full(key, name)
+        self._check_finite(key, name, values)
+        return values
 
-    def shard(self, key: str, name: str, tensor_rank: int, tensor_size: int) -> Tensor:
-        """Return a rank's tensor-parallel shard of :meth:`weights`."""
+    def copy_shard(self, target: Tensor, key: str, name: str, tensor_rank: int, tensor_size: int) -> None:
+        """Copy a rank's tensor-parallel shard of :meth:`weights` to ``target``, of any type and on any device.
+
+        In addition to ``target``, the shard is in memory in fp32 if the checkpoint was written with this
+        tensor-parallel size, else the full tensor (twice while it is assembled from the shards of another size).
+        """
         param = self.manifest["params"][name]
-        shape = list(param["shape"])
-        if param["dim"] is not None:
-            shape[param["dim"]] //= tensor_size
-        shard = self.part(key, name, tensor_rank, tensor_size, 0, math.prod(shape)).view(shape)
-        if not shard.isfinite().all():
+        dim, parts = param["dim"], param["fused_parts"]
+        if dim is None or tensor_size == self._shards(name):
+            values = self._range(key, name, tensor_rank if dim is not None else 0, 0, target.numel())
+            target.copy_(values.view(target.shape))
+        else:
+            values = self.full(key, name)
+            sources = pieces(values, dim, parts, tensor_rank, tensor_size)
+            for piece, source in zip(target.chunk(parts, dim), sources, strict=True):
+                piece.copy_(source)
+        self._check_finite(key, name, values)
+
+    def _check_finite(self, key: str, name: str, values: Tensor) -> None:
+        if not all(bound.isfinite() for bound in values.aminmax()):  # isfinite of all values would take as much memory
             raise UserError(f"{self.folder} has NaN or infinite values in {key}/{name}; use an older checkpoint")
-        return shard
 
     def part(self, key: str, name: str, tensor_rank: int, tensor_size: int, start: int, numel: int) -> Tensor:
         """Return elements [start, start + numel) of a flattened tensor-parallel shard.

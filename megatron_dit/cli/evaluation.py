@@ -28,8 +28,8 @@ if TYPE_CHECKING:
     from megatron_dit.checkpoint.reader import CheckpointReader
     from megatron_dit.evaluation.evaluate import Result
     from megatron_dit.evaluation.protocol import LossProtocol, Protocol
+    from megatron_dit.parallel.topology import Topology
 
-CONFIG = "config.yaml"  # of a run
 EXAMPLE = "megatron-dit evaluate runs/xl2 --protocol configs/evaluation/dit-fid50k.yaml --procs 8"
 
 
@@ -114,6 +114,8 @@ def _check_flags(arguments: argparse.Namespace) -> None:
 
 def _check_kind(arguments: argparse.Namespace, protocol: Protocol | LossProtocol) -> None:
     """Raise UserError for flags that do not fit the kind of protocol, or what is evaluated."""
+    from megatron_dit.training.run_folder import CONFIG
+
     source = Path(arguments.checkpoint)
     if arguments.follow and not (source / CONFIG).is_file():
         raise UserError(f"--follow: {source} is not the folder of a run, which has a {CONFIG}")
@@ -140,12 +142,13 @@ def _evaluate_on_this_rank(arguments: argparse.Namespace, protocol: Protocol | L
         assert protocol.kind == "images"
         return _write_reference(arguments, protocol)
     check_protocols([protocol])  # before images are generated for hours
+    topology = open_topology(arguments.tensor)
     if arguments.follow:
-        return _follow(arguments, protocol)
+        return _follow(arguments, protocol, topology)
     if _is_checkpoint(source):
         from megatron_dit.checkpoint.load import open_checkpoint
 
-        result = _evaluate_checkpoint(arguments, protocol, open_checkpoint(source), keep_images=True)
+        result = _evaluate_checkpoint(arguments, protocol, open_checkpoint(source), topology, keep_images=True)
     else:
         from megatron_dit.evaluation.evaluate import evaluate
         from megatron_dit.evaluation.images import open_images
@@ -172,12 +175,15 @@ def _write_reference(arguments: argparse.Namespace, protocol: Protocol) -> int:
 
 
 def _evaluate_checkpoint(
-    arguments: argparse.Namespace, protocol: Protocol | LossProtocol, reader: CheckpointReader, *, keep_images: bool
+    arguments: argparse.Namespace,
+    protocol: Protocol | LossProtocol,
+    reader: CheckpointReader,
+    topology: Topology,
+    *,
+    keep_images: bool,
 ) -> Result:
     from megatron_dit.evaluation.checkpoint import evaluate_checkpoint
     from megatron_dit.sampling.sampler import Sampler
-
-    topology = open_topology(arguments.tensor)
 
     def sampler() -> Sampler:
         return Sampler(reader.folder, data=arguments.data, ema=not arguments.no_ema, topology=topology)
@@ -186,14 +192,14 @@ def _evaluate_checkpoint(
     return evaluate_checkpoint(reader, [protocol], sampler, run, topology, batch, keep_images=keep_images)[0]
 
 
-def _follow(arguments: argparse.Namespace, protocol: Protocol | LossProtocol) -> int:
+def _follow(arguments: argparse.Namespace, protocol: Protocol | LossProtocol, topology: Topology) -> int:
     from megatron_dit.evaluation.follow import follow
     from megatron_dit.evaluation.report import print_result
 
     results = []
 
     def evaluate(reader: CheckpointReader) -> None:
-        results.append(_evaluate_checkpoint(arguments, protocol, reader, keep_images=False))
+        results.append(_evaluate_checkpoint(arguments, protocol, reader, topology, keep_images=False))
         if is_rank0():
             print_result(results[-1])
 

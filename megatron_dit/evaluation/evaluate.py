@@ -54,9 +54,9 @@ def evaluate(images: Images, protocol: Protocol, source: str, batch: int = 32) -
             f"{source} has {len(images)} images, but the protocol {protocol.name} is for {protocol.images}; generate "
             f"{protocol.images}, or set images={len(images)}: such results are comparable only among themselves"
         )
-    for metric in ("clip_score", "geneval", "scene_score"):
-        if metric in protocol.metrics and not images.prompts:
-            raise UserError(f"{metric} needs the prompts of the images, but {source} has no manifest.jsonl")
+    of_prompts = next((metric for metric in protocol.metrics if METRICS[metric].prompts), None)
+    if of_prompts is not None and not images.prompts:
+        raise UserError(f"{of_prompts} needs the prompts of the images, but {source} has no manifest.jsonl")
     hashes = on_rank0(lambda: hashes_of(protocol))
     extractors = open_extractors(protocol)
     reference: list[Path] = []

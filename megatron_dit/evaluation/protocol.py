@@ -24,6 +24,7 @@ class Needs:
     feature: str | None
     moments: bool = False  # only the feature's mean and covariance, so that the features need not be kept
     reference: bool = True  # also those of real images
+    prompts: bool = False  # also the prompts of the images
 
 
 METRICS = {
@@ -35,9 +36,9 @@ METRICS = {
     "kid": Needs("inception"),
     "fdd": Needs("dinov2", moments=True),
     "cmmd": Needs("clip"),
-    "clip_score": Needs("clip", reference=False),
-    "geneval": Needs(None, reference=False),
-    "scene_score": Needs(None, reference=False),
+    "clip_score": Needs("clip", reference=False, prompts=True),
+    "geneval": Needs(None, reference=False, prompts=True),
+    "scene_score": Needs(None, reference=False, prompts=True),
 }
 EXTRACTOR_OF = {
     "inception": "inception", "spatial": "inception", "logits": "inception", "dinov2": "dinov2", "clip": "clip",
@@ -91,7 +92,7 @@ class Protocol(Section):
             (self.labels is None) != (self.prompts is None),
             f"labels={self.labels} and prompts={self.prompts}: expected exactly one of them",
         )
-        of_prompts = next((each for each in ("clip_score", "geneval", "scene_score") if each in self.metrics), None)
+        of_prompts = next((metric for metric in self.metrics if METRICS[metric].prompts), None)
         check(of_prompts is None or self.labels is None, f"{of_prompts} needs prompts, not labels")
         check(self.labels is None or self.per_prompt == 1, f"per_prompt={self.per_prompt}: expected 1 with labels")
         check(

@@ -84,8 +84,7 @@ def _losses(
 ) -> np.ndarray:
     """Return the loss of each sample, (samples,) fp64, on rank 0 and an empty array on the others. Collective."""
     parts = list(_parts(index, protocol.samples, batch))
-    replica, replicas = topology.rank // topology.tensor_size, topology.world // topology.tensor_size
-    own = parts[replica::replicas]
+    own = parts[topology.replica :: topology.replicas]
     dataset = Samples((index,), config)
     loader = DataLoader(
         dataset,

@@ -13,8 +13,12 @@ def cut(full: Tensor, dim: int | None, fused_parts: int, tensor_rank: int, tenso
     """
     if dim is None or tensor_size == 1:
         return full
-    chunks = full.chunk(fused_parts * tensor_size, dim=dim)
-    return torch.cat(chunks[tensor_rank::tensor_size], dim=dim)
+    return torch.cat(pieces(full, dim, fused_parts, tensor_rank, tensor_size), dim=dim)
+
+
+def pieces(full: Tensor, dim: int, fused_parts: int, tensor_rank: int, tensor_size: int) -> tuple[Tensor, ...]:
+    """Return the parts of the shard that :func:`cut` returns, as views of the full tensor."""
+    return full.chunk(fused_parts * tensor_size, dim=dim)[tensor_rank::tensor_size]
 
 
 def unshard(shards: list[Tensor], dim: int, fused_parts: int) -> Tensor:

@@ -69,6 +69,15 @@ class Topology:
         return self.data_group.size()
 
     @property
+    def replica(self) -> int:
+        """Number of this rank's copy of a model without pipeline stages, as in sampling, of ``replicas``."""
+        return self.rank // self.tensor_size
+
+    @property
+    def replicas(self) -> int:
+        return self.world // self.tensor_size
+
+    @property
     def pipeline_rank(self) -> int:
         return self.pipeline_group.rank()
 

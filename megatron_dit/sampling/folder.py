@@ -52,7 +52,7 @@ def write_images(
     topology = sampler.topology
     batches = [requests[i : i + batch] for i in range(0, len(requests), batch)]
     todo = on_rank0(lambda: _start(sampler, batches, drawing, folder, batch))
-    own = todo[topology.data_rank :: topology.data_size]
+    own = todo[topology.replica :: topology.replicas]
     with ProgressBar("sample", len(own) * sampler.evaluations(drawing), show=show and topology.rank == 0) as bar:
         for number in own:
             images = sampler.images(batches[number], drawing, bar.advance)

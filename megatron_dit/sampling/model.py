@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from megatron_dit.checkpoint.load import check_model
 from megatron_dit.checkpoint.reader import CheckpointReader
@@ -27,9 +27,8 @@ def load_model(
     """Return the model in evaluation mode, with a checkpoint's EMA (or raw) weights and multipliers.
 
     The weights are rounded to ``dtype``. They are on the device in this type only, 2 bytes per parameter in bf16, and a
-    tensor-parallel rank has only its shard of each. In addition, one tensor at a time is in CPU memory in fp32: its
-    shard if the checkpoint was written with the same tensor-parallel size, else the whole tensor (twice while it is
-    assembled from the shards of another size). Raises UserError if a weight is not finite.
+    tensor-parallel rank has only its shard of each; :meth:`CheckpointReader.copy_shard` says what is in CPU memory in
+    addition, one tensor at a time. Raises UserError if a weight is not finite.
     """
     connect()
     check_model(reader)
@@ -45,7 +44,7 @@ def load_model(
     set_multipliers(model, multipliers)
     with torch.no_grad(), reader.keep_files_open():
         for name, p in model.named_parameters():
-            _read_into(p, reader, "ema" if ema else "master", name, topology)
+            reader.copy_shard(p, "ema" if ema else "master", name, topology.tensor_rank, topology.tensor_size)
     return model.eval()
 
 
@@ -56,18 +55,3 @@ def meta_model(config: Config, *, dtype: torch.dtype = torch.float32, topology: 
         model = build(config.model, backend).to(dtype)
     assert not list(model.buffers()), "to_empty leaves buffers without values"
     return model
-
-
-def _read_into(p: Tensor, reader: CheckpointReader, key: str, name: str, topology: Topology) -> None:
-    """Copy a rank's shard of a parameter into ``p``, without copies of it in fp32 on the way."""
-    param, rank, size = reader.manifest["params"][name], topology.tensor_rank, topology.tensor_size
-    dim, parts = param["dim"], param["fused_parts"]
-    if dim is None or size == reader.manifest["layout"]["tensor"]:
-        values = reader.part(key, name, rank, size, 0, p.numel()).view(p.shape)
-        p.copy_(values)
-    else:
-        values = reader.full(key, name)
-        for target, source in zip(p.chunk(parts, dim), values.chunk(parts * size, dim)[rank::size], strict=True):
-            target.copy_(source)
-    if not all(bound.isfinite() for bound in values.aminmax()):  # isfinite of all values would take as much memory
-        raise UserError(f"{reader.folder} has NaN or infinite values in {key}/{name}; use an older checkpoint")

@@ -60,12 +60,9 @@ def read_curves(run: Path) -> Curves:
     curves: Curves = {}
     for folder in sorted((run / EVALUATION).glob("*")):
         results = [result for path in sorted(folder.glob("step_*[0-9].json")) if (result := read_result(path))]
-        for result in results:
+        comparable = [each for each in results if each.get("fingerprint") == results[-1].get("fingerprint")]
+        for result in comparable:
             for name, value in result["metrics"].items():
-                if (
-                    result.get("fingerprint") == results[-1].get("fingerprint")
-                    and "/" not in name
-                    and value is not None
-                ):
+                if "/" not in name and value is not None:
                     curves.setdefault(f"{folder.name} {name}", []).append((result["step"], value))
     return curves

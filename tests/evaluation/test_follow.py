@@ -22,25 +22,24 @@ from megatron_dit.evaluation.protocol import load_protocol
 from megatron_dit.parallel.topology import SOLO, connect
 from megatron_dit.sampling.model import load_model
 from megatron_dit.sampling.sampler import Sampler
-from tests.helpers.configs import small_dict
+from tests.helpers.configs import write_config
 
 MAIN = [sys.executable, "-m", "megatron_dit"]
 
 
-def config_of(folder, dataset, **changes):
-    values = small_dict("mmdit", **{"data.path": str(dataset), "run_dir": str(folder / "run"), **changes})
-    values["checkpoint"] = {"every": 5, "keep": 3}
-    (folder / "config.yaml").write_text(yaml.safe_dump(values))
+def config_of(folder, dataset, steps):
+    """Write the config of a run and a protocol for it, and return the config's path."""
     (folder / "protocol.yaml").write_text(
         yaml.safe_dump({"kind": "validation_loss", "name": "loss", "samples": 16, "data": str(dataset)})
     )
-    return folder / "config.yaml"
+    keys = {"data.path": str(dataset), "train.steps": steps, "checkpoint.every": 5, "checkpoint.keep": 3}
+    return write_config(folder, **keys)
 
 
 @pytest.fixture(scope="module")
 def trained(dataset, tmp_path_factory):
     """A finished run with the checkpoints of steps 10, 15 and 20, and a protocol."""
-    path = config_of(tmp_path_factory.mktemp("follow"), dataset, **{"train.steps": 20})
+    path = config_of(tmp_path_factory.mktemp("follow"), dataset, steps=20)
     assert run(["train", str(path)]) == 0
     return path.parent
 
@@ -169,7 +168,7 @@ def test_it_waits_for_the_last_step(copied):
 
 
 def test_a_run_that_is_killed_and_restarted_is_followed_to_its_end(dataset, tmp_path):
-    path = config_of(tmp_path, dataset, **{"train.steps": 60})
+    path = config_of(tmp_path, dataset, steps=60)
     run_folder = tmp_path / "run"
     train = [*MAIN, "train", str(path)]
     first = subprocess.Popen(train, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)

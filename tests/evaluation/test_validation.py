@@ -25,22 +25,16 @@ from megatron_dit.mup.multipliers import set_multipliers
 from megatron_dit.parallel.topology import build_groups
 from megatron_dit.runtime.errors import UserError
 from megatron_dit.training.evaluations import read_curves
-from tests.helpers.configs import small_dict
+from tests.helpers.configs import write_config
 from tests.helpers.runs import train_in_pool
 
 PROTOCOL = LossProtocol(kind="validation_loss", name="test", samples=40, timesteps=8, seed=5)
 
 
 def config_of(folder, dataset, **changes):
-    values = small_dict("mmdit", **{"data.path": str(dataset), "run_dir": str(folder / "run"), "train.steps": 20})
-    values["optimizer"] = {**values["optimizer"], "lr": 0.01}
-    values["checkpoint"] = {"every": 10, "keep": 5}
-    for key, value in changes.items():
-        section, name = key.split(".")
-        values.setdefault(section, {})[name] = value
     folder.mkdir(exist_ok=True)
-    (folder / "config.yaml").write_text(yaml.safe_dump(values))
-    return folder / "config.yaml"
+    values = {"data.path": str(dataset), "optimizer.lr": 0.01, "checkpoint.every": 10, "checkpoint.keep": 5}
+    return write_config(folder, **{**values, "train.steps": 20, **changes})
 
 
 @pytest.fixture(scope="module")
@@ -72,7 +66,7 @@ def plain_losses(reader, dataset, samples, seed):
     """Compute the loss of each sample alone, from the files and the definition of the noise."""
     model = build_unsharded(reader.config.model)
     for name, p in model.named_parameters():
-        p.data.copy_(reader.shard("ema", name, 0, 1))
+        p.data.copy_(reader.weights("ema", name))
     set_multipliers(model, reader.manifest["multipliers"])
     losses = []
     for number, members in enumerate(islice(members_of(dataset), samples)):
@@ -149,7 +143,7 @@ def test_missing_and_unreadable_samples_are_errors(trained, dataset, tmp_path):
 
 def weights(folder):
     reader = open_checkpoint(folder)
-    return {name: reader.shard("master", name, 0, 1) for name in reader.manifest["params"]}
+    return {name: reader.weights("master", name) for name in reader.manifest["params"]}
 
 
 @pytest.mark.parametrize(
