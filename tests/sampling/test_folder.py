@@ -102,6 +102,20 @@ def test_ranks_generate_what_one_process_does(pool, trained, tmp_path, world, te
         assert np.abs(found.astype(int) - image).max() <= 1
 
 
+def batches_of_rank(trained, folder):
+    """Return how many batches this rank generates in a job that trains with two pipeline stages."""
+    sampler = Sampler(trained, topology=build_groups(ParallelConfig(pipeline=2)))
+    images, batches = sampler.images, []
+    sampler.images = lambda batch, *arguments: batches.append(batch) or images(batch, *arguments)
+    write(sampler, folder)
+    return len(batches)
+
+
+def test_pipeline_stages_generate_different_images(pool, trained, tmp_path):
+    assert pool.run(2, batches_of_rank, trained, tmp_path / "ranks") == [2, 1]
+    assert len(written(tmp_path / "ranks")) == len(PROMPTS)
+
+
 def test_noise_is_a_function_of_seed_prompt_and_copy():
     a, b = requests(["x", "x"])
     noise = [
