@@ -3,17 +3,25 @@
 from __future__ import annotations
 
 import argparse
+import logging
+import os
 from dataclasses import asdict
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 from megatron_dit.cli.arguments import config_arguments, number
 from megatron_dit.cli.command import add_command, write_json
 from megatron_dit.cli.ranks import ranks_argument, start_ranks, starts_ranks
 from megatron_dit.config.keys import Count, Interval
+from megatron_dit.runtime import launcher
 from megatron_dit.runtime.errors import UserError
-from megatron_dit.runtime.launch_environment import is_rank0
+from megatron_dit.runtime.launch_environment import is_rank0, launch_environment
 from megatron_dit.runtime.output import survive_console_loss
 from megatron_dit.runtime.signals import signals_end_at_once
+
+if TYPE_CHECKING:
+    from megatron_dit.config import Config
+
+logger = logging.getLogger(__name__)
 
 
 def add_commands(commands: Any) -> None:
@@ -27,6 +35,11 @@ def add_commands(commands: Any) -> None:
     )
     config_arguments(train)
     ranks_argument(train)
+    train.add_argument(
+        "--elastic",
+        action="store_true",
+        help="on a number of ranks that the layout does not fit, change the layout and the micro-batch",
+    )
 
     verify = add_command(
         commands,
@@ -42,6 +55,9 @@ def add_commands(commands: Any) -> None:
     verify.add_argument("--steps", type=number("--steps", Count), default=10, metavar="N", help="number of steps")
     verify.add_argument("--dtype", choices=["fp32", "bf16"], default="fp32", help="type of the weights in the steps")
     verify.add_argument("--resume", action="store_true", help="save under each layout halfway, resume under each")
+    verify.add_argument(
+        "--self-test", action="store_true", help="plant faults in our code, and check that verify sees each of them"
+    )
 
     bench = add_command(
         commands,
@@ -65,7 +81,10 @@ def _train(arguments: argparse.Namespace) -> int:
 
     config = load_config(arguments.config, arguments.overrides)
     survive_console_loss()
-    if starts_ranks(arguments):
+    starts = starts_ranks(arguments)
+    if arguments.elastic:
+        config = _fitted(config, arguments.procs if starts else launch_environment().world)
+    if starts:
         return start_ranks(arguments, config)
     with signals_end_at_once():  # also while torch is being imported
         from megatron_dit.parallel.startup import multi_rank_command
@@ -81,9 +100,21 @@ def _train(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _fitted(config: Config, ranks: int) -> Config:
+    """Return the config with a layout for ``ranks`` ranks; rank 0 logs what has changed."""
+    from megatron_dit.config.elastic import changes, fit
+
+    fitted = fit(config, ranks)
+    changed = changes(config, fitted)
+    if changed and is_rank0() and launcher.LAUNCHED not in os.environ:
+        logger.info("--elastic: the layout does not fit %d ranks: %s", ranks, ", ".join(changed))
+    return fitted
+
+
 def _verify(arguments: argparse.Namespace) -> int:
     from megatron_dit.verify.layout_parity import verify
     from megatron_dit.verify.resume_parity import verify_resume
+    from megatron_dit.verify.self_test import self_test
 
     names = None if arguments.layouts is None else arguments.layouts.split(",")
     if arguments.steps < 1 + arguments.resume:
@@ -92,7 +123,14 @@ def _verify(arguments: argparse.Namespace) -> int:
         raise UserError(
             f"--dtype {arguments.dtype} with --resume: checkpoints are compared in fp32; remove one of them"
         )
-    if arguments.resume:
+    if arguments.self_test:
+        given = [name for name in ("layouts", "resume") if getattr(arguments, name)]
+        if given or arguments.dtype != "fp32":
+            raise UserError(f"--self-test with --{given[0] if given else 'dtype'}: it has its own; remove one of them")
+        findings = self_test(arguments.config, arguments.overrides, arguments.steps)
+        report = [{**asdict(finding), "good": finding.good} for finding in findings]
+        good = all(finding.good for finding in findings)
+    elif arguments.resume:
         pairs = verify_resume(arguments.config, arguments.overrides, names, arguments.steps)
         report = {f"{pair.saved} to {pair.loaded}": {**asdict(pair), "good": pair.good} for pair in pairs}
         good = all(pair.good for pair in pairs)

@@ -12,7 +12,7 @@ import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from types import FrameType
 from typing import NoReturn
 
@@ -33,13 +33,14 @@ def run_ranks(
     module: str = "megatron_dit",
     quiet: bool = False,
     stop_seconds: float = 120.0,
+    meanwhile: Callable[[], None] = lambda: None,
 ) -> int:
     """Run ``python -m MODULE ARGUMENTS`` in ``ranks`` processes and return the exit status.
 
     If a rank fails, the others are killed, its last lines of standard error are printed, and its status is returned
     (128 + n if signal n killed it). SIGTERM and SIGINT are forwarded to every rank once. Ranks that have not ended
     after ``stop_seconds`` are killed; a second signal kills them at once. The ranks end if this process ends.
-    ``quiet`` discards their standard output.
+    ``quiet`` discards their standard output. ``meanwhile`` is called about 20 times a second while they run.
     """
     # Rank 0 inherits the bound socket. If it opened the port itself, another job could take the port before. The socket
     # does not listen yet: until rank 0 serves, connections are refused, and the other ranks try again.
@@ -52,7 +53,7 @@ def run_ranks(
             "MASTER_PORT": server.getsockname()[1],
         }
         job = _Job([sys.executable, "-m", module, *arguments], ranks, shared, quiet, server.fileno())
-    return job.run(stop_seconds)
+    return job.run(stop_seconds, meanwhile)
 
 
 class _Rank:
@@ -121,12 +122,13 @@ class _Job:
         self._errors: set[str] = set()  # already printed, because every rank may report the same error
         self._signal, self._signalled, self._reminded = 0, 0.0, 0
 
-    def run(self, stop_seconds: float) -> int:
+    def run(self, stop_seconds: float, meanwhile: Callable[[], None]) -> int:
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self._on_signal)
         first: _Rank | None = None
         while self._running():
             time.sleep(0.05)
+            meanwhile()
             first = first or min(
                 (rank for rank in self._ranks if rank.status), key=lambda rank: rank.failure, default=None
             )

@@ -12,30 +12,33 @@ import math
 import shutil
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.text import Text
 
 from megatron_dit.checkpoint.listing import step_folder
 from megatron_dit.checkpoint.load import restore
-from megatron_dit.checkpoint.manifest import STATE
 from megatron_dit.checkpoint.reader import CheckpointReader
-from megatron_dit.checkpoint.writer import save
 from megatron_dit.config import Config
-from megatron_dit.data.shared import rank_batches
-from megatron_dit.data.stream import read_data
-from megatron_dit.parallel.collectives import gather
 from megatron_dit.parallel.startup import start_up
-from megatron_dit.parallel.topology import Topology
 from megatron_dit.runtime.progress import ProgressBar
 from megatron_dit.runtime.table import Table
 from megatron_dit.training.engine import Engine
-from megatron_dit.verify.layout_parity import TOLERANCES, disturbed, greatest_difference, ratio
-from megatron_dit.verify.layouts import SINGLE, layouts_of, run_layout
+from megatron_dit.verify.jobs import Task, run_tasks
+from megatron_dit.verify.layout_parity import FP32, exceeded
+from megatron_dit.verify.layouts import OWN, SINGLE, Row, select
+from megatron_dit.verify.segment import (
+    Segment,
+    distances,
+    disturb,
+    greatest_difference,
+    states_equal,
+    train_segment,
+)
 
-STATE_TOLERANCE = 0.1  # a state that is not restored has an error of about 1
 PAIRED = [
     SINGLE,
     "dp2-zero1",
@@ -46,17 +49,8 @@ PAIRED = [
     "pp2-interleaved",
     "dp2-tp2-zero3",
     "tp2-pp2",
+    OWN,
 ]
-
-
-@dataclass
-class Segment:
-    """Record of a layout's steps from one step to another, equal on all ranks."""
-
-    losses: list[float] = field(default_factory=list)
-    lrs: list[float] = field(default_factory=list)
-    keys: list[list[str]] = field(default_factory=list)  # sample keys of each step, in the order of the global batch
-    ratios: dict[str, list[float]] = field(default_factory=dict)  # final peak lr and weight decay by parameter
 
 
 @dataclass
@@ -64,7 +58,7 @@ class Resumed:
     """Results of one layout by the layout whose checkpoint it resumed; the uninterrupted run has the key ""."""
 
     segments: dict[str, Segment]
-    state: dict[str, float]  # distance to the single process's state relative to that state's change; maximum
+    state: dict[str, float]  # maximum distance of a state to the single process's, relative to its change
     equal: dict[str, bool]  # whether all states are bitwise equal to those of the layout's uninterrupted run
 
 
@@ -75,16 +69,32 @@ class Pair:
     saved: str
     loaded: str
     loss: float  # maximum relative difference over the steps
+    norm: float  # maximum relative difference over the steps
     state: float  # maximum distance of weights, moments and averages, relative to their change
-    schedule: bool  # whether the learning rates are equal
+    schedule: bool  # whether the learning rates, skipped steps and numbers of updates are equal
     order: bool  # whether the samples and their order are equal
     mup: bool  # whether the μP multipliers are equal
     equal: bool  # whether the states are bitwise equal; required only of a layout's own checkpoint
 
     @property
     def good(self) -> bool:
-        exact = self.schedule and self.order and self.mup and (self.equal or self.saved != self.loaded)
-        return exact and self.loss <= TOLERANCES["fp32"] and self.state <= STATE_TOLERANCE
+        return not self.differences
+
+    @property
+    def differences(self) -> dict[str, float]:
+        """The checks that fail, as those of a ``Comparison``."""
+        exact = {
+            "lr or skips": self.schedule,
+            "samples": self.order,
+            "μP multipliers": self.mup,
+            "bits": self.equal or self.saved != self.loaded,
+        }
+        close = {
+            "loss": self.loss / FP32.loss,
+            "gradient norm": self.norm / FP32.loss,
+            "state": self.state / FP32.state,
+        }
+        return exceeded({**{name: 0.0 if equal else math.inf for name, equal in exact.items()}, **close})
 
 
 def verify_resume(path: str, overrides: Sequence[str], names: Sequence[str] | None, steps: int) -> list[Pair]:
@@ -92,27 +102,52 @@ def verify_resume(path: str, overrides: Sequence[str], names: Sequence[str] | No
 
     If ``names`` is None, ``PAIRED`` is used, except layouts that the model does not support, which are logged.
     """
-    layouts = layouts_of(path, overrides, names or PAIRED, steps, "fp32", all_of_them=names is not None)
-    pairs = []
-    with tempfile.TemporaryDirectory() as scratch, ProgressBar("verify", 2 * len(layouts)) as bar:
-        folders = {name: str(Path(scratch) / name) for name in layouts}
-        uninterrupted: dict[str, Segment] = {}
-        for name, (layout, config) in layouts.items():
-            found = run_layout(Path(folders[name]), name, layout, config, {"stop": steps // 2})
-            uninterrupted[name] = Segment(**found["segments"][""])
-            bar.advance(f"{name} saved")
-        rest = Segment(*(getattr(uninterrupted[SINGLE], part)[steps // 2 :] for part in ("losses", "lrs", "keys")))
-        rest.ratios = uninterrupted[SINGLE].ratios
-        for name, (layout, config) in layouts.items():
-            task = {"stop": steps // 2, "sources": folders, "own": folders[name], "single": folders[SINGLE]}
-            found = run_layout(Path(folders[name] + ".loads"), name, layout, config, task)
-            pairs += [
-                _compare(saved, name, Segment(**segment), rest, found["state"][saved], found["equal"][saved])
-                for saved, segment in found["segments"].items()
-            ]
-            bar.advance(f"{name} loaded")
-    _print(pairs, list(layouts), steps)
+    selection = select(path, overrides, names, steps, "fp32", default=PAIRED)
+    stop, names = steps // 2, list(selection.rows)
+    with tempfile.TemporaryDirectory() as folder, ProgressBar("verify", 2 * len(names)) as bar:
+        scratch = Path(folder)
+        saved = saving(selection.rows, scratch, stop)
+        rest = rest_of(run_tasks(saved, bar.advance)[SINGLE], stop)
+        loads = {name: loading(name, saved, names, scratch / f"loading-{i}") for i, name in enumerate(names)}
+        pairs = [
+            pair for name, result in run_tasks(loads, bar.advance).items() for pair in pairs_of(name, result, rest)
+        ]
+    _print(pairs, names, steps)
     return pairs
+
+
+def saving(rows: Mapping[str, Row], scratch: Path, stop: int) -> dict[str, Task]:
+    """Return the task of each layout that saves after ``stop`` steps and at the end."""
+    return {
+        name: Task(scratch / f"saving-{number}", row.layout.ranks, row.config, "resumed", {"stop": stop})
+        for number, (name, row) in enumerate(rows.items())
+    }
+
+
+def loading(
+    name: str, saved: Mapping[str, Task], sources: Sequence[str], folder: Path, fault: str | None = None
+) -> Task:
+    """Return the task of layout ``name`` that resumes from the checkpoints of the ``sources``."""
+    arguments = {
+        "stop": saved[name].arguments["stop"],
+        "sources": {source: saved[source].checkpoints for source in sources},
+        "own": saved[name].checkpoints,
+        "single": saved[SINGLE].checkpoints,
+    }
+    return Task(folder, saved[name].ranks, saved[name].config, "resumed", arguments, fault)
+
+
+def pairs_of(loaded: str, result: Mapping[str, Any], expected: Segment) -> list[Pair]:
+    """Return the comparisons of a layout that resumed with ``expected``, the single process's steps."""
+    return [
+        _compare(saved, loaded, Segment(**segment), expected, result["state"][saved], result["equal"][saved])
+        for saved, segment in result["segments"].items()
+    ]
+
+
+def rest_of(result: Mapping[str, Any], stop: int) -> Segment:
+    """Return the steps after ``stop`` of the single process that was not interrupted."""
+    return Segment(**result["segments"][""]).since(stop)
 
 
 def resumed(
@@ -128,65 +163,28 @@ def resumed(
     found = Resumed({}, {}, {})
     if sources is None:
         engine.initialize()
-        engine.write_full_state({STATE: lambda name: disturbed(engine.params[name], config.seed)})
-        found.segments[""] = _train(engine, config, topology, folder, stop)
+        disturb(engine, config)
+        found.segments[""] = train_segment(engine, config, topology, folder, (stop, config.train.steps))
     for name, source in (sources or {}).items():
         restore(engine, CheckpointReader(step_folder(Path(source), stop)))
-        found.segments[name] = _train(engine, config, topology, folder, stop)
+        found.segments[name] = train_segment(engine, config, topology, folder, [config.train.steps])
         if topology.rank == 0:
             last = CheckpointReader(step_folder(folder, engine.step))
             start, end = (CheckpointReader(step_folder(Path(single), step)) for step in (stop, engine.step))
-            original = CheckpointReader(step_folder(Path(own), engine.step))
-            found.state[name] = _drift(last, start, end)
-            found.equal[name] = all(_equal(last, original, key) for key in last.states)
+            found.state[name] = max(distances(last, start, end).values())
+            found.equal[name] = states_equal(last, CheckpointReader(step_folder(Path(own), engine.step)))
             shutil.rmtree(last.folder)
     return found if topology.rank == 0 else None
-
-
-def _train(engine: Engine, config: Config, topology: Topology, folder: Path, stop: int) -> Segment:
-    """Train from the engine's step to the last one, saving at ``stop`` and at the end."""
-    segment = Segment()
-    for batch in rank_batches(read_data(config.data), config, engine.step, topology):
-        metrics = engine.train_step(batch)
-        segment.losses.append(metrics.loss)
-        segment.lrs.append(metrics.lr)
-        by_rank = sorted(set(gather((topology.data_rank, batch.keys))))
-        segment.keys.append([key for _, keys in by_rank for key in keys])
-        if engine.step in (stop, config.train.steps):
-            save(engine, folder)
-    for groups in gather([(g["names"], g["initial_lr"], g["weight_decay"]) for g in engine.groups]):
-        segment.ratios.update({name: [lr, decay] for names, lr, decay in groups for name in names})
-    return segment
-
-
-def _drift(found: CheckpointReader, start: CheckpointReader, end: CheckpointReader) -> float:
-    """Return the maximum over states of the distance to ``end``, relative to the distance of ``start`` to ``end``."""
-    ratios = []
-    for key in found.states:
-        off, moved = 0.0, 0.0
-        for name in found.manifest["params"]:
-            if key not in found.states_of(name):
-                continue
-            value = end.full(key, name)
-            off += float((found.full(key, name) - value).square().sum())
-            moved += float((start.full(key, name) - value).square().sum())
-        ratios.append(ratio(math.sqrt(off), math.sqrt(moved)) if math.isfinite(off) else math.inf)
-    return max(ratios)
-
-
-def _equal(one: CheckpointReader, other: CheckpointReader, key: str) -> bool:
-    """Return whether a state is bitwise equal in two checkpoints."""
-    names = [name for name in one.manifest["params"] if key in one.states_of(name)]
-    return all(one.full(key, name).equal(other.full(key, name)) for name in names)
 
 
 def _compare(saved: str, loaded: str, found: Segment, expected: Segment, state: float, equal: bool) -> Pair:
     return Pair(
         saved=saved,
         loaded=loaded,
-        loss=greatest_difference(found.losses, expected.losses),
+        loss=greatest_difference(found.updated("losses"), expected.updated("losses")),
+        norm=greatest_difference(found.updated("norms"), expected.updated("norms")),
         state=state,
-        schedule=found.lrs == expected.lrs,
+        schedule=all(getattr(found, part) == getattr(expected, part) for part in ("lrs", "skipped", "updates")),
         order=found.keys == expected.keys and all(expected.keys),
         mup=found.ratios == expected.ratios,
         equal=equal,

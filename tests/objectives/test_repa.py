@@ -23,6 +23,7 @@ from megatron_dit.verify import layout_parity
 from megatron_dit.verify.layouts import LAYOUTS, REFERENCE
 from tests.helpers.configs import ARCHITECTURES, small, small_dict
 from tests.helpers.mup_groups import package_groups, table
+from tests.helpers.traces import trace
 
 REPA = {"model.repa_block": 1, "model.repa_dim": 24}
 
@@ -98,21 +99,12 @@ def test_training_lowers_the_alignment_loss(data, tmp_path, arch):
     assert -1 <= last < first - 0.2
 
 
-def trace(arch, layout, data, scratch):
-    """Return the first steps of a layout. Runs in the ranks of the pool."""
-    from pathlib import Path
-
-    base = small(arch, **REPA, **{"data.path": data})
-    values = dict(item.split("=") for item in layout.overrides(base))
-    config = small(arch, **REPA, **{"data.path": data, **{k: yaml.safe_load(v) for k, v in values.items()}})
-    return layout_parity.first_steps(config, Path(scratch))
-
-
 @pytest.mark.parametrize("arch", ["dit", "uvit"])
 def test_layouts_with_repa_equal_one_process(pool, data, tmp_path, arch):
-    (reference,) = pool.run(1, trace, arch, REFERENCE, data, tmp_path / "reference")
+    scratch = tmp_path / "reference"
+    reference = pool.run(1, trace, arch, REFERENCE, data, scratch, **REPA)[0]
     for name in ("tp2-sp", "dp2-tp2-zero3", "pp2"):  # the projector is on the pipeline's first stage
-        found = pool.run(LAYOUTS[name].ranks, trace, arch, LAYOUTS[name], data, tmp_path / name)[0]
+        found = pool.run(LAYOUTS[name].ranks, trace, arch, LAYOUTS[name], data, tmp_path, scratch, **REPA)[0]
         result = layout_parity.compare(name, found, reference)
         assert result.good, result
 

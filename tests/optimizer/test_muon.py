@@ -5,10 +5,10 @@ from __future__ import annotations
 import functools
 import math
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
-import yaml
 from safetensors import safe_open
 from torch.optim._muon import DEFAULT_A, DEFAULT_B, DEFAULT_C, EPS, _zeropower_via_newtonschulz
 
@@ -19,9 +19,10 @@ from megatron_dit.optimizer.muon import Muon, orthogonalized
 from megatron_dit.parallel.masters import MasterShard
 from megatron_dit.parallel.matrices import MatrixExchange
 from megatron_dit.parallel.topology import SOLO
-from megatron_dit.verify.layout_parity import first_steps
+from megatron_dit.verify.layout_parity import compare, first_steps
 from megatron_dit.verify.layouts import LAYOUTS, REFERENCE
 from tests.helpers.configs import ARCHITECTURES, small
+from tests.helpers.traces import in_layout
 
 SHAPES = [(8, 8), (12, 5), (5, 12), (1, 7)]
 COEFFICIENTS = (DEFAULT_A, DEFAULT_B, DEFAULT_C)
@@ -94,18 +95,11 @@ def test_muon_and_depth():
     assert lrs == [pytest.approx(0.02), pytest.approx(0.005)]
 
 
-def in_layout(layout, options):
-    values = dict(override.split("=") for override in layout.overrides(small("mmdit", **options)))
-    return small("mmdit", **{**options, **{key: yaml.safe_load(value) for key, value in values.items()}})
-
-
-def steps(layout, dataset, folder, overrides):
-    """Return the losses and norms of 20 steps in ``layout``, with a checkpoint at the end. Runs in the pool."""
-    from pathlib import Path
-
+def steps(layout, dataset, folder, overrides, reference=None):
+    """Return the first 20 steps in ``layout``, with a checkpoint at the end. Runs in the pool."""
     options = {"data.path": str(dataset), "optimizer.muon_lr": 2**-6, "train.steps": 20, "model.depth": 4}
-    options |= {"optimizer.grad_clip": None, "train.global_batch": 16, **overrides}
-    return first_steps(in_layout(layout, options), Path(folder) / "checkpoints")
+    config = in_layout("mmdit", layout, **options, **{"train.global_batch": 16, **overrides})
+    return first_steps(config, Path(folder) / "checkpoints", reference)
 
 
 @pytest.fixture(scope="module")
@@ -130,17 +124,19 @@ def single(pool, dataset, tmp_path_factory):
     ],
 )
 def test_twenty_steps_are_equal_in_every_layout(pool, dataset, tmp_path, single, name):
-    expected, _ = single()
-    found = pool.run(LAYOUTS[name].ranks, steps, LAYOUTS[name], dataset, tmp_path, {})[0]
-    assert found.losses == pytest.approx(expected.losses, rel=1e-5)
-    assert found.norms == pytest.approx(expected.norms, rel=1e-4)
+    expected, folder = single()
+    checkpoints = str(folder / "checkpoints")
+    found = pool.run(LAYOUTS[name].ranks, steps, LAYOUTS[name], dataset, tmp_path, {}, checkpoints)[0]
+    result = compare(name, found, expected)
+    assert result.good, result
 
 
 @pytest.mark.parametrize("name", ["dp2-zero1", "dp2-zero3", "tp2"])
 def test_bf16_is_close_to_fp32(pool, dataset, tmp_path, single, name):
     found = pool.run(LAYOUTS[name].ranks, steps, LAYOUTS[name], dataset, tmp_path, {"train.dtype": "bf16"})[0]
-    assert found.losses == pytest.approx(single()[0].losses, rel=0.02)
-    assert found.losses != single()[0].losses
+    losses, expected = (trace.segment.updated("losses") for trace in (found, single()[0]))
+    assert losses == pytest.approx(expected, rel=0.02)
+    assert losses != expected
 
 
 def test_checkpoints_have_no_second_moment_of_matrices(single):
@@ -155,8 +151,6 @@ def test_checkpoints_have_no_second_moment_of_matrices(single):
 
 def resumed(dataset, folder, overrides, layout):
     """Train six steps in the layout, from step 3 of ``folder`` if it has a checkpoint. Runs in the pool."""
-    from pathlib import Path
-
     from megatron_dit.checkpoint.load import newest, restore
     from megatron_dit.checkpoint.writer import save
     from megatron_dit.data.shared import rank_batches

@@ -17,7 +17,7 @@ def gradients(cases):
 
     Return the gradient norm and the gradient of the global batch of each case.
     """
-    from megatron_dit.verify.layout_parity import disturbed
+    from megatron_dit.verify.conditions import disturbed
 
     found = {}
     for stage, micro_batches in cases:

@@ -51,7 +51,7 @@ def last_pass(config, backend, count):
     from megatron_dit.mup.multipliers import forward_multipliers, set_multipliers
     from megatron_dit.parallel.topology import SOLO
     from megatron_dit.runtime.device import device
-    from megatron_dit.verify.layout_parity import disturbed
+    from megatron_dit.verify.conditions import disturbed
     from tests.helpers.engine import batch
 
     params = param_specs(config)
