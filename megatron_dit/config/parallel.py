@@ -86,6 +86,13 @@ class LaunchConfig(Section):
         unit="s",
         resumable=True,
     )
+    hang_seconds: Positive | None = key(
+        "end the job, naming the ranks for which the others wait, if no rank makes progress for this long; longer than "
+        "any step and save; null: never",
+        1800.0,
+        unit="s",
+        resumable=True,
+    )
     stop_seconds: NonNegative = key(
         "--procs: time to save after SIGTERM or Ctrl-C before ranks are killed", 120.0, unit="s", resumable=True
     )

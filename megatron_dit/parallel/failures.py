@@ -68,6 +68,11 @@ def use_store(store: dist.Store | None) -> None:
     _store = store
 
 
+def job_store() -> dist.Store | None:
+    """Return the store of the rendezvous; None for a job of one rank."""
+    return _store
+
+
 @contextlib.contextmanager
 def failure_ends_all_ranks() -> Iterator[None]:
     """Report an exception in this context to the other ranks, or replace it if another rank's failure caused it.

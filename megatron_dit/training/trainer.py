@@ -20,6 +20,7 @@ from megatron_dit.data.stream import read_data
 from megatron_dit.parallel.collectives import on_all_ranks
 from megatron_dit.parallel.startup import start_up
 from megatron_dit.parallel.topology import Topology
+from megatron_dit.parallel.watchdog import Watchdog
 from megatron_dit.runtime.errors import UserError
 from megatron_dit.runtime.progress import ProgressBar
 from megatron_dit.runtime.signals import StopSignal
@@ -73,8 +74,10 @@ def _train(
     stop_signal.listen()
     evaluation = _Evaluation(evaluate, engine, run, schedule, log)
     evaluation.run_if_due()  # if the previous process was stopped before it had evaluated this step
-    with ProgressBar("train", config.train.steps, engine.step, show=rank0) as bar:
-        for batch in stream:
+    watchdog = Watchdog(config.launch.hang_seconds, topology.rank, topology.world)
+    with ProgressBar("train", config.train.steps, engine.step, show=rank0) as bar, watchdog:
+        for batch in watchdog.reading(stream, engine.step + 1):
+            watchdog.doing(engine.step + 1, "training")
             monitor = bool(config.train.monitor_every) and (engine.step + 1) % config.train.monitor_every == 0
             metrics = engine.train_step(batch, extra=[stop_signal.requested, schedule.writing], monitor=monitor)
             stop, writing = (count > 0 for count in metrics.extra)  # on any rank
@@ -82,12 +85,14 @@ def _train(
             if log is not None:
                 bar.advance(log.add(engine.step, metrics, last=last))
             guards.check(engine.step, metrics, batch.bad)
+            watchdog.doing(engine.step, "saving")
             schedule.after_step(writing, last)
             if stop:
                 logger.info(
                     "stopped by a signal and saved at step %d; run the same command again to resume", engine.step
                 )
                 break
+            watchdog.doing(engine.step, "evaluating", limited=False)
             evaluation.run_if_due()
     lines = []
     if rank0:

@@ -6,9 +6,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 
 from megatron_dit.verify.faults.base import Fault, Reached
+from megatron_dit.verify.faults.layers import LAYERS
+from megatron_dit.verify.faults.optimizer import OPTIMIZER
 from megatron_dit.verify.faults.resume import RESUME
-from megatron_dit.verify.faults.steps import STEPS
 
+STEPS: dict[str, Fault] = {**LAYERS, **OPTIMIZER}  # planted in a layout's first steps
 FAULTS: dict[str, Fault] = {**STEPS, **RESUME}
 
 

@@ -8,7 +8,14 @@ from dataclasses import dataclass
 from typing import Any
 from unittest import mock
 
-from megatron_dit.verify.layouts import Layout
+import torch.distributed as dist
+
+from megatron_dit.verify.layouts import LAYOUTS, Layout
+
+DATA, ZERO1, ACCUMULATE = LAYOUTS["dp2-zero0"], LAYOUTS["dp2-zero1"], LAYOUTS["accumulate4"]
+TENSOR, SEQUENCE = LAYOUTS["tp2"], LAYOUTS["tp2-sp"]
+PIPELINE, INTERLEAVED = LAYOUTS["pp2"], LAYOUTS["pp2-interleaved"]
+BY_TENSOR_AND_DATA, ACCUMULATE_ZERO1 = Layout(4, tensor=2), Layout(2, zero=1, accumulation=2)
 
 Changed = Callable[..., Any]  # (original function, *its arguments) -> its result with the fault
 
@@ -46,3 +53,7 @@ class Fault:
             return changed(original, *arguments, **named)
 
         return mock.patch.object(self.owner, self.name, replacement)
+
+
+def is_last_rank() -> bool:
+    return dist.get_rank() == dist.get_world_size() - 1

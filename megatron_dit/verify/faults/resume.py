@@ -14,11 +14,9 @@ from megatron_dit.checkpoint.reader import CheckpointReader
 from megatron_dit.data import shared
 from megatron_dit.training import engine
 from megatron_dit.training.engine import Engine
-from megatron_dit.verify.faults.base import Changed, Fault, Reached
-from megatron_dit.verify.faults.steps import ZERO1, no_multipliers
-from megatron_dit.verify.layouts import LAYOUTS, REFERENCE
-
-TENSOR = LAYOUTS["tp2-sp"]
+from megatron_dit.verify.faults.base import SEQUENCE, ZERO1, Changed, Fault, Reached
+from megatron_dit.verify.faults.layers import no_multipliers
+from megatron_dit.verify.layouts import REFERENCE
 
 
 def _starts(shift: int) -> Any:
@@ -161,9 +159,9 @@ RESUME = {
     ),
     "multipliers-lost": _fault("the readout loses its μP multiplier", ZERO1, engine, "set_multipliers", no_multipliers),
     "qkv-resharded-as-one": _fault(
-        "q, k and v are not cut apart before they are sharded again", TENSOR, reader, "cut", _cut_as_one
+        "q, k and v are not cut apart before they are sharded again", SEQUENCE, reader, "cut", _cut_as_one
     ),
     "another-ranks-shard": _fault(
-        "all tensor-parallel ranks load the first one's shard", TENSOR, CheckpointReader, "part", _shard_of_rank0
+        "all tensor-parallel ranks load the first one's shard", SEQUENCE, CheckpointReader, "part", _shard_of_rank0
     ),
 }
