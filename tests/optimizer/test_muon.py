@@ -159,7 +159,7 @@ def resumed(dataset, folder, overrides, layout):
     from megatron_dit.training.engine import Engine
 
     options = {"data.path": str(dataset), "train.steps": 6, "optimizer.muon_lr": 2**-6, **overrides}
-    config = in_layout(LAYOUTS.get(layout, REFERENCE), options)
+    config = in_layout("mmdit", LAYOUTS.get(layout, REFERENCE), **options)
     topology = start_up(config)
     engine = Engine(config, topology)
     engine.initialize()

@@ -175,7 +175,7 @@ def test_self_test_plants_faults_and_runs_the_same_layouts_without(config, tmp_p
     assert not by_fault["mask-ignored"]["applies"]
     assert {"loss", "state", "bits"} <= set(by_fault["weights-from-average"]["seen"])
     clean = [row["layout"] for row in found if row["fault"] is None]
-    assert clean == ["tp2", "dp2-zero0", "ranks=2 zero=1 accumulation=2", "dp1, resumed"]
+    assert clean == ["ranks=2 zero=1 accumulation=2", "tp2", "dp2-zero0", "dp1, resumed"]
     out = capsys.readouterr().out
     assert "faults seen: 3 of 3" in out
     assert "false alarms: 0 of 4 layouts without a fault" in out
