@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from megatron_dit.config import Config, save_config
 from megatron_dit.runtime.errors import UserError
 from megatron_dit.runtime.launcher import run_ranks
@@ -41,8 +43,7 @@ def run_tasks(tasks: Mapping[str, Task], finished: Callable[[str], None]) -> dic
     processes have then printed the reason; but the result of a task with a planted fault that fails is None.
     """
     results: dict[str, Any] = {}
-    for ranks in sorted({task.ranks for task in tasks.values()}):
-        group = {name: task for name, task in tasks.items() if task.ranks == ranks}
+    for group in _groups(tasks):
         for task in group.values():
             _write(task)
 
@@ -54,12 +55,26 @@ def run_tasks(tasks: Mapping[str, Task], finished: Callable[[str], None]) -> dic
                     finished(name)
 
         arguments = [str(task.folder) for task in group.values()]
+        ranks = next(iter(group.values())).ranks
         status = run_ranks(arguments, ranks, module="megatron_dit.verify.worker", quiet=True, meanwhile=collect)
         collect()
-        if status:
-            failed = next(name for name in group if name not in results)
-            raise UserError(f"layout {failed} ended with exit status {status}; see its message above")
+        for name in [name for name in group if name not in results]:
+            if group[name].fault is None:
+                raise UserError(f"layout {name} ended with exit status {status}; see its message above")
+            results[name] = None
+            finished(name)
     return results
+
+
+def _groups(tasks: Mapping[str, Task]) -> list[dict[str, Task]]:
+    """Return the tasks that run in the same processes.
+
+    On a machine with GPUs each task has processes of its own: a copy of a process that has used CUDA cannot use it.
+    """
+    if torch.cuda.is_available():
+        return [{name: task} for name, task in sorted(tasks.items(), key=lambda item: item[1].ranks)]
+    sizes = sorted({task.ranks for task in tasks.values()})
+    return [{name: task for name, task in tasks.items() if task.ranks == ranks} for ranks in sizes]
 
 
 def _write(task: Task) -> None:

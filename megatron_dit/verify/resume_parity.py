@@ -113,6 +113,8 @@ def verify_resume(path: str, overrides: Sequence[str], names: Sequence[str] | No
             pair for name, result in run_tasks(loads, bar.advance).items() for pair in pairs_of(name, result, rest)
         ]
     _print(pairs, names, steps)
+    for what in selection.uncovered:
+        print(f"not covered: {what}")
     return pairs
 
 

@@ -1,7 +1,7 @@
 """One rank of several tasks: ``python -m megatron_dit.verify.worker FOLDER...``, started by ``jobs.run_tasks``.
 
-Each task runs in a copy of this process, which has imported the libraries: that takes longer than the steps of a small
-model, and the state that these libraries keep cannot affect the next task.
+If there are several, each runs in a copy of this process, which has imported the libraries: that takes longer than the
+steps of a small model, and the state that these libraries keep cannot affect the next task.
 """
 
 from __future__ import annotations
@@ -31,19 +31,24 @@ def run(argv: list[str]) -> int:
     from megatron_dit.verify.jobs import ENDED, read_task
 
     for folder in map(Path, argv):
-        copy = os.fork()
-        if copy == 0:
-            die_with_parent()
-            leave(run_program(lambda _, folder=folder: _run(folder)))
-        status = os.waitstatus_to_exitcode(os.waitpid(copy, 0)[1])
+        status = _run(folder) if len(argv) == 1 else _run_in_copy(folder)
         if status and read_task(folder)["fault"] is None:
-            return status if status > 0 else 128 - status
+            return status
         # All copies of rank 0 use the same port: the next ones must not connect to one that has not ended.
         if is_rank0():
             (folder / ENDED).touch()
         while not (folder / ENDED).exists():
             time.sleep(POLL_SECONDS)
     return 0
+
+
+def _run_in_copy(folder: Path) -> int:
+    copy = os.fork()
+    if copy == 0:
+        die_with_parent()
+        leave(run_program(lambda _: _run(folder)))
+    status = os.waitstatus_to_exitcode(os.waitpid(copy, 0)[1])
+    return status if status >= 0 else 128 - status
 
 
 def _run(folder: Path) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import signal
 import subprocess
 import sys
@@ -105,9 +106,14 @@ def test_a_stopped_process_ends_the_job_and_is_named(dataset, tmp_path, rank, wh
         assert job.poll() is None, job.communicate()[1]
         assert time.monotonic() < deadline
         time.sleep(0.1)
-    stopped_process(job, rank, where).send_signal(signal.SIGSTOP)
-    start = time.monotonic()
-    err = job.communicate(timeout=90)[1]
+    stopped, start = stopped_process(job, rank, where), time.monotonic()
+    stopped.send_signal(signal.SIGSTOP)
+    try:
+        err = job.communicate(timeout=90)[1]
+    finally:
+        job.kill()  # its ranks end with it, but not a stopped worker of a data loader
+        with contextlib.suppress(psutil.NoSuchProcess):
+            stopped.kill()
     assert time.monotonic() - start < 4 * LIMIT
     assert job.returncode not in (0, 2), err
     errors = [line for line in err.splitlines() if line.startswith("error: ") and "hang_seconds" in line]

@@ -14,7 +14,8 @@ import yaml
 from megatron_dit.cli import run
 from megatron_dit.models.param_specs import param_specs
 from megatron_dit.mup.initial_values import initial_value
-from megatron_dit.verify import conditions, layout_parity, layouts, resume_parity, self_test
+from megatron_dit.runtime.errors import UserError
+from megatron_dit.verify import conditions, jobs, layout_parity, layouts, resume_parity, self_test
 from megatron_dit.verify.faults import FAULTS, planted
 from megatron_dit.verify.layouts import REFERENCE
 from megatron_dit.verify.segment import Segment, greatest_difference
@@ -251,3 +252,26 @@ def test_noise_changes_every_parameter(arch):
         assert moved.shape == param.shape
         assert not torch.equal(start, moved)
         assert (moved - start).std() > 0.25 / math.prod(param.shape[1:] or param.shape) ** 0.5
+
+
+@pytest.mark.parametrize("gpus", [False, True])
+def test_a_layout_that_fails_is_named_and_a_fault_that_fails_is_not_an_error(
+    config, tmp_path, capfd, monkeypatch, gpus
+):
+    """With GPUs every task has processes of its own; on the CPU they are copies of one."""
+    monkeypatch.setattr(jobs.torch.cuda, "is_available", lambda: gpus)
+    rows = layouts.select(config, [], ["accumulate4"], 2, "fp32").rows
+    wrong = {"reference": str(tmp_path / "missing")}
+    tasks = {
+        "dp1": jobs.Task(tmp_path / "0", 1, rows["dp1"].config, "first_steps", {}),
+        "x": jobs.Task(tmp_path / "1", 1, rows["accumulate4"].config, "first_steps", wrong, "no-multipliers"),
+        "y": jobs.Task(tmp_path / "2", 1, rows["accumulate4"].config, "first_steps", wrong),
+    }
+    finished = []
+    results = jobs.run_tasks({name: tasks[name] for name in ("dp1", "x")}, finished.append)
+    assert finished == ["dp1", "x"]
+    assert results["dp1"]["initial"]
+    assert results["x"] is None
+    with pytest.raises(UserError, match="layout y ended with exit status 2"):
+        jobs.run_tasks({"y": tasks["y"]}, finished.append)
+    assert "missing" in capfd.readouterr().err
