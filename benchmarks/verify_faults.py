@@ -27,7 +27,7 @@ from megatron_dit.verify.layouts import Row, select
 from megatron_dit.verify.self_test import Finding, self_test
 
 RESULTS = Path(__file__).parent / "results"
-SMALL = ["model.head_dim=8", "train.global_batch=8", "train.micro_batch=4", "train.threads=1"]
+SMALL = ["model.head_dim=8", "mup.base_heads=2", "train.global_batch=8", "train.micro_batch=4", "train.threads=1"]
 STEPS, SEEDS = 8, (0, 1, 2)
 CLEAN = ("accumulate4", "dp2-zero1", "dp2-zero3", "tp2-sp", "pp2")
 

@@ -103,7 +103,8 @@ def _no_clipping(reached: Reached) -> Changed:
 
 def _one_lr(reached: Reached) -> Changed:
     def change(original: Any, groups: list[dict[str, Any]], factor: float) -> None:
-        reached()
+        if len({group["initial_lr"] for group in groups}) > 1:
+            reached()
         for group in groups:
             group["lr"] = groups[0]["initial_lr"] * factor
 
@@ -112,9 +113,10 @@ def _one_lr(reached: Reached) -> Changed:
 
 def _decay_on_all(reached: Reached) -> Changed:
     def change(original: Any, *arguments: Any) -> list[dict[str, Any]]:
-        reached()
         groups = original(*arguments)
         largest = max(group["weight_decay"] for group in groups)
+        if any(group["weight_decay"] < largest for group in groups if group["initial_lr"]):
+            reached()
         return [{**group, "weight_decay": largest if group["initial_lr"] else 0.0} for group in groups]
 
     return change

@@ -98,7 +98,8 @@ def _one_group(*keys: str) -> Any:
             original(target, *place)
             for group in target.groups[1:]:
                 for key in keys:
-                    reached()
+                    if group[key] != target.groups[0][key]:
+                        reached()
                     group[key] = target.groups[0][key]
 
         return change
