@@ -88,8 +88,8 @@ class LaunchConfig(Section):
     )
     hang_seconds: Positive | None = key(
         "end the job, naming the ranks for which the others wait, if no rank makes progress for this long; longer than "
-        "any step and save; null: never",
-        1800.0,
+        "any step or save, and less than the 1800 s after which a collective fails; null: never",
+        1200.0,
         unit="s",
         resumable=True,
     )
