@@ -165,7 +165,7 @@ def _sample_on_this_rank(arguments: argparse.Namespace, size: tuple[int, int] | 
     images = requests(_prompts(arguments, sampler.classes), arguments.per_prompt)
     settings = sampler.settings(**{name: getattr(arguments, name) for name in SAMPLING})
     drawing = Drawing(settings, arguments.seed, size, arguments.negative_prompt)
-    results = {"prompts": arguments.prompt, "count": len(images), "seed": arguments.seed}
+    results = {"prompts": arguments.prompts or arguments.prompt, "count": len(images), "seed": arguments.seed}
     if arguments.folder is not None:
         written = write_images(sampler, images, drawing, arguments.folder, arguments.batch)
         if is_rank0():

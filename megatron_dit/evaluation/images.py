@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 import zipfile
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -102,7 +103,7 @@ def open_images(path: Path) -> Images:
     try:
         with zipfile.ZipFile(path) as archive, archive.open(ARRAY) as file:
             shape, fortran_order, dtype = read_header(file)
-    except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
+    except (OSError, EOFError, ValueError, KeyError, RuntimeError, zipfile.BadZipFile, zlib.error) as error:
         raise UserError(f"{path} has no readable array arr_0 ({error}); expected images as in ADM's files") from None
     if dtype != np.uint8 or fortran_order or len(shape) != 4 or shape[3] != 3 or not shape[0]:
         raise UserError(f"{path} has an array arr_0 of {dtype} with shape {shape}; expected uint8 of (N, H, W, 3)")
@@ -122,7 +123,10 @@ def content_sha256(path: Path) -> str:
 
 
 def _read_exactly(file: Any, count: int, path: Path) -> bytes:
-    data = file.read(count)
+    try:
+        data = file.read(count)
+    except (OSError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+        raise UserError(f"{path} is damaged ({error}); download it again") from None
     if len(data) != count:
         raise UserError(f"{path} is truncated; download it again")
     return data

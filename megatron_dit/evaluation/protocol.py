@@ -146,8 +146,12 @@ def _check_name(name: str) -> None:
 def load_protocol(path: str | Path, overrides: Sequence[str] = ()) -> Protocol | LossProtocol:
     """Read a protocol, whose key ``kind`` says which one. Raises UserError if it is invalid."""
     tree = read_tree(Path(user_path(str(path), "protocol")), f"protocol {path}")
-    of_loss = isinstance(tree, dict) and str(tree.get("kind")) == "validation_loss"
-    return load(LossProtocol if of_loss else Protocol, path, overrides)
+    kind = str(tree.get("kind", "images")) if isinstance(tree, dict) else "images"
+    check(kind in KINDS, f"protocol {path}: kind={kind!r}: expected {' or '.join(KINDS)}")
+    return load(KINDS[kind], path, overrides)
+
+
+KINDS: dict[str, type[Protocol] | type[LossProtocol]] = {"images": Protocol, "validation_loss": LossProtocol}
 
 
 def fingerprint(protocol: Protocol | LossProtocol, hashes: dict[str, str]) -> str:

@@ -28,16 +28,22 @@ def read_text(path: Path, name: str, expected: str = "a file", limit: int = TEXT
             raise UserError(f"{name} is {kind}: expected {expected}")
         if status.st_size > limit:
             raise UserError(f"{name} has {status.st_size:,} bytes, expected at most {limit:,}; check the path")
-        return path.read_bytes().decode("utf-8-sig")
+        return decode(path.read_bytes(), name)
+    except FileNotFoundError:
+        raise UserError(f"{name} does not exist: pass the path of {expected}") from None
+    except (OSError, ValueError) as error:
+        raise UserError(f"{name} cannot be read ({error})") from None
+
+
+def decode(data: bytes, name: str) -> str:
+    """Return UTF-8 text without a byte-order mark. Raises UserError, with the ``name`` of the text, if it is not."""
+    try:
+        return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         byte = error.object[error.start]
         raise UserError(
             f"{name} is not UTF-8 (byte 0x{byte:02x} at position {error.start}): save it as UTF-8"
         ) from None
-    except FileNotFoundError:
-        raise UserError(f"{name} does not exist: pass the path of {expected}") from None
-    except (OSError, ValueError) as error:
-        raise UserError(f"{name} cannot be read ({error})") from None
 
 
 def check_output(path: Path, option: str, *, makes_folder: bool = False) -> None:

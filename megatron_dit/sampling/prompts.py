@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from megatron_dit.runtime.errors import UserError
-from megatron_dit.runtime.io import read_text
+from megatron_dit.runtime.io import decode, read_text
 
 LIMIT = 1 << 30  # bytes of a file of prompts
 COLUMNS = ("prompt", "caption")  # of tables; the first one that exists is used
@@ -59,12 +59,11 @@ def read_prompts(path: str) -> list[str]:
     A ``.txt`` file, and the standard input, have one prompt per line. ``.csv``, ``.tsv`` and ``.jsonl`` files have a
     column ``prompt`` or ``caption``; a line of ``.jsonl`` may also be a string. Raises UserError for any other file.
     """
-    if path == "-":
-        return _lines(sys.stdin.read())
-    suffix = Path(path).suffix.lower()
+    suffix = ".txt" if path == "-" else Path(path).suffix.lower()
     if suffix not in FORMATS:
         raise UserError(f"--prompts {path}: expected a file name ending in one of {', '.join(FORMATS)}")
-    text = read_text(Path(path), f"--prompts {path}", f"a {suffix} file", LIMIT)
+    name = f"--prompts {path}"
+    text = decode(_standard_input(), name) if path == "-" else read_text(Path(path), name, f"a {suffix} file", LIMIT)
     if suffix == ".txt":
         found = _lines(text)
     elif suffix == ".jsonl":
@@ -74,6 +73,13 @@ def read_prompts(path: str) -> list[str]:
     if not found:
         raise UserError(f"--prompts {path} contains no prompt")
     return found
+
+
+def _standard_input() -> bytes:
+    data = sys.stdin.buffer.read(LIMIT + 1)
+    if len(data) > LIMIT:
+        raise UserError(f"--prompts -: expected at most {LIMIT:,} bytes; use several files")
+    return data
 
 
 def _lines(text: str) -> list[str]:
@@ -104,6 +110,8 @@ def _prompt_of_json(path: str, number: int, line: str) -> str:
         value = value[_name(f"{path}, line {number}", list(value))]
     if not isinstance(value, str):
         raise UserError(f"--prompts {path}, line {number}: expected a string or an object with a string 'prompt'")
+    if any("\ud800" <= character <= "\udfff" for character in value):  # JSON can escape what UTF-8 cannot encode
+        raise UserError(f"--prompts {path}, line {number}: a surrogate without its pair; remove it")
     return value
 
 

@@ -144,12 +144,12 @@ def select(
     for an unknown name, and for a named layout that is not supported.
     """
     user, ranks = load_config(path, overrides), ranks_at_hand()
-    read_data(user.data)
     layout, uncovered = own_layout(user, ranks)
     known = {SINGLE: REFERENCE, **LAYOUTS, OWN: layout, OWN_BF16: layout}
     unknown = next((name for name in names or () if name not in known), None)
     if unknown is not None:
         raise UserError(f"unknown layout {unknown!r}; expected one or more of {', '.join(known)}")
+    read_data(user.data)
     if user.train.dtype == "fp32" or dtype == "bf16":
         default = [name for name in default if name != OWN_BF16]
     rows: dict[str, Row] = {}

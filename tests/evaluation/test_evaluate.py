@@ -152,6 +152,24 @@ def test_a_truncated_file_is_an_error(tmp_path):
         list(open_images(tmp_path / "b.npz").parts(2, 0, 1))
 
 
+@pytest.mark.parametrize("save", [np.savez, np.savez_compressed])
+def test_a_damaged_file_is_an_error(tmp_path, save):
+    path = tmp_path / "a.npz"
+    save(path, np.random.default_rng(0).integers(0, 256, (64, 32, 32, 3), np.uint8))
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 0xFF
+    path.write_bytes(data)
+    with pytest.raises(UserError, match="is damaged"):
+        list(open_images(path).parts(2, 0, 1))
+
+
+def test_an_unknown_kind_of_protocol_is_refused(tmp_path):
+    path = tmp_path / "p.yaml"
+    path.write_text("name: p\nkind: validation_los\n")
+    with pytest.raises(UserError, match="kind='validation_los': expected images or validation_loss"):
+        load_protocol(path)
+
+
 @pytest.mark.parametrize("path", sorted(PROTOCOLS.glob("*.yaml")), ids=lambda path: path.stem)
 def test_the_protocols_are_valid(path):
     assert load_protocol(path).name == path.stem

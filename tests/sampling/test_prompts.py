@@ -40,8 +40,15 @@ def test_prompts_with_newlines_in_tables_and_json(tmp_path):
 
 
 def test_prompts_from_the_standard_input(monkeypatch):
-    monkeypatch.setattr(sys, "stdin", io.StringIO("a cat\n\na dog\n"))
-    assert read_prompts("-") == ["a cat", "", "a dog"]
+    def piped(data):
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(data), encoding="ascii"))
+        return read_prompts("-")
+
+    assert piped("a cat\n\nun été\n".encode()) == ["a cat", "", "un été"]
+    with pytest.raises(UserError, match="--prompts - contains no prompt"):
+        piped(b"")
+    with pytest.raises(UserError, match=r"--prompts - is not UTF-8 \(byte 0xe9 at position 3\)"):
+        piped(b"caf\xe9\n")
 
 
 @pytest.mark.parametrize(
@@ -53,6 +60,7 @@ def test_prompts_from_the_standard_input(monkeypatch):
         ("a.csv", 'prompt\n"cat\n', "line 1: unexpected end of data"),
         ("a.jsonl", '"cat"\n{"prompt": 3}\n', "line 2: expected a string"),
         ("a.jsonl", "cat\n", "line 1: not JSON"),
+        ("a.jsonl", '{"prompt": "a \\ud800 b"}\n', "line 1: a surrogate without its pair"),
         ("a.jsonl", '{"text": "cat"}\n', "found: text"),
         ("a.txt", "", "contains no prompt"),
         ("none.txt", None, "does not exist"),
