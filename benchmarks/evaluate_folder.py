@@ -168,7 +168,7 @@ def markdown(results: dict[str, Any]) -> str:
     lines = [
         "# Memory and throughput of evaluate",
         "",
-        f"{results['date']}, {results['processor'] or results['device']}, {results['threads']} threads, {versions}.",
+        f"{results['date']}, {results['processor'] or results['device']}, {results['threads']} thread{'s' if results['threads'] > 1 else ''}, {versions}.",
         "",
         f"`{results['command']}`",
         "",

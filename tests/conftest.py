@@ -15,9 +15,12 @@ import torch
 
 from data_prep.toy import make_toy_dataset
 from megatron_dit.runtime import logging
+from megatron_dit.runtime.compat import silence_import_warnings
 from tests.helpers.gloo import Pool, leave
 
-logging.set_up()  # as the programs do, so that tests see the messages on the standard streams
+# As the programs do, so that tests see the messages on the standard streams, and only these.
+logging.set_up()
+silence_import_warnings()
 
 FOLDER = Path(__file__).parent
 
