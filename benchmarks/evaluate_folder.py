@@ -22,7 +22,9 @@ import argparse
 import json
 import os
 import platform
+import shlex
 import statistics
+import sys
 import tempfile
 import threading
 import time
@@ -168,7 +170,7 @@ def markdown(results: dict[str, Any]) -> str:
     lines = [
         "# Memory and throughput of evaluate",
         "",
-        f"{results['date']}, {results['processor'] or results['device']}, {results['threads']} thread{'s' if results['threads'] > 1 else ''}, {versions}.",
+        f"{results['date']}, {results['processor'] or results['device']}, threads: {results['threads']}, {versions}.",
         "",
         f"`{results['command']}`",
         "",
@@ -219,7 +221,9 @@ def main(argv: list[str] | None = None) -> int:
     cuda = torch.cuda.is_available()
     results: dict[str, Any] = {
         "date": date.today().isoformat(),
-        "command": " ".join(["python -m benchmarks.evaluate_folder", *(["--compare"] if arguments.compare else [])]),
+        "command": shlex.join(
+            ["python", "-m", "benchmarks.evaluate_folder", *(sys.argv[1:] if argv is None else argv)]
+        ),
         "processor": processor(),
         "device": torch.cuda.get_device_name() if cuda else platform.machine(),
         "threads": arguments.threads,
